@@ -1,0 +1,336 @@
+"""The pruning rule. Everything else in this package is derived from this file; it imports the standard library alone.
+
+A *trace* is the prompt and every token generated after it, nothing removed. The *live context* is what the model sees
+of it. A *policy* says what happens when a block ``[open] thought [split] solution [close]`` is closed:
+
+``off``        nothing; the baseline.
+``recompute``  the thought is cut out of the text and the solution is read again without it. The live context is
+               forwarded exactly as if the thought had never been there: the position of a token is its live index.
+``evict``      ``[close]`` is read with the thought still visible, then the thought's keys and values are dropped. The
+               solution keeps what it saw, and every token keeps the position it had in the trace.
+
+`LiveContext` applies the rule token by token and says, as a `Step`, what a decoder has to do. `compile_trace` executes
+the steps of a whole trace on paper: every forwarded token gets a position, a next-token target and a *death*, the index
+of the first forwarded token that no longer sees it. Masks, losses and log-probabilities need nothing else:
+
+    visible(q, k)  <=>  k <= q < death[k]
+
+Malformed traces are data. Each malformed token has one meaning (see `Malformed`) and is reported in its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from hcot_lmeval.markup import MarkerIds
+
+IGNORE = -100
+"""Target of a forwarded token whose output predicts nothing (the convention of `torch.nn.CrossEntropyLoss`)."""
+
+
+class Policy(StrEnum):
+    """What the closing marker of a block does to the live context."""
+
+    OFF = "off"
+    RECOMPUTE = "recompute"
+    EVICT = "evict"
+
+
+class Kind(StrEnum):
+    """The part that one token plays in the trace."""
+
+    TEXT = "text"
+    OPEN = "open"
+    SPLIT = "split"
+    CLOSE = "close"
+
+
+class Malformed(StrEnum):
+    """Departures from ``[open] thought [split] solution [close]`` and what the rule makes of each."""
+
+    STRAY_SPLIT = "stray_split"
+    """``[split]`` with no block open: plain text."""
+    STRAY_CLOSE = "stray_close"
+    """``[close]`` with no block open: plain text."""
+    UNSPLIT_CLOSE = "unsplit_close"
+    """``[close]`` of a block without ``[split]``: the block is over and nothing is pruned."""
+    REPEATED_SPLIT = "repeated_split"
+    """A second ``[split]`` in one block: the solution starts at the last one."""
+    NESTED_OPEN = "nested_open"
+    """``[open]`` within a block of a flat notation: plain text."""
+    MISSING_LEAD = "missing_lead"
+    """A solution that does not begin with the notation's lead token: pruned like any other."""
+    UNCLOSED = "unclosed"
+    """A block still open when the trace ends: it stays in the context. Reported at the end, not by a step."""
+
+
+class Step(NamedTuple):
+    """What one token did, as instructions for whoever holds the keys and values of the live context.
+
+    In this order: keep the first `rewind` rows, forward the tokens `forward` behind them, drop the row spans `drop`.
+    The output of the last forwarded token predicts the next one.
+    """
+
+    kind: Kind
+    malformed: Malformed | None
+    depth: int
+    """Blocks open after this token."""
+    rewind: int
+    """Rows that stay before anything is forwarded; all of them unless the policy is recompute and a block closed."""
+    forward: tuple[int, ...]
+    """Token ids to forward, never empty."""
+    positions: tuple[int, ...]
+    """Their position ids."""
+    source: tuple[int, ...]
+    """Their indices in the trace; those before the last one of the trace are forwarded for a second time."""
+    drop: tuple[tuple[int, int], ...] = ()
+    """Row spans [start, stop), ascending, that vanish after the forward."""
+    pruned: tuple[int, ...] = ()
+    """Token ids that left the live context, in trace order: the thought and the markers that do not survive."""
+
+    @property
+    def is_prune(self) -> bool:
+        return bool(self.pruned)
+
+
+@dataclass(slots=True)
+class _Block:
+    """An open block; both fields are indices into the live context."""
+
+    open: int
+    split: int | None = None
+
+
+class LiveContext:
+    """The live context of one trace, one token at a time.
+
+    Args:
+        markers: the marker ids, or None for a model without markers (then every token is text).
+        policy: what a closing marker does.
+
+    Attributes:
+        live: token ids in the context, oldest first.
+        source: for each of them its index in the trace.
+        length: tokens pushed so far (the length of the trace).
+        peak: the largest number of live tokens so far; a token that closes a block under ``evict`` counts before the
+            thought is dropped, since that is when memory is needed.
+    """
+
+    def __init__(self, markers: MarkerIds | None, policy: Policy | str = Policy.RECOMPUTE) -> None:
+        self.policy = Policy(policy)
+        if markers is None and self.policy is not Policy.OFF:
+            raise ValueError(f"policy {self.policy.value!r} needs marker ids; only 'off' runs without them")
+        self.markers = markers
+        self.live: list[int] = []
+        self.source: list[int] = []
+        self.length = 0
+        self.peak = 0
+        self._blocks: list[_Block] = []
+        self._acting = markers.ids if markers is not None else frozenset()
+
+    @property
+    def depth(self) -> int:
+        """Blocks open now."""
+        return len(self._blocks)
+
+    def rows_needed(self, token: int) -> int:
+        """Returns how many live tokens have to fit at once for `push(token)`."""
+        prunes = self._closes_block(token) and self.policy is Policy.RECOMPUTE
+        return len(self.live) if prunes else len(self.live) + 1
+
+    def push_inert(self, token: int) -> Step:
+        """Appends a token that cannot act, whatever it spells: the prompt's."""
+        return self._append(token, Kind.TEXT)
+
+    def push(self, token: int) -> Step:
+        """Appends one generated token and applies the rule."""
+        if token not in self._acting:
+            return self._append(token, Kind.TEXT)
+        assert self.markers is not None
+        if token == self.markers.open:
+            return self._open(token)
+        if token == self.markers.split:
+            return self._split(token)
+        if token == self.markers.close:
+            return self._close(token)
+        return self._append(token, Kind.TEXT)
+
+    def _closes_block(self, token: int) -> bool:
+        block = self._blocks[-1] if self._blocks else None
+        return block is not None and block.split is not None and token == self.markers.close  # type: ignore[union-attr]
+
+    def _append(self, token: int, kind: Kind, malformed: Malformed | None = None) -> Step:
+        rows, index = len(self.live), self.length
+        self.live.append(token)
+        self.source.append(index)
+        self.length += 1
+        self.peak = max(self.peak, rows + 1)
+        position = index if self.policy is Policy.EVICT else rows
+        return Step(kind, malformed, len(self._blocks), rows, (token,), (position,), (index,))
+
+    def _open(self, token: int) -> Step:
+        if self._blocks and not self.markers.nested:  # type: ignore[union-attr]
+            return self._append(token, Kind.TEXT, Malformed.NESTED_OPEN)
+        self._blocks.append(_Block(len(self.live)))
+        return self._append(token, Kind.OPEN)
+
+    def _split(self, token: int) -> Step:
+        if not self._blocks:
+            return self._append(token, Kind.TEXT, Malformed.STRAY_SPLIT)
+        again = self._blocks[-1].split is not None
+        self._blocks[-1].split = len(self.live)
+        return self._append(token, Kind.SPLIT, Malformed.REPEATED_SPLIT if again else None)
+
+    def _close(self, token: int) -> Step:
+        if not self._blocks:
+            return self._append(token, Kind.TEXT, Malformed.STRAY_CLOSE)
+        block = self._blocks.pop()
+        if block.split is None:
+            return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
+        malformed = self._lead_fault(block.split)
+        if self.policy is Policy.OFF:
+            return self._append(token, Kind.CLOSE, malformed)
+        prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
+        return prune(token, block.open, block.split)._replace(malformed=malformed)
+
+    def _lead_fault(self, split: int) -> Malformed | None:
+        lead = self.markers.lead  # type: ignore[union-attr]
+        if lead is None or self.live[split + 1 : split + 2] == [lead]:
+            return None
+        return Malformed.MISSING_LEAD
+
+    def _thought(self, open: int, split: int) -> tuple[int, int]:
+        """The live span that a prune removes: the thought and the markers around it that do not survive."""
+        keep = self.markers.keep  # type: ignore[union-attr]
+        return open + ("open" in keep), split + ("split" not in keep)
+
+    def _recompute(self, token: int, open: int, split: int) -> Step:
+        start, stop = self._thought(open, split)
+        pruned = self.live[start:stop]
+        tail, source = self.live[stop:], self.source[stop:]
+        if "close" in self.markers.keep:  # type: ignore[union-attr]
+            tail, source = [*tail, token], [*source, self.length]
+        else:
+            pruned = [*pruned, token]
+        if not tail:  # nothing survives behind the prefix: its last token is read again, to have an output to sample from
+            start -= 1
+            tail, source = [self.live[start]], [self.source[start]]
+        self.live[start:], self.source[start:] = tail, source
+        self.length += 1
+        positions = tuple(range(start, start + len(tail)))
+        return Step(
+            Kind.CLOSE, None, len(self._blocks), start, tuple(tail), positions, tuple(source), (), tuple(pruned)
+        )
+
+    def _evict(self, token: int, open: int, split: int) -> Step:
+        span = self._thought(open, split)
+        step = self._append(token, Kind.CLOSE)
+        end = len(self.live)
+        spans = (span,) if "close" in self.markers.keep else (span, (end - 1, end))  # type: ignore[union-attr]
+        pruned = tuple(t for a, b in spans for t in self.live[a:b])
+        for a, b in reversed(spans):
+            del self.live[a:b], self.source[a:b]
+        return step._replace(drop=spans, pruned=pruned)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled trace: the tokens that an exact decoder forwards, in that order. All lists but `live` have one length.
+
+    Attributes:
+        ids: token ids.
+        positions: position ids.
+        death: ``visible(q, k) <=> k <= q < death[k]``; `len(ids)` for tokens that outlive the trace.
+        targets: the token that each output predicts, or `IGNORE`. Every generated token is a target exactly once.
+        source: index of each token in the trace; under ``recompute`` some appear more than once.
+        live: the rows of `ids` that are in the live context at the end.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    death: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def visible(self, query: int, key: int) -> bool:
+        """The whole attention mask."""
+        return key <= query < self.death[key]
+
+
+_ALIVE = 1 << 62
+
+
+def compile_trace(
+    ids: Sequence[int],
+    prompt_len: int,
+    markers: MarkerIds | None,
+    policy: Policy | str = Policy.RECOMPUTE,
+    *,
+    prompt_acts: bool = False,
+) -> Plan:
+    """Compiles a trace into what an exact decoder forwards.
+
+    Args:
+        ids: the trace, prompt first, nothing removed.
+        prompt_len: tokens of `ids` that are the prompt; at least 1, for the first generated token needs a predecessor.
+        markers: the marker ids; None only with policy ``off``.
+        policy: what a closing marker does.
+        prompt_acts: whether markers in the prompt open and close blocks too (few-shot traces); by default they are text.
+
+    Raises:
+        ValueError: `prompt_len` is not within 1..len(ids).
+    """
+    if not 1 <= prompt_len <= len(ids):
+        raise ValueError(f"prompt_len={prompt_len} is outside 1..{len(ids)} (the trace's length)")
+    context, plan = LiveContext(markers, policy), Plan()
+    for index, token in enumerate(ids):
+        inert = index < prompt_len and not prompt_acts
+        step = context.push_inert(token) if inert else context.push(token)
+        if index >= prompt_len:
+            plan.targets[-1] = token
+        _execute(step, plan)
+    plan.death[:] = [min(death, len(plan)) for death in plan.death]
+    return plan
+
+
+def _execute(step: Step, plan: Plan) -> None:
+    _bury(plan, step.rewind, len(plan.live))
+    for token, position, source in zip(step.forward, step.positions, step.source, strict=True):
+        plan.live.append(len(plan.ids))
+        plan.ids.append(token)
+        plan.positions.append(position)
+        plan.death.append(_ALIVE)
+        plan.targets.append(IGNORE)
+        plan.source.append(source)
+    for start, stop in reversed(step.drop):
+        _bury(plan, start, stop)
+
+
+def _bury(plan: Plan, start: int, stop: int) -> None:
+    """The live rows [start, stop) are seen by nobody from now on."""
+    for row in plan.live[start:stop]:
+        plan.death[row] = len(plan.ids)
+    del plan.live[start:stop]
+
+
+def live_ids(
+    ids: Sequence[int], prompt_len: int, markers: MarkerIds | None, policy: Policy | str = Policy.RECOMPUTE
+) -> list[int]:
+    """Returns the live context at the end of a trace."""
+    context = LiveContext(markers, policy)
+    for token in ids[:prompt_len]:
+        context.push_inert(token)
+    push_all(context, ids[prompt_len:])
+    return context.live
+
+
+def push_all(context: LiveContext, tokens: Iterable[int]) -> list[Step]:
+    """Pushes generated tokens and returns their steps."""
+    return [context.push(token) for token in tokens]
