@@ -86,10 +86,6 @@ class Response(str):
         # pickle and copy rebuild the string from this and restore the attributes from __dict__
         return (str(self),)
 
-    def __str__(self) -> str:
-        # `str(response)` is the plain string; str's own method would hand back the subclass
-        return "".join(self)
-
     def as_dict(self) -> dict[str, Any]:
         """Returns what `from_dict` needs, as JSON types."""
         return {"answer": str(self), **vars(self)}
