@@ -1,0 +1,113 @@
+"""Between text and token ids: the markers of a vocabulary, and prompts that cannot be injected.
+
+A prompt may quote ``[THOUGHT]`` as text. `encode_prompt` makes sure that it stays text: it encodes as a tokenizer does
+whose vocabulary never had the markers. The control tokens of the chat template work as always.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hcot_lmeval.markup import MarkerIds, Markup, get_markup, resolve_markers
+
+EMBEDDING_MULTIPLE = 64
+"""Embeddings are padded to this many rows, which tensor cores like."""
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Returns the id of the single token that spells `text`, or None."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    if found is None or (found == tokenizer.unk_token_id and text != tokenizer.unk_token):
+        return None
+    return int(found)
+
+
+def marker_ids(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hcot") -> MarkerIds:
+    """Returns the marker ids of `markup` in the tokenizer's vocabulary.
+
+    Raises:
+        ValueError: a marker is missing (the message says how to add it), or the markup is unknown.
+    """
+    return resolve_markers(get_markup(markup), lambda text: token_id(tokenizer, text))
+
+
+def add_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None, markup: Markup | str = "hcot"
+) -> int:
+    """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
+
+    Tokens that are there keep their ids; the embedding never shrinks and is padded to a multiple of 64 rows. New rows
+    are drawn around the mean of the old ones (transformers' `mean_resizing`); they mean nothing until trained.
+
+    Returns:
+        The number of tokens added.
+    """
+    markup = get_markup(markup)
+    missing = [text for text in (*markup.markers, *markup.think) if token_id(tokenizer, text) is None]
+    added = tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+    if model is not None:
+        rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        model.resize_token_embeddings(rows, pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    return added
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    markup: Markup | str = "hcot",
+    *,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """Encodes a rendered prompt; text that spells a marker becomes plain text tokens, in every Unicode form.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the prompt, chat template applied.
+        markup: the notation whose markers are to be text.
+        add_special_tokens: whether the tokenizer adds its own tokens (such as BOS) around the text.
+    """
+    markup = get_markup(markup)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return _encode_in_pieces(tokenizer, text, markup, add_special_tokens)
+    twin = _without_markers(tokenizer, markup, len(tokenizer))
+    return list(twin.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _without_markers(tokenizer: PreTrainedTokenizerBase, markup: Markup, size: int) -> Tokenizer:
+    """A twin of the tokenizer in which no text can become a marker; `size` makes a grown vocabulary a new key.
+
+    The markers are renamed rather than removed, since the ids of later tokens depend on their number. The new names
+    hold a noncharacter of Unicode, which no valid text contains.
+    """
+    names = {text: f"\ufdd0{number}\ufdd0" for number, text in enumerate(markup.markers)}
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, dict):  # a list of (piece, score) pairs in Unigram models, which never hold added tokens
+        state["model"]["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
+    twin = Tokenizer.from_str(json.dumps(state))
+    twin.no_truncation()
+    twin.no_padding()
+    return twin
+
+
+def _encode_in_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, markup: Markup, add_special_tokens: bool
+) -> list[int]:
+    """For tokenizers without a `tokenizers` backend: the markers are encoded apart, with their specialness off."""
+    pieces = re.split("(" + "|".join(map(re.escape, markup.markers)) + ")", text)
+    if len(pieces) == 1:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    ids: list[int] = []
+    for piece in filter(None, pieces):
+        plain = piece in markup.markers
+        ids += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=plain)
+    return list(tokenizer.build_inputs_with_special_tokens(ids)) if add_special_tokens else ids
