@@ -1,0 +1,332 @@
+"""The engine: requests in, completions out, thoughts pruned on the way.
+
+    engine = Engine(model, tokenizer, policy="recompute", max_context=4096)
+    for completion in engine.stream([Request("1", tuple(prompt_ids), SamplingParams(max_gen_toks=32768))]):
+        print(completion.text, completion.statistics)
+
+One step forwards the waiting tokens of all rows, samples for every row that is up to date, tells the rule, and tells the
+recorder. A prune is a change of length: the rule (`hcot_lmeval.trace`) says which tokens to keep, forward and drop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
+from hcot_lmeval.engine.sampling import sample
+from hcot_lmeval.engine.scheduler import Scheduler
+from hcot_lmeval.engine.slots import KVPool, plan_slots
+from hcot_lmeval.engine.stopping import StopStrings
+from hcot_lmeval.markup import MarkerIds, Markup, get_markup
+from hcot_lmeval.notes import NoteTaker, statistics
+from hcot_lmeval.tokens import marker_ids, token_id
+from hcot_lmeval.trace import LiveContext, Policy
+
+logger = logging.getLogger(__name__)
+
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Prompt tokens forwarded in one step; more would only delay the rows that decode, and cost activation memory."""
+
+FALLBACK_CONTEXT = 2048
+"""Live context of a model whose config names none (lm-eval's value)."""
+
+OnLogits = Callable[[Request, int, int, torch.Tensor], None]
+"""Called with (request, sample, tokens generated so far, logits [vocabulary]) before each token is sampled."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs.
+
+    Attributes:
+        policy: what a closing marker does: off, recompute or evict.
+        markup: the notation of the blocks.
+        markers: its token ids; looked up in the tokenizer by default.
+        max_context: most live tokens of a row, prompt included; by default what the model's config allows.
+        max_position: under policy evict, most tokens of a trace; by default what the model's config allows.
+        slots: rows that run at the same time, or "auto": as many as memory holds, up to `max_slots`.
+        max_slots: upper bound for "auto".
+        eos_ids: token ids that end a row; by default those of the generation config and the tokenizer.
+        think: the strings around the thinking section; by default those of the markup.
+        prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
+        step_tokens: prompt tokens forwarded in one step.
+        self_check: compare slots with a plain forward when the model is loaded.
+        poison: fill new memory with NaN, for tests.
+    """
+
+    policy: Policy | str = Policy.RECOMPUTE
+    markup: Markup | str = "hcot"
+    markers: MarkerIds | None = None
+    max_context: int | None = None
+    max_position: int | None = None
+    slots: int | Literal["auto"] = "auto"
+    max_slots: int = 64
+    eos_ids: Sequence[int] | None = None
+    think: tuple[str, str] | None = None
+    prompt_acts: bool = False
+    step_tokens: int | None = None
+    self_check: bool = True
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in list(Policy):
+            raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
+        if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
+            raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
+        for name in ("max_context", "max_position", "max_slots", "step_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
+
+
+@dataclass
+class Progress:
+    """Running totals since the engine was made."""
+
+    requests_done: int = 0
+    generated_tokens: int = 0
+    prune_events: int = 0
+    live_tokens: int = 0
+    """Live tokens of the rows that run now."""
+    seconds: float = 0.0
+    """Time spent generating."""
+
+
+class Engine:
+    """Generates with a Hugging Face decoder and prunes finished thoughts from its keys and values.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one; on any device, in any dtype.
+        tokenizer: needed for markers by name, for stop strings and for text.
+        options: fields of `EngineOptions`.
+
+    Attributes:
+        live: running totals.
+
+    Raises:
+        UnsupportedModelError: the model's state cannot be rewound.
+        ValueError: an option is unknown or outside its range, or the tokenizer lacks the markers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        self.options = _options(options)
+        self.tokenizer = tokenizer
+        self.policy = Policy(self.options.policy)
+        self.markup = get_markup(self.options.markup)
+        self.markers = self._find_markers()
+        self.decoder = Decoder(model, check=self.options.self_check)
+        self.limits = self._find_limits()
+        self.live = Progress()
+        self._pool: KVPool | None = None
+        self._streaming = False
+        self._hidden_ids = self._find_hidden_ids()
+
+    # --- what users call ----------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Iterable[Request], notes: NoteTaker | None = None) -> list[Completion]:
+        """Generates all requests; the completions come in the order of requests, the samples of a request together."""
+        requests = list(requests)
+        done: dict[tuple[int, int], list[Completion]] = {}
+        for completion in self.stream(requests, notes):
+            done.setdefault((id(completion.request), completion.sample), []).append(completion)
+        return [done[id(request), k].pop() for request in requests for k in range(request.params.n)]
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        notes: NoteTaker | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> Iterator[Completion]:
+        """Generates the requests and yields each sample as it finishes.
+
+        Args:
+            requests: in any order; results do not depend on it.
+            notes: gets the events of each finished sample.
+            on_logits: sees the logits before each token.
+
+        Raises:
+            MemoryError: not even one row fits into memory.
+            RuntimeError: another stream of this engine is not finished; it uses the same slots.
+        """
+        requests = list(requests)
+        if not requests:
+            return
+        if self._streaming:
+            raise RuntimeError("this engine is streaming already; exhaust or close that stream, or make a second engine")
+        self._streaming = True
+        try:
+            scheduler = self._schedule(requests)
+            while scheduler.has_work:
+                for row in self._run_until_finished(scheduler, on_logits):
+                    completion = self._completion(row)
+                    if notes is not None:
+                        notes.add(completion.note)
+                    yield completion
+        finally:
+            self._streaming = False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids; markers and thinking tokens stay, other special tokens are left out."""
+        if self.tokenizer is None:
+            return ""
+        kept = [i for i in ids if i not in self._hidden_ids]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _run_until_finished(self, scheduler: Scheduler, on_logits: OnLogits | None) -> list[Row]:
+        """Steps until at least one row has finished. The model's own attention is back when this returns."""
+        start = time.perf_counter()
+        finished: list[Row] = []
+        with self.decoder.attached():
+            while scheduler.has_work and not finished:
+                scheduler.admit()
+                finished = scheduler.retire()  # rows that had no room for their prompt
+                if not finished:
+                    self._step(scheduler, on_logits)
+                    finished = scheduler.retire()
+        self.live.seconds += time.perf_counter() - start
+        self.live.requests_done += len(finished)
+        return finished
+
+    @torch.inference_mode()
+    def _step(self, scheduler: Scheduler, on_logits: OnLogits | None) -> None:
+        assert self._pool is not None
+        planned = scheduler.plan()
+        logits = self.decoder.forward(self._pool, [chunk for _, chunk in planned])
+        for row, chunk in planned:
+            self._drop(row, row.forwarded(len(chunk.ids)))
+        ready = [(i, row) for i, (row, _) in enumerate(planned) if row.needs_token]
+        if ready:
+            chosen = logits[[i for i, _ in ready]]
+            self._sample([row for _, row in ready], chosen, on_logits)
+        self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
+
+    def _drop(self, row: Row, spans: Sequence[tuple[int, int]]) -> None:
+        assert self._pool is not None
+        for start, stop in reversed(spans):
+            self._pool.drop(row.slot, start, stop, len(row.positions))
+            del row.positions[start:stop]
+
+    def _sample(self, rows: Sequence[Row], logits: torch.Tensor, on_logits: OnLogits | None) -> None:
+        if on_logits is not None:
+            for row, scores in zip(rows, logits, strict=True):
+                on_logits(row.request, row.sample, len(row.generated), scores)
+        for row, choice in zip(rows, sample(logits, [row.draw() for row in rows]), strict=True):
+            step = row.accept(choice)
+            self.live.generated_tokens += step is not None
+            self.live.prune_events += step is not None and step.is_prune
+
+    # --- setting up ---------------------------------------------------------------------------------------------------
+
+    def _schedule(self, requests: Sequence[Request]) -> Scheduler:
+        pairs = [(request, k) for request in requests for k in range(request.params.n)]
+        self._pool = self._make_pool(requests, len(pairs))
+        step_tokens = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
+        return Scheduler(
+            pairs, self._pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts
+        )
+
+    def _make_pool(self, requests: Sequence[Request], samples: int) -> KVPool:
+        longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
+        length = min(self.limits.context, longest)
+        wanted = min(self.options.max_slots if self.options.slots == "auto" else self.options.slots, samples)
+        if self._pool is not None and self._pool.length >= length and self._pool.slots >= wanted:
+            return self._pool
+        self._pool = None  # its memory counts as free from here on
+        slots = plan_slots(self.decoder.layers, length, wanted)
+        if slots < wanted and self.options.slots != "auto":
+            logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
+        pool = KVPool(self.decoder.layers, slots, length, poison=self.options.poison)
+        logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
+        return pool
+
+    def _make_row(self, request: Request, number: int, slot: int) -> Row:
+        stops = None
+        if request.params.stop_strings:
+            if self.tokenizer is None:
+                raise ValueError("stop_strings need a tokenizer; pass one to Engine, or use stop_ids")
+            think = self.options.think or self.markup.think
+            stops = StopStrings(request.params.stop_strings, self.decode, think, request.thinking)
+        context = LiveContext(self.markers, self.policy)
+        row = Row(request, number, slot, context, self.limits, stops)
+        row.load_prompt(acts=self.options.prompt_acts)
+        return row
+
+    def _completion(self, row: Row) -> Completion:
+        note = row.note()
+        cut = row.stop_at is not None and row.stops is not None
+        return Completion(
+            request=row.request,
+            sample=row.sample,
+            token_ids=tuple(row.generated),
+            live_ids=tuple(row.context.live),
+            finish_reason=row.finished,
+            stop=row.stop,
+            text=row.stops.text[: row.stop_at] if cut else self.decode(row.generated),  # type: ignore[union-attr]
+            logprobs=tuple(row.logprobs) if row.request.params.logprobs else None,
+            note=note,
+            statistics=statistics(note.events),
+        )
+
+    def _find_markers(self) -> MarkerIds | None:
+        if self.options.markers is not None:
+            return self.options.markers
+        if self.tokenizer is not None:
+            try:
+                return marker_ids(self.tokenizer, self.markup)
+            except ValueError:
+                if self.policy is not Policy.OFF:
+                    raise
+        elif self.policy is not Policy.OFF:
+            raise ValueError(f"policy {self.policy.value!r} needs a tokenizer or marker ids; pass tokenizer or markers")
+        return None
+
+    def _find_limits(self) -> Limits:
+        model_limit = _model_context(self.decoder.config)
+        context = self.options.max_context or model_limit
+        if context > model_limit:
+            logger.warning("max_context=%d is beyond the %d positions of the model's config", context, model_limit)
+        eos = self.options.eos_ids
+        if eos is None:
+            eos = _eos_ids(self.decoder.model, self.tokenizer)
+        return Limits(context, self.options.max_position or max(model_limit, context), frozenset(eos))
+
+    def _find_hidden_ids(self) -> frozenset[int]:
+        """Special tokens that `decode` leaves out."""
+        if self.tokenizer is None:
+            return frozenset()
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        think = self.options.think or self.markup.think
+        return frozenset(special - {token_id(self.tokenizer, text) for text in (*self.markup.markers, *think)})
+
+
+def _options(options: dict[str, Any]) -> EngineOptions:
+    known = [f.name for f in dataclasses.fields(EngineOptions)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}")
+    return EngineOptions(**options)
+
+
+def _model_context(config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return FALLBACK_CONTEXT
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    found: list[Any] = [getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    found.append(getattr(tokenizer, "eos_token_id", None))
+    return {int(i) for value in found if value is not None for i in (value if isinstance(value, list) else [value])}

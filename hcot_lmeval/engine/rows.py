@@ -1,0 +1,256 @@
+"""Requests, the rows that serve them, and what comes back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hcot_lmeval.engine.decoder import Chunk
+from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
+from hcot_lmeval.engine.stopping import StopStrings
+from hcot_lmeval.notes import Note, Recorder, Statistics
+from hcot_lmeval.trace import LiveContext, Policy, Step
+
+NO_ROOM = "context"
+"""Finish reason of a row whose next token does not fit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        id: the caller's name for it.
+        prompt_ids: the prompt, at least one token.
+        params: how to sample and when to stop.
+        thinking: whether the prompt leaves a thinking section open.
+        forced_ids: the first tokens to generate, whatever the model prefers; log-probabilities are still the model's.
+            For scoring a given trace, and for timing engines on equal work.
+        meta: copied to the notes.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    thinking: bool = False
+    forced_ids: tuple[int, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(f"request {self.id!r} has an empty prompt; it needs at least one token, such as BOS")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of one sample of a request.
+
+    Attributes:
+        request: the request.
+        sample: which of its samples, from 0.
+        token_ids: every generated token, those pruned later and the end token included.
+        live_ids: the live context at the end, prompt included.
+        finish_reason: eos, stop (a stop string or stop id), length (max_gen_toks) or context (the next token did not
+            fit into max_context; it is not part of `token_ids`).
+        stop: the stop string or id that matched.
+        text: the generated text without special tokens other than markers and thinking tokens, cut at a stop string.
+        logprobs: of each generated token, if asked for (see `SamplingParams.logprobs`).
+        note: all events.
+    """
+
+    request: Request
+    sample: int
+    token_ids: tuple[int, ...]
+    live_ids: tuple[int, ...]
+    finish_reason: str
+    stop: str | int | None
+    text: str
+    logprobs: tuple[float, ...] | None
+    note: Note
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a row has to end.
+
+    Attributes:
+        context: most live tokens.
+        position: the trace stays shorter than this under policy evict, whose position ids count the trace.
+        eos_ids: token ids that end a row.
+    """
+
+    context: int
+    position: int
+    eos_ids: frozenset[int]
+
+
+class Row:
+    """One sample of one request while it is generated, in one slot of the pool.
+
+    A row holds the steps whose tokens are still to be forwarded. `next_chunk` hands them out in pieces, `forwarded` takes
+    note that a piece is in the pool, `accept` takes the token sampled from the last output.
+
+    Attributes:
+        positions: position ids of the live tokens whose keys and values are in the slot, or on their way into it.
+        shared: prompt tokens copied from another slot instead of forwarded.
+        finished: the finish reason, empty while the row runs.
+    """
+
+    def __init__(
+        self, request: Request, sample: int, slot: int, context: LiveContext, limits: Limits, stops: StopStrings | None
+    ) -> None:
+        self.request, self.sample, self.slot = request, sample, slot
+        self.context, self.limits, self.stops = context, limits, stops
+        self.recorder = Recorder()
+        self.positions: list[int] = []
+        self.shared = 0
+        self.generated: list[int] = []
+        self.logprobs: list[float] = []
+        self.finished = ""
+        self.stop: str | int | None = None
+        self.stop_at: int | None = None
+        self._seed = derive_seed(request.params.seed, sample)
+        self._steps: deque[Step] = deque()
+        self._done = 0  # tokens of the first step that are in the pool
+
+    def load_prompt(self, *, acts: bool) -> None:
+        """Queues the prompt; `acts` lets its markers open and close blocks."""
+        push = self.context.push if acts else self.context.push_inert
+        self._steps.extend(_merged([push(token) for token in self.request.prompt_ids]))
+        if self.context.peak > self.limits.context:
+            self._note_prefill()
+            self._end(NO_ROOM)
+
+    def skip_prompt(self, tokens: int) -> None:
+        """The first `tokens` of the prompt are in the slot already. Only before anything was forwarded."""
+        self.shared = self._done = tokens
+        self.positions = list(range(tokens))
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether everything is forwarded, so that the last output predicts the next token."""
+        return not self._steps
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a part of the prompt is still to be forwarded."""
+        return not self.generated and not self.needs_token
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the current step that are still to be forwarded."""
+        return len(self._steps[0].forward) - self._done
+
+    def next_chunk(self, limit: int) -> Chunk:
+        """Returns at most `limit` tokens to forward now. A rewind happens here: the row becomes shorter."""
+        step = self._steps[0]
+        if self._done == 0:
+            del self.positions[step.rewind :]
+        start, stop = len(self.positions), min(len(step.forward), self._done + limit)
+        self.positions += step.positions[self._done : stop]
+        return Chunk(self.slot, start, step.forward[self._done : stop], self.positions)
+
+    def forwarded(self, tokens: int) -> tuple[tuple[int, int], ...]:
+        """Takes note that `tokens` of the current step are in the pool.
+
+        Returns:
+            The row spans that the pool has to drop now, ascending.
+        """
+        self._done += tokens
+        if self._done < len(self._steps[0].forward):
+            return ()
+        self._done = 0
+        return self._steps.popleft().drop
+
+    def draw(self) -> Draw:
+        """Returns what the sampler has to know."""
+        params, count = self.request.params, len(self.generated)
+        banned = tuple(self.limits.eos_ids.union(params.stop_ids)) if count < params.min_gen_toks else ()
+        seen = (*self.request.prompt_ids, *self.generated) if params.repetition_penalty != 1 else ()
+        forced = self.request.forced_ids[count] if count < len(self.request.forced_ids) else None
+        return Draw(params, self._seed, count, banned, seen, forced)
+
+    def accept(self, choice: Choice) -> Step | None:
+        """Appends the sampled token and returns its step, or ends the row and returns None because it does not fit."""
+        if not self.generated:
+            self._note_prefill()
+        if not self._fits(choice.token):
+            self._end(NO_ROOM)
+            return None
+        index = self.context.length
+        step = self.context.push(choice.token)
+        self.generated.append(choice.token)
+        self.logprobs.append(choice.logprob)
+        self.recorder.step(index, choice.token, step, len(self.context.live))
+        reason = self._reason_to_end(choice.token)
+        if reason:
+            self._end(reason)
+        else:
+            self._steps.append(step)
+        return step
+
+    def _note_prefill(self) -> None:
+        self.recorder.prefill(len(self.request.prompt_ids), len(self.context.live), self.shared)
+
+    def _fits(self, token: int) -> bool:
+        if self.context.policy is Policy.EVICT and self.context.length >= self.limits.position:
+            return False
+        return self.context.rows_needed(token) <= self.limits.context
+
+    def _reason_to_end(self, token: int) -> str:
+        params = self.request.params
+        if self.stops is not None:
+            self.stops.append(token, self.context.depth)
+        if token in self.limits.eos_ids:
+            return "eos"
+        if token in params.stop_ids:
+            self.stop = token
+            return "stop"
+        if self.stops is not None and len(self.generated) >= params.min_gen_toks:
+            hit = self.stops.find()
+            if hit is not None:
+                self.stop, self.stop_at = hit
+                return "stop"
+        return "length" if len(self.generated) >= params.max_gen_toks else ""
+
+    def _end(self, reason: str) -> None:
+        self.finished = reason
+        self.recorder.finish(reason, self.stop, self.context.depth)
+
+    def note(self) -> Note:
+        """Returns the record of the row."""
+        return Note(
+            self.request.id,
+            self.sample,
+            self.request.prompt_ids,
+            tuple(self.generated),
+            tuple(self.recorder.events),
+            self.request.meta,
+        )
+
+
+def _merged(steps: Sequence[Step]) -> list[Step]:
+    """Joins steps that only append, so that a prompt is forwarded in large chunks."""
+    merged: list[Step] = []
+    start = 0
+    for index, step in enumerate(steps):
+        last = index + 1 == len(steps)
+        if last or step.drop or steps[index + 1].rewind != step.rewind + len(step.forward):
+            merged.append(_joined(steps[start : index + 1]))
+            start = index + 1
+    return merged
+
+
+def _joined(steps: Sequence[Step]) -> Step:
+    return steps[-1]._replace(
+        rewind=steps[0].rewind,
+        forward=tuple(token for step in steps for token in step.forward),
+        positions=tuple(position for step in steps for position in step.positions),
+        source=tuple(source for step in steps for source in step.source),
+    )

@@ -1,0 +1,198 @@
+"""From logits to tokens, reproducibly.
+
+The noise of a sample depends on the request's seed and on how many tokens the row has generated, and on nothing else:
+not on its neighbours, the batch size, the position in a pruned context, or the order of requests. It is made by a hash
+of (seed, tokens generated, token id), so that it exists for any row at any time without a generator's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+"""Shifts and factors of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a row ends.
+
+    Attributes:
+        max_gen_toks: most tokens to generate, pruned ones and the end token included.
+        min_gen_toks: end tokens, stop ids and stop strings are inactive before that many tokens.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample among the k most likely tokens; 0 is off.
+        top_p: sample among the most likely tokens whose probabilities add up to top_p; 1 is off.
+        min_p: sample among tokens at least min_p times as likely as the most likely one; 0 is off.
+        repetition_penalty: above 1 makes every token of the prompt and of the whole trace less likely, pruned or not
+            (arXiv 1909.05858); 1 is off.
+        seed: of the sampling noise.
+        stop_strings: text that ends the row when it appears in the answer part; it is cut from the text.
+        stop_ids: token ids that end the row like the end token.
+        logprobs: record the log-probability of each token under softmax(logits / temperature), before top-k, top-p and
+            min-p (at temperature 0: under softmax(logits)).
+        n: samples of this prompt; the first has the noise of `seed`, the others of seeds derived from it.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    max_gen_toks: int = 256
+    min_gen_toks: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_gen_toks": (self.max_gen_toks >= 1, "at least 1"),
+            "min_gen_toks": (0 <= self.min_gen_toks <= self.max_gen_toks, "within 0..max_gen_toks"),
+            "temperature": (0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
+            "top_p": (0 < self.top_p <= 1, "within (0, 1] (1 is off)"),
+            "min_p": (0 <= self.min_p <= 1, "within [0, 1] (0 is off)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "finite and above 0 (1 is off)"),
+            "stop_strings": (all(self.stop_strings), "without empty strings"),
+            "n": (self.n >= 1, "at least 1"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be {allowed}")
+
+
+class Choice(NamedTuple):
+    """A sampled token and its log-probability (see `SamplingParams.logprobs`; NaN when not asked for)."""
+
+    token: int
+    logprob: float
+
+
+class Draw(NamedTuple):
+    """One row to sample for.
+
+    Attributes:
+        params: of its request.
+        seed: of this sample.
+        count: tokens the row has generated so far.
+        banned: ids that may not be chosen now.
+        seen: ids of the prompt and the trace so far; needed with a repetition penalty only.
+        forced: the token to take whatever the scores, or None.
+    """
+
+    params: SamplingParams
+    seed: int
+    count: int
+    banned: tuple[int, ...] = ()
+    seen: Sequence[int] = ()
+    forced: int | None = None
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """Chooses one token a row.
+
+    Args:
+        logits: [rows, vocabulary], float32 or float64.
+        draws: one for each row.
+    """
+    logits = _penalised(logits, draws)
+    temperatures = torch.tensor([d.params.temperature or 1.0 for d in draws], device=logits.device, dtype=logits.dtype)
+    scaled = logits / temperatures[:, None]
+    tokens = scaled.argmax(-1)
+    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        chosen = [draws[row] for row in sampled]
+        noise = gumbel([d.seed for d in chosen], [d.count for d in chosen], logits.shape[-1], logits.device)
+        tokens[rows] = (_truncated(scaled[rows], [d.params for d in chosen]) + noise).argmax(-1)
+    for row, draw in enumerate(draws):
+        if draw.forced is not None:
+            tokens[row] = draw.forced
+    return _choices(tokens, scaled, draws)
+
+
+def _choices(tokens: torch.Tensor, scaled: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    logprobs = [math.nan] * len(draws)
+    if any(draw.params.logprobs for draw in draws):
+        logprobs = scaled.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+    return [Choice(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+
+
+def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Applies repetition penalties and bans; a copy is made only if there are any."""
+    if not any(draw.banned or draw.params.repetition_penalty != 1 for draw in draws):
+        return logits
+    logits = logits.clone()
+    for row, draw in enumerate(draws):
+        penalty = draw.params.repetition_penalty
+        if penalty != 1:
+            seen = torch.tensor(sorted(set(draw.seen)), device=logits.device)
+            scores = logits[row, seen]
+            logits[row, seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        if draw.banned:
+            logits[row, list(draw.banned)] = float("-inf")
+    return logits
+
+
+def _truncated(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Top-k, then top-p, then min-p, the order of transformers: [rows, vocabulary], removed entries are -inf."""
+    if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
+        return scores
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    top_k = torch.tensor([p.top_k or scores.shape[-1] for p in params], device=scores.device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=scores.device, dtype=scores.dtype)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=scores.device, dtype=scores.dtype)[:, None]
+    keep = torch.arange(scores.shape[-1], device=scores.device) < top_k
+    probabilities = ordered.masked_fill(~keep, float("-inf")).softmax(-1)
+    keep &= (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1)
+    probabilities = ordered.masked_fill(~keep, float("-inf")).softmax(-1)
+    keep &= probabilities >= min_p * probabilities[:, :1]
+    return torch.full_like(scores, float("-inf")).scatter(1, order, ordered.masked_fill(~keep, float("-inf")))
+
+
+def gumbel(seeds: Sequence[int], counts: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise, a pure function of (seed, count, token id): float64 [rows, size].
+
+    ``argmax(scores + noise)`` is a sample of softmax(scores) (Gumbel 1954; "Gumbel-max").
+    """
+    starts = [_signed(derive_seed(seed, count + 1)) for seed, count in zip(seeds, counts, strict=True)]
+    bits = torch.tensor(starts, device=device)[:, None] + torch.arange(1, size + 1, device=device) * _signed(_GOLDEN)
+    for shift, factor in _MIX:
+        bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
+    uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """Returns the `index`-th seed of the stream of `seed`, 64 bits; index 0 is `seed` itself."""
+    if index == 0:
+        return seed
+    bits = (seed + index * _GOLDEN) & _MASK
+    for _ in range(2):  # twice, since neighbouring seeds share their increments
+        for shift, factor in _MIX:
+            bits = ((bits ^ (bits >> shift)) * factor) & _MASK
+    return bits
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift; torch's own is arithmetic."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(bits: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
+    bits &= _MASK
+    return bits - 2**64 if bits >= 2**63 else bits

@@ -1,0 +1,128 @@
+"""Which rows run, in which slots, and which of their tokens are forwarded in a step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hcot_lmeval.engine.decoder import Chunk
+from hcot_lmeval.engine.rows import Request, Row
+from hcot_lmeval.engine.slots import KVPool
+
+MakeRow = Callable[[Request, int, int], Row]
+
+
+@dataclass
+class _Resident:
+    """The prompt whose keys and values lie at the start of a slot, also after its row has ended."""
+
+    prompt_ids: tuple[int, ...] = ()
+    row: Row | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the prompt are in the slot. No prune reaches into a prompt whose markers are inert."""
+        if self.row is None:
+            return 0
+        return min(len(self.row.positions), len(self.prompt_ids))
+
+
+class Scheduler:
+    """First come, first served; a row is admitted as soon as a slot is free.
+
+    Args:
+        samples: (request, sample) pairs in order.
+        pool: the slots.
+        make_row: builds the row of a request and sample in a slot.
+        step_tokens: most prompt and solution tokens forwarded in a step besides one token for every row.
+        share: copy common prompt prefixes between slots instead of forwarding them again.
+
+    Attributes:
+        rows: the running rows.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[tuple[Request, int]],
+        pool: KVPool,
+        make_row: MakeRow,
+        *,
+        step_tokens: int,
+        share: bool = True,
+    ) -> None:
+        self.rows: list[Row] = []
+        self._waiting = deque(samples)
+        self._pool, self._make_row = pool, make_row
+        self._step_tokens, self._share = step_tokens, share
+        self._free = deque(range(pool.slots))
+        self._residents = [_Resident() for _ in range(pool.slots)]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self.rows)
+
+    def admit(self) -> None:
+        """Gives free slots to waiting requests.
+
+        A request whose prompt another row is reading right now waits until it can copy it.
+        """
+        later: deque[tuple[Request, int]] = deque()
+        while self._waiting and self._free:
+            request, sample = self._waiting.popleft()
+            if self._share and self._is_being_read(request.prompt_ids):
+                later.append((request, sample))
+            else:
+                self._start(request, sample)
+        self._waiting.extendleft(reversed(later))
+
+    def plan(self) -> list[tuple[Row, Chunk]]:
+        """Returns the chunks of the next step: one token for every row that decodes, then prompts and solutions."""
+        budget = self._step_tokens + len(self.rows)
+        planned = []
+        for row in sorted(self.rows, key=lambda row: row.waiting_tokens):
+            if budget <= 0:
+                break
+            chunk = row.next_chunk(budget)
+            budget -= len(chunk.ids)
+            planned.append((row, chunk))
+        return planned
+
+    def retire(self) -> list[Row]:
+        """Removes the finished rows, frees their slots and returns them."""
+        finished = [row for row in self.rows if row.finished]
+        self.rows = [row for row in self.rows if not row.finished]
+        self._free.extend(row.slot for row in finished)
+        return finished
+
+    def _is_being_read(self, prompt_ids: tuple[int, ...]) -> bool:
+        return any(row.reads_prompt and row.request.prompt_ids == prompt_ids for row in self.rows)
+
+    def _start(self, request: Request, sample: int) -> None:
+        donor, shared = self._best_donor(request.prompt_ids) if self._share else (0, 0)
+        slot = donor if shared and donor in self._free else self._free[0]
+        self._free.remove(slot)
+        row = self._make_row(request, sample, slot)
+        if shared:
+            if slot != donor:
+                self._pool.copy(donor, slot, shared)
+            row.skip_prompt(shared)
+        self._residents[slot] = _Resident(request.prompt_ids, row)
+        self.rows.append(row)
+
+    def _best_donor(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
+        """Returns the slot that holds most of the prompt, and how much; the last token is always forwarded anew."""
+        best = (0, 0)
+        for slot, resident in enumerate(self._residents):
+            limit = min(resident.tokens, len(prompt_ids) - 1)
+            if limit > best[1]:
+                shared = common_prefix(resident.prompt_ids, prompt_ids, limit)
+                best = max(best, (slot, shared), key=lambda pair: pair[1])
+        return best
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:
+    """Returns the length of the common prefix of `a` and `b`, at most `limit`."""
+    if a[:limit] == b[:limit]:
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])

@@ -1,0 +1,108 @@
+"""The keys and values of all rows: one preallocated slot a row, pruned by changing a length.
+
+A slot holds the live context of one row, oldest token first. Nothing is ever zeroed: what lies behind a row's length is
+garbage (NaN when `poison` is set, so that a test notices if it is read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+MEMORY_SHARE = 0.9
+"""Part of the free memory that the pool may take; the rest is left to activations and logits."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores per token: `heads` x (`key_dim` + `value_dim`) numbers."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per token."""
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class KVPool:
+    """Keys and values of `slots` rows of at most `length` live tokens.
+
+    Args:
+        layers: layer index to shape.
+        slots: rows held at the same time.
+        length: live tokens a slot can hold.
+        poison: fill with NaN, for tests.
+
+    Attributes:
+        keys: layer index to a tensor [slots, length, heads, key_dim].
+        values: layer index to a tensor [slots, length, heads, value_dim].
+    """
+
+    def __init__(self, layers: Mapping[int, LayerShape], slots: int, length: int, *, poison: bool = False) -> None:
+        self.slots, self.length = slots, length
+        self.keys = {i: self._allocate(shape, shape.key_dim, poison) for i, shape in layers.items()}
+        self.values = {i: self._allocate(shape, shape.value_dim, poison) for i, shape in layers.items()}
+
+    def _allocate(self, shape: LayerShape, dim: int, poison: bool) -> torch.Tensor:
+        size = (self.slots, self.length, shape.heads, dim)
+        if poison:
+            return torch.full(size, float("nan"), dtype=shape.dtype, device=shape.device)
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken."""
+        return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
+
+    def drop(self, slot: int, start: int, stop: int, length: int) -> None:
+        """Removes the tokens [start, stop) of a slot that holds `length`; what lies behind them moves down."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
+                tensor[slot, start : start + length - stop] = tensor[slot, stop:length].clone()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of one slot to another."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
+                tensor[target, :length] = tensor[source, :length]
+
+
+def slots_that_fit(layers: Mapping[int, LayerShape], length: int) -> int:
+    """Returns how many slots of `length` tokens the free memory of every device involved can hold."""
+    per_device: dict[torch.device, int] = {}
+    for shape in layers.values():
+        per_device[shape.device] = per_device.get(shape.device, 0) + shape.token_bytes * length
+    return min(int(MEMORY_SHARE * free_bytes(device)) // need for device, need in per_device.items())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory that can be allocated on `device` now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return int(psutil.virtual_memory().available)
+
+
+def plan_slots(layers: Mapping[int, LayerShape], length: int, wanted: int) -> int:
+    """Returns how many of the `wanted` slots fit.
+
+    Raises:
+        MemoryError: not even one slot fits; the message says which option to lower.
+    """
+    fit = slots_that_fit(layers, length)
+    if fit < 1:
+        need = sum(shape.token_bytes for shape in layers.values()) * length
+        raise MemoryError(
+            f"one row of {length} live tokens needs {need / 2**20:,.0f} MiB of keys and values, which is more than the "
+            "free memory; lower max_context (or max_gen_toks, if no prompt is that long), or choose a smaller dtype"
+        )
+    return min(wanted, fit)
