@@ -1,0 +1,111 @@
+"""Is a text written in the language that was asked for?
+
+PolyMath's language consistency: formulas are taken out, a short rest counts as consistent (there is nothing to judge),
+the rest goes through langdetect. Seeded, so one text always gets one verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from hcot_lmeval.markup import PRESETS
+
+SHORT = 15
+"""Up to this many characters count as consistent (the benchmark's own rule)."""
+
+SEED = 0
+
+NAMES = {"zh": ("zh-cn", "zh-tw")}
+"""langdetect's names of a language where they are not the language code itself."""
+
+UNSUPPORTED = frozenset({"ms"})
+"""Languages of PolyMath without a langdetect profile: Malay."""
+
+_MARKERS = re.compile(
+    "|".join(sorted({re.escape(s) for m in PRESETS.values() for s in (*m.markers, *m.think)}, key=len, reverse=True))
+)
+
+# From the widest delimiters to the narrowest, so that a formula is not cut by what stands inside of it.
+_FORMULAS = (
+    re.compile(r"```.*?```", re.S),
+    re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.S),
+    re.compile(r"\$\$.*?\$\$", re.S),
+    re.compile(r"\\\[.*?\\\]", re.S),
+    re.compile(r"\\\(.*?\\\)", re.S),
+    re.compile(r"\$[^$]*\$"),
+)
+_INNERMOST = re.compile(r"\\[a-zA-Z]+\*?\s*(?:\[[^\]]*\])?(?:\{[^{}]*\})+")
+_COMMAND = re.compile(r"\\[a-zA-Z]+|\\.|[{}]")
+
+
+def without_formulas(text: str) -> str:
+    """Returns the prose of a text: no formulas, LaTeX commands (with their arguments), code blocks or block markers."""
+    text = _MARKERS.sub(" ", text)
+    for pattern in _FORMULAS:
+        text = pattern.sub(" ", text)
+    while (shorter := _INNERMOST.sub(" ", text)) != text:  # from the innermost command outwards
+        text = shorter
+    return " ".join(_COMMAND.sub(" ", text).split())
+
+
+def is_consistent(text: str, language: str) -> bool:
+    """Tells whether the prose of a text is written in a language; the most probable one decides.
+
+    Args:
+        text: a thinking section or an answer.
+        language: code as in PolyMath (``en``, ``zh``).
+
+    Raises:
+        ValueError: langdetect does not know the language.
+    """
+    accepted = NAMES.get(language, (language,))
+    known = _factory().get_lang_list()
+    if not set(accepted) <= set(known):
+        raise ValueError(f"language={language!r} has no langdetect profile; choose from {', '.join(sorted(known))}")
+    prose = without_formulas(text)
+    if len(prose) <= SHORT:
+        return True
+    found = _detect(prose)
+    return found is None or found in accepted
+
+
+def _detect(prose: str) -> str | None:
+    """The most probable language; None if there are no letters to go by."""
+    from langdetect.lang_detect_exception import ErrorCode, LangDetectException
+
+    detector = _factory().create()
+    detector.append(prose)
+    try:
+        probabilities = detector.get_probabilities()
+    except LangDetectException as error:
+        if error.get_code() != ErrorCode.CantDetectError:
+            raise
+        return None
+    return probabilities[0].lang if probabilities else "unknown"
+
+
+@cache
+def _factory() -> Any:
+    """A factory of our own: the module-wide one of langdetect shares its seed with everybody."""
+    from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
+
+    factory = DetectorFactory()
+    factory.load_profile(PROFILES_DIRECTORY)
+    factory.set_seed(SEED)
+    return factory
+
+
+def consistency(response: str, language: str) -> dict[str, float]:
+    """Returns lang_answer and lang_thinking of a response (1: consistent, or too short to tell).
+
+    lang_thinking is absent for a plain string, which does not tell its thinking apart; both are absent for a language
+    that cannot be detected.
+    """
+    if language in UNSUPPORTED:
+        return {}
+    record = {"lang_answer": float(is_consistent(str(response), language))}
+    if hasattr(response, "thinking"):
+        record["lang_thinking"] = float(is_consistent(response.thinking, language))
+    return record
