@@ -1,0 +1,350 @@
+"""``--model hcot``: lm-eval's Hugging Face model with a decoder that prunes.
+
+Loading, devices, quantisation, adapters, tokenizer and log-likelihoods are those of lm-eval's ``hf``, untouched.
+Generation is ours wholly: every request goes to `hcot_lmeval.engine`, and comes back as a `Response`.
+
+    lm = HcotLM(pretrained="path/to/checkpoint", batch_size="auto", pruning="recompute", max_context=4096)
+    lm_eval.simple_evaluate(lm, tasks=["aime24"])
+
+Differences to ``hf`` that a user should know:
+
+* ``max_context`` bounds the live tokens of a request, ``max_gen_toks`` everything it generates; they do not add up.
+* A prompt is never cut. One that leaves no room ends at once with finish reason ``context`` and an empty answer.
+* ``until`` acts in the answer part alone, neither within the thinking section nor within a block.
+* The answer is the text behind the thinking section, and empty if the thinking did not end.
+* The chat template is applied to prompts if the tokenizer has one (``apply_chat_template=auto``).
+* Sampling parameters that a request leaves open are those of the checkpoint's generation config, else neutral.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from hcot_lmeval import lm_fingerprint as fingerprint
+from hcot_lmeval.engine import Completion, Engine, Request
+from hcot_lmeval.journal import Journal
+from hcot_lmeval.lm_options import QUANTIZATION_KWARGS, known_names, split_model_args, unknown_argument
+from hcot_lmeval.lm_prompts import PromptEncoder, resolve_think
+from hcot_lmeval.lm_requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
+from hcot_lmeval.lm_statistics import RunStatistics
+from hcot_lmeval.lm_worklist import Worklist
+from hcot_lmeval.markup import get_markup
+from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.progress import ProgressBar
+from hcot_lmeval.response import Response, split_thinking
+from hcot_lmeval.tokens import marker_ids, token_id
+from hcot_lmeval.trace import Policy
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CHECKPOINT = "anujjamwal/OpenMath-Nemotron-1.5B-PruneAware"
+"""The published checkpoint that was trained to write prunable traces."""
+
+USUAL_BUDGET = 32768
+"""Generated tokens that the field allows for a competition problem; lm-eval's own aime24 sets it."""
+
+
+class HcotLM(HFLM):
+    """A causal language model that prunes finished thoughts from its context while it generates.
+
+    Args:
+        pretrained: checkpoint directory, id on the hub, or a model in memory (then pass `tokenizer` too).
+        model_args: every argument of lm-eval's ``hf`` and of `from_pretrained`, and the fields of
+            `hcot_lmeval.lm_options.Options`.
+
+    Attributes:
+        options: ours among the arguments.
+        markup: the notation.
+        think: the strings around the thinking section, or None for a model that has none.
+
+    Raises:
+        ValueError: an argument is unknown, has a value that is not allowed, or the tokenizer lacks the markers.
+        UnsupportedModelError: at the first generation, if the model's state cannot be rewound.
+    """
+
+    def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
+        self.options, rest = split_model_args(model_args)
+        _check_names(pretrained, rest)
+        self._arguments = dict(rest)
+        thinking = rest.pop("enable_thinking", None)
+        self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
+        super().__init__(pretrained=pretrained, **rest)
+        self._join_ranks()
+        self.markup = get_markup(self.options.markup)
+        if self.options.pruning is not Policy.OFF:
+            marker_ids(self.tokenizer, self.markup)
+        self.think = resolve_think(self.tokenizer, self.markup, self.think_end_token)
+        self._set_thinking(thinking)
+        self._prompts = PromptEncoder(
+            self.tokenizer,
+            self.markup,
+            self.think,
+            chat=self.options.apply_chat_template,
+            render=super().apply_chat_template,
+            add_bos_token=self.add_bos_token,
+        )
+        self._statistics = RunStatistics()
+        self._other_ranks: list[RunStatistics] = []
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        """Loads the config; bitsandbytes fields become part of it, for `from_pretrained` no longer takes them."""
+        super()._get_config(pretrained, **kwargs)
+        if self._quantization:
+            self._config.quantization_config = BitsAndBytesConfig(**self._quantization).to_dict()
+
+    # --- limits -------------------------------------------------------------------------------------------------------
+
+    @property
+    def max_context(self) -> int:
+        """Most live tokens of a request, prompt included."""
+        return self.options.max_context or self.max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Generated tokens of a request that names no limit.
+
+        Without pruning ``max_context`` is the limit anyway. A pruned trace may be many times longer than its live
+        context, so the default is then at least the budget that the field gives a hard problem.
+        """
+        if self.options.max_gen_toks is not None:
+            return self.options.max_gen_toks
+        pruned = self.options.pruning is not Policy.OFF
+        return max(self.max_context, USUAL_BUDGET) if pruned else self.max_context
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Renders a chat for lm-eval and remembers that the result needs no template any more."""
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        self._prompts.note_rendered(text)
+        return text
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Decodes token ids; of the special tokens, markers and thinking tokens are never skipped."""
+        if not skip_special_tokens:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+        ids = [tokens] if isinstance(tokens, int) else [int(i) for i in tokens]
+        return str(self.tokenizer.decode([i for i in ids if i not in self._hidden_ids]))
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generates all requests, in any order, each distinct one once.
+
+        Returns:
+            A `Response` for each request, in the order of `requests`.
+
+        Raises:
+            ValueError: a generation kwarg is unknown or has a value that is not allowed.
+        """
+        work = Worklist(self._journal, self._remember)
+        for instance, repeat in zip(requests, repeat_indices(requests), strict=True):
+            work.add(instance, self._request(instance, repeat))
+        for response in work.resume():
+            self._statistics.add(response.stats, resumed=True)
+        self._generate(work, disable=disable_tqdm or self.rank != 0)
+        return list(work.responses())
+
+    def _generate(self, work: Worklist, *, disable: bool) -> None:
+        todo = work.open_requests()
+        self._warn_of_long_prompts(todo)
+        if not todo:
+            return
+        start = time.perf_counter()
+        with ProgressBar(self.engine, len(work), work.finished, disable=disable) as bar, self._autocast():
+            for completion in self.engine.stream(todo, self._notes):
+                response = self._response(completion)
+                work.finish(completion.request, response, completion.request.meta)
+                self._statistics.add(response.stats, resumed=False)
+                bar.advance()
+        self._statistics.wall_seconds += time.perf_counter() - start
+
+    def _request(self, instance: Instance, repeat: int) -> Request:
+        context, kwargs = instance.args
+        prompt = self._prompt(context)
+        seed = request_seed([self.options.seed, kwargs.get("seed")], instance, repeat)
+        params = self._settings.params(kwargs, seed)
+        return Request(
+            id=f"{instance_name(instance)}/{repeat}",
+            prompt_ids=prompt[0],
+            params=params,
+            thinking=prompt[1],
+            meta={"task": instance.task_name, "doc_id": instance.doc_id, "repeat": repeat, "seed": params.seed},
+        )
+
+    def _prompt(self, context: str) -> tuple[tuple[int, ...], bool]:
+        """Token ids of a prompt and whether it leaves the model thinking; an empty one begins as in log-likelihoods."""
+        prompt = self._prompts(context)
+        return tuple(prompt.ids or [self.prefix_token_id]), prompt.thinking
+
+    def _response(self, completion: Completion) -> Response:
+        parts = split_thinking(completion.text, self.think, opened=completion.request.thinking)
+        plain = self.think is None and self.options.pruning is Policy.OFF
+        return Response(
+            self._as_hf_writes(completion) if plain else parts.answer,
+            stats=completion.statistics.as_dict(),
+            thinking=parts.thinking,
+            raw=completion.text,
+            finish_reason=completion.finish_reason,
+        )
+
+    def _as_hf_writes(self, completion: Completion) -> str:
+        """The text as lm-eval's ``hf`` decodes it: markers that are special tokens vanish too."""
+        text = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        if isinstance(completion.stop, str):
+            text = text[: text.rfind(completion.stop)]
+        return text
+
+    def _remember(self, instance: Instance, response: Response) -> None:
+        self.cache_hook.add_partial("generate_until", instance.args, response)
+
+    def _warn_of_long_prompts(self, requests: Sequence[Request]) -> None:
+        long = [len(request.prompt_ids) for request in requests if len(request.prompt_ids) >= self.max_context]
+        if long:
+            logger.warning(
+                "%d of %d prompts (up to %d tokens) leave no room in max_context=%d; their answers will be empty",
+                len(long),
+                len(requests),
+                max(long),
+                self.max_context,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    # --- made on first use: a run of log-likelihoods needs none of it -------------------------------------------------
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The decoder, on the model that lm-eval loaded."""
+        slots = self.batch_size if isinstance(self.batch_size, int) else "auto"
+        return Engine(
+            self.model,
+            self.tokenizer,
+            policy=self.options.pruning,
+            markup=self.markup,
+            max_context=self.max_context,
+            slots=slots,
+            max_slots=self.max_batch_size,
+            think=self.think,
+        )
+
+    @cached_property
+    def run_facts(self) -> dict[str, Any]:
+        """Everything that determines what a request's response is, apart from the request."""
+        ours = {"pruning": self.options.pruning.value, "markup": self.markup.name, "max_context": self.max_context}
+        return {
+            **ours,
+            **fingerprint.library_versions(),
+            "model": fingerprint.checkpoint_facts(self.pretrained, self.revision),
+            "adapter": fingerprint.checkpoint_facts(self.peft, self.revision) if self.peft else None,
+            "delta": fingerprint.checkpoint_facts(self.delta, self.revision) if self.delta else None,
+            "tokenizer": fingerprint.tokenizer_digest(self.tokenizer),
+            "dtype": str(self.model.dtype),
+            "device": self.device.type,
+            "think": self.think,
+            "arguments": fingerprint.plain_arguments(self._arguments),
+        }
+
+    @cached_property
+    def _journal(self) -> Journal | None:
+        if self.options.journal is None:
+            return None
+        return Journal(self.options.journal, self.run_facts, self.rank)
+
+    @cached_property
+    def _notes(self) -> NoteTaker | None:
+        if self.options.notes is None:
+            return None
+        name = f"notes-{fingerprint.digest(self.run_facts)[:12]}-rank{self.rank}.jsonl"
+        return NoteTaker(self.options.notes / name, self.engine.decode, self.run_facts)
+
+    @cached_property
+    def _settings(self) -> GenerationSettings:
+        config = getattr(self.model, "generation_config", None)
+        defaults = {name: getattr(config, name, None) for name in NEUTRAL}
+        return GenerationSettings(self.max_gen_toks, defaults, self._stop_id)
+
+    def _stop_id(self, text: str) -> int | None:
+        """The id of a stop string that is a special token and so not part of the text."""
+        found = token_id(self.tokenizer, text)
+        return found if found in self._hidden_ids else None
+
+    @cached_property
+    def _hidden_ids(self) -> frozenset[int]:
+        """Special tokens that are not part of a text."""
+        kept = {*self.markup.markers, *self.markup.think, *(self.think or ())}
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        return frozenset(special - {token_id(self.tokenizer, text) for text in kept})
+
+    # --- thinking, ranks and reports ----------------------------------------------------------------------------------
+
+    def _set_thinking(self, enable: bool | None) -> None:
+        """``hf`` wants to be told the end of thinking; here the vocabulary may have said it."""
+        self.enable_thinking = enable
+        if enable is None:
+            return
+        if enable and self.think is None:
+            raise ValueError(
+                f"enable_thinking=True, but the tokenizer has no {' and '.join(self.markup.think)}; "
+                "name the end of thinking with think_end_token"
+            )
+        self.chat_template_args = self.chat_template_args | {"enable_thinking": enable}
+
+    def _join_ranks(self) -> None:
+        """Takes rank and world size from accelerate: ``hf`` sets them for GPUs only, and from the local rank."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is None:
+            return
+        self._rank = accelerator.process_index
+        self._world_size = accelerator.num_processes
+        self._device = accelerator.device
+
+    def barrier(self) -> None:
+        """Waits for all ranks. lm-eval does so after each kind of request, so the ranks exchange their totals here."""
+        super().barrier()
+        if self.world_size > 1:
+            everyone = self.gather_object(self._statistics, dst=0)
+            self._other_ranks = [] if everyone is None else everyone[1:]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Returns what lm-eval reports of an ``hf`` model and, under ``hcot``, the settings and totals of the run."""
+        options = dataclasses.asdict(self.options)
+        settings = {name: options[name] for name in ("pruning", "markup", "apply_chat_template", "seed")}
+        limits = {"max_context": self.max_context, "max_gen_toks": self.max_gen_toks, "ranks": self.world_size}
+        totals = self._statistics.merge(self._other_ranks).as_dict()
+        return {**super().get_model_info(), "hcot": {**settings, **limits, **totals}}
+
+
+def _check_names(pretrained: Any, arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` for an argument that neither we, ``hf``, `from_pretrained` nor the model's config knows."""
+    known = known_names()
+    unknown = [name for name in arguments if name not in known]
+    if unknown and isinstance(pretrained, str):
+        unknown = [name for name in unknown if not _is_config_field(pretrained, name, arguments)]
+    if unknown:
+        raise unknown_argument(unknown[0], known)
+
+
+def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> bool:
+    """Whether `from_pretrained` would take `name` as an override of the model's config."""
+    loading = ("revision", "trust_remote_code", "subfolder", "gguf_file")
+    try:
+        config = AutoConfig.from_pretrained(pretrained, **{k: arguments[k] for k in loading if k in arguments})
+    except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
+        return False
+    return hasattr(config, name)

@@ -1,0 +1,172 @@
+"""The model arguments of ``--model hcot``: ours as one record, the rest checked before it is passed on.
+
+lm-eval's ``hf`` hands what it does not know to the model's constructor. Here an unknown argument is an error that names
+the nearest known one, before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.journal import default_root
+from hcot_lmeval.markup import get_markup
+from hcot_lmeval.trace import Policy
+
+LOADING_KWARGS = frozenset(
+    """adapter_kwargs allow_all_kernels attn_implementation code_revision device_map experts_implementation
+    generation_config kernel_config key_mapping low_cpu_mem_usage max_memory offload_buffers proxies torch_dtype
+    use_kernels variant""".split()
+)
+"""What `PreTrainedModel.from_pretrained` takes besides the names in its signature (from the source of transformers 5)."""
+
+QUANTIZATION_KWARGS = frozenset(
+    """load_in_4bit load_in_8bit llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload
+    llm_int8_has_fp16_weight bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant
+    bnb_4bit_quant_storage""".split()
+)
+"""Fields of `transformers.BitsAndBytesConfig`, which users give one by one and `from_pretrained` no longer takes so."""
+
+REFUSED = {
+    "tp_plan": "tensor parallelism splits the heads that the KV pool holds together; use parallelize=True",
+    "truncation": "prompts are never cut; raise max_context, or shorten the prompt",
+}
+"""Arguments of lm-eval's ``hf`` that have no meaning here, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``hcot`` takes beyond lm-eval's ``hf``.
+
+    Attributes:
+        pruning: ``off``, ``recompute`` or ``evict``: what the closing marker of a block does.
+        markup: the notation of the model, a key of `hcot_lmeval.markup.PRESETS`.
+        max_context: most live tokens of a request, prompt included; None for the model's maximum length.
+        max_gen_toks: generated tokens, pruned ones included, of a request that does not name its own limit.
+        notes: directory for one JSONL file of notes per rank, or None.
+        journal: directory of the journals of finished requests, or None for no journal.
+        apply_chat_template: True, False, or None (``auto``): whether the prompt becomes a user message, which it does
+            under ``auto`` if the tokenizer has a template and lm-eval did not apply it already.
+        seed: of all sampling; a request's own seed is derived from it.
+    """
+
+    pruning: Policy = Policy.RECOMPUTE
+    markup: str = "hcot"
+    max_context: int | None = None
+    max_gen_toks: int | None = None
+    notes: Path | None = None
+    journal: Path | None = None
+    apply_chat_template: bool | None = None
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Options:
+        """Reads the options from model arguments as lm-eval parses them (strings, numbers, booleans, None).
+
+        Raises:
+            ValueError: a value is not allowed; the message says which are.
+        """
+        markup = values.get("markup", cls.markup)
+        get_markup(markup)
+        return cls(
+            pruning=_policy(values.get("pruning", cls.pruning)),
+            markup=markup,
+            max_context=_positive("max_context", values.get("max_context")),
+            max_gen_toks=_positive("max_gen_toks", values.get("max_gen_toks")),
+            notes=_directory("notes", values.get("notes")),
+            journal=_directory("journal", values.get("journal", default_root())),
+            apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
+            seed=_integer("seed", values.get("seed", 0)),
+        )
+
+
+OPTION_NAMES = frozenset(field.name for field in fields(Options))
+
+
+def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """Splits model arguments into our options and those of lm-eval's ``hf``.
+
+    Raises:
+        ValueError: an option's value is not allowed, or an argument of ``hf`` has no meaning here.
+    """
+    options = Options.parse({name: value for name, value in args.items() if name in OPTION_NAMES})
+    rest = {name: value for name, value in args.items() if name not in OPTION_NAMES}
+    for name, advice in REFUSED.items():
+        if rest.get(name):
+            raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
+    if rest.get("backend", "default") == "seq2seq":
+        raise ValueError("backend='seq2seq' is not supported by hcot, which decodes causal models; leave it out")
+    return options, rest
+
+
+def known_names() -> frozenset[str]:
+    """Returns every argument that means something: ours, those of ``hf`` and those of `from_pretrained`."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel
+
+    names = {*OPTION_NAMES, *LOADING_KWARGS, *QUANTIZATION_KWARGS}
+    for function in (HFLM.__init__, PreTrainedModel.from_pretrained):
+        names.update(_named_parameters(function))
+    return frozenset(names - {"self", "pretrained_model_name_or_path"})
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> ValueError:
+    """Returns the error for a model argument that nobody knows, naming the nearest known one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(
+        f"model_args: {name!r} is unknown.{hint} Allowed are {', '.join(sorted(OPTION_NAMES))}, the arguments of "
+        "lm-eval's hf model, those of from_pretrained, and the fields of the model's configuration."
+    )
+
+
+def _named_parameters(function: Any) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
+
+
+def _policy(value: Any) -> Policy:
+    if value is False:  # YAML reads a bare `off` as false
+        return Policy.OFF
+    try:
+        return Policy(value)
+    except ValueError:
+        allowed = ", ".join(policy.value for policy in Policy)
+        raise ValueError(f"pruning={value!r} is not one of {allowed}") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is not an integer")
+    return value
+
+
+def _positive(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if _integer(name, value) < 1:
+        raise ValueError(f"{name}={value!r} is not positive; leave it out for the default")
+    return value
+
+
+def _switch(name: str, value: Any) -> bool | None:
+    allowed = {"auto": None, "true": True, "false": False}
+    key = str(value).lower()
+    if key not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+    return allowed[key]
+
+
+def _directory(name: str, value: Any) -> Path | None:
+    if value is None or value is False or value == "off":
+        return None
+    if value is True or not str(value):
+        raise ValueError(f"{name}={value!r} is neither a directory nor 'off'")
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name}={value} is a file; name a directory or 'off'")
+    return path

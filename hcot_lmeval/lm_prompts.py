@@ -1,0 +1,131 @@
+"""From a benchmark's prompt text to what the model reads: chat template, token ids, and whether it is thinking yet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from hcot_lmeval.markup import Markup
+from hcot_lmeval.tokens import encode_prompt, token_id
+
+logger = logging.getLogger(__name__)
+
+_CONTENT = "\ufdd0content\ufdd0"
+"""Stands for the user's message when a template is examined; a noncharacter of Unicode is in no template."""
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model reads it.
+
+    Attributes:
+        text: with the chat template.
+        ids: token ids; no text becomes a marker.
+        thinking: whether it ends inside a thinking section.
+    """
+
+    text: str
+    ids: list[int]
+    thinking: bool
+
+
+def resolve_think(tokenizer: PreTrainedTokenizerBase, markup: Markup, end: str | int | None) -> tuple[str, str] | None:
+    """Returns the strings around a thinking section, or None for a model that has none.
+
+    A model has one if both strings of `markup.think` are tokens of its vocabulary, or if the user names the end.
+
+    Args:
+        tokenizer: the model's.
+        markup: the notation.
+        end: the end of thinking as the user named it (lm-eval's ``think_end_token``: text or token id), or None.
+    """
+    if end is not None:
+        return markup.think[0], tokenizer.decode([end]) if isinstance(end, int) else end
+    known = all(token_id(tokenizer, text) is not None for text in markup.think)
+    return markup.think if known else None
+
+
+class PromptEncoder:
+    """Renders and encodes prompts.
+
+    Args:
+        tokenizer: the model's.
+        markup: the notation whose markers are text in a prompt.
+        think: the strings around a thinking section, or None.
+        chat: whether a prompt becomes the user's message of a chat; None: if the tokenizer has a template.
+        render: applies the chat template to a list of messages.
+        add_bos_token: whether the tokenizer adds its special tokens; None: as the tokenizer does by default.
+
+    Raises:
+        ValueError: `chat` is True and the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        markup: Markup,
+        think: tuple[str, str] | None,
+        *,
+        chat: bool | None,
+        render: Callable[[list[dict[str, str]]], str],
+        add_bos_token: bool | None = None,
+    ) -> None:
+        has_template = bool(tokenizer.chat_template)
+        if chat and not has_template:
+            raise ValueError("apply_chat_template=true, but the tokenizer has no chat template; use auto or false")
+        self.tokenizer, self.markup, self.think = tokenizer, markup, think
+        self.chat = has_template if chat is None else chat
+        self._render, self._add_bos_token = render, add_bos_token
+        self._rendered: set[int] = set()
+
+    def note_rendered(self, text: str) -> None:
+        """Remembers a text that the benchmark has rendered with the chat template itself."""
+        self._rendered.add(hash(text))
+
+    def __call__(self, text: str) -> Prompt:
+        """Renders (once) and encodes a prompt."""
+        if self.chat and not self._is_rendered(text):
+            text = self._render([{"role": "user", "content": text}])
+        return Prompt(text, self._encode(text), self._is_thinking(text))
+
+    @cached_property
+    def _generation_prompt(self) -> str:
+        """What the template writes behind the user's message, or an empty string without a template."""
+        if not self.tokenizer.chat_template:
+            return ""
+        return self._render([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)[2]
+
+    def _is_rendered(self, text: str) -> bool:
+        """Whether a prompt has been through the template; prompts from lm-eval's request cache were not seen here."""
+        if hash(text) in self._rendered:
+            return True
+        prompt = self._generation_prompt
+        telling = any(token in prompt for token in self.tokenizer.all_special_tokens)
+        return telling and prompt in text
+
+    def _is_thinking(self, text: str) -> bool:
+        """Whether the assistant's turn has opened a thinking section; what the user's text spells does not count."""
+        if self.think is None:
+            return False
+        begin, end = self.think
+        header = self._generation_prompt.partition(begin)[0]
+        if header.strip() and header in text:
+            turn = text.rpartition(header)[2]
+            return turn.rfind(begin) > turn.rfind(end)
+        return text.rstrip().endswith(begin)
+
+    def _encode(self, text: str) -> list[int]:
+        kwargs: dict[str, Any] = {"add_special_tokens": self._adds_special_tokens(text)}
+        if any(token_id(self.tokenizer, marker) is not None for marker in self.markup.markers):
+            return encode_prompt(self.tokenizer, text, self.markup, **kwargs)
+        return list(self.tokenizer.encode(text, **kwargs))
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """lm-eval's rule: never a second BOS, else what the user said, else the tokenizer's default."""
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos):
+            return False
+        return True if self._add_bos_token is None else self._add_bos_token

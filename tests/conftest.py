@@ -1,0 +1,19 @@
+"""What all tests share: no network, one thread, and a cache directory of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Journals of a test never meet those of the user or of another test."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(path))
+    return path
