@@ -303,7 +303,8 @@ class HcotLM(HFLM):
                 f"enable_thinking=True, but the tokenizer has no {' and '.join(self.markup.think)}; "
                 "name the end of thinking with think_end_token"
             )
-        self.chat_template_args = self.chat_template_args | {"enable_thinking": enable}
+        given: dict[str, Any] = self._arguments.get("chat_template_args") or {}
+        self.chat_template_args = given | {"enable_thinking": enable}
 
     def _join_ranks(self) -> None:
         """Takes rank and world size from accelerate: ``hf`` sets them for GPUs only, and from the local rank."""

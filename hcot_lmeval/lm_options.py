@@ -1,7 +1,7 @@
 """The model arguments of ``--model hcot``: ours as one record, the rest checked before it is passed on.
 
 lm-eval's ``hf`` hands what it does not know to the model's constructor. Here an unknown argument is an error that names
-the nearest known one, before anything is downloaded.
+the nearest known one, before any weights are downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOADING_KWARGS = frozenset(
     generation_config kernel_config key_mapping low_cpu_mem_usage max_memory offload_buffers proxies torch_dtype
     use_kernels variant""".split()
 )
-"""What `PreTrainedModel.from_pretrained` takes besides the names in its signature (from the source of transformers 5)."""
+"""What `PreTrainedModel.from_pretrained` takes beyond the names in its signature (as read in transformers 5)."""
 
 QUANTIZATION_KWARGS = frozenset(
     """load_in_4bit load_in_8bit llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload

@@ -1,4 +1,4 @@
-"""The bookkeeping of one call of ``generate_until``: which requests are distinct, finished, or still to be generated."""
+"""The bookkeeping of one call of ``generate_until``: which requests are distinct, finished, or still to be done."""
 
 from __future__ import annotations
 

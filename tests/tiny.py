@@ -1,7 +1,7 @@
 """Tiny random models and a real byte-level tokenizer, made on the spot: everything the tests decode with.
 
-The models have two layers, grouped heads and logits far apart (standard deviation of about 1.5), so that greedy decoding
-meets no near-ties. The weights depend on the arguments alone.
+The models have two layers, grouped heads and logits far apart (standard deviation of about 1.4), so that near-ties are
+rare in greedy decoding. The weights depend on the arguments alone.
 """
 
 from __future__ import annotations
