@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made once, with Python >= 3.11 (PYTHON=... to choose one).
-#   make test TORCH=torch==2.13.0                                       another torch than the newest
-#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu          without the gigabytes of CUDA packages
+#   make test TORCH=torch==2.13.0           another torch than the newest
+#   make test TORCH_INDEX=URL               from another package index, e.g. one of CPU-only builds
 # After `make clean` the environment is made anew.
 TORCH ?= torch
 TORCH_INDEX ?=
@@ -34,6 +34,7 @@ clean:
 
 $(READY): pyproject.toml hatch_build.py startup/hcot_lmeval.pth startup/hcot_lmeval.start
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo 'making $(VENV): some minutes, most of them for $(TORCH)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
