@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def tasks_path() -> str | None:
-    """Returns the folder of our tasks, within the package in a wheel, beside it in a checkout; None if it is missing."""
+    """Returns the folder of our tasks: within the package in a wheel, beside it in a checkout; None if it is lost."""
     package = os.path.dirname(os.path.abspath(__file__))
     candidates = (os.path.join(folder, "tasks") for folder in (package, os.path.dirname(package)))
     return next(filter(os.path.isdir, candidates), None)

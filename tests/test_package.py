@@ -27,7 +27,7 @@ def test_startup_files_lie_at_the_root_of_site_packages(installed):
 
 
 def test_both_startup_files_call_the_same_function(installed):
-    """Python 3.15 and later read the second, by `pkgutil.resolve_name`, and then ignore the `import` line of the first."""
+    """From Python 3.15 on the second counts, read by `pkgutil.resolve_name`; the first one's line is then ignored."""
     entry = (installed.site_packages / "hcot_lmeval.start").read_text().strip()
     assert pkgutil.resolve_name(entry) is hcot_lmeval.plugin.start
     (line,) = (installed.site_packages / "hcot_lmeval.pth").read_text().splitlines()
@@ -123,3 +123,11 @@ def test_type_checkers_see_the_same_names_in_the_same_modules():
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"]
     seen = {alias.asname: node.module.removeprefix("hcot_lmeval.") for node in imports for alias in node.names}
     assert seen == hcot_lmeval._HOME
+
+
+def test_installed_antlr_is_the_one_that_sympy_accepts():
+    """With another version lm-eval's minerva tasks, and whatever else parses LaTeX by sympy, cannot be imported."""
+    from sympy import Rational
+    from sympy.parsing.latex import parse_latex
+
+    assert parse_latex(r"\frac{1}{2}").doit() == Rational(1, 2)
