@@ -117,7 +117,7 @@ def _check_contexts(
 
 
 def _check_trie(plan: Plan) -> None:
-    """`recompute` and `off` plans are a trie in depth-first order: a row sees its ancestors, as many as its position."""
+    """`recompute` and `off` plans are a trie in depth-first order: a row sees its ancestors and itself alone."""
     for query in range(len(plan)):
         seen = seen_by(plan, query)
         assert plan.positions[query] == len(seen) - 1

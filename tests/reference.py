@@ -161,18 +161,27 @@ def evict_mask(ids: Sequence[int], prompt_len: int, markers: MarkerIds) -> torch
 
 @torch.no_grad()
 def reference_logits(
-    model: PreTrainedModel, ids: Sequence[int], prompt_len: int, markers: MarkerIds, policy: str
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    prompt_len: int,
+    markers: MarkerIds,
+    policy: str,
+    *,
+    prompt_acts: bool = False,
 ) -> torch.Tensor:
     """Returns the logits from which each generated token was sampled, [len(ids) - prompt_len + 1, V].
 
     Row g is the distribution of ``ids[prompt_len + g]``; the last row that of the token after the trace.
     """
+    inert = 0 if prompt_acts else prompt_len
+    if policy == "off":
+        return plain_logits(model, ids)[prompt_len - 1 :]
     if policy == "evict":
-        mask = evict_mask(ids, prompt_len, markers)
+        mask = evict_mask(ids, inert, markers)
         return masked_logits(model, ids, range(len(ids)), mask)[prompt_len - 1 :]
     rows = []
     for stop in range(prompt_len, len(ids) + 1):
-        rows.append(plain_logits(model, pruned(ids[:stop], prompt_len, markers, policy))[-1])
+        rows.append(plain_logits(model, pruned(ids[:stop], inert, markers, policy))[-1])
     return torch.stack(rows)
 
 
