@@ -24,7 +24,6 @@ from tests.reference import (
 from tests.tiny import KINDS, tiny_model
 
 PAIRS = (("hcot", "nested"), ("hcot", "soup"), ("pencil", "malformed"), ("pencil", "nested"), ("memento", "soup"))
-torch.set_num_threads(1)  # the models are too small for more
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
