@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
-from hcot_lmeval.trace import LiveContext, push_all
+from hcot_lmeval.trace import LiveContext, compile_trace, push_all
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS, POLICIES, as_reference, pruned, reference_logits, rewrite
 from tests.tiny import KINDS, favour, tiny_model
@@ -248,28 +248,40 @@ def test_an_engine_that_never_prunes_is_noticed(monkeypatch):
             check_all(twin, done, logits, "hcot", policy)
 
 
-def test_statistics_follow_the_rule():
-    model = make_model("qwen2")
-    for policy in POLICIES:
-        requests = random_requests("hcot", 12, first=80)
-        done, _ = run(make_engine(model, "hcot", policy), requests)
-        for request in requests:
-            ids, start = [*request.prompt_ids, *request.forced_ids], len(request.prompt_ids)
-            context = LiveContext(MARKERS["hcot"], policy)
-            for token in request.prompt_ids:
-                context.push_inert(token)
-            steps = push_all(context, request.forced_ids)
-            found = done[request.id, 0].statistics
-            twin = rewrite(ids, start, MARKERS["hcot"])
-            pruning = [] if policy == "off" else [b for b in twin.blocks if b.removed]
-            assert (found.prompt_tokens, found.generated_tokens) == (start, len(ids) - start)
-            assert found.pruned_tokens == sum(len(b.removed) for b in pruning)
-            assert found.prompt_tokens + found.generated_tokens - found.pruned_tokens == found.live_tokens
-            assert found.prune_events == len(pruning)
-            assert found.live_tokens == len(pruned(ids, start, MARKERS["hcot"], policy))
-            assert found.peak_live_tokens == context.peak
-            assert found.max_depth == max((step.depth for step in steps), default=0)
-            assert {str(k): v for k, v in found.malformed.items()} == dict(twin.faults)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("notation", MARKERS)
+def test_statistics_follow_the_rule(notation, policy):
+    markers = MARKERS[notation]
+    requests = random_requests(notation, 16, first=80)
+    done, _ = run(make_engine(make_model("qwen2"), notation, policy), requests)
+    for request in requests:
+        ids, start = [*request.prompt_ids, *request.forced_ids], len(request.prompt_ids)
+        twin, found = rewrite(ids, start, markers), done[request.id, 0].statistics
+        prunes = [] if policy == "off" else [b for b in twin.blocks if b.removed]
+        source = compile_trace(ids, start, markers, policy).source
+        live = [len(pruned(ids[:stop], start, markers, policy)) for stop in range(start + 1, len(ids) + 1)]
+        context = LiveContext(markers, policy)
+        for token in request.prompt_ids:
+            context.push_inert(token)
+        depths = [step.depth for step in push_all(context, request.forced_ids)]
+        assert found.prompt_tokens + found.generated_tokens - found.pruned_tokens == found.live_tokens == live[-1]
+        assert found.as_dict() == {
+            "prompt_tokens": start,
+            "generated_tokens": len(ids) - start,
+            "pruned_tokens": sum(len(b.removed) for b in prunes),
+            "reforwarded_tokens": len(source) - len(set(source)),
+            "live_tokens": live[-1],
+            "peak_live_tokens": context.peak,
+            "live_token_steps": sum(live),
+            "prune_events": len(prunes),
+            "blocks": len(twin.blocks) + twin.faults["unsplit_close"],
+            "max_depth": max(depths),
+            "malformed": dict(twin.faults),
+            "finish_reason": "length",
+            "wall_seconds": found.wall_seconds,
+            "tokens_per_second": found.tokens_per_second,
+        }
+        assert found.tokens_per_second == pytest.approx(found.generated_tokens / found.wall_seconds)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
