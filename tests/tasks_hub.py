@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 
 LANGUAGES = "ar bn de en es fr id it ja ko ms pt ru sw te th vi zh".split()
 LEVELS = ("low", "medium", "high", "top")
-ROWS = 3
+ROWS = 2
 """Rows of each level of PolyMath."""
 
 
@@ -40,7 +40,8 @@ def write_hub(root: Path) -> Path:
 
 
 def polymath_row(language: str, level: str, index: int) -> dict[str, str]:
-    return {"id": f"{level}-{language}-{index}", "question": f"{language} {level} ${index}+1$?", "answer": str(index + 1)}
+    question = f"{language} {level} ${index}+1$?"
+    return {"id": f"{level}-{language}-{index}", "question": question, "answer": str(index + 1)}
 
 
 def write_set(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
