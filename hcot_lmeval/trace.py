@@ -138,8 +138,12 @@ class LiveContext:
 
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
-        prunes = self._closes_block(token) and self.policy is Policy.RECOMPUTE
-        return len(self.live) if prunes else len(self.live) + 1
+        block = self._blocks[-1] if self._blocks else None
+        if self.policy is not Policy.RECOMPUTE or block is None or block.split is None or token != self.markers.close:  # type: ignore[union-attr]
+            return len(self.live) + 1
+        start, stop = self._thought(block.open, block.split)
+        after = len(self.live) - (stop - start) + ("close" in self.markers.keep)  # type: ignore[union-attr]
+        return max(len(self.live), after)
 
     def push_inert(self, token: int) -> Step:
         """Appends a token that cannot act, whatever it spells: the prompt's."""
@@ -157,10 +161,6 @@ class LiveContext:
         if token == self.markers.close:
             return self._close(token)
         return self._append(token, Kind.TEXT)
-
-    def _closes_block(self, token: int) -> bool:
-        block = self._blocks[-1] if self._blocks else None
-        return block is not None and block.split is not None and token == self.markers.close  # type: ignore[union-attr]
 
     def _append(self, token: int, kind: Kind, malformed: Malformed | None = None) -> Step:
         rows, index = len(self.live), self.length
@@ -191,10 +191,12 @@ class LiveContext:
         if block.split is None:
             return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
         malformed = self._lead_fault(block.split)
-        if self.policy is Policy.OFF:
+        start, stop = self._thought(block.open, block.split)
+        empty = start == stop and "close" in self.markers.keep  # type: ignore[union-attr]
+        if self.policy is Policy.OFF or empty:  # an empty thought between surviving markers: nothing to throw away
             return self._append(token, Kind.CLOSE, malformed)
         prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
-        return prune(token, block.open, block.split)._replace(malformed=malformed)
+        return prune(token, start, stop)._replace(malformed=malformed)
 
     def _lead_fault(self, split: int) -> Malformed | None:
         lead = self.markers.lead  # type: ignore[union-attr]
@@ -207,11 +209,11 @@ class LiveContext:
         keep = self.markers.keep  # type: ignore[union-attr]
         return open + ("open" in keep), split + ("split" not in keep)
 
-    def _recompute(self, token: int, open: int, split: int) -> Step:
-        start, stop = self._thought(open, split)
+    def _recompute(self, token: int, start: int, stop: int) -> Step:
         pruned = self.live[start:stop]
         tail, source = self.live[stop:], self.source[stop:]
-        if "close" in self.markers.keep:  # type: ignore[union-attr]
+        alone = not tail and start == 0  # nothing else would survive, and the next token has to follow something
+        if "close" in self.markers.keep or alone:  # type: ignore[union-attr]
             tail, source = [*tail, token], [*source, self.length]
         else:
             pruned = [*pruned, token]
@@ -225,11 +227,12 @@ class LiveContext:
             Kind.CLOSE, None, len(self._blocks), start, tuple(tail), positions, tuple(source), (), tuple(pruned)
         )
 
-    def _evict(self, token: int, open: int, split: int) -> Step:
-        span = self._thought(open, split)
+    def _evict(self, token: int, start: int, stop: int) -> Step:
         step = self._append(token, Kind.CLOSE)
         end = len(self.live)
-        spans = (span,) if "close" in self.markers.keep else (span, (end - 1, end))  # type: ignore[union-attr]
+        spans: tuple[tuple[int, int], ...] = ((start, stop),)
+        if "close" not in self.markers.keep:  # type: ignore[union-attr]
+            spans = (*spans, (end - 1, end))
         pruned = tuple(t for a, b in spans for t in self.live[a:b])
         for a, b in reversed(spans):
             del self.live[a:b], self.source[a:b]
