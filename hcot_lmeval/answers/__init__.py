@@ -1,0 +1,158 @@
+r"""Checking answers: ``extract_answer(response)``, ``grade(response, gold)``, ``is_equivalent(answer, gold)``.
+
+Numbers are compared here, exactly. Everything else goes to a worker process with a time and a memory limit, where
+math-verify's grammar and sympy compare it; importing this module imports neither. A check that could not be made
+(`Grade.correct` is None) is not a wrong answer.
+
+=================== ======= ============================================================
+reason              correct meaning
+=================== ======= ============================================================
+equal               True    the answer says what the gold answer says
+different           False   it does not
+no_answer           False   the response has no complete boxed answer
+unparsed_answer     False   the answer is not readable as mathematics, the gold answer is
+unparsed_gold       None    the gold answer is not readable as mathematics
+too_long            None    more than `MAX_CHARS` characters
+too_large, too_deep None    a number too large to evaluate; brackets nested too deeply
+timeout             None    not decided within the time limit
+memory              None    not decided within the memory limit
+worker_died         None    the worker process was killed from outside, twice
+error               None    the comparison failed; `detail` says how
+=================== ======= ============================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from hcot_lmeval.answers.extract import answer_region, fallback_answer, has_box, last_box
+from hcot_lmeval.answers.normalize import normalize
+from hcot_lmeval.answers.pool import SECONDS, shared_pool
+
+__all__ = ["MAX_CHARS", "Grade", "extract_answer", "grade", "is_equivalent"]
+
+MAX_CHARS = 4000  # of one answer; the longest gold answer of MATH-500, AIME and PolyMath has 300
+
+
+MAX_DEPTH = 60  # brackets inside brackets; real answers nest 6
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verdict.
+
+    Attributes:
+        correct: True, False, or None: could not be checked.
+        answer: the extracted answer as the response wrote it; None if there is none.
+        reason: why, one of the words in the module's table.
+        detail: more about an "error" or an "unparsed" formula, for people.
+    """
+
+    correct: bool | None
+    answer: str | None
+    reason: str
+    detail: str = ""
+
+
+def extract_answer(response: str, *, fallback: bool = False) -> str | None:
+    r"""Returns the last complete boxed answer of a response, or None.
+
+    Args:
+        response: a :class:`hcot_lmeval.response.Response`, or the generated text (never the prompt's).
+        fallback: without any box, take what the text states ("the answer is 33"), or the last number or formula of its
+            last sentences. A separate, laxer metric: do not mix the two.
+    """
+    region = answer_region(response)
+    answer = last_box(region)
+    if answer is None and fallback and not has_box(region):
+        answer = fallback_answer(region)
+    return answer
+
+
+def grade(response: str, gold: str, *, fallback: bool = False, seconds: float = SECONDS) -> Grade:
+    """Extracts the answer of `response` and compares it with `gold`; see `extract_answer` and `is_equivalent`."""
+    answer = extract_answer(response, fallback=fallback)
+    if answer is None:
+        return Grade(False, None, "no_answer")
+    return is_equivalent(answer, gold, seconds=seconds)
+
+
+def is_equivalent(answer: str, gold: str | int | float, *, seconds: float = SECONDS) -> Grade:
+    """Compares a bare answer with the gold answer.
+
+    Args:
+        answer: LaTeX or plain text, with or without delimiters.
+        gold: the reference, written likewise; where it holds boxes, their content counts.
+        seconds: the limit for this one check.
+
+    Raises:
+        ValueError: `gold` is empty.
+        RuntimeError: math-verify could not be imported.
+    """
+    gold = str(gold)
+    if not gold.strip():
+        raise ValueError("gold='' is empty; a check needs a reference answer")
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return Grade(None, answer, "too_long")
+    if max(_depth(answer), _depth(gold)) > MAX_DEPTH:
+        return Grade(None, answer, "too_deep")
+    one, other = normalize(_unboxed(gold)), normalize(_unboxed(answer))
+    if not other:
+        return Grade(False, answer, "different")
+    if one == other:
+        return Grade(True, answer, "equal")
+    values = _rational(one), _rational(other)
+    if values[0] is not None and values[1] is not None:
+        return Grade(values[0] == values[1], answer, "equal" if values[0] == values[1] else "different")
+    return _verdict(shared_pool().check(one, other, seconds), answer)
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "{([") - (char in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _verdict(reply: dict[str, object], answer: str) -> Grade:
+    status, detail = str(reply["status"]), str(reply.get("detail", ""))
+    if status == "ok":
+        return Grade(bool(reply["equal"]), answer, "equal" if reply["equal"] else "different")
+    if status == "unparsed_answer":
+        return Grade(False, answer, status, detail)
+    return Grade(None, answer, status, detail)
+
+
+_PROSE = re.compile(r"(?i)\banswer is\b|[a-z]{3,}[^$]*\\boxed|\b(?:find that|we get|therefore|thus|hence)\b")
+
+
+def _unboxed(text: str) -> str:
+    """A box inside an answer is its content; an answer that is a whole sentence says it at its end."""
+    if has_box(text):
+        return last_box(text) or text
+    return (fallback_answer(text) or text) if _PROSE.search(text) else text
+
+
+_LABELLED = re.compile(r"[A-Za-z]\w?(?:\s*[+*]\s*[A-Za-z]\w?)*\s*=\s*")
+_NUMBER = re.compile(r"([-+]?)\s*(?:(\d+)(?:\.(\d+))?|\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s*/\s*(\d+))")
+
+
+def _rational(text: str) -> Fraction | None:
+    r"""The value of a literal number: ``033``, ``-1.50``, ``3/4``, ``x = 7``, ``45^{\circ}``; else None."""
+    text = re.sub(r"\s*\^\{\\circ\}$", "", _LABELLED.sub("", text, count=1))
+    text = re.sub(r"^-?[1-9]\d{0,2}(?:,\d{3})+$", lambda match: match.group().replace(",", ""), text)
+    found = _NUMBER.fullmatch(text.strip("{} "))
+    if not found:
+        return None
+    sign, whole, decimals, *ratio = found.groups()
+    if whole is not None:
+        value = Fraction(int(whole + (decimals or "")), 10 ** len(decimals or ""))
+    else:
+        top, bottom = (int(part) for part in ratio if part is not None)
+        if bottom == 0:
+            return None
+        value = Fraction(top, bottom)
+    return -value if sign == "-" else value

@@ -1,0 +1,175 @@
+r"""Where the answer is: the part of a response that counts, and the last complete ``\boxed{...}`` in it.
+
+Rules, in this order:
+
+* Thinking does not count. Of a plain string, only what follows the last ``</think>`` is read; a ``<think>`` still open
+  at the end leaves nothing. A :class:`hcot_lmeval.response.Response` is its answer part already.
+* A block's thought does not count, finished or not: ``[THOUGHT] .. [SOLUTION]`` is dropped, and so is everything after
+  an opening marker whose block was never split or closed. ``[THOUGHT] S [RETURN]``, the form that a prune leaves behind
+  (and that models imitate), is a solution. Markers themselves are removed.
+* The last *complete* box wins. A box that was cut off is no answer and does not hide an earlier complete one.
+* Boxes joined by nothing but a connective (``\boxed{1} \text{ and } \boxed{2}``) are one answer of several parts. Boxes
+  apart from each other are not: a later box corrects an earlier one.
+"""
+
+from __future__ import annotations
+
+import re
+
+from hcot_lmeval.markup import PRESETS
+
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+# Chat markers at which a turn ends; a model that runs on past one talks to itself, not to the reader.
+_TURN_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+
+_ROLES = {
+    **{markup.open: "open" for markup in PRESETS.values()},
+    **{markup.split: "split" for markup in PRESETS.values()},
+    **{markup.close: "close" for markup in PRESETS.values()},
+    **{markup.lead: "lead" for markup in PRESETS.values() if markup.lead},
+}
+_MARKER = re.compile("|".join(re.escape(text) for text in sorted(_ROLES, key=len, reverse=True)))
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"[-+]?[\d.,/]*\d|[-+]?\\[A-Za-z]+|[A-Za-z]")
+# What may stand between two boxes of one answer: punctuation, math delimiters, spacing, "and", "or", a label "y_2 =".
+_JOIN = re.compile(
+    r"(?:\s|[,;&]|\$|\\[()\[\],;:! ]|\\q?quad\b|\band\b|\bor\b|\\(?:text|mbox)\s*\{[^{}]*\b(?:and|or)\b[^{}]*\}"
+    r"|\\(?:text|mbox)\s*\{[\s,;]*\}|[A-Za-z](?:_\{?\w\}?)?\s*=)+"
+)
+_JOINER = re.compile(r"[,;&]|\band\b|\bor\b")
+_MAX_NESTING = 8  # boxes inside boxes that are opened; real outputs nest two
+_MAX_JOIN = 80  # characters between two boxes of one answer; longer stretches are prose
+
+
+def answer_region(response: str) -> str:
+    """Returns the part of `response` in which an answer counts; see the module's docstring."""
+    text = str(response)
+    if not hasattr(response, "thinking"):  # a Response has had its thinking cut off by those who saw the tokens
+        text = _after_thinking(text)
+    ends = [at for at in (text.find(mark) for mark in _TURN_ENDS) if at >= 0]
+    return strip_blocks(text[: min(ends)] if ends else text)
+
+
+def _after_thinking(text: str) -> str:
+    opened, closed = text.rfind(_THINK_OPEN), text.rfind(_THINK_CLOSE)
+    if opened > closed:
+        return ""
+    return text[closed + len(_THINK_CLOSE) :] if closed >= 0 else text
+
+
+def strip_blocks(text: str) -> str:
+    """Removes block markers, the thoughts of all blocks, and whatever an unfinished thought swallowed."""
+    out: list[str] = []
+    blocks: list[tuple[int, bool]] = []  # (length of `out` when the block opened, whether it was split)
+    end = 0
+    for match in _MARKER.finditer(text):
+        out.append(text[end : match.start()])
+        end, role = match.end(), _ROLES[match.group()]
+        if role == "open":
+            blocks.append((len(out), False))
+        elif role == "split" and blocks and not blocks[-1][1]:
+            del out[blocks[-1][0] :]
+            blocks[-1] = (len(out), True)
+        elif role == "close" and blocks:
+            blocks.pop()
+    out.append(text[end:])
+    unfinished = [start for start, was_split in blocks if not was_split]
+    return "".join(out[: unfinished[0]] if unfinished else out)
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Returns every complete outermost box as (start, end, content), in the order of the text. Linear in its length.
+
+    ``\boxed 33`` takes the number, command or letter that follows.
+    """
+    closers = _closing_braces(text)
+    found: list[tuple[int, int, str]] = []
+    for match in _BOX.finditer(text):
+        start, at = match.span()
+        if found and start < found[-1][1]:
+            continue
+        if text[at : at + 1] == "{":
+            if at in closers:
+                found.append((start, closers[at] + 1, text[at + 1 : closers[at]].strip()))
+        elif bare := _BARE.match(text, at):
+            found.append((start, bare.end(), bare.group()))
+    return found
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    r"""Maps the index of each balanced ``{`` to that of its ``}``; ``\{`` and ``\}`` are characters, not braces."""
+    stack: list[int] = []
+    pairs: dict[int, int] = {}
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match.group() == "{":
+            stack.append(match.start())
+        elif match.group() == "}" and stack:
+            pairs[stack.pop()] = match.start()
+    return pairs
+
+
+def last_box(text: str) -> str | None:
+    """Returns the content of the last complete box, and of the boxes that it is joined to; None without a box."""
+    answer = None
+    for _ in range(_MAX_NESTING):
+        found = [box for box in boxes(text) if box[2]]
+        if not found:
+            break
+        text = answer = _join(text, found)
+    return answer
+
+
+def _join(text: str, found: list[tuple[int, int, str]]) -> str:
+    parts = [found[-1]]
+    for box in reversed(found[:-1]):
+        between = text[box[1] : parts[0][0]]
+        if len(between) > _MAX_JOIN or not _JOIN.fullmatch(between) or not _JOINER.search(between):
+            break
+        parts.insert(0, box)
+    return r" \text{ and } ".join(dict.fromkeys(content for _, _, content in parts))
+
+
+def has_box(text: str) -> bool:
+    """Whether a box command occurs, complete or not."""
+    return _BOX.search(text) is not None
+
+
+_MATH = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_CUE = re.compile(r"(?i)\banswer\b[\s*_]*(?:(?:is|was|are|should be|would be|equals|=|:)[\s*_]*:?)?")
+_CLOSING = re.compile(r"(?i)\s*I hope it is correct.*\Z", re.DOTALL)
+_UNIT = r"(?:\s?\\?%|\s?[a-zA-Zµ°]{1,3}[²³]?(?![a-zA-Z]))"
+_NUMBER = re.compile(rf"(?<![\w.,])[-+−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:{_UNIT})?")
+_SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
+
+
+def fallback_answer(text: str) -> str | None:
+    """Returns what a response without a box states: "the answer is X", else the last value in its last sentences."""
+    text = _CLOSING.sub("", text.strip())
+    cues = [match for match in _CUE.finditer(text)]
+    for cue in reversed(cues):
+        if stated := _stated(text[cue.end() :]):
+            return stated
+    for sentence in reversed(_SENTENCE.split(text)[-3:]):
+        if stated := _last_value(sentence):
+            return stated
+    return None
+
+
+def _stated(tail: str) -> str | None:
+    math = _MATH.match(tail.lstrip(" \n:*"))
+    if math:
+        return _content(math)
+    return _last_value(_SENTENCE.split(tail.strip(), maxsplit=1)[0])
+
+
+def _last_value(sentence: str) -> str | None:
+    """The last formula of a sentence, or the last number, whichever comes later."""
+    found = [(match.start(), _content(match)) for match in _MATH.finditer(sentence)]
+    covered = _MATH.sub(lambda match: " " * len(match.group()), sentence)
+    found += [(match.start(), match.group().strip()) for match in _NUMBER.finditer(covered)]
+    return max(found)[1] if found else None
+
+
+def _content(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None).strip()

@@ -1,0 +1,262 @@
+r"""Bringing the many spellings of one answer to one spelling of LaTeX. Notation only: no rule here knows any value.
+
+``normalize`` keeps meaning: ``\text{..}`` stays marked, "and" and "or" become ``\and`` and ``\or``, degrees and percent
+signs stay.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
+_SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
+    "⁄": "/", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ",
+    "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+    "∅": r"\emptyset ", "°": r"^{\circ}", "º": r"^{\circ}", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ",
+    "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "→": r"\to ", "⇒": r"\implies ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "٫": ".", "٬": ",",
+    "、": ",", "。": ".", "۔": ".", "।": ".", "٪": r"\%", "\u2061": "", "\u200b": "", "\u2062": "", "\ufeff": "",
+    "“": "", "”": "", "∖": r"\setminus ", "…": r"\ldots ", "\0": "",
+}  # fmt: skip
+_RADICAL = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
+
+_STYLE = r"displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|Large|large|normalsize|left|right|mleft|mright"
+_STYLES = re.compile(rf"\\(?:(?:{_STYLE}|[bB]igg?[lrm]?)(?![A-Za-z])\s?)")
+_FUNCTIONS = (
+    "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "coth", "sin", "cos", "tan", "cot", "sec", "csc",
+    "log", "ln", "exp", "sqrt", "max", "min", "gcd", "lcm", "det",
+)  # fmt: skip
+_GREEK = (
+    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
+    "lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega",
+    "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega",
+)  # fmt: skip
+_COMMANDS = (
+    *_FUNCTIONS, *_GREEK,
+    "cdot", "times", "frac", "binom", "infty", "leq", "geq", "neq", "approx", "equiv", "pm", "mp", "cup", "cap", "in",
+    "notin", "setminus", "text", "mathbb", "sum", "prod", "int", "lim", "lfloor", "rfloor", "lceil", "rceil", "pmod",
+    "bmod", "mod", "overline", "bar", "hat", "emptyset", "circ",
+)  # fmt: skip
+_KNOWN = frozenset(_COMMANDS)
+
+_ALIASES = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "le": "leq", "ge": "geq",
+    "leqslant": "leq", "geqslant": "geq", "leqq": "leq", "geqq": "geq", "ne": "neq", "times": "cdot", "ast": "cdot",
+    "cdotp": "cdot", "div": "/", "lt": "<", "gt": ">", "lbrack": "[", "rbrack": "]", "lbrace": "{", "rbrace": "}",
+    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "varnothing": "emptyset", "degree": "^{\\circ}",
+    "Rightarrow": "implies", "Longrightarrow": "implies", "therefore": "implies", "rightarrow": "to", "colon": ":",
+    "land": "and", "wedge": "and", "lor": "or", "vee": "or", "infin": "infty", "backslash": "setminus",
+    "arctg": "arctan",
+    "tg": "tan", "ctg": "cot", "reals": "mathbb{R}", "R": "mathbb{R}", "N": "mathbb{N}", "Z": "mathbb{Z}",
+    "sim": "approx",
+    "percent": "%", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "simeq": "approx", "langle": "(",
+    "rangle": ")",
+}  # fmt: skip
+_PLAIN = frozenset("/<>[]|:()") | {"^{\\circ}"}
+
+_TEXT_COMMANDS = (
+    r"text|textbf|textit|textrm|textnormal|textsf|texttt|mbox|hbox|emph|mathrm|mathbf|mathit|mathsf|mathcal"
+)
+_WRAPPED = re.compile(
+    rf"\\(?:{_TEXT_COMMANDS}|boldsymbol|bm|operatorname\*?|mathop|underline|rm|bf)\s*\{{([^{{}}]*)\}}|\\text\s+(\w)"
+)
+_AND = re.compile(
+    r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|und|et|\s[ye]\s|dan|和|と|및|و)[\s,]*\}|(?:,\s*)?(?<![A-Za-z\\])and(?![A-Za-z])"
+)
+_OR = re.compile(
+    r"(?:,\s*)?\\text\s*\{[\s,]*(?:or|oder|ou|\so\s|atau|或|または)[\s,]*\}|(?:,\s*)?(?<![A-Za-z\\])or(?![a-z])"
+)
+_TIGHT_OR = re.compile(r"(?<=\d)or(?=[A-Za-z(]+\s*=|-?\d)")
+
+_GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+"
+_INDIAN = r"[1-9]\d?(?:,\d{2})+,\d{3}"
+
+
+@lru_cache(maxsize=4096)
+def normalize(text: str) -> str:
+    """Returns the canonical LaTeX of an answer, without delimiters, styles, or trailing punctuation."""
+    text = _delimiters(_unicode(text))
+    text = _words(_commands(_spacing(text)))
+    text = _arguments(_numbers(text))
+    return _trim(_balance(re.sub(r"\s+", " ", text)))
+
+
+def readings(text: str, other: str) -> list[str]:
+    """Returns the readings of a normalized answer: digits grouped by commas are one number or several.
+
+    A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
+    """
+    joined = re.sub(rf"(?<![\d,.])(?:{_GROUPED}|{_INDIAN})(?!,?\d)", lambda match: match.group().replace(",", ""), text)
+    found = [joined, text] if joined != text else [text]
+    if re.fullmatch(r"-?\d+,\d+", text) and re.fullmatch(r"-?\d+\.\d+", other):
+        found.append(text.replace(",", "."))
+    return found
+
+
+def _unicode(text: str) -> str:
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda match: "_{" + match.group().translate(_SUBSCRIPTS) + "}", text)
+    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒]", _vulgar, text)
+    text = _RADICAL.sub(lambda match: r"\sqrt{" + next(group for group in match.groups() if group) + "}", text)
+    text = "".join(_SYMBOLS.get(char, char) for char in text)
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(_character(char) for char in text)
+
+
+def _vulgar(match: re.Match[str]) -> str:
+    top, bottom = unicodedata.normalize("NFKC", match.group()).split("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _character(char: str) -> str:
+    if char.isascii():
+        return char
+    digit = unicodedata.decimal(char, None)
+    return str(digit) if digit is not None else _SYMBOLS.get(char, char)
+
+
+def _delimiters(text: str) -> str:
+    text = re.sub(r"\\(left|right)\s*\\([\[\]()])", r"\2", text)  # `\right\]`: meant as a bracket
+    if not re.search(r"\\begin", text):
+        text = re.sub(r"\\{2,}(?=[A-Za-z%$()\[\]])", lambda _: "\\", text)  # escaped twice on its way through JSON
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = re.sub(r"\\[()\[\]]|\\?\$|\\label\{[^}]*\}|\\tag\{[^}]*\}", " ", text)
+    return _STYLES.sub(" ", text)
+
+
+def _spacing(text: str) -> str:
+    text = re.sub(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d),\s*\\!\s*(?=\d)", "", text)
+    text = re.sub(r"(?<=\d)(?:\\[,;: ]|~|\u00a0|\u202f)\s*(?=\d{3}(?!\d))", "", text)
+    text = re.sub(
+        r"(?<!\\)\\(?:q?quad|thinspace|medspace|enspace|,|;|:|!|\s|>)(?![A-Za-z])|\\q?quad|~|\\hspace\*?\{[^}]*\}",
+        " ",
+        text,
+    )
+    if re.fullmatch(r"\s*-?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*", text):
+        text = text.replace(" ", "")
+    return text
+
+
+def _commands(text: str) -> str:
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", " ", text)
+    text = re.sub(r"\\([A-Za-z]+)", _command, text)
+    for _ in range(3):
+        text, count = _WRAPPED.subn(_unwrap, text)
+        if not count:
+            break
+    text = text.replace("\0", r"\text")
+    text = re.sub(r"\\(sin|cos|tan|cot)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 ", text)
+    return re.sub(r"\^\s*\\circ(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\{\s*o\s*\}", r"^{\\circ}", text)
+
+
+def _command(match: re.Match[str]) -> str:
+    name = match.group(1)
+    new = _ALIASES.get(name, name)
+    if new in _PLAIN:
+        return new
+    if new in "{}%":
+        return "\\" + new
+    if new in _KNOWN or name in _ALIASES or re.fullmatch(_TEXT_COMMANDS, name) or len(name) < 3:
+        return (
+            f"\\{new} "
+            if new != "text" and not new.endswith("}") and new in (*_GREEK, *_ALIASES.values())
+            else f"\\{new}"
+        )
+    glued = next(
+        (known for known in _FUNCTIONS + _GREEK if name.startswith(known) and len(name) - len(known) <= 2), None
+    )
+    return f"\\{glued} {name[len(glued) :]}" if glued and name not in _OTHER else f"\\{name}"
+
+
+# Real commands that begin like a function or a Greek letter; other such words have lost a space (`\cosx`, `\alphax`).
+_OTHER = frozenset({"pitchfork", "sech", "csch", "minus", "lnot"})
+
+
+def _unwrap(match: re.Match[str]) -> str:
+    word = (match.group(1) if match.group(1) is not None else match.group(2)).strip()
+    if word in _FUNCTIONS:
+        return rf"\{word} "
+    is_math = len(word) <= 1 or not re.search(r"[^\W\d_]{2,}", word)
+    text = match.group().startswith((r"\text", r"\mbox", r"\hbox"))
+    return f" {word} " if is_math and not (text and word.isalpha()) else f"\0{{{match.group(1) or word}}}"
+
+
+def _words(text: str) -> str:
+    text = _TIGHT_OR.sub(r" \\or ", _OR.sub(r" \\or ", _AND.sub(r" \\and ", text)))
+    text = re.sub(
+        r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text
+    )
+    text = text.replace(r"\infinity", r"\infty")
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"<=|=<", r"\\leq ", text)
+    return re.sub(r">=", r"\\geq ", text).replace("!=", r"\neq ").replace("**", "^").replace("*", r"\cdot ")
+
+
+def _numbers(text: str) -> str:
+    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating, text)
+    text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
+    text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
+    return re.sub(r"(\d)\.(?!\d)", r"\1", text)
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, cycle = match.group(1) or "0", match.group(2), match.group(3)
+    bottom = "9" * len(cycle) + "0" * len(fixed)
+    top = int(whole + fixed + cycle) - int(whole + fixed)
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _arguments(text: str) -> str:
+    r"""``\frac12`` to ``\frac{1}{2}``, ``\sqrt2`` to ``\sqrt{2}``."""
+    out, end = [], 0
+    for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*(\[[^\]]*\])?", text):
+        if match.start() < end:
+            continue  # inside an argument: done by the recursion below
+        out.append(text[end : match.start()] + f"\\{match.group(1)}{match.group(2) or ''}")
+        end = match.end()
+        for _ in range(1 if match.group(1) == "sqrt" else 2):
+            argument, end = _argument(text, end)
+            out.append("{" + _arguments(argument) + "}")
+    text = "".join(out) + text[end:]
+    return re.sub(
+        r"\\log\s*_\s*(?:\{\s*(\w+)\s*\}|(\w))\s*(?=[})]|$)", r"\\log \1\2", text
+    )  # a base alone is an argument
+
+
+def _argument(text: str, at: int) -> tuple[str, int]:
+    match = re.compile(r"\s*(\\[A-Za-z]+\s*|\{|.|$)", re.DOTALL).match(text, at)
+    token, end = match.group(1), match.end()  # type: ignore[union-attr]
+    if token != "{":
+        return token, end
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, end):
+        depth += (brace.group() == "{") - (brace.group() == "}")
+        if depth == 0:
+            return text[end : brace.start()], brace.end()
+    return text[end:], len(text)
+
+
+def _balance(text: str) -> str:
+    """Drops closing braces that close nothing and closes those left open."""
+    out, depth = [], 0
+    for token in re.findall(r"\\.|[^\\]|\\$", text, re.DOTALL):
+        if token == "}" and depth == 0:
+            continue
+        depth += (token == "{") - (token == "}")
+        out.append(token)
+    return "".join(out) + "}" * depth
+
+
+def _trim(text: str) -> str:
+    previous = None
+    while previous != text:
+        previous = text
+        text = re.sub(r"(?:[\s,;:]|(?<!\\)\\|\\\\|(?<!\.)\.|\\(?:and|or)\b)+$", "", text.strip())
+        text = re.sub(r"^(?:[\s,;:]|\\text\s*\{[^{}]*:\s*\}|\\text\s*\{\s*\}|\\implies\b)+", "", text)
+    return text

@@ -1,0 +1,75 @@
+r"""Whether two single values are equal: formulas with what may be attached to them, a unit, a numeral base, a ratio."""
+
+from __future__ import annotations
+
+import re
+
+from hcot_lmeval.answers import algebra
+from hcot_lmeval.answers.structure import Node, compact, split
+from hcot_lmeval.answers.units import conversion
+
+
+def values_equal(gold: Node, answer: Node) -> bool:
+    """Whether two leaves have the same value, in whatever unit, base or form of a ratio they are written."""
+    if not (_bases_agree(gold.source, answer.source)):
+        return False
+    if ":" in gold.source + answer.source:
+        return _ratios_equal(gold.source, answer.source)
+    factor = _unit_factor(gold, answer)
+    if factor is None:
+        return False
+    return any(_scaled_equal(gold.source, answer.source, scale) for scale in factor)
+
+
+def _scaled_equal(gold: str, answer: str, scale: str) -> bool:
+    return algebra.formulas_equal(gold, answer if scale == "1" else f"({answer})\\cdot({scale})")
+
+
+def _unit_factor(gold: Node, answer: Node) -> tuple[str, ...] | None:
+    """What brings the answer's number to the gold's unit: alternatives; None when the units exclude each other."""
+    if gold.unit == answer.unit:
+        return ("1",)
+    if "%" in (gold.unit, answer.unit) and not (gold.unit and answer.unit):
+        return ("1", r"\frac{1}{100}") if answer.unit else ("1", "100")
+    if gold.unit == "deg" and not answer.unit:
+        return ("1", r"\frac{180}{\pi}")
+    if not gold.unit or not answer.unit:
+        return ("1",)
+    scale = conversion(gold.unit, answer.unit)
+    return None if scale is None else (f"\\frac{{{scale.numerator}}}{{{scale.denominator}}}",)
+
+
+_BASED = re.compile(r"\(?(\w+)\)?_(?:\{(\d+)\}|(\d+)|\{\\text\{\w+\}\})$")
+
+
+def _bases_agree(gold: str, answer: str) -> bool:
+    """Numerals with a base: the same digits, and the same base where both name one."""
+    one, other = _BASED.match(compact(gold)), _BASED.match(compact(answer))
+    if not (one and one.group(1)[0].isdigit()) and not (other and other.group(1)[0].isdigit()):
+        return True
+    digits = [match.group(1) if match else compact(source) for match, source in ((one, gold), (other, answer))]
+    bases = [(match.group(2) or match.group(3)) if match else None for match in (one, other)]
+    return digits[0] == digits[1] and (None in bases or bases[0] == bases[1])
+
+
+def _ratios_equal(gold: str, answer: str) -> bool:
+    """``7:32`` is ``14:64`` and 7/32; ``12:00`` is a time and only itself."""
+    if (
+        re.search(r":0\d|:[0-5]\d$", gold)
+        and re.fullmatch(r"[\d:\s]+", gold)
+        and len(split(gold, frozenset(":"))[0][-1].strip()) == 2
+    ):
+        if compact(gold).lstrip("0") == compact(answer).lstrip("0"):
+            return True
+        if re.search(r":00$", gold):
+            return False
+    one, other = (split(source, frozenset(":"))[0] for source in (gold, answer))
+    if len(one) == len(other) > 2:
+        return all(
+            algebra.formulas_equal(f"({a})\\cdot({other[0]})", f"({b})\\cdot({one[0]})")
+            for a, b in zip(one, other, strict=True)
+        )
+    if max(len(one), len(other)) > 2:
+        return False
+    sides = [f"\\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0] for parts in (one, other)]
+    return algebra.formulas_equal(*sides)
