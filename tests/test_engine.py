@@ -1,0 +1,314 @@
+"""What users see of the engine: budgets, endings, sharing, memory, and what it refuses. Exactness has its own file."""
+
+from __future__ import annotations
+
+import logging
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
+
+from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError, attention, slots
+from hcot_lmeval.engine import engine as engine_module
+from hcot_lmeval.notes import NoteTaker, Prefill, read_notes
+from hcot_lmeval.tokens import encode_prompt, marker_ids
+from hcot_lmeval.trace import Policy, live_ids
+from tests.tiny import favour, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+MARKERS = marker_ids(TOKENIZER)
+O, S, C = MARKERS.open, MARKERS.split, MARKERS.close
+EOS = TOKENIZER.eos_token_id
+PROMPT = tuple(encode_prompt(TOKENIZER, "What is the sum of the first ten even numbers?"))
+BLOCK = (O, *range(40, 60), S, 60, 61, C)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("qwen2", torch.float64)
+
+
+def make(model, **options) -> Engine:
+    return Engine(model, TOKENIZER, **{"poison": True, "self_check": False, **options})
+
+
+def forced(*tokens: int, max_gen_toks: int | None = None, **params) -> Request:
+    return Request("r", PROMPT, SamplingParams(max_gen_toks=max_gen_toks or len(tokens), **params), forced_ids=tokens)
+
+
+def only(engine: Engine, request: Request):
+    (completion,) = engine.generate([request])
+    return completion
+
+
+# --- endings ----------------------------------------------------------------------------------------------------------
+
+
+def test_eos_ends_a_row_and_is_counted(model):
+    done = only(make(model), forced(50, 51, EOS, 52))
+    assert (done.finish_reason, done.token_ids) == ("eos", (50, 51, EOS))
+    assert done.statistics.generated_tokens == 3
+    assert done.text == TOKENIZER.decode([50, 51])
+
+
+def test_stop_ids_end_a_row(model):
+    done = only(make(model), forced(50, 51, 52, stop_ids=(51,)))
+    assert (done.finish_reason, done.stop, done.token_ids) == ("stop", 51, (50, 51))
+
+
+def test_stop_strings_are_cut_from_the_text(model):
+    tokens = TOKENIZER.encode("The answer is 35.\n\nQuestion: how", add_special_tokens=False)
+    done = only(make(model), forced(*tokens, stop_strings=("\n\nQuestion:", "never")))
+    assert (done.finish_reason, done.stop, done.text) == ("stop", "\n\nQuestion:", "The answer is 35.")
+    assert len(done.token_ids) < len(tokens)
+
+
+def test_stop_strings_within_a_thought_or_the_thinking_do_nothing(model):
+    stop = TOKENIZER.encode("STOP", add_special_tokens=False)
+    think, end = TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])
+    tokens = (think, *stop, O, *stop, S, *stop, C, *stop, end, 50, *stop, 51)
+    done = only(make(model), forced(*tokens, stop_strings=("STOP",)))
+    assert done.finish_reason == "stop"
+    assert done.token_ids == tokens[:-1]
+
+
+def test_max_gen_toks_counts_pruned_tokens_too(model):
+    done = only(make(model), forced(*BLOCK, 70, 71, max_gen_toks=len(BLOCK) + 1))
+    assert (done.finish_reason, len(done.token_ids)) == ("length", len(BLOCK) + 1)
+    assert len(done.live_ids) == len(PROMPT) + 5
+
+
+def test_min_gen_toks_keeps_the_model_from_ending():
+    eager = favour(tiny_model("qwen2"), [EOS], scale=50.0)
+    free = only(make(eager), Request("r", PROMPT, SamplingParams(max_gen_toks=9)))
+    held = only(make(eager), Request("r", PROMPT, SamplingParams(max_gen_toks=9, min_gen_toks=5)))
+    assert EOS not in held.token_ids[:5]
+    assert len(free.token_ids) <= len(held.token_ids)
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_max_context_counts_live_tokens(model, policy):
+    """Ten blocks never fit at once; pruned, they do, and the trace is far longer than the context."""
+    request = forced(*(BLOCK * 10), max_gen_toks=10 * len(BLOCK))
+    limit = len(PROMPT) + 9 * 4 + len(BLOCK)
+    done = only(make(model, policy=policy, max_context=limit), request)
+    assert done.statistics.peak_live_tokens <= limit
+    if policy is Policy.OFF:
+        assert done.finish_reason == "context"
+        assert len(done.token_ids) == limit - len(PROMPT)
+    else:
+        assert done.finish_reason == "length"
+        assert done.token_ids == request.forced_ids
+
+
+def test_evict_ends_where_positions_end(model):
+    request = forced(*(BLOCK * 4), max_gen_toks=4 * len(BLOCK))
+    done = only(make(model, policy="evict", max_position=len(PROMPT) + 30), request)
+    assert (done.finish_reason, len(done.token_ids)) == ("context", 30)
+
+
+def test_a_prompt_without_room_ends_at_once(model):
+    short = Request("short", PROMPT[:3], SamplingParams(max_gen_toks=2))
+    full, long = (Request(str(n), PROMPT * 9, SamplingParams(max_gen_toks=2)) for n in (0, 1))
+    limit = len(PROMPT * 9)
+    done = make(model, max_context=limit - 1, slots=1).generate([long, short])
+    assert [d.finish_reason for d in done] == ["context", "length"]
+    assert done[0].token_ids == () and done[0].statistics.prompt_tokens == limit
+    assert make(model, max_context=limit).generate([full])[0].finish_reason == "context"
+
+
+# --- many rows --------------------------------------------------------------------------------------------------------
+
+
+def test_completions_come_in_the_order_of_requests(model):
+    requests = [Request(str(n), PROMPT[: n + 1], SamplingParams(max_gen_toks=9 - n, n=2)) for n in range(5)]
+    done = make(model, slots=3).generate(requests)
+    assert [(d.request.id, d.sample) for d in done] == [(str(n), k) for n in range(5) for k in range(2)]
+
+
+def test_samples_of_a_prompt_share_its_prefill(model):
+    """However many samples: the prompt is forwarded once, and its last token once a sample."""
+    engine = make(model, slots=3)
+    request = Request("r", PROMPT, SamplingParams(max_gen_toks=6, temperature=1.0, n=7))
+    done = engine.generate([request])
+    prefills = [event for d in done for event in d.note.events if isinstance(event, Prefill)]
+    assert sorted(p.shared for p in prefills) == [0] + [len(PROMPT) - 1] * 6
+    assert len({d.token_ids for d in done}) == 7
+    alone = [
+        only(make(model, slots=1), Request("r", PROMPT, SamplingParams(max_gen_toks=6, temperature=1.0)))
+        for _ in range(2)
+    ]
+    assert alone[0].token_ids == alone[1].token_ids == done[0].token_ids
+
+
+def test_greedy_tokens_equal_generate(model):
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
+    done = only(make(model, policy="off"), Request("r", PROMPT, SamplingParams(max_gen_toks=40)))
+    assert list(done.token_ids) == expected
+
+
+def test_long_prompts_are_read_in_pieces_beside_rows_that_decode(model):
+    long = Request("long", PROMPT * 10, SamplingParams(max_gen_toks=5))
+    short = Request("short", PROMPT, SamplingParams(max_gen_toks=30))
+    whole = make(model).generate([short, long])
+    pieces = make(model, step_tokens=7).generate([short, long])
+    assert [d.token_ids for d in whole] == [d.token_ids for d in pieces]
+
+
+def test_one_stream_at_a_time(model):
+    engine = make(model, slots=1)
+    requests = [Request(str(n), PROMPT, SamplingParams(max_gen_toks=2)) for n in range(3)]
+    stream = engine.stream(requests)
+    next(stream)
+    with pytest.raises(RuntimeError, match="streaming already"):
+        engine.generate(requests)
+    stream.close()
+    assert len(engine.generate(requests)) == 3
+
+
+def test_the_models_own_attention_is_back_between_results(model):
+    before = model.config._attn_implementation
+    for _ in make(model).stream([Request(str(n), PROMPT, SamplingParams(max_gen_toks=n + 1)) for n in range(3)]):
+        assert model.config._attn_implementation == before
+    with pytest.raises(ZeroDivisionError):
+        list(make(model).stream([forced(50, 51)], on_logits=lambda *_: 1 / 0))
+    assert model.config._attn_implementation == before
+
+
+def test_progress_and_notes(model, tmp_path):
+    engine = make(model)
+    request = forced(*BLOCK, *BLOCK, 70)
+    with NoteTaker(tmp_path / "notes.jsonl", decode=engine.decode) as notes:
+        (done,) = engine.generate([request], notes)
+    assert read_notes(notes.path) == [done.note]
+    assert (engine.live.requests_done, engine.live.generated_tokens, engine.live.prune_events) == (1, 2 * len(BLOCK) + 1, 2)
+    assert engine.live.seconds > 0
+    assert list(done.live_ids) == live_ids([*PROMPT, *done.token_ids], len(PROMPT), MARKERS)
+
+
+def test_logprobs_are_those_of_the_live_context(model):
+    seen = {}
+    engine = make(model)
+    request = forced(*BLOCK, 70, 71, temperature=0.7, logprobs=True)
+    (done,) = engine.stream([request], on_logits=lambda r, k, n, logits: seen.__setitem__(n, logits))
+    expected = [torch.log_softmax(seen[n] / 0.7, -1)[t].item() for n, t in enumerate(done.token_ids)]
+    assert done.logprobs == pytest.approx(expected, abs=1e-12)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_holds_no_row_is_an_error_before_any_allocation(model, monkeypatch):
+    monkeypatch.setattr(slots, "free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match="lower max_context"):
+        make(model).generate([forced(50)])
+
+
+def test_memory_that_holds_fewer_rows_is_noted(model, monkeypatch, caplog):
+    per_token = sum(shape.token_bytes for shape in Decoder(model, check=False).layers.values())
+    need = per_token * (len(PROMPT) + 4)
+    monkeypatch.setattr(slots, "free_bytes", lambda device: int(2.5 * need / slots.MEMORY_SHARE))
+    requests = [Request(str(n), PROMPT, SamplingParams(max_gen_toks=4)) for n in range(5)]
+    with caplog.at_level(logging.WARNING):
+        done = make(model, slots=4).generate(requests)
+    assert len(done) == 5
+    assert "2 rows" in caplog.text and "not 4" in caplog.text
+
+
+def test_the_pool_is_as_large_as_planned(model):
+    engine = make(model, slots=3)
+    engine.generate([Request(str(n), PROMPT, SamplingParams(max_gen_toks=10)) for n in range(8)])
+    per_token = sum(shape.token_bytes for shape in engine.decoder.layers.values())
+    assert engine._pool.bytes == 3 * (len(PROMPT) + 10) * per_token
+    assert per_token == 2 * 2 * 2 * 8 * 8  # layers x (k, v) x heads x head_dim x bytes of float64
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"polcy": "off"}, "unknown engine option polcy; known are policy"),
+        ({"policy": "prune"}, "choose one of off, recompute, evict"),
+        ({"markup": "hcott"}, "Did you mean 'hcot'"),
+        ({"slots": 0}, "slots=0"),
+        ({"slots": "many"}, "slots='many'"),
+        ({"max_context": 0}, "max_context=0"),
+        ({"markup": "pencil"}, r"lacks the pencil markers \[CALL\], \[SEP\]"),
+    ],
+)
+def test_wrong_options(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, **options)
+
+
+def test_a_tokenizer_without_markers_serves_policy_off_alone(model):
+    bare = tiny_tokenizer(markers=False)
+    with pytest.raises(ValueError, match="pruning=off"):
+        Engine(model, bare)
+    (done,) = Engine(model, bare, policy="off").generate([Request("r", PROMPT, SamplingParams(max_gen_toks=3))])
+    assert len(done.token_ids) == 3
+
+
+def test_stop_strings_without_a_tokenizer(model):
+    engine = Engine(model, markers=MARKERS, self_check=False)
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        engine.generate([forced(50, stop_strings=("x",))])
+    assert engine.generate([forced(50, 51)])[0].token_ids == (50, 51)
+
+
+def test_an_empty_prompt():
+    with pytest.raises(ValueError, match="empty prompt"):
+        Request("r", ())
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+def test_recurrent_and_convolutional_state_is_refused_by_name():
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**{**SMALL, "state_size": 4}))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    lfm = AutoModelForCausalLM.from_config(Lfm2Config(**SMALL, **heads, layer_types=["conv", "full_attention"]))
+    for hybrid, name in ((mamba, "Mamba"), (lfm, "conv")):
+        with pytest.raises(UnsupportedModelError, match=name):
+            Engine(hybrid, markers=MARKERS)
+
+
+def test_the_self_check_notices_wrong_attention(model, monkeypatch):
+    assert Decoder(model).self_check() < 1e-10
+    right = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, **kw: right(q, k, v, None, **kw))
+    with pytest.raises(UnsupportedModelError, match="failed the self-check"):
+        Decoder(model)
+
+
+def test_sliding_windows_and_soft_caps_pass_the_self_check():
+    for kind, config in (("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4})):
+        assert Decoder(tiny_model(kind, **config)).self_check() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype):
+    engine = Engine(tiny_model("llama", dtype), TOKENIZER)
+    done = engine.generate([forced(*BLOCK, 50)])[0]
+    assert done.statistics.prune_events == 1
+    assert engine._pool.keys[0].dtype == dtype
+
+
+def test_adapters():
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny_model("llama", torch.float64), lora).eval()
+    expected = adapted.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=9, do_sample=False)[0, len(PROMPT) :]
+    request = Request("r", PROMPT, SamplingParams(max_gen_toks=9))
+    assert list(only(make(adapted, policy="off"), request).token_ids) == expected.tolist()
+    plain = only(make(tiny_model("llama", torch.float64), policy="off"), request)
+    assert list(plain.token_ids) != expected.tolist()
+    virtual = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        make(peft.get_peft_model(tiny_model("llama"), virtual))
+
+
+def test_a_model_without_a_context_limit_gets_the_fallback():
+    assert engine_module._model_context(object()) == engine_module.FALLBACK_CONTEXT

@@ -1,0 +1,144 @@
+"""The note taker: events, what is counted from them, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+
+from hcot_lmeval.notes import (
+    SCHEMA,
+    Close,
+    Fault,
+    Finish,
+    Note,
+    NoteTaker,
+    Open,
+    Prefill,
+    Prune,
+    Recorder,
+    Split,
+    Tokens,
+    read_notes,
+    statistics,
+)
+from hcot_lmeval.trace import LiveContext
+from tests.reference import MARKERS
+from tests.strategies import cases
+
+HCOT = MARKERS["hcot"]
+
+
+def record(ids: list[int], prompt_len: int, markers, policy: str) -> tuple[Recorder, LiveContext]:
+    """What the engine tells the recorder about one row."""
+    context, ticks = LiveContext(markers, policy), iter(range(10_000))
+    recorder = Recorder(clock=lambda: float(next(ticks)))
+    for token in ids[:prompt_len]:
+        context.push_inert(token)
+    recorder.prefill(prompt_len, len(context.live), 0)
+    for index, token in enumerate(ids[prompt_len:], prompt_len):
+        recorder.step(index, token, context.push(token), len(context.live))
+    recorder.finish("length", None, context.depth)
+    return recorder, context
+
+
+def note(ids: list[int], prompt_len: int, policy: str = "recompute") -> Note:
+    recorder, _ = record(ids, prompt_len, HCOT, policy)
+    return Note("r", 0, tuple(ids[:prompt_len]), tuple(ids[prompt_len:]), tuple(recorder.events), {"task": "t"})
+
+
+def test_one_event_for_each_thing_that_happens():
+    o, s, c = HCOT.open, HCOT.split, HCOT.close
+    ids = [90, 91, o, 92, 93, s, 94, c, 95, c]
+    recorder, _ = record(ids, 2, HCOT, "recompute")
+    kinds = [type(event) for event in recorder.events]
+    assert kinds == [Prefill, Open, Tokens, Split, Tokens, Prune, Tokens, Fault, Tokens, Finish]
+    prune = recorder.events[5]
+    assert (prune.index, prune.depth, prune.pruned, prune.reforwarded, prune.live) == (7, 0, (92, 93, s), 1, 5)
+    assert recorder.events[2].ids == (92, 93)
+    assert recorder.events[7].kind == "stray_close"
+
+
+def test_a_block_closed_without_a_prune_is_a_close():
+    o, s, c = HCOT.open, HCOT.split, HCOT.close
+    for policy, ids in (("off", [90, o, 91, s, 92, c]), ("recompute", [90, o, 91, c])):
+        recorder, _ = record(ids, 1, HCOT, policy)
+        assert isinstance(recorder.events[-2], Close)
+        found = statistics(recorder.events)
+        assert (found.blocks, found.prune_events, found.pruned_tokens) == (1, 0, 0)
+
+
+@given(cases())
+def test_counts_equal_the_live_context_after_every_token(case):
+    ids, prompt_len, markers, policy = case
+    recorder, context = record(ids, prompt_len, markers, policy)
+    found = statistics(recorder.events)
+    assert found.prompt_tokens == prompt_len
+    assert found.generated_tokens == len(ids) - prompt_len
+    assert found.live_tokens == len(context.live)
+    assert found.peak_live_tokens == context.peak
+    assert found.prompt_tokens + found.generated_tokens - found.pruned_tokens == found.live_tokens
+    area, again = 0, LiveContext(markers, policy)
+    for index, token in enumerate(ids):
+        if index < prompt_len:
+            again.push_inert(token)
+        else:
+            again.push(token)
+            area += len(again.live)
+    assert found.live_token_steps == area
+
+
+@given(cases())
+def test_the_events_hold_the_whole_trace(case):
+    ids, prompt_len, markers, policy = case
+    recorder, _ = record(ids, prompt_len, markers, policy)
+    rebuilt = []
+    for event in recorder.events:
+        if isinstance(event, Tokens):
+            rebuilt += event.ids
+        elif isinstance(event, (Open, Split, Close, Prune)):
+            rebuilt.append(event.id)
+    assert rebuilt == ids[prompt_len:]
+
+
+def test_written_and_read_back(tmp_path):
+    notes = [note([90, HCOT.open, 91, HCOT.split, 92, HCOT.close, 93], 1, p) for p in ("recompute", "evict", "off")]
+    path = tmp_path / "deep" / "run.jsonl"
+    with NoteTaker(path, decode=lambda ids: " ".join(map(str, ids)), run={"model": "m"}) as taker:
+        for one in notes:
+            taker.add(one)
+    assert read_notes(path) == notes
+    header, first, *_ = map(json.loads, path.read_text().splitlines())
+    assert header == {"schema": SCHEMA, "run": {"model": "m"}}
+    assert first["statistics"] == notes[0].statistics.as_dict()
+    prune = next(event for event in first["events"] if event["type"] == "Prune")
+    assert prune["pruned_text"] == f"91 {HCOT.split}"
+
+
+def test_each_note_is_on_disk_when_add_returns(tmp_path):
+    taker = NoteTaker(tmp_path / "run.jsonl")
+    taker.add(note([90, 91], 1))
+    assert len(read_notes(taker.path)) == 1
+    taker.close()
+
+
+def test_a_line_torn_by_a_kill_costs_that_line_alone(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with NoteTaker(path) as taker:
+        taker.add(note([90, 91], 1))
+        taker.add(note([90, 92], 1))
+    path.write_bytes(path.read_bytes()[:-40])
+    assert [n.token_ids for n in read_notes(path)] == [(91,)]
+    with NoteTaker(path) as taker:
+        taker.add(note([90, 93], 1))
+    assert [n.token_ids for n in read_notes(path)] == [(91,), (93,)]
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"schema": "something else"}\n')
+    for make in (NoteTaker, read_notes):
+        with pytest.raises(ValueError, match=SCHEMA):
+            make(path)
+    assert path.read_text() == '{"schema": "something else"}\n'
