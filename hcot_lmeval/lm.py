@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -163,7 +162,7 @@ class HcotLM(HFLM):
         if not todo:
             return
         start = time.perf_counter()
-        with ProgressBar(self.engine, len(work), work.finished, disable=disable) as bar, self._autocast():
+        with ProgressBar(self.engine, len(work), work.finished, disable=disable) as bar:
             for completion in self.engine.stream(todo, self._notes):
                 response = self._response(completion)
                 work.finish(completion.request, response, completion.request.meta)
@@ -220,10 +219,6 @@ class HcotLM(HFLM):
                 max(long),
                 self.max_context,
             )
-
-    def _autocast(self) -> torch.autocast:
-        dtype = self.mixed_precision_dtype
-        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
     # --- made on first use: a run of log-likelihoods needs none of it -------------------------------------------------
 

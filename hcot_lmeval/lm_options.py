@@ -32,6 +32,7 @@ QUANTIZATION_KWARGS = frozenset(
 """Fields of `transformers.BitsAndBytesConfig`, which users give one by one and `from_pretrained` no longer takes so."""
 
 REFUSED = {
+    "mixed_precision_dtype": "keys and values are kept in the type of the weights; load those in the type with dtype=",
     "tp_plan": "tensor parallelism splits the heads that the KV pool holds together; use parallelize=True",
     "truncation": "prompts are never cut; raise max_context, or shorten the prompt",
 }
