@@ -135,8 +135,8 @@ def resolve_markers(markup: Markup, token_id: Callable[[str], int | None]) -> Ma
     if missing:
         raise ValueError(
             f"the tokenizer lacks the {markup.name} marker{_plural(missing)} {', '.join(missing)}. "
-            "Add them with hcot_lmeval.tokens.add_special_tokens(tokenizer, model, markup) and train the model on them, "
-            "choose another markup, or run with pruning=off, which needs no markers."
+            "Add them with hcot_lmeval.tokens.add_special_tokens(tokenizer, model, markup) and train the model on "
+            "them, choose another markup, or run with pruning=off, which needs no markers."
         )
     return MarkerIds(
         open=found[markup.open],  # type: ignore[arg-type]

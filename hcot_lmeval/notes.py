@@ -422,7 +422,9 @@ def _event_to_json(event: Event, decode: Callable[[Sequence[int]], str] | None) 
 
 
 def _event_from_json(record: dict[str, Any]) -> Event:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k not in ("type", "pruned_text")}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k not in ("type", "pruned_text")
+    }
     return EVENTS[record["type"]](**fields)
 
 

@@ -104,6 +104,10 @@ class _Block:
     split: int | None = None
 
 
+_NO_MARKERS = MarkerIds(open=-1, split=-2, close=-3)
+"""Ids that no vocabulary has."""
+
+
 class LiveContext:
     """The live context of one trace, one token at a time.
 
@@ -123,13 +127,13 @@ class LiveContext:
         self.policy = Policy(policy)
         if markers is None and self.policy is not Policy.OFF:
             raise ValueError(f"policy {self.policy.value!r} needs marker ids; only 'off' runs without them")
-        self.markers = markers
         self.live: list[int] = []
         self.source: list[int] = []
         self.length = 0
         self.peak = 0
         self._blocks: list[_Block] = []
-        self._acting = markers.ids if markers is not None else frozenset()
+        self._marks = _NO_MARKERS if markers is None else markers
+        self._acting = self._marks.ids
 
     @property
     def depth(self) -> int:
@@ -139,10 +143,10 @@ class LiveContext:
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
         block = self._blocks[-1] if self._blocks else None
-        if self.policy is not Policy.RECOMPUTE or block is None or block.split is None or token != self.markers.close:  # type: ignore[union-attr]
+        if self.policy is not Policy.RECOMPUTE or block is None or block.split is None or token != self._marks.close:
             return len(self.live) + 1
         start, stop = self._thought(block.open, block.split)
-        after = len(self.live) - (stop - start) + ("close" in self.markers.keep)  # type: ignore[union-attr]
+        after = len(self.live) - (stop - start) + ("close" in self._marks.keep)
         return max(len(self.live), after)
 
     def push_inert(self, token: int) -> Step:
@@ -153,12 +157,11 @@ class LiveContext:
         """Appends one generated token and applies the rule."""
         if token not in self._acting:
             return self._append(token, Kind.TEXT)
-        assert self.markers is not None
-        if token == self.markers.open:
+        if token == self._marks.open:
             return self._open(token)
-        if token == self.markers.split:
+        if token == self._marks.split:
             return self._split(token)
-        if token == self.markers.close:
+        if token == self._marks.close:
             return self._close(token)
         return self._append(token, Kind.TEXT)
 
@@ -172,7 +175,7 @@ class LiveContext:
         return Step(kind, malformed, len(self._blocks), rows, (token,), (position,), (index,))
 
     def _open(self, token: int) -> Step:
-        if self._blocks and not self.markers.nested:  # type: ignore[union-attr]
+        if self._blocks and not self._marks.nested:
             return self._append(token, Kind.TEXT, Malformed.NESTED_OPEN)
         self._blocks.append(_Block(len(self.live)))
         return self._append(token, Kind.OPEN)
@@ -192,32 +195,32 @@ class LiveContext:
             return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
         malformed = self._lead_fault(block.split)
         start, stop = self._thought(block.open, block.split)
-        empty = start == stop and "close" in self.markers.keep  # type: ignore[union-attr]
+        empty = start == stop and "close" in self._marks.keep
         if self.policy is Policy.OFF or empty:  # an empty thought between surviving markers: nothing to throw away
             return self._append(token, Kind.CLOSE, malformed)
         prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
         return prune(token, start, stop)._replace(malformed=malformed)
 
     def _lead_fault(self, split: int) -> Malformed | None:
-        lead = self.markers.lead  # type: ignore[union-attr]
+        lead = self._marks.lead
         if lead is None or self.live[split + 1 : split + 2] == [lead]:
             return None
         return Malformed.MISSING_LEAD
 
     def _thought(self, open: int, split: int) -> tuple[int, int]:
         """The live span that a prune removes: the thought and the markers around it that do not survive."""
-        keep = self.markers.keep  # type: ignore[union-attr]
+        keep = self._marks.keep
         return open + ("open" in keep), split + ("split" not in keep)
 
     def _recompute(self, token: int, start: int, stop: int) -> Step:
         pruned = self.live[start:stop]
         tail, source = self.live[stop:], self.source[stop:]
         alone = not tail and start == 0  # nothing else would survive, and the next token has to follow something
-        if "close" in self.markers.keep or alone:  # type: ignore[union-attr]
+        if "close" in self._marks.keep or alone:
             tail, source = [*tail, token], [*source, self.length]
         else:
             pruned = [*pruned, token]
-        if not tail:  # nothing survives behind the prefix: its last token is read again, to have an output to sample from
+        if not tail:  # nothing survives behind the prefix: its last token is read again, for an output to sample from
             start -= 1
             tail, source = [self.live[start]], [self.source[start]]
         self.live[start:], self.source[start:] = tail, source
@@ -231,7 +234,7 @@ class LiveContext:
         step = self._append(token, Kind.CLOSE)
         end = len(self.live)
         spans: tuple[tuple[int, int], ...] = ((start, stop),)
-        if "close" not in self.markers.keep:  # type: ignore[union-attr]
+        if "close" not in self._marks.keep:
             spans = (*spans, (end - 1, end))
         pruned = tuple(t for a, b in spans for t in self.live[a:b])
         for a, b in reversed(spans):
@@ -285,7 +288,7 @@ def compile_trace(
         prompt_len: tokens of `ids` that are the prompt; at least 1, for the first generated token needs a predecessor.
         markers: the marker ids; None only with policy ``off``.
         policy: what a closing marker does.
-        prompt_acts: whether markers in the prompt open and close blocks too (few-shot traces); by default they are text.
+        prompt_acts: whether markers in the prompt act too (few-shot traces); by default they are text.
 
     Raises:
         ValueError: `prompt_len` is not within 1..len(ids).

@@ -210,7 +210,7 @@ def _explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention in the open, for what the fused kernel lacks; shapes as in `attend`, groups folded, sinks [heads, queries]."""
+    """Attention in the open, for what the fused kernel lacks: shapes as in `attend`, folded; sinks [heads, queries]."""
     scores = (query @ key.transpose(1, 2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

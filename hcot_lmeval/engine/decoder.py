@@ -196,10 +196,10 @@ def refuse_recurrent(config: Any, name: str) -> None:
 def _unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT model; adapters that act through layers stay active in it."""
     if not hasattr(model, "peft_config"):
-        return model  # type: ignore[no-any-return]
+        return model
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(
             f"the adapter is of type {model.active_peft_config.peft_type}, which works by virtual tokens in the cache; "
             "pruning would cut them. Use an adapter that changes weights, such as LoRA."
         )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

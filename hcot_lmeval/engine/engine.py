@@ -4,8 +4,8 @@
     for completion in engine.stream([Request("1", tuple(prompt_ids), SamplingParams(max_gen_toks=32768))]):
         print(completion.text, completion.statistics)
 
-One step forwards the waiting tokens of all rows, samples for every row that is up to date, tells the rule, and tells the
-recorder. A prune is a change of length: the rule (`hcot_lmeval.trace`) says which tokens to keep, forward and drop.
+One step forwards the waiting tokens of all rows, samples for every row that is up to date, tells the rule, and tells
+the recorder. A prune is a change of length: the rule (`hcot_lmeval.trace`) says which tokens to keep, forward and drop.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Engine:
         if not requests:
             return
         if self._streaming:
-            raise RuntimeError("this engine is streaming already; exhaust or close that stream, or make a second engine")
+            raise RuntimeError("this engine is streaming already; exhaust or close that stream first")
         self._streaming = True
         try:
             scheduler = self._schedule(requests)
@@ -231,9 +231,7 @@ class Engine:
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
         self._pool = self._make_pool(requests, len(pairs))
         step_tokens = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
-        return Scheduler(
-            pairs, self._pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts
-        )
+        return Scheduler(pairs, self._pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts)
 
     def _make_pool(self, requests: Sequence[Request], samples: int) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
@@ -295,10 +293,9 @@ class Engine:
         context = self.options.max_context or model_limit
         if context > model_limit:
             logger.warning("max_context=%d is beyond the %d positions of the model's config", context, model_limit)
-        eos = self.options.eos_ids
-        if eos is None:
-            eos = _eos_ids(self.decoder.model, self.tokenizer)
-        return Limits(context, self.options.max_position or max(model_limit, context), frozenset(eos))
+        given = self.options.eos_ids
+        eos = frozenset(_eos_ids(self.decoder.model, self.tokenizer) if given is None else given)
+        return Limits(context, self.options.max_position or max(model_limit, context), eos)
 
     def _find_hidden_ids(self) -> frozenset[int]:
         """Special tokens that `decode` leaves out."""

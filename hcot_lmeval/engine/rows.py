@@ -93,8 +93,8 @@ class Limits:
 class Row:
     """One sample of one request while it is generated, in one slot of the pool.
 
-    A row holds the steps whose tokens are still to be forwarded. `next_chunk` hands them out in pieces, `forwarded` takes
-    note that a piece is in the pool, `accept` takes the token sampled from the last output.
+    A row holds the steps whose tokens are still to be forwarded. `next_chunk` hands them out in pieces, `forwarded`
+    takes note that a piece is in the pool, `accept` takes the token sampled from the last output.
 
     Attributes:
         positions: position ids of the live tokens whose keys and values are in the slot, or on their way into it.

@@ -87,7 +87,7 @@ class Draw(NamedTuple):
     Attributes:
         params: of its request.
         seed: of this sample.
-        count: tokens the row has generated so far.
+        generated: tokens the row has generated so far.
         banned: ids that may not be chosen now.
         seen: ids of the prompt and the trace so far; needed with a repetition penalty only.
         forced: the token to take whatever the scores, or None.
@@ -95,7 +95,7 @@ class Draw(NamedTuple):
 
     params: SamplingParams
     seed: int
-    count: int
+    generated: int
     banned: tuple[int, ...] = ()
     seen: Sequence[int] = ()
     forced: int | None = None
@@ -116,7 +116,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         chosen = [draws[row] for row in sampled]
-        noise = gumbel([d.seed for d in chosen], [d.count for d in chosen], logits.shape[-1], logits.device)
+        noise = gumbel([d.seed for d in chosen], [d.generated for d in chosen], logits.shape[-1], logits.device)
         tokens[rows] = (_truncated(scaled[rows], [d.params for d in chosen]) + noise).argmax(-1)
     for row, draw in enumerate(draws):
         if draw.forced is not None:
