@@ -4,6 +4,8 @@ In the tables ``[`` ``/`` ``]`` are the open, split and close markers, ``+`` the
 before ``|`` is the prompt.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -215,6 +217,19 @@ def test_invariants(case):
 @given(strategies.cases())
 def test_invariants_when_the_prompt_acts(case):
     check_trace(*case, prompt_acts=True)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    strategies.cases(notation="memento"),
+    st.frozensets(st.sampled_from(["open", "split", "close"])),
+    st.booleans(),
+    st.sampled_from([None, LEAD]),
+)
+def test_invariants_of_any_notation(case, keep, nested, lead):
+    """Whatever survives, nested or flat, led or not: the rule does not know its presets."""
+    ids, prompt_len, markers, policy = case
+    check_trace(ids, prompt_len, replace(markers, keep=keep, nested=nested, lead=lead), policy)
 
 
 @settings(deadline=None, max_examples=200)
