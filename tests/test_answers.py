@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from hcot_lmeval import answers
 from hcot_lmeval.answers import extract_answer, grade, is_equivalent
-from hcot_lmeval.answers.normalize import normalize
 from hcot_lmeval.answers.pool import Pool, Worker, shared_pool
 
 CASES = json.loads((Path(__file__).parent / "data" / "answer_cases.json").read_text())

@@ -103,7 +103,7 @@ def is_equivalent(answer: str, gold: str | int | float, *, seconds: float = SECO
         return Grade(False, answer, "different")
     if one == other:
         return Grade(True, answer, "equal")
-    values = _rational(one), _rational(other)
+    values = _rational(_POINTED.sub("", one)), _rational(_SUMMED.sub("", other))
     if values[0] is not None and values[1] is not None:
         return Grade(values[0] == values[1], answer, "equal" if values[0] == values[1] else "different")
     return _verdict(shared_pool().check(one, other, seconds), answer)
@@ -136,13 +136,14 @@ def _unboxed(text: str) -> str:
     return (fallback_answer(text) or text) if _PROSE.search(text) else text
 
 
-_LABELLED = re.compile(r"[A-Za-z]\w?(?:\s*[+*]\s*[A-Za-z]\w?)*\s*=\s*")
+_POINTED = re.compile(r"^[A-Za-z]\s*=\s*")  # a gold answer x = 3 asks for 3; a + b = 3 may be a line
+_SUMMED = re.compile(r"^[A-Za-z]\w?(?:\s*[+*]\s*[A-Za-z]\w?)*\s*=\s*")
 _NUMBER = re.compile(r"([-+]?)\s*(?:(\d+)(?:\.(\d+))?|\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s*/\s*(\d+))")
 
 
 def _rational(text: str) -> Fraction | None:
-    r"""The value of a literal number: ``033``, ``-1.50``, ``3/4``, ``x = 7``, ``45^{\circ}``; else None."""
-    text = re.sub(r"\s*\^\{\\circ\}$", "", _LABELLED.sub("", text, count=1))
+    r"""The value of a literal number: ``033``, ``-1.50``, ``3/4``, ``45^{\circ}``; else None."""
+    text = re.sub(r"\s*\^\{\\circ\}$", "", text)
     text = re.sub(r"^-?[1-9]\d{0,2}(?:,\d{3})+$", lambda match: match.group().replace(",", ""), text)
     found = _NUMBER.fullmatch(text.strip("{} "))
     if not found:

@@ -180,8 +180,7 @@ def _is_equation(node: Node) -> bool:
     """``2x + y = 3``, unlike the labelled value ``x = 3`` or the sum ``9 + 24 = 33``."""
     if node.kind != "chain" or set(node.marks) != {"="} or len(node.items) != 2 or _LABEL.fullmatch(node.items[0].text):
         return False
-    sides = node.items[0].text, node.items[1].text
-    return _has_variable(sides[0]) and not re.fullmatch(r"[a-zA-Z](?:[+\-][a-zA-Z])+", sides[0])
+    return _has_variable(node.items[0].text)
 
 
 def _is_assignment(node: Node) -> bool:
@@ -231,14 +230,17 @@ def _named_values(gold: Node, answer: Node) -> bool | None:
     Names on both sides pair the values; names on one side order them. x_1 and x_2 are no names: roots have no order.
     """
     named = [_all_named(node) for node in (gold, answer)]
-    if not any(named):
-        return None
+    if not named[0] and not (named[1] and gold.kind == "tuple"):
+        return None  # names that the gold answer does not know tell nothing about its list
     values = [_unlabel(node) for node in (gold, answer)]
     if any(node.kind not in ("list", "tuple") for node in values) or len(values[0].items) != len(values[1].items):
         return None
     pairs = list(zip(values[0].items, values[1].items, strict=True))
     if all(named) and set(_labels(gold)) == set(_labels(answer)):
         order = [_labels(answer).index(label) for label in _labels(gold)]
+        pairs = [(item, values[1].items[at]) for item, at in zip(values[0].items, order, strict=True)]
+    elif not named[0]:  # a point, by coordinates: as written, or x before y
+        order = sorted(range(len(pairs)), key=lambda at: _labels(answer)[at])
         pairs = [(item, values[1].items[at]) for item, at in zip(values[0].items, order, strict=True)]
     return _every(_parts, pairs)
 
@@ -294,7 +296,17 @@ def _parts(gold: Node, answer: Node) -> bool:
 
 
 _NEGATIONS = frozenset(
-    {"no solution", "no solutions", "none", "no real solutions", "no real solution", "does not exist"}
+    {
+        "no solution",
+        "no solutions",
+        "none",
+        "no real solutions",
+        "no real solution",
+        "does not exist",
+        "dne",
+        r"\emptyset",
+        "{}",
+    }
 )
 
 

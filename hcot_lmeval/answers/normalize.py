@@ -93,7 +93,7 @@ def readings(text: str, other: str) -> list[str]:
     """
     joined = re.sub(rf"(?<![\d,.])(?:{_GROUPED}|{_INDIAN})(?!,?\d)", lambda match: match.group().replace(",", ""), text)
     found = [joined, text] if joined != text else [text]
-    if re.fullmatch(r"-?\d+,\d+", text) and re.fullmatch(r"-?\d+\.\d+", other):
+    if re.fullmatch(r"-?(?:\d+,\d{2,}|0,\d)", text) and re.fullmatch(r"-?\d+\.\d+", other):
         found.append(text.replace(",", "."))
     return found
 
@@ -183,10 +183,16 @@ def _unwrap(match: re.Match[str]) -> str:
         return rf"\{word} "
     is_math = len(word) <= 1 or not re.search(r"[^\W\d_]{2,}", word)
     text = match.group().startswith((r"\text", r"\mbox", r"\hbox"))
-    return f" {word} " if is_math and not (text and word.isalpha()) else f"\0{{{match.group(1) or word}}}"
+    return (
+        f" {word} "
+        if is_math and not (text and any(char.isalpha() for char in word))
+        else f"\0{{{match.group(1) or word}}}"
+    )
 
 
 def _words(text: str) -> str:
+    text = re.sub(r"\\text\s*\{([^{}]*[^{}\s,][^{}]*)\b(and|or)\s([^{}]+)\}", r"\\text{\1} \2 \\text{\3}", text)
+    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = _TIGHT_OR.sub(r" \\or ", _OR.sub(r" \\or ", _AND.sub(r" \\and ", text)))
     text = re.sub(
         r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text

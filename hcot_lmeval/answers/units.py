@@ -37,11 +37,25 @@ def conversion(gold: str, answer: str) -> Fraction | None:
     return other[1] / one[1] if one[0] == other[0] else None
 
 
-def _size(unit: str) -> tuple[tuple[str, int], Fraction] | None:
+_Size = tuple[tuple[tuple[str, int], ...], Fraction]  # dimensions with their powers, and the factor
+
+
+def _size(unit: str) -> _Size | None:
+    parts = [_single(part.strip()) for part in re.split(r"/| per ", "mi/h" if unit == "mph" else unit)]
+    if any(part is None for part in parts):
+        return None
+    signed = [(part, 1 if index == 0 else -1) for index, part in enumerate(parts) if part is not None]
+    factor = Fraction(1)
+    for (_, _, size), sign in signed:
+        factor *= size**sign
+    return tuple(sorted((dimension, power * sign) for (dimension, power, _), sign in signed)), factor
+
+
+def _single(unit: str) -> tuple[str, int, Fraction] | None:
     found = re.fullmatch(r"(.*?)(\d?)", unit)
     name, power = found.group(1).strip(), int(found.group(2) or 1)  # type: ignore[union-attr]
     if worded := _SQUARED.match(name):
         name, power = worded.group(2), 2 if worded.group(1).startswith("sq") else 3
     name = name if name in _UNITS else name.removesuffix("s")
-    dimension = _UNITS.get(_LONG.get(name, name))
-    return None if dimension is None else ((dimension[0], power), dimension[1] ** power)
+    known = _UNITS.get(_LONG.get(name, name))
+    return None if known is None else (known[0], power, known[1] ** power)

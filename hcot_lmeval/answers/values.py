@@ -30,9 +30,14 @@ def _unit_factor(gold: Node, answer: Node) -> tuple[str, ...] | None:
     if gold.unit == answer.unit:
         return ("1",)
     if "%" in (gold.unit, answer.unit) and not (gold.unit and answer.unit):
-        return ("1", r"\frac{1}{100}") if answer.unit else ("1", "100")
+        asked = re.fullmatch(
+            r"-?[1-9]\d*(?:\.\d+)?", gold.source.strip()
+        )  # 28 may mean 28%, but 0.28 does not mean 0.28%
+        return (("1",) if asked else ()) + (r"\frac{1}{100}",) if answer.unit else ("1", "100")
     if gold.unit == "deg" and not answer.unit:
         return ("1", r"\frac{180}{\pi}")
+    if answer.unit == "deg" and not gold.unit:
+        return ("1", r"\frac{\pi}{180}")
     if not gold.unit or not answer.unit:
         return ("1",)
     scale = conversion(gold.unit, answer.unit)
