@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 logger = logging.getLogger(__name__)
+# within lm-eval our messages belong to its log, with its level and format; it configures its own logger alone
+logging.getLogger("hcot_lmeval").parent = logging.getLogger("lm_eval")
 
 DEFAULT_CHECKPOINT = "anujjamwal/OpenMath-Nemotron-1.5B-PruneAware"
 """The published checkpoint that was trained to write prunable traces."""
@@ -78,6 +82,8 @@ class HcotLM(HFLM):
         _check_names(pretrained, rest)
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
+        if isinstance(pretrained, str):
+            _prepare_cpu_ranks(rest.get("device"))
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
         super().__init__(pretrained=pretrained, **rest)
         self._join_ranks()
@@ -344,3 +350,10 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return hasattr(config, name)
+
+
+def _prepare_cpu_ranks(device: Any) -> None:
+    """Lets accelerate, which ``hf`` asks, see the ranks of ``torchrun`` on CPUs, as ``accelerate launch --cpu`` does."""
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")

@@ -2,8 +2,8 @@
 
     python tests/lm_process.py CHECKPOINT OUT [name=value ...]
 
-Writes the results of rank 0 to OUT. `die_after=N` makes the process SIGKILL itself in the middle of the N-th line of the
-journal, so that the line is torn.
+Writes the results of rank 0 to OUT. `die_after=N` makes the process SIGKILL itself in the middle of the N-th line of
+the journal, so that the line is torn.
 """
 
 import json
@@ -15,6 +15,7 @@ import lm_eval
 import lm_eval.evaluator
 import torch
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import setup_logging
 from lm_tasks import generation_task
 
 from hcot_lmeval.journal import Journal
@@ -39,6 +40,7 @@ def die_after(lines: int) -> None:
 
 def main(checkpoint: str, out: str, *pairs: str) -> None:
     torch.set_num_threads(1)
+    setup_logging()
     lm_eval.evaluator.add_env_info = lambda results: None  # 20 seconds, and no matter of ours
     arguments = dict(pair.split("=") for pair in pairs)
     if "die_after" in arguments:

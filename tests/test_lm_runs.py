@@ -1,4 +1,4 @@
-"""Whole runs: killed and started again, resumed with the same and with other arguments, and spread over two processes."""
+"""Whole runs: killed and started again, resumed with the same and with other arguments, spread over two processes."""
 
 import json
 import logging
@@ -34,9 +34,10 @@ def run(checkpoint, out, *arguments, launcher=()):
     return process.returncode, process.stderr
 
 
-def raw_answers(out):
-    samples = json.loads(Path(out).read_text())["samples"]["tiny_generation"]
-    return {sample["doc_id"]: sample["resps"] for sample in samples}
+def scored(result):
+    """What was scored, by document; lm-eval hangs the answers of its padding on `resps` as well."""
+    samples = result["samples"]["tiny_generation"]
+    return {s["doc_id"]: {name: value for name, value in s.items() if name != "resps"} for s in samples}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,7 @@ def test_two_processes_do_each_problem_once(checkpoint, undisturbed, tmp_path):
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert [rank["generated"] for rank in ranks] == [8, 6]
     result = json.loads(out.read_text())
-    in_order = sorted(result["samples"]["tiny_generation"], key=lambda sample: sample["doc_id"])
-    assert in_order == undisturbed["samples"]["tiny_generation"]
+    assert scored(result) == scored(undisturbed)
     for name in ("requests", "generated_tokens", "prune_events", "finish_reasons", "max_depth"):
         assert result["hcot"][name] == undisturbed["hcot"][name]
     assert result["hcot"]["ranks"] == 2
