@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hcot_lmeval import answers
 from hcot_lmeval.answers import extract_answer, grade, is_equivalent
 from hcot_lmeval.answers.pool import Pool, Worker, shared_pool
+from hcot_lmeval.response import Response
 
 CASES = json.loads((Path(__file__).parent / "data" / "answer_cases.json").read_text())
 DATA = os.environ.get("HCOT_LMEVAL_TEST_DATA")
@@ -102,13 +103,8 @@ def test_extract(text, answer):
 
 def test_a_response_is_its_answer_part():
     """A Response's string was cut after the thinking already; a think tag written inside it is plain text."""
-
-    class Response(str):
-        thinking = r"so \boxed{32}"
-        raw = "<think>" + thinking + "</think>" + r"\boxed{33}"
-
-    assert extract_answer(Response(r"\boxed{33} <think>")) == "33"
-    assert extract_answer(Response("")) is None
+    assert extract_answer(Response(r"\boxed{33} <think>", thinking=r"so \boxed{32}")) == "33"
+    assert extract_answer(Response("", thinking=r"so \boxed{33}", raw=r"<think>so \boxed{33}")) is None
 
 
 @pytest.mark.parametrize(
