@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_process import evaluate
 from lm_tasks import QUESTIONS, instances
 from tiny import favour, save_tiny, tiny_model, tiny_tokenizer
 
@@ -36,30 +37,26 @@ def run(checkpoint, out, *arguments, launcher=()):
 
 def scored(result):
     """What was scored, by document; lm-eval hangs the answers of its padding on `resps` as well."""
-    samples = result["samples"]["tiny_generation"]
-    return {s["doc_id"]: {name: value for name, value in s.items() if name != "resps"} for s in samples}
+    return {s["doc_id"]: {k: v for k, v in s.items() if k != "resps"} for s in result["samples"]}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(checkpoint, tmp_path_factory):
+def undisturbed(checkpoint):
     """The results of a run that nothing happens to."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out.json"
-    status, error = run(checkpoint, out, "journal=off")
-    assert status == 0, error
-    return json.loads(out.read_text())
+    return evaluate(checkpoint, journal="off")[1]
 
 
-def test_a_killed_run_continues_without_loss(checkpoint, undisturbed, tmp_path):
-    out, journal = tmp_path / "out.json", f"journal={tmp_path / 'journal'}"
-    status, _ = run(checkpoint, out, journal, "die_after=6")
-    assert status == -signal.SIGKILL
+def test_a_killed_run_continues_without_loss(checkpoint, undisturbed, tmp_path, caplog):
+    out, journal = tmp_path / "out.json", str(tmp_path / "journal")
+    status, error = run(checkpoint, out, f"journal={journal}", "die_after=6")
+    assert status == -signal.SIGKILL, error
     assert not out.exists()
-    status, error = run(checkpoint, out, journal)
-    assert status == 0, error
-    assert "5 of 14 requests are already finished" in error
-    resumed = json.loads(out.read_text())
+    with caplog.at_level(logging.INFO, logger="lm_eval"):
+        lm, resumed = evaluate(checkpoint, journal=journal)
+    assert "5 of 14 requests are already finished" in caplog.text
+    assert "journal=off generates anew" in caplog.text
+    assert lm.engine.live.requests_done == 9
     assert resumed["samples"] == undisturbed["samples"]
-    assert json.loads(Path(f"{out}.0").read_text())["generated"] == 9
     totals, expected = resumed["hcot"], undisturbed["hcot"]
     assert totals["resumed_requests"] == 5
     for name in ("requests", "generated_tokens", "pruned_tokens", "finish_reasons", "malformed", "peak_live_tokens"):
@@ -68,24 +65,21 @@ def test_a_killed_run_continues_without_loss(checkpoint, undisturbed, tmp_path):
 
 def test_two_processes_do_each_problem_once(checkpoint, undisturbed, tmp_path):
     """Seven documents on two ranks: uneven, so lm-eval pads the second one."""
-    out = tmp_path / "out.json"
+    out, journal = tmp_path / "out.json", tmp_path / "journal"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    status, error = run(checkpoint, out, f"journal={tmp_path / 'journal'}", launcher=launcher)
+    status, error = run(checkpoint, out, f"journal={journal}", launcher=launcher)
     assert status == 0, error
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
-    assert [rank["world"] for rank in ranks] == [2, 2]
-    assert [rank["generated"] for rank in ranks] == [8, 6]
+    assert ranks == [{"world": 2, "generated": 8}, {"world": 2, "generated": 6}]
     result = json.loads(out.read_text())
     assert scored(result) == scored(undisturbed)
     for name in ("requests", "generated_tokens", "prune_events", "finish_reasons", "max_depth"):
         assert result["hcot"][name] == undisturbed["hcot"][name]
     assert result["hcot"]["ranks"] == 2
-    (directory,) = (tmp_path / "journal").iterdir()
+    (directory,) = journal.iterdir()
     assert sorted(path.name.split("-")[2] for path in directory.iterdir()) == ["rank0", "rank1"]
-    # and a run of one process finds what two have done
-    status, error = run(checkpoint, out, f"journal={tmp_path / 'journal'}")
-    assert status == 0, error
-    assert "14 of 14 requests are already finished" in error
+    _, again = evaluate(checkpoint, journal=str(journal))  # one process finds what two have done
+    assert again["hcot"]["resumed_requests"] == 14
 
 
 @pytest.fixture
