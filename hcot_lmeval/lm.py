@@ -353,7 +353,7 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
 
 
 def _prepare_cpu_ranks(device: Any) -> None:
-    """Lets accelerate, which ``hf`` asks, see the ranks of ``torchrun`` on CPUs; ``accelerate launch --cpu`` does so."""
+    """Lets accelerate see the ranks of ``torchrun`` on CPUs, as ``accelerate launch --cpu`` does."""
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
