@@ -18,7 +18,6 @@ Differences to ``hf`` that a user should know:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -325,8 +324,8 @@ class HcotLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what lm-eval reports of an ``hf`` model and, under ``hcot``, the settings and totals of the run."""
-        options = dataclasses.asdict(self.options)
-        settings = {name: options[name] for name in ("pruning", "markup", "apply_chat_template", "seed")}
+        settings = {"pruning": self.options.pruning.value, "markup": self.markup.name, "seed": self.options.seed}
+        settings["chat_template"] = self._prompts.chat
         limits = {"max_context": self.max_context, "max_gen_toks": self.max_gen_toks, "ranks": self.world_size}
         totals = self._statistics.merge(self._other_ranks).as_dict()
         return {**super().get_model_info(), "hcot": {**settings, **limits, **totals}}
@@ -349,7 +348,7 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
         config = AutoConfig.from_pretrained(pretrained, **{k: arguments[k] for k in loading if k in arguments})
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
-    return hasattr(config, name)
+    return name in config.to_dict()
 
 
 def _prepare_cpu_ranks(device: Any) -> None:

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_tasks import QUESTIONS, choice_task, generation_task, instances
 from tiny import KINDS, favour, save_tiny, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from hcot_lmeval.lm import DEFAULT_CHECKPOINT, HcotLM
 from hcot_lmeval.notes import Statistics, read_notes
@@ -293,6 +294,21 @@ class TestPrompts:
         assert hcot(pruner, enable_thinking=True)._prompt("Close it with </think>.")[1] is True
         assert hcot(pruner, apply_chat_template=False)._prompt("Question\n<think>\n")[1] is True
 
+    @pytest.mark.parametrize("add_bos_token", [None, True, False])
+    @pytest.mark.parametrize("markers", [True, False])
+    def test_a_beginning_of_text_is_added_as_in_hf_and_never_twice(self, add_bos_token, markers):
+        tokenizer = tiny_tokenizer(markers=markers, think=False, chat=False)
+        tokenizer.bos_token = "<|im_start|>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+        arguments = {"tokenizer": tokenizer, "add_bos_token": add_bos_token, "pretrained": tiny_model("qwen2")}
+        ours, theirs = HcotLM(**arguments, pruning="off", journal="off"), HFLM(**arguments)
+        for text in ("What?", "<|im_start|>What?", " <|im_start|>"):
+            expected = theirs.tok_batch_encode([text])[0][0].tolist()
+            assert list(ours._prompt(text)[0]) == expected
+        assert (ours._prompt("What?")[0][0] == 1) is (add_bos_token is not False)
+
     def test_decoding_keeps_markers_and_thinking_tokens(self, pruner):
         lm = hcot(pruner)
         ids = pruner[1].encode("<think>a [THOUGHT]b</think>c<|im_end|>")
@@ -312,7 +328,7 @@ class TestRecords:
             assert totals[name] == sum(a.stats[name] for a in answers) > 0
         assert totals["peak_live_tokens"] == max(a.stats["peak_live_tokens"] for a in answers)
         assert sum(totals["finish_reasons"].values()) == 10
-        assert (totals["pruning"], totals["max_context"]) == ("recompute", 256)
+        assert (totals["pruning"], totals["max_context"], totals["chat_template"]) == ("recompute", 256, True)
         assert result["config"]["model_num_parameters"] == pruner[0].num_parameters()  # and hf's own facts remain
 
     def test_notes_hold_every_request(self, pruner, tmp_path):
