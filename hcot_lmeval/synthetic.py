@@ -1,4 +1,4 @@
-"""Seeded nested arithmetic with gold hierarchical traces: problems that need many steps and little memory.
+r"""Seeded nested arithmetic with gold hierarchical traces: problems that need many steps and little memory.
 
 A problem is a list of definitions in shuffled order and a question::
 
@@ -8,11 +8,11 @@ Every definition joins two digits or defined names by ``+``, ``-`` or ``*`` modu
 question by recursion, one block per evaluation, whose solution is the value alone::
 
     <think>[THOUGHT]a=b-c[THOUGHT]b=c+c ... 8+8[SOLUTION]6[RETURN]
-                         [THOUGHT]c=4*7[SOLUTION]8[RETURN]6-8[SOLUTION]8[RETURN]</think>\\boxed{8}
+                         [THOUGHT]c=4*7[SOLUTION]8[RETURN]6-8[SOLUTION]8[RETURN]</think>\boxed{8}
 
-A name is evaluated anew wherever it is used, so a trace grows exponentially with the depth of the problem while the live
-context under pruning grows linearly: the regime that pruned reasoning is for. (A solver that remembers every name would
-need fewer steps; the *flat twin* of a trace is the same steps in the same order without blocks, not that solver.)
+A name is evaluated anew wherever it is used, so a trace grows exponentially with the depth of the problem while the
+live context under pruning grows linearly: the regime that pruned reasoning is for. (A solver that remembers every name
+would need fewer steps; the *flat twin* of a trace is the same steps in the same order without blocks, not that solver.)
 Definitions that the question never reaches are left in as distractors.
 
 Problems that differ only in the names of variables or in the order of definitions are one problem: they share a
@@ -42,7 +42,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 MODULUS = 10
 OPERATORS = "+-*"
-NAMES = string.ascii_lowercase
+NAMES = string.ascii_lowercase[:16]
 NAMES_PER_LEVEL = 2
 """Two names a level suffice for full binary recursion and keep the prompt short: 6 tokens a definition."""
 MAX_DEPTH = 1 + (len(NAMES) - 1) // NAMES_PER_LEVEL
@@ -112,9 +112,7 @@ class Problem:
         for step in self.steps:
             names.setdefault(step.definition.name, f"v{len(names)}")
         reached = (self.by_name[name] for name in names)
-        canonical = ";".join(
-            f"{names.get(d.left, d.left)}{d.operator}{names.get(d.right, d.right)}" for d in reached
-        )
+        canonical = ";".join(f"{names.get(d.left, d.left)}{d.operator}{names.get(d.right, d.right)}" for d in reached)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
@@ -226,13 +224,13 @@ def _write(step: _Step, markup: Markup) -> str:
 TEST_DEPTHS = (3, 4, 5, 6)
 
 
-def arith_dataset(depths: Sequence[int] = TEST_DEPTHS, size: int = 100, seed: int = 0, **_: Any) -> DatasetDict:
+def arith_dataset(depths: Sequence[int] = TEST_DEPTHS, size: int = 100, problem_seed: int = 0, **_: Any) -> DatasetDict:
     """Returns the test problems as lm-eval's `custom_dataset` wants them (it passes model arguments too: ignored).
 
     Args:
         depths: levels of recursion, taken in turn.
         size: number of problems.
-        seed: chooses the problems within the test split.
+        problem_seed: chooses the problems within the test split (`seed` is a model argument already).
 
     Returns:
         one split ``test`` with the columns problem, answer, depth, blocks (evaluations the gold trace takes).
@@ -241,6 +239,6 @@ def arith_dataset(depths: Sequence[int] = TEST_DEPTHS, size: int = 100, seed: in
 
     rows = [
         {"problem": p.prompt, "answer": str(p.value), "depth": p.depth, "blocks": p.blocks}
-        for p in itertools.islice(problems("test", depths, seed), size)
+        for p in itertools.islice(problems("test", depths, problem_seed), size)
     ]
     return DatasetDict({"test": Dataset.from_list(rows)})

@@ -1,0 +1,1 @@
+"""Training on exactly the contexts that the decoder will see."""
