@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -26,6 +27,18 @@ def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     if found is None or (found == tokenizer.unk_token_id and text != tokenizer.unk_token):
         return None
     return int(found)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> frozenset[int]:
+    """Returns the ids of those among `texts` that are single tokens."""
+    found = (token_id(tokenizer, text) for text in texts)
+    return frozenset(i for i in found if i is not None)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the ids that `decode(..., skip_special_tokens=True)` leaves out."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hcot") -> MarkerIds:

@@ -17,8 +17,8 @@ import torch
 from lm_eval.tasks import TaskManager
 from lm_tasks import generation_task
 
-from hcot_lmeval.journal import Journal
 from hcot_lmeval.lm import HcotLM
+from hcot_lmeval.lm.journal import Journal
 
 TASK = {"docs": 7, "repeats": 2, "do_sample": True, "temperature": 1.0, "max_gen_toks": 40}
 

@@ -221,7 +221,7 @@ def test_the_pool_is_as_large_as_planned(model):
     engine = make(model, slots=3)
     engine.generate([Request(str(n), PROMPT, SamplingParams(max_gen_toks=10)) for n in range(8)])
     per_token = sum(shape.token_bytes for shape in engine.decoder.layers.values())
-    assert engine._pool.bytes == 3 * (len(PROMPT) + 10) * per_token
+    assert engine.live.kv_bytes == 3 * (len(PROMPT) + 10) * per_token
     assert per_token == 2 * 2 * 2 * 8 * 8  # layers x (k, v) x heads x head_dim x bytes of float64
 
 
@@ -295,7 +295,7 @@ def test_half_precision_runs(dtype):
     engine = Engine(tiny_model("llama", dtype), TOKENIZER)
     done = engine.generate([forced(*BLOCK, 50)])[0]
     assert done.statistics.prune_events == 1
-    assert engine._pool.keys[0].dtype == dtype
+    assert {shape.dtype for shape in engine.decoder.layers.values()} == {dtype}
 
 
 def test_adapters():

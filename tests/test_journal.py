@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.journal import Journal, default_root, digest
+from hcot_lmeval.lm.journal import Journal, default_root, digest
 
 RUN = {"model": "m", "pruning": "recompute", "max_context": 128}
 
@@ -112,7 +112,7 @@ def test_a_line_is_on_disk_when_add_returns(root):
     """The process is killed by SIGKILL right after `add`, with no chance to flush anything."""
     code = f"""
         import os, signal
-        from hcot_lmeval.journal import Journal
+        from hcot_lmeval.lm.journal import Journal
         journal = Journal({str(root)!r}, {RUN!r})
         for key in "abc":
             journal.add(key, {{"response": key * 5000}})

@@ -27,7 +27,7 @@ from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup
 from hcot_lmeval.notes import NoteTaker, statistics
-from hcot_lmeval.tokens import marker_ids, token_id
+from hcot_lmeval.tokens import ids_of, marker_ids, special_ids
 from hcot_lmeval.trace import LiveContext, Policy
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class EngineOptions:
         slots: rows that run at the same time, or "auto": as many as memory holds, up to `max_slots`.
         max_slots: upper bound for "auto".
         eos_ids: token ids that end a row; by default those of the generation config and the tokenizer.
-        think: the strings around the thinking section; by default those of the markup.
+        think: the strings around the thinking section, "markup" for those of the markup, or None for a model without.
         prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
         step_tokens: prompt tokens forwarded in one step.
         self_check: compare slots with a plain forward when the model is loaded.
@@ -70,7 +70,7 @@ class EngineOptions:
     slots: int | Literal["auto"] = "auto"
     max_slots: int = 64
     eos_ids: Sequence[int] | None = None
-    think: tuple[str, str] | None = None
+    think: tuple[str, str] | Literal["markup"] | None = "markup"
     prompt_acts: bool = False
     step_tokens: int | None = None
     self_check: bool = True
@@ -98,6 +98,8 @@ class Progress:
     """Live tokens of the rows that run now."""
     seconds: float = 0.0
     """Time spent generating."""
+    kv_bytes: int = 0
+    """Memory of the keys and values in the current call, or the last one."""
 
 
 class Engine:
@@ -121,6 +123,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.policy = Policy(self.options.policy)
         self.markup = get_markup(self.options.markup)
+        self.think = self.markup.think if self.options.think == "markup" else self.options.think
         self.markers = self._find_markers()
         self.decoder = Decoder(model, check=self.options.self_check)
         self.limits = self._find_limits()
@@ -163,6 +166,8 @@ class Engine:
             raise RuntimeError("this engine is streaming already; exhaust or close that stream first")
         self._streaming = True
         try:
+            self._pool = self._make_pool(requests)
+            self.live.kv_bytes = self._pool.bytes
             scheduler = self._schedule(requests)
             while scheduler.has_work:
                 for row in self._run_until_finished(scheduler, on_logits):
@@ -172,6 +177,7 @@ class Engine:
                     yield completion
         finally:
             self._streaming = False
+            self._pool = None  # others need the memory: log-likelihoods, training
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; markers and thinking tokens stay, other special tokens are left out."""
@@ -228,18 +234,16 @@ class Engine:
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def _schedule(self, requests: Sequence[Request]) -> Scheduler:
+        assert self._pool is not None
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
-        self._pool = self._make_pool(requests, len(pairs))
         step_tokens = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
         return Scheduler(pairs, self._pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts)
 
-    def _make_pool(self, requests: Sequence[Request], samples: int) -> KVPool:
+    def _make_pool(self, requests: Sequence[Request]) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
         length = min(self.limits.context, longest)
-        wanted = min(self.options.max_slots if self.options.slots == "auto" else self.options.slots, samples)
-        if self._pool is not None and self._pool.length >= length and self._pool.slots >= wanted:
-            return self._pool
-        self._pool = None  # its memory counts as free from here on
+        most = self.options.max_slots if self.options.slots == "auto" else self.options.slots
+        wanted = min(most, sum(r.params.n for r in requests))
         slots = plan_slots(self.decoder.layers, length, wanted)
         if slots < wanted and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
@@ -252,8 +256,7 @@ class Engine:
         if request.params.stop_strings:
             if self.tokenizer is None:
                 raise ValueError("stop_strings need a tokenizer; pass one to Engine, or use stop_ids")
-            think = self.options.think or self.markup.think
-            stops = StopStrings(request.params.stop_strings, self.decode, think, request.thinking)
+            stops = StopStrings(request.params.stop_strings, self.decode, self.think, request.thinking)
         context = LiveContext(self.markers, self.policy)
         row = Row(request, number, slot, context, self.limits, stops)
         row.load_prompt(acts=self.options.prompt_acts)
@@ -301,10 +304,8 @@ class Engine:
         """Special tokens that `decode` leaves out."""
         if self.tokenizer is None:
             return frozenset()
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = {i for i, token in added if token.special} | set(self.tokenizer.all_special_ids)
-        think = self.options.think or self.markup.think
-        return frozenset(special - {token_id(self.tokenizer, text) for text in (*self.markup.markers, *think)})
+        kept = (*self.markup.markers, *self.markup.think, *(self.think or ()))
+        return special_ids(self.tokenizer) - ids_of(self.tokenizer, kept)
 
 
 def _options(options: dict[str, Any]) -> EngineOptions:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from hcot_lmeval.engine import Request, SamplingParams
-from hcot_lmeval.journal import digest
+from hcot_lmeval.lm.journal import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

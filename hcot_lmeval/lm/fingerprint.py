@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hcot_lmeval.journal import digest
+from hcot_lmeval.lm.journal import digest
 
 IRRELEVANT = frozenset(
     """batch_size cache_dir device force_download local_files_only logits_cache low_cpu_mem_usage max_batch_size
@@ -30,13 +30,13 @@ CHECKPOINT_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf",
 HASHED_BYTES = 2**22
 """Files up to this size are told apart by content, larger ones (weights) by size and modification time."""
 
-SOURCES = ("markup.py", "trace.py", "tokens.py", "response.py", "lm*.py", "engine/*.py")
+SOURCES = ("markup.py", "trace.py", "tokens.py", "response.py", "lm/*.py", "engine/*.py")
 """The files of this package that take part in generating."""
 
 
 def source_digest() -> str:
     """Returns a digest of the code that generates, so that results of another version are never reused."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = sorted(path for pattern in SOURCES for path in package.glob(pattern))
     return digest([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 

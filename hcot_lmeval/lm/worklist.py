@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hcot_lmeval.engine import Request
-from hcot_lmeval.journal import Journal
-from hcot_lmeval.lm_requests import request_key
+from hcot_lmeval.lm.journal import Journal
+from hcot_lmeval.lm.requests import request_key
 from hcot_lmeval.response import Response
 
 if TYPE_CHECKING:

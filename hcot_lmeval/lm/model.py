@@ -29,19 +29,19 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from hcot_lmeval import lm_fingerprint as fingerprint
 from hcot_lmeval.engine import Completion, Engine, Request
-from hcot_lmeval.journal import Journal
-from hcot_lmeval.lm_options import QUANTIZATION_KWARGS, known_names, split_model_args, unknown_argument
-from hcot_lmeval.lm_prompts import PromptEncoder, resolve_think
-from hcot_lmeval.lm_requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
-from hcot_lmeval.lm_statistics import RunStatistics
-from hcot_lmeval.lm_worklist import Worklist
+from hcot_lmeval.lm.fingerprint import checkpoint_facts, library_versions, plain_arguments, tokenizer_digest
+from hcot_lmeval.lm.journal import Journal, digest
+from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, known_names, split_model_args, unknown_argument
+from hcot_lmeval.lm.progress import ProgressBar
+from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
+from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
+from hcot_lmeval.lm.statistics import RunStatistics
+from hcot_lmeval.lm.worklist import Worklist
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.notes import NoteTaker
-from hcot_lmeval.progress import ProgressBar
 from hcot_lmeval.response import Response, split_thinking
-from hcot_lmeval.tokens import marker_ids, token_id
+from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
 from hcot_lmeval.trace import Policy
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class HcotLM(HFLM):
     Args:
         pretrained: checkpoint directory, id on the hub, or a model in memory (then pass `tokenizer` too).
         model_args: every argument of lm-eval's ``hf`` and of `from_pretrained`, and the fields of
-            `hcot_lmeval.lm_options.Options`.
+            `hcot_lmeval.lm.options.Options`.
 
     Attributes:
         options: ours among the arguments.
@@ -248,15 +248,15 @@ class HcotLM(HFLM):
         ours = {"pruning": self.options.pruning.value, "markup": self.markup.name, "max_context": self.max_context}
         return {
             **ours,
-            **fingerprint.library_versions(),
-            "model": fingerprint.checkpoint_facts(self.pretrained, self.revision),
-            "adapter": fingerprint.checkpoint_facts(self.peft, self.revision) if self.peft else None,
-            "delta": fingerprint.checkpoint_facts(self.delta, self.revision) if self.delta else None,
-            "tokenizer": fingerprint.tokenizer_digest(self.tokenizer),
+            **library_versions(),
+            "model": checkpoint_facts(self.pretrained, self.revision),
+            "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
+            "delta": checkpoint_facts(self.delta, self.revision) if self.delta else None,
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "dtype": str(self.model.dtype),
             "device": self.device.type,
             "think": self.think,
-            "arguments": fingerprint.plain_arguments(self._arguments),
+            "arguments": plain_arguments(self._arguments),
         }
 
     @cached_property
@@ -269,7 +269,7 @@ class HcotLM(HFLM):
     def _notes(self) -> NoteTaker | None:
         if self.options.notes is None:
             return None
-        name = f"notes-{fingerprint.digest(self.run_facts)[:12]}-rank{self.rank}.jsonl"
+        name = f"notes-{digest(self.run_facts)[:12]}-rank{self.rank}.jsonl"
         return NoteTaker(self.options.notes / name, self.engine.decode, self.run_facts)
 
     @cached_property
@@ -287,9 +287,7 @@ class HcotLM(HFLM):
     def _hidden_ids(self) -> frozenset[int]:
         """Special tokens that are not part of a text."""
         kept = {*self.markup.markers, *self.markup.think, *(self.think or ())}
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = {i for i, token in added if token.special} | set(self.tokenizer.all_special_ids)
-        return frozenset(special - {token_id(self.tokenizer, text) for text in kept})
+        return special_ids(self.tokenizer) - ids_of(self.tokenizer, kept)
 
     # --- thinking, ranks and reports ----------------------------------------------------------------------------------
 
