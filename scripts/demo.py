@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TASK = "hcot_arith"
-CURRICULUM = ((0.45, (1, 2, 3, 4)), (0.55, (1, 2, 3, 4, 5, 6)))
+CURRICULUM = ((0.2, (1, 2, 3)), (0.2, (1, 2, 3, 4)), (0.6, (1, 2, 3, 4, 5, 6)))
 """(share of the steps, depths of the problems): short problems first, of which a batch holds more."""
 HELD_OUT_BATCHES = 8
 EXAMPLE_DEPTH = 3
