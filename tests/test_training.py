@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from hcot_lmeval.synthetic import gold_trace, problems
 from hcot_lmeval.tokens import encode_prompt, marker_ids
@@ -25,9 +26,11 @@ def test_tokenizer_keeps_every_character_of_a_trace(depth: int, tmp_path) -> Non
     problem = next(problems("train", [depth]))
     text = problem.prompt + gold_trace(problem)
     TOKENIZER.save_pretrained(tmp_path)
-    for tokenizer in (TOKENIZER, type(TOKENIZER).from_pretrained(tmp_path)):
+    tiny_model(TOKENIZER).save_pretrained(tmp_path)
+    for tokenizer in (TOKENIZER, AutoTokenizer.from_pretrained(tmp_path)):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
+        assert ids == TOKENIZER.encode(text)
         assert tokenizer.unk_token_id not in ids
         assert ids.count(marker_ids(tokenizer).close) == problem.blocks
 

@@ -37,9 +37,11 @@ def tiny_tokenizer(markup: str | Markup = "hcot") -> PreTrainedTokenizerFast:
     words = [*NAMES, *"0123456789", *OPERATORS, *"=;?}", BOX]
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    # an added token, not a rule of the pre-tokenizer: AutoTokenizer replaces that by the one of the model's family
+    tokenizer.add_tokens([AddedToken(BOX, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
