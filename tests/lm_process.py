@@ -15,10 +15,10 @@ from unittest import mock
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
-from lm_tasks import generation_task
 
 from hcot_lmeval.lm import HcotLM
 from hcot_lmeval.lm.journal import Journal
+from tests.lm_tasks import generation_task
 
 TASK = {"docs": 7, "repeats": 2, "do_sample": True, "temperature": 1.0, "max_gen_toks": 40}
 

@@ -10,13 +10,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_tasks import QUESTIONS, choice_task, generation_task, instances
-from tiny import KINDS, favour, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from hcot_lmeval.lm import DEFAULT_CHECKPOINT, HcotLM
+from hcot_lmeval.engine import Request, SamplingParams
+from hcot_lmeval.lm.model import DEFAULT_CHECKPOINT, HcotLM
 from hcot_lmeval.notes import Statistics, read_notes
 from hcot_lmeval.response import Response
+from tests.lm_tasks import QUESTIONS, choice_task, generation_task, instances
+from tests.tiny import KINDS, favour, save_tiny, tiny_model, tiny_tokenizer
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 60}
 
@@ -93,6 +94,17 @@ class TestAgainstHf:
         answers = hcot(stock, pruning="off", batch_size=3).generate_until(requests)
         assert answers == expected
         assert [a.finish_reason for a in answers[:3]] == ["stop"] * 3
+
+    @pytest.mark.parametrize("until", [["o"], ["ow", "o"], ["<|im_start|>", "zzz"]])
+    def test_a_token_that_overruns_the_stop_string_is_cut_within(self, stock, until):
+        lm = hcot(stock, pruning="off")
+        ids = stock[1].encode(" books how 3 of", add_special_tokens=False)
+        params = SamplingParams(max_gen_toks=len(ids), stop_strings=tuple(until))
+        (done,) = lm.engine.generate([Request("r", (70,), params, forced_ids=tuple(ids))])
+        text = stock[1].decode(done.token_ids)
+        for term in until:  # lm-eval's rule
+            text = text.split(term)[0]
+        assert lm._response(done) == text
 
     def test_end_of_text_and_minimum_length(self, stock):
         model, tokenizer = favour(tiny_model("llama", torch.float64, seed=1), [2], 5.0), stock[1]

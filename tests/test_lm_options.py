@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_tasks import instances
-from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hcot_lmeval.lm import HcotLM
 from hcot_lmeval.lm.options import LOADING_KWARGS, QUANTIZATION_KWARGS, Options, known_names, split_model_args
 from hcot_lmeval.lm.requests import GEN_KWARGS, GenerationSettings, repeat_indices, request_seed
 from hcot_lmeval.trace import Policy
+from tests.lm_tasks import instances
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_process import evaluate
-from lm_tasks import QUESTIONS, instances
-from tiny import favour, save_tiny, tiny_model, tiny_tokenizer
 
 from hcot_lmeval.lm import HcotLM
+from tests.lm_process import evaluate
+from tests.lm_tasks import QUESTIONS, instances
+from tests.tiny import favour, save_tiny, tiny_model, tiny_tokenizer
 
 SCRIPT = Path(__file__).with_name("lm_process.py")
 SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 40}

@@ -144,7 +144,7 @@ def test_model_class_comes_from_the_alias(wheel):
     """With `register_model` on the class too, which lm-eval allows for a placeholder that is a string."""
     code = "from lm_eval.api.registry import get_model; print(get_model('hcot').__module__, get_model('hcot').__name__)"
     done = wheel.run("python", "-c", code)
-    assert done.stdout.strip() == "hcot_lmeval.lm HcotLM", done.stderr
+    assert done.stdout.strip() == "hcot_lmeval.lm.model HcotLM", done.stderr
 
 
 def command(installed: Install, *arguments: str, **environment: str) -> str:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from hcot_lmeval.engine import Completion, Engine, Request
@@ -207,9 +208,7 @@ class HcotLM(HFLM):
     def _as_hf_writes(self, completion: Completion) -> str:
         """The text as lm-eval's ``hf`` decodes it: markers that are special tokens vanish too."""
         text = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        if isinstance(completion.stop, str):
-            text = text[: text.rfind(completion.stop)]
-        return text
+        return str(postprocess_generated_text(text, list(completion.request.params.stop_strings), None))
 
     def _remember(self, instance: Instance, response: Response) -> None:
         self.cache_hook.add_partial("generate_until", instance.args, response)
