@@ -21,7 +21,7 @@ FULL = os.environ.get("HCOT_LMEVAL_FULL") == "1"
 FORCED = 60 if FULL else 10
 """Forced traces for each model kind, notation and policy."""
 SAMPLED = 48 if FULL else 8
-ALONE = FORCED // 3 if FULL else 2
+ALONE = FORCED if FULL else 2
 """How many of them run at batch 1 too."""
 FP64, FP32 = 1e-9, 1e-4
 
