@@ -38,7 +38,7 @@ class LoopConfig:
     row_length: int = 512
     learning_rate: float = 3e-3
     warmup: int = 50
-    decay: float = 0.35
+    decay: float = 0.5
     evaluate_every: int = 100
 
     def rate(self, step: int) -> float:

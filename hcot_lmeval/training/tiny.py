@@ -14,16 +14,16 @@ from hcot_lmeval.synthetic import NAMES, OPERATORS
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 BOX = "\\boxed{"
-LAYERS, HIDDEN, INTERMEDIATE, HEADS = 3, 128, 256, 4
-SIZE = HIDDEN // HEADS
-"""Of a head."""
+LAYERS, HIDDEN, INTERMEDIATE = 3, 128, 256
+HEADS, SIZE = 6, 32
+"""Attention heads of a layer and the dimensions of each: four for `start_from_induction`, two free."""
 POSITIONS = 4096
 """Longest context; far beyond what pruned traces of nested arithmetic need, so that the unpruned baseline can run."""
 THETA = 1e6
 """Base of the rotary frequencies, as in Qwen2.5."""
-LOOK_BACK = (1, 2, 3)
-"""Offsets that the first layer's heads look back at initially: enough to continue a definition, whose next token
-follows from the three before it."""
+LOOK_BACK = (1, 2, 3, 4)
+"""Offsets that the first layer's heads look back at initially. The last operand of a definition stands four tokens
+behind its name; without that offset it is guessed whenever two definitions differ in nothing else."""
 
 
 def tiny_tokenizer(markup: str | Markup = "hcot") -> PreTrainedTokenizerFast:
@@ -62,6 +62,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCau
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
+        head_dim=SIZE,
         max_position_embeddings=POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         initializer_range=0.06,  # the usual 0.02 is meant for widths of thousands
@@ -88,9 +89,10 @@ def start_from_induction(model: Qwen2ForCausalLM) -> None:
     the second layer matches the code at offset h (0: the token itself) with the keys' code at offset h + 1.
     """
     first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
-    code = torch.randn(SIZE, HIDDEN) / HIDDEN**0.5
-    places = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0].split(SIZE, dim=1)  # HEADS orthonormal [HIDDEN, SIZE]
-    match = 1.2 * torch.diag((rotary_frequencies() < 0.01).float().repeat(2))  # the dimensions that hardly rotate
+    slow = torch.diag((rotary_frequencies() < 0.01).float().repeat(2))  # a head's dimensions that hardly rotate
+    code = slow @ torch.randn(SIZE, HIDDEN) / HIDDEN**0.5
+    places = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0].split(SIZE, dim=1)  # orthonormal [HIDDEN, SIZE] each
+    match = 1.2 * slow
     for layer in model.model.layers:  # a quiet start: what is given below is not drowned by random features
         layer.mlp.down_proj.weight.zero_()
         layer.self_attn.o_proj.weight.mul_(0.3)
@@ -99,7 +101,7 @@ def start_from_induction(model: Qwen2ForCausalLM) -> None:
     for head in range(len(LOOK_BACK)):
         rows = slice(head * SIZE, (head + 1) * SIZE)
         first.v_proj.weight[rows] = code
-        first.o_proj.weight[:, rows] = 0.12 * places[head]  # about the norm of an embedding
+        first.o_proj.weight[:, rows] = 0.15 * places[head]  # about the norm of an embedding
         second.q_proj.weight[rows] = match @ (code if head == 0 else places[head - 1].T)
         second.k_proj.weight[rows] = match @ places[head].T
 
