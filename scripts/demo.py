@@ -26,7 +26,7 @@ CURRICULUM = ((0.18, (1, 2, 3)), (0.17, (1, 2, 3, 4)), (0.65, (1, 2, 3, 4, 5, 6)
 HELD_OUT_BATCHES = 8
 EXAMPLE_DEPTH = 3
 ROOM = 6
-"""Times the live context of the pruned run; enough for the longest of the test traces (733 tokens)."""
+"""Times the live context of the pruned run; enough for the longest of the test traces (734 tokens)."""
 SETTINGS = "training.json"
 """Beside the weights: the settings of the training and its curve."""
 
