@@ -278,7 +278,7 @@ def test_recurrent_and_convolutional_state_is_refused_by_name():
 
 
 def test_the_self_check_notices_wrong_attention(model, monkeypatch):
-    assert Decoder(model).self_check() < 1e-10
+    assert Decoder(model).self_check() < 1e-6  # eager attention, its reference, rounds to float32
     right = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, **kw: right(q, k, v, None, **kw))
     with pytest.raises(UnsupportedModelError, match="failed the self-check"):

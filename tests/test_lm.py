@@ -69,6 +69,8 @@ class TestAgainstHf:
     @pytest.mark.parametrize("kind", KINDS)
     def test_greedy_text_is_the_same_for_every_batch_size(self, kind):
         pair = tiny_model(kind, torch.float64), tiny_tokenizer(markers=False, think=False, chat=False)
+        if kind == "gemma2":  # whose soft cap other attentions than eager ignore in some releases of transformers
+            pair[0].set_attn_implementation("eager")
         requests = instances()
         expected = hf(pair).generate_until(requests, disable_tqdm=True)
         assert len(set(expected)) > 3  # the model does say different things

@@ -79,10 +79,10 @@ class Decoder:
         return self.model.get_input_embeddings().weight.device
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self, implementation: str = IMPLEMENTATION) -> Iterator[None]:
         """While it is open the model's attention is ours; afterwards it is what it was (the config is shared state)."""
         before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
+        self.model.set_attn_implementation(implementation)
         try:
             yield
         finally:
@@ -162,9 +162,13 @@ class Decoder:
 
     @torch.inference_mode()
     def _plain_logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits at the end of each chunk by one ordinary forward of the whole sequence."""
+        """Logits at the end of each chunk by one ordinary forward of the whole sequence.
+
+        With eager attention, which is the model's definition: some releases of transformers drop soft caps in others.
+        """
         ends = torch.tensor(CHECK_CHUNKS).cumsum(0) - 1
-        output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        with self.attached("eager"):
+            output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         return output.logits[0][ends.to(output.logits.device)].double().cpu()
 
     def _slot_logits(self, ids: list[int]) -> torch.Tensor:
