@@ -22,7 +22,7 @@ from tests.tasks_hub import LANGUAGES, LEVELS, ROWS, Scripted, statistics, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "tasks"
-FAMILIES = {"aime", "math500", "polymath", "synthetic"}
+FAMILIES = {"aime", "math500", "polymath"}
 STOCK = Path(lm_eval.__file__).resolve().parent / "tasks" / "aime"
 BOXED = ["aime24_boxed", "aime25_boxed", "math500_boxed"]
 SAMPLED = [f"{name}_avg" for name in BOXED]
