@@ -29,8 +29,8 @@ EXAMPLE_DEPTH = 3
 ROOM = 6
 """Times the live context of the pruned run; enough for the longest of the test traces (734 tokens)."""
 CAVEAT = (
-    "The weights were trained on pruned contexts alone. Unpruned they fail for want of practice as much as for want of\n"
-    "room, so the lower rows say what pruning is to this model, not how well a model trained without it would do."
+    "The weights were trained on pruned contexts alone. Unpruned they fail for want of practice as much as of room:\n"
+    "the lower rows say what pruning is to this model, not how well a model trained without it would do."
 )
 SETTINGS = "training.json"
 """Beside the weights: the settings of the training and its curve."""
