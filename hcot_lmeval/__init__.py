@@ -16,7 +16,7 @@ _HOME = {
     "Request": "engine",
     "Response": "response",
     "SamplingParams": "engine",
-    "Statistics": "notes",
+    "Statistics": "events",
     "compile_trace": "trace",
     "extract_answer": "answers",
     "get_markup": "markup",
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from hcot_lmeval.engine import Engine as Engine
     from hcot_lmeval.engine import Request as Request
     from hcot_lmeval.engine import SamplingParams as SamplingParams
+    from hcot_lmeval.events import Statistics as Statistics
     from hcot_lmeval.markup import Markup as Markup
     from hcot_lmeval.markup import get_markup as get_markup
     from hcot_lmeval.notes import NoteTaker as NoteTaker
-    from hcot_lmeval.notes import Statistics as Statistics
     from hcot_lmeval.response import Response as Response
     from hcot_lmeval.trace import Policy as Policy
     from hcot_lmeval.trace import compile_trace as compile_trace

@@ -55,7 +55,7 @@ class Response(str):
     """The answer part of a generation.
 
     Attributes:
-        stats: the statistics of the generation, keys as in `hcot_lmeval.notes.Statistics.as_dict`.
+        stats: the statistics of the generation, keys as in `hcot_lmeval.events.Statistics.as_dict`.
         thinking: the text of the thinking section, markers kept.
         raw: everything as generated, markers kept.
         finish_reason: ``eos``, ``stop``, ``length`` or ``context``; None if unknown.

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError, attention, slots
 from hcot_lmeval.engine import engine as engine_module
-from hcot_lmeval.notes import NoteTaker, Prefill, read_notes
+from hcot_lmeval.events import Prefill
+from hcot_lmeval.notes import NoteTaker, read_notes
 from hcot_lmeval.tokens import encode_prompt, marker_ids
 from hcot_lmeval.trace import Policy, live_ids
 from tests.tiny import favour, tiny_model, tiny_tokenizer

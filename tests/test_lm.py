@@ -13,8 +13,9 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
 from hcot_lmeval.engine import Request, SamplingParams
+from hcot_lmeval.events import Statistics
 from hcot_lmeval.lm.model import DEFAULT_CHECKPOINT, HcotLM
-from hcot_lmeval.notes import Statistics, read_notes
+from hcot_lmeval.notes import read_notes
 from hcot_lmeval.response import Response
 from tests.lm_tasks import QUESTIONS, choice_task, generation_task, instances
 from tests.tiny import KINDS, favour, save_tiny, tiny_model, tiny_tokenizer

@@ -7,22 +7,8 @@ import json
 import pytest
 from hypothesis import given
 
-from hcot_lmeval.notes import (
-    SCHEMA,
-    Close,
-    Fault,
-    Finish,
-    Note,
-    NoteTaker,
-    Open,
-    Prefill,
-    Prune,
-    Recorder,
-    Split,
-    Tokens,
-    read_notes,
-    statistics,
-)
+from hcot_lmeval.events import Close, Fault, Finish, Open, Prefill, Prune, Recorder, Split, Tokens, statistics
+from hcot_lmeval.notes import SCHEMA, Note, NoteTaker, read_notes
 from hcot_lmeval.trace import LiveContext
 from tests.reference import MARKERS
 from tests.strategies import cases

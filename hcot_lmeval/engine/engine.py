@@ -25,8 +25,9 @@ from hcot_lmeval.engine.sampling import sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
+from hcot_lmeval.events import statistics
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup
-from hcot_lmeval.notes import NoteTaker, statistics
+from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.tokens import ids_of, marker_ids, special_ids
 from hcot_lmeval.trace import LiveContext, Policy
 

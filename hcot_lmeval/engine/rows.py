@@ -10,7 +10,8 @@ from typing import Any
 from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
 from hcot_lmeval.engine.stopping import StopStrings
-from hcot_lmeval.notes import Note, Recorder, Statistics
+from hcot_lmeval.events import Recorder, Statistics
+from hcot_lmeval.notes import Note
 from hcot_lmeval.trace import LiveContext, Policy, Step
 
 NO_ROOM = "context"

@@ -30,7 +30,7 @@ CHECKPOINT_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf",
 HASHED_BYTES = 2**22
 """Files up to this size are told apart by content, larger ones (weights) by size and modification time."""
 
-SOURCES = ("markup.py", "trace.py", "tokens.py", "response.py", "lm/*.py", "engine/*.py")
+SOURCES = ("markup.py", "trace.py", "events.py", "tokens.py", "response.py", "lm/*.py", "engine/*.py")
 """The files of this package that take part in generating."""
 
 

@@ -21,7 +21,7 @@ LARGEST = ("peak_live_tokens", "max_depth")
 
 @dataclass
 class RunStatistics:
-    """Totals over distinct requests. Keys of the counters are those of `hcot_lmeval.notes.Statistics`.
+    """Totals over distinct requests. Keys of the counters are those of `hcot_lmeval.events.Statistics`.
 
     Attributes:
         requests: distinct requests answered.

@@ -65,7 +65,7 @@ def statistics(response: str) -> dict[str, float]:
 
 
 def stats_of(response: str) -> dict[str, Any]:
-    """Returns the statistics of a generation (`hcot_lmeval.notes.Statistics.as_dict`); empty for a plain string."""
+    """Returns the statistics of a generation (`hcot_lmeval.events.Statistics.as_dict`); empty for a plain string."""
     return getattr(response, "stats", {})
 
 
