@@ -157,15 +157,16 @@ def test_long_prompts_are_read_in_pieces_beside_rows_that_decode(model):
     assert [d.token_ids for d in whole] == [d.token_ids for d in pieces]
 
 
-def test_one_stream_at_a_time(model):
-    engine = make(model, slots=1)
-    requests = [Request(str(n), PROMPT, SamplingParams(max_gen_toks=2)) for n in range(3)]
-    stream = engine.stream(requests)
-    next(stream)
-    with pytest.raises(RuntimeError, match="streaming already"):
-        engine.generate(requests)
-    stream.close()
-    assert len(engine.generate(requests)) == 3
+def test_streams_of_one_engine_do_not_meet(model):
+    engine = make(model, slots=2)
+    requests = [Request(str(n), PROMPT[n:], SamplingParams(max_gen_toks=4 + n)) for n in range(4)]
+    expected = [done.token_ids for done in engine.generate(requests)]
+    first, second = engine.stream(requests), engine.stream(requests[::-1])
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for pair in zip(first, second, strict=True):
+        for done in pair:
+            found.setdefault(done.request.id, set()).add(done.token_ids)
+    assert [found[str(n)] for n in range(4)] == [{tokens} for tokens in expected]
 
 
 def test_the_models_own_attention_is_back_between_results(model):

@@ -129,8 +129,6 @@ class Engine:
         self.decoder = Decoder(model, check=self.options.self_check)
         self.limits = self._find_limits()
         self.live = Progress()
-        self._pool: KVPool | None = None
-        self._streaming = False
         self._hidden_ids = self._find_hidden_ids()
 
     # --- what users call ----------------------------------------------------------------------------------------------
@@ -158,27 +156,17 @@ class Engine:
 
         Raises:
             MemoryError: not even one row fits into memory.
-            RuntimeError: another stream of this engine is not finished; it uses the same slots.
         """
         requests = list(requests)
         if not requests:
             return
-        if self._streaming:
-            raise RuntimeError("this engine is streaming already; exhaust or close that stream first")
-        self._streaming = True
-        try:
-            self._pool = self._make_pool(requests)
-            self.live.kv_bytes = self._pool.bytes
-            scheduler = self._schedule(requests)
-            while scheduler.has_work:
-                for row in self._run_until_finished(scheduler, on_logits):
-                    completion = self._completion(row)
-                    if notes is not None:
-                        notes.add(completion.note)
-                    yield completion
-        finally:
-            self._streaming = False
-            self._pool = None  # others need the memory: log-likelihoods, training
+        scheduler = self._schedule(requests)
+        while scheduler.has_work:
+            for row in self._run_until_finished(scheduler, on_logits):
+                completion = self._completion(row)
+                if notes is not None:
+                    notes.add(completion.note)
+                yield completion
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; markers and thinking tokens stay, other special tokens are left out."""
@@ -206,22 +194,15 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, scheduler: Scheduler, on_logits: OnLogits | None) -> None:
-        assert self._pool is not None
         planned = scheduler.plan()
-        logits = self.decoder.forward(self._pool, [chunk for _, chunk in planned])
+        logits = self.decoder.forward(scheduler.pool, [chunk for _, chunk in planned])
         for row, chunk in planned:
-            self._drop(row, row.forwarded(len(chunk.ids)))
+            _drop(scheduler.pool, row, row.forwarded(len(chunk.ids)))
         ready = [(i, row) for i, (row, _) in enumerate(planned) if row.needs_token]
         if ready:
             chosen = logits[[i for i, _ in ready]]
             self._sample([row for _, row in ready], chosen, on_logits)
         self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
-
-    def _drop(self, row: Row, spans: Sequence[tuple[int, int]]) -> None:
-        assert self._pool is not None
-        for start, stop in reversed(spans):
-            self._pool.drop(row.slot, start, stop, len(row.positions))
-            del row.positions[start:stop]
 
     def _sample(self, rows: Sequence[Row], logits: torch.Tensor, on_logits: OnLogits | None) -> None:
         if on_logits is not None:
@@ -235,10 +216,10 @@ class Engine:
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def _schedule(self, requests: Sequence[Request]) -> Scheduler:
-        assert self._pool is not None
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
         step_tokens = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
-        return Scheduler(pairs, self._pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts)
+        pool = self._make_pool(requests)
+        return Scheduler(pairs, pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts)
 
     def _make_pool(self, requests: Sequence[Request]) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
@@ -249,6 +230,7 @@ class Engine:
         if slots < wanted and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
         pool = KVPool(self.decoder.layers, slots, length, poison=self.options.poison)
+        self.live.kv_bytes = pool.bytes
         logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
         return pool
 
@@ -307,6 +289,12 @@ class Engine:
             return frozenset()
         kept = (*self.markup.markers, *self.markup.think, *(self.think or ()))
         return special_ids(self.tokenizer) - ids_of(self.tokenizer, kept)
+
+
+def _drop(pool: KVPool, row: Row, spans: Sequence[tuple[int, int]]) -> None:
+    for start, stop in reversed(spans):
+        pool.drop(row.slot, start, stop, len(row.positions))
+        del row.positions[start:stop]
 
 
 def _options(options: dict[str, Any]) -> EngineOptions:

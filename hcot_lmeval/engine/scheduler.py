@@ -53,7 +53,7 @@ class Scheduler:
     ) -> None:
         self.rows: list[Row] = []
         self._waiting = deque(samples)
-        self._pool, self._make_row = pool, make_row
+        self.pool, self._make_row = pool, make_row
         self._step_tokens, self._share = step_tokens, share
         self._free = deque(range(pool.slots))
         self._residents = [_Resident() for _ in range(pool.slots)]
@@ -105,7 +105,7 @@ class Scheduler:
         row = self._make_row(request, sample, slot)
         if shared:
             if slot != donor:
-                self._pool.copy(donor, slot, shared)
+                self.pool.copy(donor, slot, shared)
             row.skip_prompt(shared)
         self._residents[slot] = _Resident(request.prompt_ids, row)
         self.rows.append(row)
