@@ -150,10 +150,15 @@ def sampled_requests(notation: str, count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_in_single_precision(kind, policy):
+@pytest.mark.parametrize("notation", MARKERS if FULL else ["hcot"])
+def test_in_single_precision(kind, notation, policy, record_property):
     model, twin = make_model(kind, torch.float32), as_reference(make_model(kind, torch.float32))
-    done, logits = run(make_engine(model, "hcot", policy), random_requests("hcot", 10, first=500))
-    print(f"{kind} hcot {policy} fp32: {check_all(twin, done, logits, 'hcot', policy, FP32):.1e}")
+    worst = 0.0
+    for slots in (8, 1) if FULL else (8,):
+        engine = make_engine(model, notation, policy, slots=slots)
+        done, logits = run(engine, random_requests(notation, FORCED, first=500))
+        worst = max(worst, check_all(twin, done, logits, notation, policy, FP32))
+    record_property("max_logit_difference", worst)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)], ids=["fp32", "bf16"])
