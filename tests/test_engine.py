@@ -7,7 +7,7 @@ import logging
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError, attention, slots
 from hcot_lmeval.engine import engine as engine_module
@@ -268,6 +268,23 @@ def test_an_empty_prompt():
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+FAMILIES = {
+    "stablelm": {},  # hands no keyword arguments down to its attention
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},  # sinks
+    "deepseek_v3": {**MLA, **EXPERTS, "n_routed_experts": 4, "num_key_value_heads": 2},  # keys wider than values
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unusual_attention_passes_the_self_check(family):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = CONFIG_MAPPING[family](**{**SMALL, **heads, **FAMILIES[family]})
+    assert Decoder(AutoModelForCausalLM.from_config(config).eval()).self_check() < 1e-4
 
 
 def test_recurrent_and_convolutional_state_is_refused_by_name():
