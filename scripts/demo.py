@@ -39,6 +39,7 @@ SETTINGS = "training.json"
 def main() -> None:
     args = parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall on a busy machine
     checkpoint = args.out / "model"
     settings = {
         "steps": args.steps,
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and training problems")
     parser.add_argument("--limit", type=int, default=100, help="number of test problems (at most 100)")
     parser.add_argument("--max-context", type=int, default=128, help="live tokens allowed, prompt included")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 1 is faster beside other work")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args()
 
 
