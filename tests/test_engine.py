@@ -234,6 +234,7 @@ def test_the_pool_is_as_large_as_planned(model):
     ("options", "message"),
     [
         ({"polcy": "off"}, "unknown engine option polcy; known are policy"),
+        ({"pruning": "off"}, "is policy here"),
         ({"policy": "prune"}, "choose one of off, recompute, evict"),
         ({"markup": "hcott"}, "Did you mean 'hcot'"),
         ({"slots": 0}, "slots=0"),
@@ -262,9 +263,12 @@ def test_stop_strings_without_a_tokenizer(model):
     assert engine.generate([forced(50, 51)])[0].token_ids == (50, 51)
 
 
-def test_an_empty_prompt():
+def test_prompts_that_are_none():
     with pytest.raises(ValueError, match="empty prompt"):
         Request("r", ())
+    for wrong in ("text", [1, 2], (1, "2")):
+        with pytest.raises(TypeError, match="tuple of token ids"):
+            Request("r", wrong)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}

@@ -301,7 +301,8 @@ def _options(options: dict[str, Any]) -> EngineOptions:
     known = [f.name for f in dataclasses.fields(EngineOptions)]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}")
+        hint = " What lm-eval's model argument calls pruning is policy here." if "pruning" in unknown else ""
+        raise ValueError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}.{hint}")
     return EngineOptions(**options)
 
 

@@ -33,6 +33,7 @@ class Request:
 
     Raises:
         ValueError: the prompt is empty.
+        TypeError: the prompt is not a tuple of token ids.
     """
 
     id: str
@@ -43,6 +44,11 @@ class Request:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt_ids, tuple) or not all(isinstance(i, int) for i in self.prompt_ids):
+            raise TypeError(
+                f"request {self.id!r}: prompt_ids is {type(self.prompt_ids).__name__} {str(self.prompt_ids)[:40]!r}; "
+                "give a tuple of token ids, e.g. tuple(encode_prompt(tokenizer, text))"
+            )
         if not self.prompt_ids:
             raise ValueError(f"request {self.id!r} has an empty prompt; it needs at least one token, such as BOS")
 

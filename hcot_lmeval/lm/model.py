@@ -217,11 +217,12 @@ class HcotLM(HFLM):
         long = [len(request.prompt_ids) for request in requests if len(request.prompt_ids) >= self.max_context]
         if long:
             logger.warning(
-                "%d of %d prompts (up to %d tokens) leave no room in max_context=%d; their answers will be empty",
+                "%d of %d prompts leave no room in max_context=%d, so their answers will be empty; "
+                "the longest has %d tokens: raise max_context well above that",
                 len(long),
                 len(requests),
-                max(long),
                 self.max_context,
+                max(long),
             )
 
     # --- made on first use: a run of log-likelihoods needs none of it -------------------------------------------------

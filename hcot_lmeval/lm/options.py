@@ -99,9 +99,16 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     for name, advice in REFUSED.items():
         if rest.get(name):
             raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
+    _check_batch_size(rest.get("batch_size", 1))
     if rest.get("backend", "default") == "seq2seq":
         raise ValueError("backend='seq2seq' is not supported by hcot, which decodes causal models; leave it out")
     return options, rest
+
+
+def _check_batch_size(value: Any) -> None:
+    """lm-eval takes a number or ``auto``, for its log-likelihoods also ``auto:N``."""
+    if not str(value).isdecimal() and str(value).partition(":")[0] != "auto":
+        raise ValueError(f"batch_size={value!r} is neither a number of rows nor 'auto'")
 
 
 def known_names() -> frozenset[str]:

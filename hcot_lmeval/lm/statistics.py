@@ -80,7 +80,7 @@ class RunStatistics:
             "pruned_share": self.sums["pruned_tokens"] / generated if generated else 0.0,
             "mean_live_tokens": self.sums["live_token_steps"] / generated if generated else 0.0,
             "wall_seconds": round(self.wall_seconds, 3),
-            "tokens_per_second": self.new_tokens / self.wall_seconds if self.wall_seconds else 0.0,
+            "tokens_per_second": self.new_tokens / self.wall_seconds if self.new_tokens else None,
         }
 
     def _raise_to(self, values: Mapping[str, int]) -> None:

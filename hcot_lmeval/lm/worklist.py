@@ -64,7 +64,7 @@ class Worklist:
             if record is not None:
                 self._finish(key, Response.from_dict(record["response"]))
         if self._responses:
-            logger.info(
+            logger.warning(
                 "%d of %d requests are already finished (%s; journal=off generates anew)",
                 len(self._responses),
                 len(self),

@@ -32,6 +32,12 @@ class Run:
         """Returns the mean of a statistic over the responses."""
         return fmean(stats[key] for sample in self.samples for stats in sample["requests"])
 
+    @property
+    def speed(self) -> str:
+        """Tokens per second, or a dash for a run that generated nothing itself."""
+        speed = self.totals["tokens_per_second"]
+        return "-" if speed is None else f"{speed:.0f}"
+
     def accuracy_by(self, column: str) -> dict[Any, float]:
         """Returns the accuracy for each value of a column of the documents, in ascending order."""
         values = sorted({sample["doc"][column] for sample in self.samples})
@@ -88,7 +94,7 @@ COLUMNS = (
         "the most tokens that the model saw at once, prompt included: mean, and largest",
         lambda run: f"{run.per_request('peak_live_tokens'):.0f}, {run.totals['peak_live_tokens']}",
     ),
-    Column("tokens/s", "generated, all requests together", lambda run: f"{run.totals['tokens_per_second']:.0f}"),
+    Column("tokens/s", "generated, all requests together; - if all came from the journal", lambda run: run.speed),
 )
 
 
