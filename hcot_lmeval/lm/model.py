@@ -74,6 +74,7 @@ class HcotLM(HFLM):
 
     Raises:
         ValueError: an argument is unknown, has a value that is not allowed, or the tokenizer lacks the markers.
+        OSError: the checkpoint or its tokenizer cannot be loaded.
         UnsupportedModelError: at the first generation, if the model's state cannot be rewound.
     """
 
@@ -85,7 +86,13 @@ class HcotLM(HFLM):
         if isinstance(pretrained, str):
             _prepare_cpu_ranks(rest.get("device"))
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
-        super().__init__(pretrained=pretrained, **rest)
+        try:
+            super().__init__(pretrained=pretrained, **rest)
+        except OSError as error:
+            raise OSError(
+                f"pretrained={pretrained!r} could not be loaded; give a checkpoint directory, or an id on a hub within "
+                f"reach: {error}"
+            ) from error
         self._join_ranks()
         self.markup = get_markup(self.options.markup)
         if self.options.pruning is not Policy.OFF:
