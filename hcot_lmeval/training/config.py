@@ -1,0 +1,163 @@
+"""What a training run is: every setting of ``scripts/train.py sft``, with its default and what it means.
+
+The YAML file has the structure of `SftConfig`; `training.config_file` reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.trace import Policy
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot be changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TokensConfig(Section):
+    """The markers: how they are written, and how rows of new tokens start."""
+
+    markup: str = Field("hcot", description=f"notation of the blocks: {', '.join(PRESETS)}")
+    seeding: Literal["mean", "noise", "none"] = Field(
+        "mean", description="rows of new tokens: mean of a phrase's rows, that mean plus noise, or left as drawn"
+    )
+    noise: float = Field(0.01, ge=0, description="standard deviation of the noise, under seeding=noise")
+    phrases: dict[str, str] = Field({}, description="token -> phrase, beside or instead of the default phrases")
+    chat_template: str | None = Field(
+        None, description="a shipped template's name or a file; none: the tokenizer's own"
+    )
+
+
+class SourceConfig(Section):
+    """One data set: JSONL or parquet file(s), a data set on the hub, or problems made on the spot."""
+
+    path: str = Field(description="file, directory, hub id, or synthetic:arith, synthetic:qbf, synthetic:sat")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set, or of the synthetic problems")
+    revision: str | None = Field(None, description="revision of a hub data set")
+    columns: dict[str, str] = Field(
+        {}, description="question, trace, answer or messages -> name of the column, where it has another name"
+    )
+    limit: int | None = Field(None, ge=1, description="rows taken from the beginning")
+    options: dict[str, Any] = Field({}, description="of a synthetic generator: size, seed, depths, flat, ...")
+
+
+class DataConfig(Section):
+    """What is trained on and what is held out."""
+
+    train: list[SourceConfig] = Field(min_length=1, description="sources, one behind the other")
+    held_out: list[SourceConfig] = Field([], description="sources that are never trained on")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows held out where no source is")
+    malformed: Literal["drop", "keep"] = Field("drop", description="what becomes of malformed traces")
+    too_long: Literal["cut", "drop"] = Field("cut", description="what becomes of traces that do not fit into a row")
+    row_length: int = Field(4096, ge=8, description="tokens in a packed row; also the longest document")
+    form: Literal["packed", "stages"] = Field("packed", description="one plan a trace, or one document a stage")
+    system_prompt: str | None = Field(None, description="system message before each question")
+    workers: int = Field(1, ge=1, description="processes that tokenise and compile")
+
+
+class PhaseConfig(Section):
+    """A part of the curriculum, such as `off` (the plain trace) before `recompute`."""
+
+    policy: Policy = Field(Policy.RECOMPUTE, description="what a return does: off, recompute, evict")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
+    train: list[SourceConfig] = Field([], description="other sources than data.train, in this phase alone")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _one_length(self) -> PhaseConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give steps or epochs, one of them (steps={self.steps}, epochs={self.epochs})")
+        return self
+
+
+class LossConfig(Section):
+    """Cross-entropy, and what is added so that traces stay legal."""
+
+    structure: Literal["none", "mass", "unlikelihood"] = Field("mass", description="term on the illegal markers")
+    weight: float = Field(1.0, ge=0, description="weight of that term (lambda)")
+    marker_weight: float = Field(1.0, gt=0, description="weight of the cross-entropy of markers")
+    chunk: int = Field(1024, ge=1, description="rows of logits that exist at a time")
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out data while training, and what follows from it."""
+
+    every: int = Field(200, ge=1, description="steps between evaluations")
+    problems: int = Field(32, ge=0, description="held-out problems solved by free-running pruned generation; 0: none")
+    max_context: int | None = Field(None, ge=1, description="live tokens of the generation; none: the model's limit")
+    max_gen_toks: int = Field(4096, ge=1, description="generated tokens of the generation")
+    batch_size: int = Field(32, ge=1, description="rows that generate side by side")
+    metric: str = Field("loss", description="chooses the best checkpoint: loss, accuracy, illegal_traces, completion")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better metric before training stops")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of training all weights; rows of new tokens are trained in full."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="scale: updates are multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
+    target_modules: str | list[str] = Field("all-linear", description="modules that get adapters")
+
+
+class TinyConfig(Section):
+    """Shape of the new model under ``model: tiny``: a Qwen2 whose tokens are the characters of the synthetic tasks."""
+
+    hidden_size: int = Field(128, ge=8, description="width")
+    intermediate_size: int = Field(256, ge=8, description="width of the feed-forward layers")
+    layers: int = Field(3, ge=1, description="number of layers")
+    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    head_dim: int = Field(32, ge=2, multiple_of=2, description="width of a head")
+    positions: int = Field(4096, ge=8, description="longest context")
+
+
+class SftConfig(Section):
+    """A supervised training run."""
+
+    model: str = Field(description="checkpoint directory, hub id, or tiny: a new, small model (see section tiny)")
+    tiny: TinyConfig = TinyConfig()
+    tokenizer: str | None = Field(None, description="where it is not the model's own")
+    revision: str | None = Field(None, description="revision of the model")
+    trust_remote_code: bool = Field(False, description="whether code of the checkpoint may run")
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "auto", description="auto: flex_attention for long rows on CUDA, else sdpa under a dense mask"
+    )
+    output: Path = Field(description="directory of checkpoints, curves and the final model")
+    seed: int = Field(0, description="of new weights, the order of the data and dropout")
+    tokens: TokensConfig = TokensConfig()
+    data: DataConfig
+    phases: list[PhaseConfig] = Field(min_length=1, description="the curriculum, in order")
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
+    adapter: str | None = Field(None, description="adapter to go on with; its base has to be `model`")
+    trainer: dict[str, Any] = Field({}, description="any argument of transformers.TrainingArguments")
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the last phase: the one that the finished model is for."""
+        return self.phases[-1].policy
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        masked = [phase.policy.value for phase in self.phases if phase.policy is not Policy.OFF]
+        if self.attention.startswith("flash") and masked:
+            raise ValueError(
+                f"attention={self.attention} cannot be used with policy {masked[0]}: flash attention would drop the "
+                "mask that hides pruned thoughts. Use attention=auto, or flex_attention on CUDA."
+            )
+        if self.data.form == "stages" and Policy.EVICT in masked:
+            raise ValueError("data.form=stages exists for policy recompute alone; use form=packed with policy evict")
+        return self
