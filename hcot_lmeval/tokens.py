@@ -10,15 +10,13 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hcot_lmeval.embeddings import DEFAULT_SEEDING, Seeding, grow, padded, rows_of, seed_rows
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup, resolve_markers
-
-EMBEDDING_MULTIPLE = 64
-"""Embeddings are padded to this many rows, which tensor cores like."""
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
@@ -50,24 +48,80 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hcot"
     return resolve_markers(get_markup(markup), lambda text: token_id(tokenizer, text))
 
 
+class Added(NamedTuple):
+    """What `extend_vocabulary` did.
+
+    Attributes:
+        tokens: token -> id, of those that were added to the tokenizer.
+        seeding: how their rows in the model started, as plain data; empty without a model.
+    """
+
+    tokens: dict[str, int]
+    seeding: dict[str, Any]
+
+
 def add_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None, markup: Markup | str = "hcot"
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None = None,
+    markup: Markup | str = "hcot",
+    seeding: Seeding = DEFAULT_SEEDING,
 ) -> int:
     """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
 
-    Tokens that are there keep their ids; the embedding never shrinks and is padded to a multiple of 64 rows. New rows
-    are drawn around the mean of the old ones (transformers' `mean_resizing`); they mean nothing until trained.
+    Arguments and errors are those of `extend_vocabulary`, which tells more.
 
     Returns:
         The number of tokens added.
     """
+    return len(extend_vocabulary(tokenizer, model, markup, seeding).tokens)
+
+
+def extend_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None = None,
+    markup: Markup | str = "hcot",
+    seeding: Seeding = DEFAULT_SEEDING,
+) -> Added:
+    """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
+
+    Nothing is lost: tokens keep their ids and rows, other added tokens, special tokens and the chat template stay. The
+    embedding never shrinks and is padded to a multiple of 64 rows. A new token may get a spare row of a padded
+    embedding; that one is seeded too. Add the tokens to both in one call, for only then is it known which are new.
+
+    Args:
+        tokenizer: gets the tokens.
+        model: gets the rows; its dtype, device and tied weights stay. Wrap it for PEFT afterwards.
+        markup: the notation whose tokens are needed.
+        seeding: how new rows start.
+
+    Raises:
+        ValueError: a phrase belongs to no token of the markup or cannot be used, the markup is unknown, or the model
+            is wrapped for PEFT already. Tokenizer and model are then unchanged.
+    """
     markup = get_markup(markup)
-    missing = [text for text in (*markup.markers, *markup.think) if token_id(tokenizer, text) is None]
-    added = tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
-    if model is not None:
-        rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-        model.resize_token_embeddings(rows, pad_to_multiple_of=EMBEDDING_MULTIPLE)
-    return added
+    texts = (*markup.markers, *markup.think)
+    seeding.check(texts)
+    missing = [text for text in texts if token_id(tokenizer, text) is None]
+    rows = None if model is None else rows_of(model)
+    new = [text for text in texts if rows is not None and _is_new(token_id(tokenizer, text), rows)]
+    sources = {} if rows is None else seeding.sources(tokenizer, new, rows)
+    if hasattr(model, "peft_config") and (new or padded(rows_of(model)) != rows):
+        raise ValueError(
+            "the model is wrapped for PEFT, and an adapter does not save rows that are added to its base; add the "
+            f"tokens ({', '.join(texts)}) to the base model before wrapping it"
+        )
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+    added = {text: tokenizer.convert_tokens_to_ids(text) for text in missing}
+    if model is None:
+        return Added(added, {})
+    grow(model, padded(max(rows_of(model), 1 + max(tokenizer.get_vocab().values()))), seeding.seed)
+    seed_rows(model, {tokenizer.convert_tokens_to_ids(text): ids for text, ids in sources.items()}, seeding)
+    return Added(added, seeding.describe(sources))
+
+
+def _is_new(token: int | None, rows: int) -> bool:
+    """Whether a token is new to a model with so many rows."""
+    return token is None or token >= rows
 
 
 def encode_prompt(

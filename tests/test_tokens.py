@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.tokens import add_special_tokens, encode_prompt, marker_ids, token_id
-from tests.tiny import MARKERS, tiny_model, tiny_tokenizer
+from hcot_lmeval.tokens import add_special_tokens, encode_prompt, extend_vocabulary, marker_ids, special_ids, token_id
+from tests.tiny import MARKERS, THINK, tiny_model, tiny_tokenizer
 
 
 def test_marker_ids_are_those_of_the_vocabulary():
@@ -39,6 +39,41 @@ def test_added_tokens_leave_the_others_alone(markup):
     assert add_special_tokens(tokenizer, model, markup) == 0
     assert model.get_input_embeddings().weight.shape[0] == rows
     marker_ids(tokenizer, markup)
+
+
+def test_nothing_of_the_tokenizer_is_lost(tmp_path):
+    """transformers' own `add_special_tokens` may replace the list of additional special tokens."""
+    tokenizer = tiny_tokenizer(markers=False, think=False)
+    tokenizer.add_tokens(["plainword"])
+    tokenizer.add_tokens([AddedToken("<tool>", special=True)])
+    vocabulary, template, special = tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.all_special_tokens
+    added = extend_vocabulary(tokenizer).tokens
+    assert list(added) == [*MARKERS, *THINK]
+    assert sorted(added.values()) == list(range(len(vocabulary), len(tokenizer)))
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert one.get_vocab() == vocabulary | added
+        assert one.chat_template == template
+        assert set(one.all_special_tokens) >= set(special)
+        assert (one.eos_token, one.pad_token) == ("<|im_end|>", "<|endoftext|>")
+        assert special_ids(one) >= {*added.values(), token_id(one, "<tool>"), token_id(one, "<|im_start|>")}
+        assert token_id(one, "plainword") not in special_ids(one)
+        assert one.encode("a[THOUGHT]plainword<tool></think>")[-4:] == [
+            added["[THOUGHT]"],
+            token_id(one, "plainword"),
+            token_id(one, "<tool>"),
+            added["</think>"],
+        ]
+
+
+def test_tokens_that_are_there_stay_as_they_are():
+    """Qwen3 has the thinking tokens, and does not call them special."""
+    tokenizer = tiny_tokenizer(markers=False, think=False)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in THINK])
+    ids = [token_id(tokenizer, text) for text in THINK]
+    assert list(extend_vocabulary(tokenizer).tokens) == list(MARKERS)
+    assert [token_id(tokenizer, text) for text in THINK] == ids
+    assert not special_ids(tokenizer) & set(ids)
 
 
 def test_an_embedding_with_spare_rows_never_shrinks():
@@ -76,7 +111,7 @@ def test_text_without_markers_is_encoded_as_always():
 
 def test_normalised_forms_do_not_slip_through():
     """A tokenizer that normalises before it looks for added tokens would turn the full-width form into the marker."""
-    from tokenizers import AddedToken, normalizers
+    from tokenizers import normalizers
 
     raw = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     raw.normalizer = normalizers.NFKC()
