@@ -24,10 +24,11 @@ class TestModelArguments:
     @pytest.mark.parametrize(
         ("given", "parsed"),
         [
-            ({}, {"pruning": Policy.RECOMPUTE, "markup": "hcot", "apply_chat_template": None, "seed": 0}),
+            ({}, {"pruning": None, "markup": None, "any_policy": False, "apply_chat_template": None, "seed": 0}),
             ({"pruning": "off"}, {"pruning": Policy.OFF}),
             ({"pruning": False}, {"pruning": Policy.OFF}),  # a bare `off` in a YAML file
             ({"pruning": "evict"}, {"pruning": Policy.EVICT}),
+            ({"any_policy": True}, {"any_policy": True}),
             ({"journal": "off"}, {"journal": None}),
             ({"journal": False}, {"journal": None}),
             ({"journal": "some/where"}, {"journal": Path("some/where")}),
@@ -49,6 +50,7 @@ class TestModelArguments:
         [
             ({"pruning": "on"}, "pruning='on' is not one of off, recompute, evict"),
             ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
+            ({"any_policy": "yes"}, "any_policy='yes' is not one of true, false"),
             ({"markup": "hcott"}, "Did you mean 'hcot'"),
             ({"max_context": 0}, "max_context=0 is not positive"),
             ({"max_context": "4k"}, "max_context='4k' is not an integer"),

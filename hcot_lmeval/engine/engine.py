@@ -26,8 +26,9 @@ from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.events import statistics
-from hcot_lmeval.markup import MarkerIds, Markup, get_markup
+from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.record import read_record, settle
 from hcot_lmeval.tokens import ids_of, marker_ids, special_ids
 from hcot_lmeval.trace import LiveContext, Policy
 
@@ -48,8 +49,10 @@ class EngineOptions:
     """How the engine runs.
 
     Attributes:
-        policy: what a closing marker does: off, recompute or evict.
-        markup: the notation of the blocks.
+        policy: what a closing marker does: off, recompute or evict; by default what the model was trained for, and
+            recompute if it does not say.
+        markup: the notation of the blocks; by default that of the training, and hcot if the model does not say.
+        any_policy: run a model under another policy or notation than it was trained for.
         markers: its token ids; looked up in the tokenizer by default.
         max_context: most live tokens of a row, prompt included; by default what the model's config allows.
         max_position: under policy evict, most tokens of a trace; by default what the model's config allows.
@@ -63,8 +66,9 @@ class EngineOptions:
         poison: fill new memory with NaN, for tests.
     """
 
-    policy: Policy | str = Policy.RECOMPUTE
-    markup: Markup | str = "hcot"
+    policy: Policy | str | None = None
+    markup: Markup | str | None = None
+    any_policy: bool = False
     markers: MarkerIds | None = None
     max_context: int | None = None
     max_position: int | None = None
@@ -78,7 +82,7 @@ class EngineOptions:
     poison: bool = False
 
     def __post_init__(self) -> None:
-        if self.policy not in list(Policy):
+        if self.policy is not None and self.policy not in list(Policy):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
         if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
@@ -116,14 +120,15 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model's state cannot be rewound.
-        ValueError: an option is unknown or outside its range, or the tokenizer lacks the markers.
+        ValueError: an option is unknown or outside its range, the tokenizer lacks the markers, or the model was trained
+            for another policy.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
         self.options = _options(options)
         self.tokenizer = tokenizer
-        self.policy = Policy(self.options.policy)
-        self.markup = get_markup(self.options.markup)
+        given, record = self.options, read_record(model)
+        self.policy, self.markup = settle(record, given.policy, given.markup, allow=given.any_policy)
         self.think = self.markup.think if self.options.think == "markup" else self.options.think
         self.markers = self._find_markers()
         self.decoder = Decoder(model, check=self.options.self_check)

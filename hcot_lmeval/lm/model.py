@@ -30,6 +30,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.lm.fingerprint import checkpoint_facts, library_versions, plain_arguments, tokenizer_digest
 from hcot_lmeval.lm.journal import Journal, digest
@@ -39,8 +40,9 @@ from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
 from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
 from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.lm.worklist import Worklist
-from hcot_lmeval.markup import get_markup
+from hcot_lmeval.markup import Markup
 from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.record import read_record, settle, write_record
 from hcot_lmeval.response import Response, split_thinking
 from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
 from hcot_lmeval.trace import Policy
@@ -63,23 +65,27 @@ class HcotLM(HFLM):
     """A causal language model that prunes finished thoughts from its context while it generates.
 
     Args:
-        pretrained: checkpoint directory, id on the hub, or a model in memory (then pass `tokenizer` too).
+        pretrained: checkpoint directory, id on the hub, name of a bundled checkpoint (`hcot_lmeval.assets`), or a model
+            in memory (then pass `tokenizer` too).
         model_args: every argument of lm-eval's ``hf`` and of `from_pretrained`, and the fields of
             `hcot_lmeval.lm.options.Options`.
 
     Attributes:
         options: ours among the arguments.
-        markup: the notation.
+        policy: what a return does; as the user said, or else as the model was trained.
+        markup: the notation, likewise.
         think: the strings around the thinking section, or None for a model that has none.
 
     Raises:
-        ValueError: an argument is unknown, has a value that is not allowed, or the tokenizer lacks the markers.
+        ValueError: an argument is unknown or has a value that is not allowed, the tokenizer lacks the markers, or the
+            model was trained for another policy.
         OSError: the checkpoint or its tokenizer cannot be loaded.
         UnsupportedModelError: at the first generation, if the model's state cannot be rewound.
     """
 
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
+        pretrained, rest["tokenizer"] = resolve(pretrained), resolve(rest.get("tokenizer"))
         _check_names(pretrained, rest)
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
@@ -90,12 +96,12 @@ class HcotLM(HFLM):
             super().__init__(pretrained=pretrained, **rest)
         except OSError as error:
             raise OSError(
-                f"pretrained={pretrained!r} could not be loaded; give a checkpoint directory, or an id on a hub within "
-                f"reach: {error}"
+                f"pretrained={pretrained!r} could not be loaded; give a checkpoint directory, a bundled checkpoint "
+                f"({', '.join(BUNDLED)}), or an id on a hub within reach: {error}"
             ) from error
         self._join_ranks()
-        self.markup = get_markup(self.options.markup)
-        if self.options.pruning is not Policy.OFF:
+        self.policy, self.markup = self._settle()
+        if self.policy is not Policy.OFF:
             marker_ids(self.tokenizer, self.markup)
         self.think = resolve_think(self.tokenizer, self.markup, self.think_end_token)
         self._set_thinking(thinking)
@@ -109,6 +115,16 @@ class HcotLM(HFLM):
         )
         self._statistics = RunStatistics()
         self._other_ranks: list[RunStatistics] = []
+
+    def _settle(self) -> tuple[Policy, Markup]:
+        """Returns policy and notation; an adapter's record of its training takes the place of its base's."""
+        of_adapter = read_record(self.peft, self.revision) if self.peft else None
+        if of_adapter is not None:
+            write_record(self.model, of_adapter)
+        ours = self.options
+        return settle(
+            read_record(self.model), ours.pruning, ours.markup, allow=ours.any_policy, policy_argument="pruning"
+        )
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         """Loads the config; bitsandbytes fields become part of it, for `from_pretrained` no longer takes them."""
@@ -132,7 +148,7 @@ class HcotLM(HFLM):
         """
         if self.options.max_gen_toks is not None:
             return self.options.max_gen_toks
-        pruned = self.options.pruning is not Policy.OFF
+        pruned = self.policy is not Policy.OFF
         return max(self.max_context, USUAL_BUDGET) if pruned else self.max_context
 
     # --- text ---------------------------------------------------------------------------------------------------------
@@ -203,7 +219,7 @@ class HcotLM(HFLM):
 
     def _response(self, completion: Completion) -> Response:
         parts = split_thinking(completion.text, self.think, opened=completion.request.thinking)
-        plain = self.think is None and self.options.pruning is Policy.OFF
+        plain = self.think is None and self.policy is Policy.OFF
         return Response(
             self._as_hf_writes(completion) if plain else parts.answer,
             stats=completion.statistics.as_dict(),
@@ -241,8 +257,9 @@ class HcotLM(HFLM):
         return Engine(
             self.model,
             self.tokenizer,
-            policy=self.options.pruning,
+            policy=self.policy,
             markup=self.markup,
+            any_policy=self.options.any_policy,
             max_context=self.max_context,
             slots=slots,
             max_slots=self.max_batch_size,
@@ -252,7 +269,7 @@ class HcotLM(HFLM):
     @cached_property
     def run_facts(self) -> dict[str, Any]:
         """Everything that determines what a request's response is, apart from the request."""
-        ours = {"pruning": self.options.pruning.value, "markup": self.markup.name, "max_context": self.max_context}
+        ours = {"pruning": self.policy.value, "markup": self.markup.name, "max_context": self.max_context}
         return {
             **ours,
             **library_versions(),
@@ -329,7 +346,7 @@ class HcotLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what lm-eval reports of an ``hf`` model and, under ``hcot``, the settings and totals of the run."""
-        settings = {"pruning": self.options.pruning.value, "markup": self.markup.name, "seed": self.options.seed}
+        settings = {"pruning": self.policy.value, "markup": self.markup.name, "seed": self.options.seed}
         settings["chat_template"] = self._prompts.chat
         limits = {"max_context": self.max_context, "max_gen_toks": self.max_gen_toks, "ranks": self.world_size}
         totals = self._statistics.merge(self._other_ranks).as_dict()

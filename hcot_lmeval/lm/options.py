@@ -44,8 +44,11 @@ class Options:
     """What ``hcot`` takes beyond lm-eval's ``hf``.
 
     Attributes:
-        pruning: ``off``, ``recompute`` or ``evict``: what the closing marker of a block does.
-        markup: the notation of the model, a key of `hcot_lmeval.markup.PRESETS`.
+        pruning: ``off``, ``recompute`` or ``evict``: what the closing marker of a block does; None: what the model was
+            trained for, and ``recompute`` if it does not say.
+        markup: the notation of the model, a key of `hcot_lmeval.markup.PRESETS`; None: that of its training, and
+            ``hcot`` if it does not say.
+        any_policy: run a model under another policy or notation than it was trained for.
         max_context: most live tokens of a request, prompt included; None for the model's maximum length.
         max_gen_toks: generated tokens, pruned ones included, of a request that does not name its own limit.
         notes: directory for one JSONL file of notes per rank, or None.
@@ -55,8 +58,9 @@ class Options:
         seed: of all sampling; a request's own seed is derived from it.
     """
 
-    pruning: Policy = Policy.RECOMPUTE
-    markup: str = "hcot"
+    pruning: Policy | None = None
+    markup: str | None = None
+    any_policy: bool = False
     max_context: int | None = None
     max_gen_toks: int | None = None
     notes: Path | None = None
@@ -71,11 +75,13 @@ class Options:
         Raises:
             ValueError: a value is not allowed; the message says which are.
         """
-        markup = values.get("markup", cls.markup)
-        get_markup(markup)
+        markup = values.get("markup")
+        if markup is not None:
+            get_markup(markup)
         return cls(
-            pruning=_policy(values.get("pruning", cls.pruning)),
+            pruning=_policy(values.get("pruning")),
             markup=markup,
+            any_policy=_flag("any_policy", values.get("any_policy", False)),
             max_context=_positive("max_context", values.get("max_context")),
             max_gen_toks=_positive("max_gen_toks", values.get("max_gen_toks")),
             notes=_directory("notes", values.get("notes")),
@@ -137,7 +143,9 @@ def _named_parameters(function: Any) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
 
 
-def _policy(value: Any) -> Policy:
+def _policy(value: Any) -> Policy | None:
+    if value is None:
+        return None
     if value is False:  # YAML reads a bare `off` as false
         return Policy.OFF
     try:
@@ -158,6 +166,12 @@ def _positive(name: str, value: Any) -> int | None:
         return None
     if _integer(name, value) < 1:
         raise ValueError(f"{name}={value!r} is not positive; leave it out for the default")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not one of true, false")
     return value
 
 

@@ -1,0 +1,31 @@
+"""The checkpoints that come with the package, by name: ``pretrained=tiny-hcot`` needs no download.
+
+They are small models of nested arithmetic, trained by this package's own script; each folder has a card that says how.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+BUNDLED = ("tiny-hcot", "tiny-evict", "tiny-flat")
+"""Trained for policy recompute, for policy evict, and on the same steps without blocks."""
+
+ROOT = Path(str(files(__name__)))
+
+
+def resolve(name: Any) -> Any:
+    """Returns the directory of the bundled checkpoint called `name`; anything else is returned as it is.
+
+    A file or directory of that name in the working directory comes first, as it does for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: the name is that of a bundled checkpoint, and this installation lacks it.
+    """
+    if not isinstance(name, str) or name not in BUNDLED or Path(name).exists():
+        return name
+    folder = ROOT / name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the bundled checkpoint {name!r} is not in {ROOT}; install the package anew")
+    return str(folder)

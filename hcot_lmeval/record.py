@@ -1,0 +1,234 @@
+"""What a checkpoint says about its training, so that nobody decodes it in another context than it was trained on.
+
+`recompute` and `evict` are two different models of the context, and so is no pruning at all. A checkpoint that knows
+which one it was trained for is decoded so by default, and another one is refused unless the user insists.
+
+The record lives in ``config.json`` under the key ``hcot``, where `save_pretrained`, `from_pretrained` and hubs carry it
+along. An adapter has no ``config.json``; its record is the file `FILE_NAME` beside its weights.
+
+No import of this module is heavy; transformers is needed on the hub alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.markup import Markup, get_markup
+from hcot_lmeval.trace import Policy
+
+logger = logging.getLogger(__name__)
+
+KEY = "hcot"
+"""Where the record stands in a model's config."""
+FILE_NAME = "hcot_training.json"
+"""The record of an adapter."""
+CONFIG_NAME = "config.json"
+LIBRARIES = ("hcot_lmeval", "torch", "transformers", "accelerate", "peft")
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that train, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # peft is optional
+            continue
+    return found
+
+
+@dataclass
+class TrainingRecord:
+    """How a checkpoint was trained. All values are plain data, as JSON has it.
+
+    Attributes:
+        policy: what a closing marker did in the contexts that the model was trained on, last: off, recompute or evict.
+        markup: name of the notation.
+        think: the strings around the thinking section, or None for a model without.
+        seeding: how the rows of new tokens started (`hcot_lmeval.tokens.Added.seeding`).
+        structure_loss: kind and weights of what was added to the cross-entropy.
+        curriculum: the phases in order, each with its policy and its length.
+        data_hash: digest of the training data.
+        steps: optimiser steps taken.
+        form: packed or stages: the form in which traces were fed.
+        versions: of the libraries.
+        command: the command line.
+
+    Raises:
+        ValueError: the policy is unknown.
+    """
+
+    policy: str
+    markup: str = "hcot"
+    think: tuple[str, str] | None = ("<think>", "</think>")
+    seeding: dict[str, Any] = field(default_factory=dict)
+    structure_loss: dict[str, Any] = field(default_factory=dict)
+    curriculum: list[dict[str, Any]] = field(default_factory=list)
+    data_hash: str | None = None
+    steps: int = 0
+    form: str = "packed"
+    versions: dict[str, str] = field(default_factory=library_versions)
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in list(Policy):
+            raise ValueError(f"training record: policy {self.policy!r} is unknown; it is one of {', '.join(Policy)}")
+        self.policy = Policy(self.policy).value
+        self.think = None if self.think is None else (self.think[0], self.think[1])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the record as JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingRecord:
+        """Reads what `as_dict` wrote.
+
+        Only policy and markup bind a decoder. Fields that another version of this package has added inform people, and
+        are passed over.
+
+        Raises:
+            ValueError: policy or markup is missing, or the policy is unknown.
+        """
+        missing = [name for name in ("policy", "markup") if name not in data]
+        if missing:
+            raise ValueError(
+                f"training record: {' and '.join(missing)} is missing; it has {', '.join(data) or 'nothing'}"
+            )
+        known = {f.name for f in fields(cls)}
+        return cls(**{"versions": {}, **{name: value for name, value in data.items() if name in known}})
+
+
+def write_record(model: Any, record: TrainingRecord, directory: str | Path | None = None) -> None:
+    """Writes a record where saving the model takes it along.
+
+    Args:
+        model: a model of transformers, or a PEFT model around one; the record becomes part of its config.
+        record: the record.
+        directory: where the weights of an adapter are saved, which no config goes along with; made if need be.
+    """
+    setattr(model.config, KEY, record.as_dict())
+    if directory is not None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record.as_dict(), indent=1, ensure_ascii=False)
+        (Path(directory) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(source: Any, revision: str | None = None) -> TrainingRecord | None:
+    """Returns the training record of a checkpoint, or None if it has none.
+
+    Args:
+        source: a model, its config, or a directory or id on the hub of a model or an adapter.
+        revision: of the id on the hub.
+
+    Raises:
+        ValueError: there is a record, and it cannot be understood.
+    """
+    if isinstance(source, (str, Path)):
+        data = _beside(str(source), FILE_NAME, revision)
+        if data is None:
+            data = (_beside(str(source), CONFIG_NAME, revision) or {}).get(KEY)
+    else:
+        data = getattr(getattr(source, "config", source), KEY, None)
+    return None if data is None else TrainingRecord.from_dict(data)
+
+
+def _beside(source: str, name: str, revision: str | None) -> Any:
+    """Returns the contents of the JSON file `name` of a checkpoint, or None."""
+    path = Path(source) / name if Path(source).is_dir() else _from_hub(source, name, revision)
+    if path is None or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(source, name, revision=revision, **quiet)
+    return None if found is None else Path(found)
+
+
+def check_policy(
+    record: TrainingRecord | None,
+    policy: Policy | str,
+    allow: bool = False,
+    *,
+    markup: Markup | str | None = None,
+    policy_argument: str = "policy",
+) -> None:
+    """Refuses to decode a model in contexts that it was not trained on.
+
+    Policy off is the baseline and never refused; a model without a record is not either.
+
+    Args:
+        record: of the model.
+        policy: that it is to be decoded with.
+        allow: do not refuse.
+        markup: the notation that it is to be decoded with; None: the record's.
+        policy_argument: what the user calls the policy.
+
+    Raises:
+        ValueError: the record names another policy or another notation.
+    """
+    policy = Policy(policy)
+    if record is None or allow or policy is Policy.OFF:
+        return
+    if record.policy != policy:
+        raise ValueError(
+            f"{policy_argument}={policy.value}, but the model was {_TRAINED[record.policy]} (its training record says "
+            f"so), and it would meet contexts that it does not know. Pass {policy_argument}={record.policy}, or "
+            "any_policy=True to run it all the same."
+        )
+    name = record.markup if markup is None else get_markup(markup).name
+    if record.markup != name:
+        raise ValueError(
+            f"markup={name}, but the model was trained on the notation {record.markup} (its training record says so). "
+            f"Pass markup={record.markup}, or any_policy=True to run it all the same."
+        )
+
+
+_TRAINED = {
+    "off": "trained without pruning, under policy off",
+    "recompute": "trained under policy recompute",
+    "evict": "trained under policy evict",
+}
+
+
+def settle(
+    record: TrainingRecord | None,
+    policy: Policy | str | None,
+    markup: Markup | str | None,
+    *,
+    allow: bool = False,
+    policy_argument: str = "policy",
+) -> tuple[Policy, Markup]:
+    """Returns the policy and the notation to decode with.
+
+    What the user leaves open is as the model was trained, which is said in the log; without a record, recompute and
+    hcot.
+
+    Args:
+        record: of the model, or None.
+        policy: as the user gave it, or None.
+        markup: as the user gave it, or None.
+        allow: do not refuse other values than the record's.
+        policy_argument: what the user calls the policy.
+
+    Raises:
+        ValueError: what the user gave is not what the record says (see `check_policy`), or is unknown.
+    """
+    trained = {"policy": Policy.RECOMPUTE, "markup": "hcot"} if record is None else asdict(record)
+    if record is not None and policy is None:
+        logger.info("%s=%s, as the model was trained (its training record says so)", policy_argument, record.policy)
+    chosen = Policy(trained["policy"] if policy is None else policy)
+    notation = get_markup(trained["markup"] if markup is None else markup)
+    check_policy(record, chosen, allow, markup=notation, policy_argument=policy_argument)
+    return chosen, notation
