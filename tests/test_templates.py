@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.markup import PRESETS
@@ -177,6 +180,18 @@ def test_stops_of_the_generation_config_count():
     with pytest.raises(ValueError, match=r"generation stops at '<\|endoftext\|>'"):
         check_template(tokenizer)
     check_template(tokenizer, eos_ids=[token_id(tokenizer, "<|im_end|>")])
+
+
+@pytest.mark.parametrize(("pattern", "fits"), [("<|im_start|> $A", True), ("$A <|im_end|>", False)])
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_tokens_that_the_tokenizer_adds_itself(name, pattern, fits):
+    """A BOS before the prompt is harmless; an end of sequence behind it is what no prompt may have."""
+    tokenizer = tokenizer_for(name)
+    added = [(text, token_id(tokenizer, text)) for text in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=added)
+    assert len(tokenizer.encode("x")) == 2
+    with nullcontext() if fits else pytest.raises(ValueError, match="no token prefix"):
+        check_template(tokenizer)
 
 
 def test_a_template_that_takes_no_system_message_may_do_so():

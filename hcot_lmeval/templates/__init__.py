@@ -135,11 +135,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
 def _encodings(
     tokenizer: PreTrainedTokenizerBase, markup: Markup, prompt: str, text: str
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields prompt and conversation as token ids: markers as tokens, and as text."""
+    """Yields prompt and conversation as token ids: markers as tokens, and as text.
+
+    As at inference, the tokenizer adds its own special tokens, but never a second BOS.
+    """
     from hcot_lmeval.tokens import encode_prompt
 
-    yield tuple(list(tokenizer.encode(part, add_special_tokens=False)) for part in (prompt, text))  # type: ignore[misc]
-    yield encode_prompt(tokenizer, prompt, markup), encode_prompt(tokenizer, text, markup)
+    options = {"add_special_tokens": not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))}
+    yield list(tokenizer.encode(prompt, **options)), list(tokenizer.encode(text, **options))
+    yield encode_prompt(tokenizer, prompt, markup, **options), encode_prompt(tokenizer, text, markup, **options)
 
 
 def _not_a_prefix(tokenizer: PreTrainedTokenizerBase, head: list[int], whole: list[int]) -> ValueError:
