@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from hcot_lmeval.markup import Markup, get_markup
-from hcot_lmeval.synthetic import NAMES, OPERATORS
+from hcot_lmeval.synthetic import ALPHABET
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 BOX = "\\boxed{"
@@ -34,8 +34,7 @@ def tiny_tokenizer(markup: str | Markup = "hcot") -> PreTrainedTokenizerFast:
     """
     markup = get_markup(markup)
     special = [PAD, EOS, UNKNOWN, *markup.markers, *markup.think]
-    words = [*NAMES, *"0123456789", *OPERATORS, *"=;?}", BOX]
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    vocabulary = {word: index for index, word in enumerate([*special, *ALPHABET, BOX])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

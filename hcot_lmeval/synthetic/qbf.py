@@ -1,0 +1,183 @@
+r"""Quantified Boolean formulas: is it true that for some a, for all b, ... every clause holds?
+
+The kind and size of problem of PENCIL (arXiv 2503.14337), with a generator and traces of our own::
+
+    ∃c∀a①cA②aAc③Ca?                                            the prompt: prefix, numbered clauses
+    <think>[THOUGHT]∃c[THOUGHT]c∀a[THOUGHT]a①cA1②aAc1③Ca1[SOLUTION]1[RETURN]
+                                  [THOUGHT]A①cA1②aAc1③Ca0[SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+                      [THOUGHT]C∀a[THOUGHT]a①cA0[SOLUTION]0[RETURN][SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+    </think>\boxed{0}
+
+The trace evaluates the tree of quantifiers in depth-first order, the value true first, one block per branch, whose
+solution is the branch's value. A branch is not tried when the one before decides: a true one under ∃, a false one
+under ∀. A block begins with the literal that it makes true, and goes on with the quantifier it has to evaluate or, in a
+leaf, with the clauses, each with its value, up to the first that is false.
+
+Every token follows from the live context by one look: the next quantifier and the clauses are copied from the prompt,
+where their names stand once; a clause is true if one of its literals opens one of the blocks around it; and whether a
+branch decides stands just before it. The live context holds the prompt, at most 7 tokens for each variable, and a leaf;
+the trace as a whole grows exponentially.
+
+This module imports the standard library alone; `qbf_dataset` imports `datasets` when it is called.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from hcot_lmeval.synthetic.cnf import SIZES, VARIABLES, canonical, labelled, models, negation, truth
+from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+EXISTS, FORALL = "∃", "∀"
+CLAUSES_PER_VARIABLE = 2.0
+FILLERS = range(4)
+"""Clauses that hold a literal and its negation, added to the others: they cost steps and decide nothing."""
+
+
+@dataclass(frozen=True)
+class QbfProblem(Problem):
+    """A prefix of (quantifier, variable) pairs, outermost first, and the clauses in the order of the prompt."""
+
+    prefix: tuple[tuple[str, str], ...]
+    clauses: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def prompt(self) -> str:
+        prefix = "".join(quantifier + name for quantifier, name in self.prefix)
+        return f"{prefix}{''.join(labelled(self.clauses))}?"
+
+    @cached_property
+    def is_valid(self) -> bool:
+        """Whether the formula is true; computed from the truth table, not by the search of the trace."""
+        table = models(self.clauses, [name for _, name in self.prefix])
+        # the first variable is the lowest bit of an assignment's number, the last one halves the table
+        for index in reversed(range(len(self.prefix))):
+            high, low = table >> (1 << index), table & ((1 << (1 << index)) - 1)
+            table = high | low if self.prefix[index][0] == EXISTS else high & low
+        return bool(table)
+
+    @property
+    def answer(self) -> str:
+        return truth(self.is_valid)
+
+    @property
+    def canonical(self) -> str:
+        """Names, order of clauses and literals, and order of neighbours with one quantifier make no difference."""
+        groups = [list(group) for _, group in groupby(self.prefix, key=lambda pair: pair[0])]
+        classes = {name: index for index, group in enumerate(groups) for _, name in group}
+        return "".join(quantifier for quantifier, _ in self.prefix) + canonical(self.clauses, classes)
+
+    def pieces(self) -> Iterator[Piece]:
+        yield Mark.OPEN
+        value = yield from self._evaluate(())
+        yield from (Mark.SPLIT, truth(value), Mark.CLOSE)
+
+    def _evaluate(self, path: tuple[str, ...]) -> Generator[Piece, None, bool]:
+        """Yields what stands in the block that is reached by making the literals of `path` true; returns its value."""
+        if len(path) == len(self.prefix):
+            return (yield from self._check(frozenset(path)))
+        quantifier, name = self.prefix[len(path)]
+        yield quantifier + name
+        value = False
+        for literal in (name, negation(name)):
+            yield from (Mark.OPEN, literal)
+            value = yield from self._evaluate((*path, literal))
+            yield from (Mark.SPLIT, truth(value), Mark.CLOSE)
+            if value == (quantifier == EXISTS):
+                break
+        return value
+
+    def _check(self, true: frozenset[str]) -> Generator[Piece, None, bool]:
+        """Yields the clauses with their values up to the first that is false; returns whether all are true."""
+        for text, clause in zip(labelled(self.clauses), self.clauses, strict=True):
+            value = not true.isdisjoint(clause)
+            yield text + truth(value)
+            if not value:
+                return False
+        return True
+
+
+def sample_qbf(size: int, valid: bool, rng: random.Random) -> QbfProblem:
+    """Draws a problem with `size` variables that is valid or not, as asked.
+
+    Each quantifier is ∃ with probability 1/2, both occur. There are ``int(2.0 * size)`` clauses of two or three
+    variables, one of which at least is under ∃ (a clause without would decide the formula by itself), and 0 to 3
+    fillers. Drawn until the answer is the one that was asked for.
+
+    Raises:
+        ValueError: `size` is outside 3..10.
+    """
+    check_sizes("size", [size], SIZES)
+    while True:
+        names = rng.sample(VARIABLES, size)
+        prefix = tuple(zip(_quantifiers(size, rng), names, strict=True))
+        bound = [name for quantifier, name in prefix if quantifier == EXISTS]
+        clauses = [_clause(names, bound, rng) for _ in range(int(CLAUSES_PER_VARIABLE * size))]
+        clauses += [_filler(names, rng) for _ in range(rng.choice(FILLERS))]
+        rng.shuffle(clauses)
+        problem = QbfProblem(prefix, tuple(clauses))
+        if problem.is_valid == valid:
+            return problem
+
+
+def _quantifiers(size: int, rng: random.Random) -> list[str]:
+    quantifiers = [EXISTS]
+    while len(set(quantifiers)) < 2:
+        quantifiers = rng.choices((EXISTS, FORALL), k=size)
+    return quantifiers
+
+
+def _clause(names: Sequence[str], existential: Sequence[str], rng: random.Random) -> str:
+    first = rng.choice(existential)
+    others = rng.sample([name for name in names if name != first], rng.choice((1, 2)))
+    literals = [rng.choice((name, negation(name))) for name in (first, *others)]
+    rng.shuffle(literals)
+    return "".join(literals)
+
+
+def _filler(names: Sequence[str], rng: random.Random) -> str:
+    name, other = rng.sample(names, 2)
+    literals = [name, negation(name), *rng.choice(([], [other], [negation(other)]))]
+    rng.shuffle(literals)
+    return "".join(literals)
+
+
+def qbf_problems(split: Split, seed: int, sizes: Sequence[int] = SIZES) -> Iterator[QbfProblem]:
+    """Yields problems of one split for ever, in turn valid and not, of each size; see `problem.distinct`.
+
+    Raises:
+        ValueError: an unknown split, or sizes out of range.
+    """
+    check_split(split)
+    check_sizes("sizes", sizes, SIZES)
+    draws = [partial(sample_qbf, size, valid) for valid in (True, False) for size in sizes]
+    return distinct(draws, split, random.Random(f"quantified formulas {split} {seed}"))
+
+
+def qbf_dataset(sizes: Sequence[int] = SIZES, size: int = 100, problem_seed: int = 0, **_: Any) -> DatasetDict:
+    """Returns the test problems as lm-eval's `custom_dataset` wants them (it passes model arguments too: ignored).
+
+    Args:
+        sizes: numbers of variables, taken in turn, first for a valid problem and then for an invalid one.
+        size: number of problems.
+        problem_seed: chooses the problems within the test split.
+
+    Returns:
+        one split ``test`` with the columns problem, answer, variables, blocks.
+    """
+    from datasets import Dataset, DatasetDict
+
+    rows = dataset_rows(qbf_problems("test", problem_seed, sizes), size, "variables")
+    return DatasetDict({"test": Dataset.from_list(rows)})
