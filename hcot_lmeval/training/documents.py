@@ -1,0 +1,226 @@
+"""Compiled training documents: a trace as an exact decoder forwards it, and what the losses want to know of its targets.
+
+A trace that is too long is cut, never its plan: copies of a solution without the block that they came from would train
+the model on contexts that no decoder sees. The cut is made between blocks, so that the model is not taught to stop in
+the middle of one, and a cut trace does not end with the end-of-turn token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from hcot_lmeval.grammar import Grammar, Label, label_tokens
+from hcot_lmeval.markup import MarkerIds
+from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, Policy, compile_trace
+
+
+@dataclass(frozen=True)
+class Example:
+    """A trace to learn from.
+
+    Attributes:
+        prompt_ids: the prompt; no loss, and its markers are text.
+        completion_ids: everything generated, markers and the end-of-turn token included.
+        answer: the expected answer, or None.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    answer: str | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The trace: prompt and completion."""
+        return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class Document:
+    """The tokens that are forwarded for one trace; all lists have one length.
+
+    Attributes:
+        ids: token ids.
+        positions: position ids.
+        death: ``visible(q, k) <=> k <= q < death[k]``, at most the document's length.
+        targets: the token that each output predicts, or `IGNORE`.
+        states: the `grammar.State` in which that target is generated; 0 where there is none.
+        classes: the target's `grammar.TokenClass`; 0 where there is none.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    death: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def learned(self) -> int:
+        """How many generated tokens are targets; fewer than the example has where it was cut."""
+        return len(self.targets) - self.targets.count(IGNORE)
+
+
+COLUMNS = tuple(f.name for f in fields(Document))
+"""The lists of a document, which are the columns of a packed row."""
+
+
+class TooLong(ValueError):
+    """No beginning of the trace that ends between blocks fits."""
+
+
+def compile_document(example: Example, grammar: Grammar, policy: Policy | str, *, max_length: int) -> Document:
+    """Compiles the example, or the longest beginning of it that ends between blocks and fits.
+
+    The result equals `trace.compile_trace` of that beginning.
+
+    Args:
+        example: prompt and completion.
+        grammar: markers, thinking tokens and end tokens.
+        policy: what a closing marker does.
+        max_length: most forwarded tokens.
+
+    Raises:
+        TooLong: not even the shortest such beginning fits.
+        ValueError: the prompt is empty.
+    """
+    ids, start = example.ids, len(example.prompt_ids)
+    plan = compile_trace(ids, start, grammar.markers, policy) if len(ids) <= max_length else None
+    if plan is None or len(plan) > max_length:  # a plan is never shorter than its trace
+        ids = ids[: longest_beginning(example, grammar.markers, policy, max_length)]
+        plan = compile_trace(ids, start, grammar.markers, policy)
+    labels = label_tokens(ids, start, grammar)
+    rows = [row for row, target in enumerate(plan.targets) if target != IGNORE]
+    return _document(plan.ids, plan.positions, plan.death, plan.targets, rows, labels)
+
+
+def longest_beginning(example: Example, markers: MarkerIds, policy: Policy | str, max_length: int) -> int:
+    """Returns the length of the longest beginning of the trace whose plan has at most `max_length` tokens.
+
+    A beginning ends with the trace, right behind a closing marker or right before an opening one, at any depth, and
+    holds at least one generated token.
+
+    Raises:
+        TooLong: there is none.
+    """
+    context, size, found = _after_prompt(example, markers, policy), len(example.prompt_ids), 0
+    for index, token in enumerate(example.completion_ids, start=size):
+        step = context.push(token)
+        if step.kind is Kind.OPEN and index > len(example.prompt_ids):
+            found = index
+        size += len(step.forward)
+        if size > max_length:
+            return _fitting(found, max_length)
+        if step.kind is Kind.CLOSE:
+            found = index + 1
+    return len(example.ids)
+
+
+def split_stages(
+    example: Example, grammar: Grammar, *, policy: Policy | str = Policy.RECOMPUTE, max_length: int
+) -> list[Document]:
+    """Splits the trace at its prunes into plain causal documents: the slow twin of the packed plan.
+
+    A stage is the live context as it stands, on which there is no loss, and the tokens up to and including the next
+    marker that prunes. Each generated token is a target of one stage. A trace is cut as in `compile_document`, such
+    that every stage of its beginning fits.
+
+    Args:
+        example: prompt and completion.
+        grammar: markers, thinking tokens and end tokens.
+        policy: `recompute`; the contexts of no other policy are those of plain documents.
+        max_length: most tokens of a stage.
+
+    Raises:
+        TooLong: no beginning of the trace fits.
+        ValueError: the policy is not `recompute`, or the prompt is empty.
+    """
+    if Policy(policy) is not Policy.RECOMPUTE:
+        raise ValueError(f"policy {str(policy)!r} has no stages, only 'recompute' has; use form=packed")
+    if not example.prompt_ids:
+        raise ValueError("the prompt is empty; the first generated token has to follow something")
+    stop = _longest_staged(example, grammar.markers, max_length)
+    labels = label_tokens(example.ids[:stop], len(example.prompt_ids), grammar)
+    context, documents = _after_prompt(example, grammar.markers, policy), []
+    before, new = list(context.live), list[int]()
+    for token in example.ids[len(example.prompt_ids) : stop]:
+        new.append(token)
+        if context.push(token).is_prune:
+            documents.append(_stage(before, new, labels))
+            before, new, labels = list(context.live), [], labels[len(new) :]
+    return [*documents, _stage(before, new, labels)] if new else documents
+
+
+def faults(example: Example, grammar: Grammar) -> list[str]:
+    """Returns how the example departs from the notation, sorted; nothing if it is well formed.
+
+    The kinds are those of `Malformed`, and ``early_end`` (an end-of-turn token before the end) and ``think_in_block``
+    (a thinking token while a block is open). Only control tokens matter for that, and whatever follows a split, so that
+    nothing else is looked at.
+    """
+    markers, context, found = grammar.markers, LiveContext(grammar.markers, Policy.OFF), set[str]()
+    watched = markers.ids | set(grammar.think) | grammar.eos_ids
+    previous = None
+    for token in example.completion_ids:
+        if token in watched or previous == markers.split:
+            if token in grammar.think and context.depth:
+                found.add("think_in_block")
+            malformed = context.push(token).malformed
+            found |= set() if malformed is None else {malformed.value}
+        previous = token
+    if not grammar.eos_ids.isdisjoint(example.completion_ids[:-1]):
+        found.add("early_end")
+    return sorted(found | ({Malformed.UNCLOSED.value} if context.depth else set()))
+
+
+def _after_prompt(example: Example, markers: MarkerIds, policy: Policy | str) -> LiveContext:
+    context = LiveContext(markers, policy)
+    for token in example.prompt_ids:
+        context.push_inert(token)
+    return context
+
+
+def _fitting(found: int, max_length: int) -> int:
+    if not found:
+        raise TooLong(f"no beginning of the trace that ends between blocks has a plan of {max_length} tokens or fewer")
+    return found
+
+
+def _longest_staged(example: Example, markers: MarkerIds, max_length: int) -> int:
+    """As `longest_beginning`, for stages: a stage is as long as the live context would be if its last token stayed."""
+    context, found = _after_prompt(example, markers, Policy.RECOMPUTE), 0
+    for index, token in enumerate(example.completion_ids, start=len(example.prompt_ids)):
+        size = len(context.live) + 1
+        step = context.push(token)
+        if step.kind is Kind.OPEN and index > len(example.prompt_ids):
+            found = index
+        if size > max_length:
+            return _fitting(found, max_length)
+        if step.kind is Kind.CLOSE:
+            found = index + 1
+    return len(example.ids)
+
+
+def _stage(before: list[int], new: list[int], labels: Sequence[Label]) -> Document:
+    ids, first = before + new, len(before) - 1
+    size = len(ids)
+    targets = [IGNORE] * first + new + [IGNORE]
+    return _document(ids, [*range(size)], [size] * size, targets, range(first, size - 1), labels)
+
+
+def _document(
+    ids: list[int],
+    positions: list[int],
+    death: list[int],
+    targets: list[int],
+    rows: Sequence[int],
+    labels: Sequence[Label],
+) -> Document:
+    """Puts the labels, one for each generated token in order, beside the targets, which are at `rows`."""
+    states, classes = [0] * len(ids), [0] * len(ids)
+    for row, label in zip(rows, labels, strict=False):
+        states[row], classes[row] = int(label.state), int(label.token_class)
+    return Document(ids, positions, death, targets, states, classes)
