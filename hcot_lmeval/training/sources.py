@@ -1,0 +1,229 @@
+"""Rows to train on, from wherever they are: JSONL and parquet files, data sets on the hub, problems made on the spot.
+
+Whatever the source, `load_source` returns the same columns:
+
+    question   str, or None where `messages` holds it
+    messages   the conversation before the assistant's last message, a list of {role, content}; or None
+    trace      str or None: what the assistant wrote, thoughts and all
+    answer     str or None: the expected answer
+    source     the path that the configuration names
+    row        number of the row in the source, from 0
+
+A source has either the columns question, hierarchical_cot and expected_answer, or a column messages whose last message
+holds the trace; the expected answer may be missing. Other names are given by ``columns``.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from hcot_lmeval import synthetic
+from hcot_lmeval.training.config import SourceConfig
+
+DEFAULT_COLUMNS = {
+    "question": "question",
+    "trace": "hierarchical_cot",
+    "answer": "expected_answer",
+    "messages": "messages",
+}
+"""What we read -> the name of its column where `columns` gives no other."""
+
+FEATURES = Features(
+    {
+        "question": Value("string"),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "trace": Value("string"),
+        "answer": Value("string"),
+        "source": Value("string"),
+        "row": Value("int64"),
+    }
+)
+
+SYNTHETIC = "synthetic:"
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""Suffix of a file -> the builder of `datasets` that reads it."""
+
+
+def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
+    """Reads a source.
+
+    Args:
+        source: what the configuration says of it.
+        markup: the notation in which problems made on the spot are solved, unless their options name one.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such data set on the hub.
+        ValueError: a column is missing, an option means nothing for this source, or the files are empty or broken.
+    """
+    rows = _open(source, markup)
+    if not len(rows):
+        raise ValueError(f"{source.path} has no rows (split {source.split!r})")
+    columns = resolve_columns(rows.column_names, source)
+    if source.limit is not None:
+        rows = rows.select(range(min(source.limit, len(rows))))
+    return cached_map(
+        rows,
+        partial(_plain_row, columns=columns, source=source.path),
+        (columns, source.path, code_digest(__file__)),
+        FEATURES,
+        with_indices=True,
+        desc=f"Reading {source.path}",
+    )
+
+
+def resolve_columns(present: list[str], source: SourceConfig) -> dict[str, str]:
+    """Returns which column is the question, trace and answer, or the messages and answer.
+
+    Raises:
+        ValueError: one is missing; the message names those present, those wanted, and ``columns``.
+    """
+    unknown = sorted(set(source.columns) - set(DEFAULT_COLUMNS))
+    if unknown:
+        raise ValueError(
+            f"columns of {source.path}: {', '.join(unknown)} unknown; known are {', '.join(DEFAULT_COLUMNS)}"
+        )
+    names = DEFAULT_COLUMNS | source.columns
+    chat = "messages" in source.columns or (names["trace"] not in present and names["messages"] in present)
+    roles = ["messages"] if chat else ["question", "trace"]
+    if "answer" in source.columns or names["answer"] in present:
+        roles.append("answer")
+    missing = [names[role] for role in roles if names[role] not in present]
+    if missing:
+        raise ValueError(
+            f"{source.path} has no column {' and no column '.join(map(repr, missing))}. It has: {', '.join(present)}. "
+            f"Wanted: {names['question']}, {names['trace']} and, if there is one, {names['answer']}; or "
+            f"{names['messages']}, whose last message is the assistant's. If they have other names, say so with "
+            "columns, as in columns: {question: problem, trace: solution}."
+        )
+    return {role: names[role] for role in roles}
+
+
+def cached_map(rows: Dataset, function: Any, identity: tuple[Any, ...], features: Features, **options: Any) -> Dataset:
+    """As `Dataset.map`, cached by what the caller says it depends on.
+
+    Left to itself, `datasets` hashes a pickle of the function and all that it holds, which for a tokenizer depends on
+    what it has encoded before.
+
+    Args:
+        rows: what is mapped; its columns are dropped.
+        function: see `Dataset.map`.
+        identity: everything beside `rows` that the result depends on, as values with a telling ``repr``.
+        features: the columns of the result.
+        options: of `Dataset.map`.
+    """
+    name = hashlib.sha256(repr((rows._fingerprint, *identity)).encode()).hexdigest()[:32]
+    options["remove_columns"] = rows.column_names
+    result = rows.map(function, features=features, new_fingerprint=name, **options)
+    result._fingerprint = name  # a result from the cache has another one, and what is mapped from it would be anew
+    return result
+
+
+def code_digest(*files: str | Path) -> str:
+    """Returns a hex digest of source files, so that what an older version made is not taken from the cache."""
+    return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _plain_row(row: Mapping[str, Any], index: int, columns: Mapping[str, str], source: str) -> dict[str, Any]:
+    found = {role: row[name] for role, name in columns.items()}
+    messages = found.get("messages")
+    answer = found.get("answer")
+    trace = found.get("trace")
+    if "messages" in columns:
+        last = messages[-1] if messages else {}
+        trace = last["content"] if last.get("role") == "assistant" else None
+        messages = [{"role": m["role"], "content": m["content"]} for m in (messages or [])[:-1]]
+    return {
+        "question": found.get("question"),
+        "messages": messages,
+        "trace": trace,
+        "answer": None if answer is None else str(answer).strip() or None,
+        "source": source,
+        "row": index,
+    }
+
+
+def _open(source: SourceConfig, markup: str) -> Dataset:
+    """The source as it is, all its columns."""
+    if source.path.startswith(SYNTHETIC):
+        return _synthetic(source, markup)
+    if source.options:
+        raise ValueError(f"options mean nothing for {source.path}; they belong to {SYNTHETIC} sources")
+    files = _files(source.path)
+    if files:
+        _refuse_hub_settings(source)
+        builder = BUILDERS[Path(files[0]).suffix]
+        return _reading(source.path, load_dataset, builder, data_files=files, split="train")
+    options = {"name": source.name, "split": source.split, "revision": source.revision}
+    return _reading(source.path, load_dataset, source.path, **options)
+
+
+def _files(path: str) -> list[str]:
+    """The files that `path` names, ascending; none for a directory or a data set on the hub.
+
+    Raises:
+        FileNotFoundError: it looks like a file or a pattern, and nothing is there.
+        ValueError: the files are empty, or of kinds that are not read, or of several.
+    """
+    if Path(path).is_dir():
+        return []
+    found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    if not found and (Path(path).suffix in BUILDERS or glob.has_magic(path) or path.startswith(("/", "."))):
+        raise FileNotFoundError(f"no file matches {path!r} (from the directory {Path.cwd()})")
+    suffixes = {Path(name).suffix for name in found}
+    if found and (suffixes - BUILDERS.keys() or len({BUILDERS[suffix] for suffix in suffixes}) > 1):
+        raise ValueError(f"{path} names {', '.join(sorted(suffixes))} files; read are {', '.join(BUILDERS)}, one kind")
+    if found and not any(Path(name).stat().st_size for name in found):
+        raise ValueError(f"{path} has no rows: nothing is in {'it' if len(found) == 1 else 'these files'}")
+    return found
+
+
+def _refuse_hub_settings(source: SourceConfig) -> None:
+    set_ = [key for key in ("name", "split", "revision") if key in source.model_fields_set]
+    if set_:
+        raise ValueError(f"{source.path} is a file: {', '.join(set_)} belong to directories and data sets on the hub")
+
+
+def _reading(path: str, read: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls `read` and says which source was at fault."""
+    try:
+        return read(*args, **kwargs)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"{path!r} is no file here and no data set on the hub: {error}") from error
+    except ConnectionError as error:
+        raise FileNotFoundError(f"{path!r} is no file here, and the hub cannot be reached: {error}") from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _synthetic(source: SourceConfig, markup: str) -> Dataset:
+    task = source.path.removeprefix(SYNTHETIC)
+    if task not in synthetic.TASKS:
+        known = ", ".join(SYNTHETIC + name for name in synthetic.TASKS)
+        raise ValueError(f"path={source.path!r} is unknown; choose one of {known}")
+    if source.name or source.revision or source.columns:
+        raise ValueError(f"{source.path} is made on the spot: name, revision and columns mean nothing for it")
+    options = {"markup": markup} | source.options
+    arguments = {"task": task, "split": source.split, "options": options}
+    _reading(source.path, _problems, **arguments)  # the options are checked at once, and the error is a plain one
+    code = code_digest(*sorted(Path(synthetic.__file__).parent.rglob("*.py")))
+    return _reading(source.path, Dataset.from_generator, _problem_rows, gen_kwargs=arguments | {"code": code})
+
+
+def _problems(task: str, split: Any, options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    return synthetic.training_rows(task, split, **options)
+
+
+def _problem_rows(code: str, **arguments: Any) -> Iterator[dict[str, str]]:
+    """`code` makes the cache forget what another version of the generators made."""
+    yield from _problems(**arguments)
