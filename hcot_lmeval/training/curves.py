@@ -1,0 +1,247 @@
+"""The curves of a run: every logged number as a line of JSON, and a picture of them.
+
+    curves = Curves(path, resumed_from=None)
+    curves.append({"step": 10, "cross_entropy": 2.3})
+    curves.append({"step": 10, "eval_loss": 2.4, "eval_accuracy": 0.1})
+    save_figure(curves.records, "curves.png", phases=[(0, "off"), (500, "recompute")], best_step=10)
+
+A record is a dict of numbers with the key ``step``, optimiser steps taken; what was measured on held-out data has the
+prefix ``eval_``. Several records may share a step. Drawing needs matplotlib, which is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hcot_lmeval.training.verdict import train_loss
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+LOG_SCALE_FROM = 20.0
+"""Ratio of the largest to the smallest loss from which on the axis is logarithmic, so that the late part shows."""
+
+
+class Curves:
+    """A JSONL file of records that survives being killed at any time.
+
+    A line is on the disk when `append` returns. A last line cut off by a crash is dropped, and with it every record
+    beyond the step that the run resumes from, since those steps are taken again. Numbers that are not finite are
+    written as null, which all readers of JSON understand.
+
+    Args:
+        path: the file; it is made anew unless the run resumes.
+        resumed_from: the step of the checkpoint that training goes on from, whose own records stay, for they were
+            written before the checkpoint was; None for a run that starts.
+
+    Attributes:
+        records: all records so far, oldest first.
+
+    Raises:
+        ValueError: a line of the file, other than the last, is no record.
+    """
+
+    def __init__(self, path: Path | str, resumed_from: int | None = None) -> None:
+        self.path = Path(path)
+        found = [] if resumed_from is None else read_records(self.path)
+        self.records = [record for record in found if record["step"] <= (resumed_from or 0)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(self.path, "".join(map(_line, self.records)).encode())
+
+    def append(self, record: Record) -> None:
+        """Adds a record.
+
+        Raises:
+            ValueError: it has no step.
+        """
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"the record {dict(record)!r:.200} needs the key 'step' with an int")
+        with self.path.open("ab") as file:
+            file.write(_line(record).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(dict(record))
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """Returns the records in a file, null as NaN; none if there is no file. A last line without its end is left out.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    path = Path(path)
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(complete, start=1)]
+
+
+def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
+    """Returns steps, ascending, and values of `key`; the last record counts where a step has several."""
+    found = {record["step"]: float(record[key]) for record in records if record.get(key) is not None}
+    steps = sorted(found)
+    return steps, [found[step] for step in steps]
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """A plot.
+
+    Attributes:
+        title: what is shown.
+        unit: label of the vertical axis.
+        lines: key of a record to the label in the legend.
+        factor: multiplies the values.
+    """
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    factor: float = 1.0
+
+
+TRAIN = "train_cross_entropy"
+"""The key under which a record's training loss is drawn, whichever key it has there."""
+LOSSES = Panel("Loss", "nats per token", {TRAIN: "training", "eval_loss": "held out"})
+CLASSES = Panel(
+    "Held-out loss by class of token",
+    "nats per token",
+    {
+        "eval_loss_text": "text",
+        "eval_loss_markers": "markers",
+        "eval_loss_solution": "solution",
+        "eval_loss_answer": "answer",
+        "eval_structure": "structure term",
+    },
+)
+GENERATION = Panel(
+    "Generation on held-out problems",
+    "% of the problems",
+    {
+        "eval_accuracy": "solved",
+        "eval_completion": "came to an end",
+        "eval_illegal_traces": "illegal trace",
+        "eval_incomplete_traces": "cut within a block",
+    },
+    factor=100.0,
+)
+TOKENS = Panel(
+    "Length of the generations",
+    "tokens per problem",
+    {"eval_generated_tokens": "generated", "eval_peak_live_tokens": "most live at once"},
+)
+
+
+def draw(records: Sequence[Record], *, phases: Sequence[tuple[int, str]] = (), best_step: int | None = None) -> Figure:
+    """Draws the curves of a run.
+
+    Args:
+        records: in any order.
+        phases: of the curriculum: the step at which each starts and its name.
+        best_step: the step of the best checkpoint.
+
+    Returns:
+        A figure of four panels: losses, held-out losses by class, generation, lengths.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _new_figure()
+    records = [_with_train_loss(record) for record in records]
+    for axes, panel in zip(figure.subplots(2, 2).flat, (LOSSES, CLASSES, GENERATION, TOKENS), strict=True):
+        _draw_panel(axes, panel, records)
+        _mark(axes, phases, best_step)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def save_figure(
+    records: Sequence[Record],
+    path: Path | str,
+    *,
+    phases: Sequence[tuple[int, str]] = (),
+    best_step: int | None = None,
+) -> None:
+    """Writes the picture that `draw` makes of the same arguments as PNG; a reader never meets half a file."""
+    figure = draw(records, phases=phases, best_step=best_step)
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)
+
+
+def _new_figure() -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing curves needs matplotlib: pip install 'hcot_lmeval[train]'") from error
+    figure = Figure(figsize=(12, 8), layout="constrained")  # not pyplot, which keeps figures and picks a display
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
+    axes.set(title=panel.title, xlabel="optimiser steps", ylabel=panel.unit)
+    axes.grid(alpha=0.3)
+    finite: list[float] = []
+    for key, label in panel.lines.items():
+        steps, values = series(records, key)
+        values = [panel.factor * value for value in values]
+        finite += [value for value in values if math.isfinite(value)]
+        if steps:
+            axes.plot(steps, values, label=label, marker="." if len(steps) < 100 else None)
+    if not finite:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="grey")
+    elif panel.unit == LOSSES.unit and max(finite) > LOG_SCALE_FROM * min(finite) > 0:
+        axes.set_yscale("log")
+    elif panel is GENERATION:
+        axes.set_ylim(-3, 103)
+    else:
+        axes.set_ylim(bottom=min(0.0, *finite))
+
+
+def _mark(axes: Axes, phases: Sequence[tuple[int, str]], best_step: int | None) -> None:
+    for step, name in phases:
+        axes.axvline(step, color="grey", linestyle="--", linewidth=1)
+        axes.text(
+            step, 0.98, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize="small", color="grey"
+        )
+    if best_step is not None:
+        axes.axvline(best_step, color="green", linestyle=":", label=f"best checkpoint ({best_step})")
+
+
+def _with_train_loss(record: Record) -> Record:
+    return record if train_loss(record) is None else {**record, TRAIN: train_loss(record)}
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def _line(record: Record) -> str:
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if not isinstance(record["step"], int):
+            raise TypeError(f"step is {record['step']!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place} is no record of a run ({error}); repair or remove the line") from error
+    return {key: math.nan if value is None else value for key, value in record.items()}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
