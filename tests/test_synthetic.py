@@ -1,189 +1,163 @@
-"""Nested arithmetic: the problems are what they claim, the gold traces right and legal, the splits disjoint."""
+"""What all synthetic problems share: seeds, splits, the flat twin, the rows to train on."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
-import re
+import subprocess
+import sys
+from functools import partial
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from hcot_lmeval.markup import PRESETS, MarkerIds, get_markup
-from hcot_lmeval.synthetic import (
-    MAX_DEPTH,
-    SPLITS,
-    TEST_DEPTHS,
-    Definition,
-    Problem,
-    arith_dataset,
-    flat_trace,
-    gold_trace,
-    problems,
-    sample_problem,
-)
-from hcot_lmeval.trace import LiveContext, Malformed, Policy, push_all
+from hcot_lmeval import answers
+from hcot_lmeval.markup import PRESETS, get_markup
+from hcot_lmeval.synthetic import ALPHABET, SPLITS, TASKS, Problem, flat_trace, gold_trace, training_rows
+from hcot_lmeval.synthetic.arith import sample_problem
+from hcot_lmeval.synthetic.problem import distinct
+from hcot_lmeval.trace import LiveContext, Malformed, push_all
+from tests.synthetic_traces import ids_of, words
 
-seeded = given(depth=st.integers(1, 7), seed=st.integers(0, 10**6))
+SMALL: dict[str, dict[str, Any]] = {"arith": {"depths": [2, 3]}, "qbf": {"sizes": [3, 5]}, "sat": {"sizes": [4, 5]}}
+every_task = pytest.mark.parametrize("task", TASKS)
 
 
-def draw(depth: int, seed: int) -> Problem:
-    return sample_problem(depth, random.Random(seed))
+def take(task: str, split: str = "train", count: int = 20, seed: int = 0, **options: Any) -> list[Problem]:
+    return list(itertools.islice(TASKS[task](split, seed, **(options or SMALL[task])), count))
 
 
-def solve(prompt: str) -> int:
-    """Reads the prompt alone and lets Python do the arithmetic: nothing of the module under test is used."""
-    *definitions, question = prompt.rstrip("?").split(";")
-    env = dict(definition.split("=") for definition in definitions)
-
-    def expand(name: str) -> str:
-        return "(" + re.sub("[a-z]", lambda match: expand(match[0]), env[name]) + ")"
-
-    return eval(expand(question)) % 10
+# ---- traces
 
 
-def words(text: str, markup: str = "hcot") -> list[str]:
-    """The text in tokens: markers and thinking tokens whole, all else by character."""
-    marks = get_markup(markup)
-    whole = "|".join(re.escape(word) for word in (*marks.markers, *marks.think))
-    return re.findall(f"{whole}|.", text)
+@every_task
+def test_flat_twin_has_a_separator_for_every_marker(task: str) -> None:
+    separators = dict(zip(get_markup("hcot").markers, "(:)", strict=True))
+    for problem in take(task):
+        flat, gold = words(flat_trace(problem)), words(gold_trace(problem))
+        assert flat == [separators.get(word, word) for word in gold]
+        assert not set("(:)") & set(problem.prompt + gold_trace(problem))  # nothing else is written so
 
 
-def ids_of(text: str, markup: str) -> tuple[list[int], MarkerIds]:
-    """Code points, with the markers from 0x110000 up."""
-    marks = get_markup(markup)
-    special = {word: 0x110000 + i for i, word in enumerate((*marks.markers, *marks.think))}
-    opens, split, close = special[marks.open], special[marks.split], special[marks.close]
-    lead = special[marks.lead] if marks.lead else None
-    ids = [special[word] if word in special else ord(word) for word in words(text, markup)]
-    return ids, MarkerIds(opens, split, close, marks.keep, marks.nested, lead)
-
-
-@seeded
-@settings(max_examples=60, deadline=None)
-def test_gold_answer_is_right_by_an_independent_evaluation(depth: int, seed: int) -> None:
-    problem = draw(depth, seed)
-    assert problem.value == solve(problem.prompt)
-    assert gold_trace(problem).endswith(f"</think>\\boxed{{{solve(problem.prompt)}}}")
-
-
-@seeded
-@settings(max_examples=60, deadline=None)
-def test_every_block_of_the_gold_trace_is_an_evaluation_with_the_right_value(depth: int, seed: int) -> None:
-    problem = draw(depth, seed)
-    env, stack = problem.prompt.rpartition(";")[0], []
-    tokens = iter(words(gold_trace(problem)))
-    for token in tokens:
-        if token == "[THOUGHT]":
-            stack.append(next(tokens))
-        elif token == "[SOLUTION]":
-            assert next(tokens) == str(solve(f"{env};{stack.pop()}?"))
-            assert next(tokens) == "[RETURN]"
-    assert not stack
-
-
-@pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
-@seeded
-@settings(max_examples=30, deadline=None)
-def test_gold_traces_are_legal_and_only_the_value_survives(policy: Policy, depth: int, seed: int) -> None:
-    problem = draw(depth, seed)
-    ids, markers = ids_of(gold_trace(problem), "hcot")
-    context = LiveContext(markers, policy)
-    steps = push_all(context, ids)
-    assert [step.malformed for step in steps if step.malformed] == []
-    assert context.depth == 0
-    assert max(step.depth for step in steps) == problem.depth
-    assert sum(step.is_prune for step in steps) == problem.blocks
-    left, _ = ids_of(f"<think>[THOUGHT]{problem.value}[RETURN]</think>\\boxed{{{problem.value}}}", "hcot")
-    assert context.live == left
-
-
+@every_task
 @pytest.mark.parametrize("markup", PRESETS)
-def test_traces_in_every_notation(markup: str) -> None:
+def test_traces_in_every_notation(task: str, markup: str) -> None:
     """A flat notation cannot nest, which shows as that one malformation and no other."""
-    ids, markers = ids_of(gold_trace(draw(4, 0), markup), markup)
+    ids, markers = ids_of(gold_trace(take(task, count=1)[0], markup), markup)
     faults = {step.malformed for step in push_all(LiveContext(markers), ids)} - {None}
     # the outer splits and closes of nested blocks find no block of their own in a flat notation
     nested = {Malformed.NESTED_OPEN, Malformed.STRAY_SPLIT, Malformed.STRAY_CLOSE}
     assert faults == (set() if get_markup(markup).nested else nested)
 
 
-@seeded
-@settings(max_examples=30, deadline=None)
-def test_flat_twin_is_the_same_text_without_markers(depth: int, seed: int) -> None:
-    problem = draw(depth, seed)
-    flat, gold = words(flat_trace(problem)), words(gold_trace(problem))
-    markers = get_markup("hcot").markers
-    assert flat == [";" if word in markers else word for word in gold]
+@every_task
+def test_characters_are_those_of_the_alphabet(task: str) -> None:
+    notation = {*get_markup("hcot").markers, *get_markup("hcot").think, "\\boxed{"}
+    for problem in take(task, **{"depths" if task == "arith" else "sizes": [3, 8]}):
+        text = problem.prompt + gold_trace(problem) + flat_trace(problem)
+        assert set(words(text)) - notation <= set(ALPHABET)
+    assert len(set(ALPHABET)) == len(ALPHABET)
 
 
-def test_the_live_context_grows_slowly_and_the_trace_fast() -> None:
-    """The point of these problems: two more levels quadruple the trace and add a constant to the peak."""
-
-    def sizes(depth: int) -> tuple[float, float]:
-        peaks, lengths = [], []
-        for problem in itertools.islice(problems("train", [depth]), 20):
-            ids, markers = ids_of(problem.prompt + gold_trace(problem), "hcot")
-            context = LiveContext(markers)
-            push_all(context, ids)
-            peaks.append(context.peak)
-            lengths.append(len(ids))
-        return sum(peaks) / 20, sum(lengths) / 20
-
-    (peak4, length4), (peak6, length6), (peak8, length8) = sizes(4), sizes(6), sizes(8)
-    assert length8 > 2.5 * length6 > 2.5 * 2 * length4
-    assert peak8 - peak6 == pytest.approx(peak6 - peak4, abs=12)
+@every_task
+def test_the_checker_of_the_tasks_accepts_the_gold_answer_and_no_other(task: str) -> None:
+    for problem in take(task, count=4):
+        wrong = str((int(problem.answer) + 1) % (10 if task == "arith" else 2))
+        assert answers.grade(gold_trace(problem), problem.answer).correct is True
+        assert answers.grade(gold_trace(problem), wrong).correct is False
 
 
-def test_same_arguments_same_problems_other_seed_others() -> None:
-    def first(split: str, seed: int) -> list[Problem]:
-        return list(itertools.islice(problems(split, [2, 5], seed), 20))  # type: ignore[arg-type]
-
-    assert first("train", 3) == first("train", 3)
-    assert first("train", 3) != first("train", 4)
-    assert [problem.depth for problem in first("test", 0)] == [2, 5] * 10
+# ---- streams and splits
 
 
-def test_problems_are_pinned() -> None:
-    """Published results name a seed; if this fails, raise the version of the task."""
-    assert [problem.prompt for problem in itertools.islice(problems("test", [1, 2, 3]), 3)] == PINNED
+@every_task
+def test_same_arguments_same_problems_other_seed_others(task: str) -> None:
+    assert take(task, seed=3) == take(task, seed=3)
+    assert take(task, seed=3) != take(task, seed=4)
+    assert take(task, "test", seed=3) != take(task, seed=3)
 
 
-PINNED = ["o=8-4;o?", "h=7+1;d=l+l;l=8*3;d?", "o=3*d;d=m+m;b=1-7;j=b-m;m=4+3;o?"]
-
-
-def test_splits_never_overlap() -> None:
-    seen = {
-        split: {problem.fingerprint for problem in itertools.islice(problems(split, [1, 2, 3]), 400)}
-        for split in SPLITS
-    }
+@every_task
+def test_splits_never_overlap(task: str) -> None:
+    counts = {"train": 150, "validation": 30, "test": 30}
+    seen = {split: {p.fingerprint for p in take(task, split, counts[split])} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         assert not seen[one] & seen[other]
-    assert len(seen["train"]) > 300
+    assert {split: len(prints) for split, prints in seen.items()} == counts  # all distinct
 
 
-def test_fingerprint_ignores_names_order_and_unreached_definitions() -> None:
-    problem = Problem((Definition("a", "b", "-", "3"), Definition("b", "4", "*", "4")), "a", 2)
-    renamed = Problem(
-        (Definition("a", "4", "*", "4"), Definition("x", "1", "+", "1"), Definition("q", "a", "-", "3")), "q", 2
-    )
-    changed = Problem((Definition("a", "3", "-", "b"), Definition("b", "4", "*", "4")), "a", 2)
-    assert problem.fingerprint == renamed.fingerprint != changed.fingerprint
+def test_splits_do_not_depend_on_the_process() -> None:
+    """`hash` of a string differs between processes; a fingerprint must not."""
+    code = "from tests.test_synthetic import take, TASKS; print([take(t, count=3)[2].fingerprint for t in TASKS])"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "12"
+    }
+    assert outputs == {f"{[take(task, count=3)[2].fingerprint for task in TASKS]}\n".encode()}
 
 
-@pytest.mark.parametrize("depth", [0, MAX_DEPTH + 1])
-def test_depth_out_of_range(depth: int) -> None:
-    with pytest.raises(ValueError, match=rf"depth={depth} is outside 1\.\.{MAX_DEPTH}"):
-        sample_problem(depth, random.Random(0))
+def test_split_shares() -> None:
+    rng = random.Random(0)
+    splits = [sample_problem(4, rng).split for _ in range(3000)]
+    shares = [splits.count(split) / 3000 for split in SPLITS]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
 
 
-def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="'dev' is unknown; choose one of train, validation, test"):
-        next(problems("dev", [1]))  # type: ignore[arg-type]
+def test_a_kind_that_is_used_up_repeats_itself() -> None:
+    """There are 300 problems of depth 1, about 30 of which are test problems."""
+    problems = list(itertools.islice(distinct([partial(sample_problem, 1)], "test", random.Random(0)), 60))
+    prints = [problem.fingerprint for problem in problems]
+    assert 20 < len(set(prints)) < 60
+    assert len(set(prints[:15])) == 15  # no repetition while there is choice
+    assert len({problem.prompt for problem in problems}) > len(set(prints))
 
 
-def test_dataset_for_the_harness() -> None:
-    data = arith_dataset(size=8, pretrained="ignored")["test"]
-    assert data["depth"] == [*TEST_DEPTHS, *TEST_DEPTHS]
-    assert [int(answer) for answer in data["answer"]] == [solve(prompt) for prompt in data["problem"]]
+# ---- rows to train on
+
+
+@every_task
+def test_rows_are_question_trace_and_answer(task: str) -> None:
+    rows = list(training_rows(task, "train", size=6, seed=2, **SMALL[task]))
+    problems = take(task, count=6, seed=2)
+    assert [row["question"] for row in rows] == [p.prompt for p in problems]
+    assert [row["hierarchical_cot"] for row in rows] == [gold_trace(p) for p in problems]
+    assert [row["expected_answer"] for row in rows] == [p.answer for p in problems]
+    flat = list(training_rows(task, "train", size=6, seed=2, flat=True, **SMALL[task]))
+    assert [row | {"hierarchical_cot": flat_trace(p)} for row, p in zip(rows, problems, strict=True)] == flat
+    pencil = next(training_rows(task, "train", markup="pencil", seed=2, **SMALL[task]))
+    assert pencil["hierarchical_cot"] == gold_trace(problems[0], "pencil")
+    json.dumps(rows)
+
+
+@every_task
+def test_rows_by_default(task: str) -> None:
+    assert len(list(itertools.islice(training_rows(task, "train"), 20))) == 20
+
+
+@pytest.mark.parametrize(
+    "task, split, options, message",
+    [
+        ("sudoku", "train", {}, "task='sudoku' is unknown; choose one of arith, qbf, sat"),
+        ("qbf", "dev", {}, "split='dev' is unknown; choose one of train, validation, test"),
+        (
+            "qbf",
+            "train",
+            {"size_s": [3]},
+            r"option 'size_s' of task 'qbf' is unknown; known are size, seed, flat, markup, sizes",
+        ),
+        ("arith", "train", {"sizes": [3]}, "known are size, seed, flat, markup, depths"),
+        ("sat", "train", {"sizes": [2]}, r"sizes=\[2\]: a list of numbers within 3..10"),
+        ("sat", "train", {"sizes": []}, r"sizes=\[\]: a list"),
+        ("qbf", "train", {"sizes": 4}, "sizes=4: a list"),
+        ("arith", "train", {"depths": [0, 1]}, r"depths=\[0, 1\]: a list of numbers within 1..8"),
+        ("qbf", "train", {"size": 0}, "size=0: a positive number"),
+        ("qbf", "train", {"markup": "pencl"}, "Did you mean 'pencil'"),
+    ],
+)
+def test_bad_options_are_errors_at_once(task: str, split: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_rows(task, split, **options)

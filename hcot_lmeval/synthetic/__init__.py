@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hcot_lmeval.markup import Markup
+from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.synthetic.arith import (
     NAMES,
     OPERATORS,
@@ -104,9 +104,9 @@ def training_rows(
         raise ValueError(f"size={size!r}: a positive number of rows is needed")
     _check_options(task, options)
     stream = TASKS[task](split, seed, **options)
-    write = flat_trace if flat else gold_trace
+    marks, write = get_markup(markup), flat_trace if flat else gold_trace
     return (
-        {"question": p.prompt, "hierarchical_cot": write(p, markup), "expected_answer": p.answer}
+        {"question": p.prompt, "hierarchical_cot": write(p, marks), "expected_answer": p.answer}
         for p in itertools.islice(stream, size)
     )
 
