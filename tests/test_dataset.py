@@ -115,7 +115,7 @@ def test_policies_without_stages_are_refused():
 # --- rows that are left out -------------------------------------------------------------------------------------------
 
 BAD = {
-    1: (row(1, "[THOUGHT]a[SOLUTION]b"), ("think_in_block", "unclosed")),
+    1: (row(1, "[THOUGHT]a[SOLUTION]b"), ("think_in_solution", "unclosed")),
     3: (row(3, "a[RETURN]b[SOLUTION]c"), ("stray_close", "stray_split")),
     4: (row(4, ""), ("no_trace",)),
     6: (row(6, question=None), ("no_question",)),
@@ -150,7 +150,7 @@ def test_findings_are_written_as_jsonl(tmp_path):
     report = data(MIXED, malformed="keep").train("recompute").report
     report.write(tmp_path / "rejected.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert lines[0] == {"source": "rows.jsonl", "row": 1, "reasons": ["think_in_block", "unclosed"], "kept": True}
+    assert lines[0] == {"source": "rows.jsonl", "row": 1, "reasons": ["think_in_solution", "unclosed"], "kept": True}
     assert [line["row"] for line in lines] == [1, 3, 4, 6, 7]
 
 
@@ -180,7 +180,9 @@ def test_a_share_is_held_out_by_question():
     assert learned(train.rows) + learned(held_out.rows) == learned(data(rows).train("recompute").rows)
     assert 60 <= held_out.report.documents <= 140
     assert train.report.documents + held_out.report.documents == 400
-    assert train.report.held_out == held_out.report.documents
+    assert train.report.elsewhere == held_out.report.documents
+    assert held_out.report.elsewhere == train.report.documents
+    assert f"{train.report.documents} of 400 rows" in str(train.report)
     assert held_out.report.documents % 2 == 0  # both traces of a question are on one side
     prompts = {tuple(ids) for ids, _ in split.problems(400)}
     assert len(prompts) == held_out.report.documents / 2
@@ -231,8 +233,8 @@ def refuse(*args, **kwargs):
 
 def test_second_run_comes_from_the_cache(monkeypatch):
     first = data(ROWS).train("recompute")
-    monkeypatch.setattr(dataset, "_tokenise", refuse)
-    monkeypatch.setattr(dataset, "_compile", refuse)
+    monkeypatch.setattr(dataset, "tokenise", refuse)
+    monkeypatch.setattr(dataset, "compile_rows", refuse)
     again = TrainingData(DataConfig(train=[{"path": "rows.jsonl"}], row_length=200), tiny_tokenizer(), GRAMMAR, HCOT)
     second = again.train("recompute")
     assert (second.digest, second.report) == (first.digest, first.report)
@@ -242,11 +244,11 @@ def test_second_run_comes_from_the_cache(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"system_prompt": "Think."}, "_tokenise"),
-        ({"row_length": 150}, "_compile"),
-        ({"malformed": "keep"}, "_compile"),
-        ({"form": "stages"}, "_compile"),
-        ({"too_long": "drop"}, "_compile"),
+        ({"system_prompt": "Think."}, "tokenise"),
+        ({"row_length": 150}, "compile_rows"),
+        ({"malformed": "keep"}, "compile_rows"),
+        ({"form": "stages"}, "compile_rows"),
+        ({"too_long": "drop"}, "compile_rows"),
     ],
 )
 def test_other_options_are_not_taken_from_the_cache(monkeypatch, options, what):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.grammar import Grammar, label_tokens
-from hcot_lmeval.trace import IGNORE, Kind, LiveContext, compile_trace, push_all
+from hcot_lmeval.grammar import Grammar, is_legal_trace, label_tokens
+from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, compile_trace, push_all
 from hcot_lmeval.training.documents import (
     COLUMNS,
     Document,
@@ -19,7 +19,7 @@ from hcot_lmeval.training.documents import (
     split_stages,
 )
 from tests.random_traces import SHAPES, random_trace
-from tests.reference import CLOSE, EOS, MARKERS, OPEN, POLICIES, SPLIT, rewrite, stages
+from tests.reference import CLOSE, EOS, LEAD, MARKERS, OPEN, POLICIES, SPLIT, rewrite, stages
 from tests.strategies import cases
 
 THINK, THINK_END = 7, 2
@@ -55,7 +55,7 @@ def boundaries(ids, prompt_len, markers) -> list[int]:
 
 
 @given(cases(), st.integers(0, 60))
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_document_is_the_plan_of_the_longest_beginning_that_fits(case, max_length):
     ids, prompt_len, markers, policy = case
     if len(ids) == prompt_len:
@@ -143,7 +143,7 @@ def check_stages(documents, ids, prompt_len, markers):
 
 
 @given(cases(policy="recompute"))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_stages_are_those_of_the_twin(case):
     ids, prompt_len, markers, _ = case
     documents = split_stages(example(ids, prompt_len), grammar(markers), max_length=10_000)
@@ -159,7 +159,7 @@ def test_long_traces_have_the_stages_of_the_twin(notation):
 
 
 @given(cases(policy="recompute"), st.integers(1, 30))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_stages_are_cut_so_that_each_fits(case, max_length):
     ids, prompt_len, markers, _ = case
     if len(ids) == prompt_len:
@@ -204,32 +204,49 @@ def test_empty_prompts_are_refused():
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-@given(cases())
-@settings(max_examples=300)
-def test_faults_are_those_of_the_twin(case):
+def check_faults(ids, prompt_len, markers):
+    """The kinds of the rule are those of the twin; without a fault of any kind the grammar accepts the trace."""
+    found = faults(example(ids, prompt_len), grammar(markers))
+    assert [kind for kind in found if kind in set(Malformed)] == sorted(rewrite(ids, prompt_len, markers).faults)
+    accepted = is_legal_trace(ids, prompt_len, grammar(markers)) and EOS not in ids[prompt_len:-1]
+    assert accepted == (not found)
+
+
+@given(cases(), st.lists(st.tuples(st.integers(0, 30), st.sampled_from([THINK, THINK_END, EOS])), max_size=3))
+@settings(max_examples=200)
+def test_faults_are_those_of_the_twin_and_of_the_grammar(case, inserted):
     ids, prompt_len, markers, _ = case
-    assert faults(example(ids, prompt_len), grammar(markers)) == sorted(rewrite(ids, prompt_len, markers).faults)
+    for place, token in inserted:
+        ids = [*ids[: prompt_len + place], token, *ids[prompt_len + place :]]
+    check_faults(ids, prompt_len, markers)
 
 
 def test_faults_of_long_traces_are_those_of_the_twin():
     for notation, seed in ((n, s) for n in sorted(MARKERS) for s in range(12)):
-        ids, prompt_len = random_trace(seed, MARKERS[notation], 80)
-        expected = sorted(rewrite(ids, prompt_len, MARKERS[notation]).faults)
-        assert faults(example(ids, prompt_len), grammar(MARKERS[notation])) == expected
+        check_faults(*random_trace(seed, MARKERS[notation], 80), MARKERS[notation])
 
 
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [
         ([THINK, OPEN, 9, SPLIT, 10, CLOSE, THINK_END, 11, EOS], []),
-        ([THINK, OPEN, 9, THINK_END, SPLIT, 10, CLOSE, EOS], ["think_in_block"]),
+        ([THINK, OPEN, 9, THINK_END, SPLIT, 10, CLOSE, EOS], ["marker_in_answer", "think_in_thought"]),
+        ([THINK, 9, THINK_END, OPEN, 9, SPLIT, 10, CLOSE, EOS], ["marker_in_answer"]),
+        ([THINK, 9, THINK_END, 10, THINK_END, EOS], ["think_in_answer"]),
         ([THINK, 9, EOS, 10, THINK_END, EOS], ["early_end"]),
-        ([THINK, OPEN, 9, THINK_END, EOS], ["think_in_block", "unclosed"]),
+        ([OPEN, 9, SPLIT, THINK, EOS], ["think_in_solution", "unclosed"]),
         ([9, 9, 9], []),
     ],
 )
-def test_faults_beyond_the_markers(completion, expected):
+def test_faults_beyond_the_rule(completion, expected):
     assert faults(Example((8,), tuple(completion)), grammar(HCOT)) == expected
+
+
+def test_missing_leads_are_faults():
+    marks = MARKERS["memento"]
+    for solution, expected in (([LEAD, 9], []), ([9], ["missing_lead"]), ([], ["missing_lead"])):
+        trace = (OPEN, 9, SPLIT, *solution, CLOSE, EOS)
+        assert faults(Example((8,), trace), grammar(marks)) == expected
 
 
 def test_random_traces_are_cut_often():

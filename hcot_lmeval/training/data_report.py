@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from hcot_lmeval.training.rows import PackedRows, columns_of, list_lengths
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Finding:
     Attributes:
         source: the path of its source, as configured.
         row: its number there, from 0.
-        reasons: kinds of malformed tokens, ``too_long``, ``no_trace``, ``no_question``, ``no_chat_template``,
+        reasons: those of `documents.faults`; ``too_long``, ``no_trace``, ``no_question``, ``no_chat_template``,
             ``in_held_out`` (its question is a held-out one).
         kept: whether it is trained on all the same.
     """
@@ -33,7 +38,7 @@ class Report:
 
     Attributes:
         rows: all of them.
-        held_out: of those, left out as the held-out share.
+        elsewhere: of those, on the other side of the held-out split.
         without_answer: of those trained on, without an expected answer.
         truncated: of those trained on, cut to fit.
         documents: compiled documents; as many as rows that are trained on, or more of them under ``form=stages``.
@@ -47,7 +52,7 @@ class Report:
     """
 
     rows: int = 0
-    held_out: int = 0
+    elsewhere: int = 0
     without_answer: int = 0
     truncated: int = 0
     documents: int = 0
@@ -75,20 +80,60 @@ class Report:
         path.write_text("".join(lines), encoding="utf-8")
 
     def __str__(self) -> str:
-        used = self.rows - self.held_out - len(self.rejected)
+        used = self.rows - self.elsewhere - len(self.rejected)
         lines = [
             f"{used:,} of {self.rows:,} rows ({self.truncated:,} cut, {self.without_answer:,} without an answer), "
             f"{self.documents:,} documents, the longest {self.longest:,} tokens",
             f"{self.trace_tokens:,} tokens of traces, {self.forwarded_tokens:,} forwarded, {self.targets:,} targets",
             f"{self.packed_rows:,} packed rows, {self.padding:.1%} padding",
         ]
-        if self.held_out:
-            lines.append(f"held out: {self.held_out:,} rows")
+        if self.elsewhere:
+            lines.append(f"on the other side of the held-out split: {self.elsewhere:,} rows")
         for verb, findings in (("left out", self.rejected), ("kept", [f for f in self.findings if f.kept])):
             if findings:
                 reasons = ", ".join(f"{reason} {count:,}" for reason, count in _count(findings).most_common())
                 lines.append(f"{verb}: {len(findings):,} rows ({reasons})")
         return "\n".join(lines)
+
+
+def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, leaked: bool) -> Report:
+    """Sums up what `preparation` says of each document.
+
+    Args:
+        rows: with documents as in `preparation.DOCUMENT_FEATURES`.
+        lengths: forwarded tokens of each document, 0 for rows that are left out, int [documents].
+        wanted: whether a document is on this side of the held-out split, bool [documents].
+        leaked: whether the others ask what a held-out source asks, which is worth a finding each.
+    """
+    documents = rows.documents
+    columns = columns_of(documents, "first", "truncated", "trace_tokens", "targets_count", "answer")
+    used = wanted & (lengths > 0)
+    first = columns["first"]
+    unanswered = np.array([answer is None for answer in columns["answer"]], dtype=bool)
+    return Report(
+        rows=int(first.sum()),
+        elsewhere=0 if leaked else int((first & ~wanted).sum()),
+        without_answer=int((first & used & unanswered).sum()),
+        truncated=int((columns["truncated"] & used).sum()),
+        documents=int(used.sum()),
+        trace_tokens=int(columns["trace_tokens"][used].sum()),
+        forwarded_tokens=int(lengths[used].sum()),
+        targets=int(columns["targets_count"][used].sum()),
+        longest=int(lengths[used].max(initial=0)),
+        packed_rows=len(rows),
+        padding=rows.padding,
+        findings=list(_findings(documents, lengths, wanted, leaked)),
+    )
+
+
+def _findings(documents: Dataset, lengths: np.ndarray, wanted: np.ndarray, leaked: bool) -> Iterator[Finding]:
+    telling = list_lengths(documents, "reasons") > 0
+    if leaked:
+        telling |= ~wanted & columns_of(documents, "first")["first"]
+    for index in np.flatnonzero(telling & (wanted | leaked)).tolist():
+        entry = documents[index]
+        reasons = (*entry["reasons"], *(() if wanted[index] else ("in_held_out",)))
+        yield Finding(entry["source"], entry["row"], reasons, kept=bool(wanted[index] and lengths[index]))
 
 
 def _count(findings: Iterable[Finding]) -> Counter[str]:

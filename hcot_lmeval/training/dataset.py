@@ -12,64 +12,32 @@ name that says what they were made from and with; the second time they take no t
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hcot_lmeval import grammar as grammar_module
-from hcot_lmeval import markup as markup_module
-from hcot_lmeval import tokens, trace
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training import documents as documents_module
-from hcot_lmeval.training import text as text_module
 from hcot_lmeval.training.config import DataConfig, SourceConfig
-from hcot_lmeval.training.data_report import Finding, Report
-from hcot_lmeval.training.documents import (
-    COLUMNS,
-    Document,
-    Example,
-    TooLong,
-    compile_document,
-    faults,
-    split_stages,
+from hcot_lmeval.training.data_report import Report, make_report
+from hcot_lmeval.training.preparation import (
+    DOCUMENT_FEATURES,
+    EXAMPLE_FEATURES,
+    compile_rows,
+    preparation_code,
+    tokenise,
 )
-from hcot_lmeval.training.rows import PackedRows, assign, list_lengths
-from hcot_lmeval.training.sources import cached_map, code_digest, load_source
-from hcot_lmeval.training.text import TextForm, Unusable, digest_of
+from hcot_lmeval.training.rows import PackedRows, assign, columns_of, list_lengths
+from hcot_lmeval.training.sources import cached_map, load_source
+from hcot_lmeval.training.text import TextForm, digest_of
 
-CODE: tuple[ModuleType, ...] = (grammar_module, markup_module, tokens, trace, documents_module, text_module)
-"""Modules that decide, beside this one, what a row becomes."""
-
-IDS = List(Value("int32"))
-PLACE = {"source": Value("string"), "row": Value("int64"), "key": Value("string"), "answer": Value("string")}
-EXAMPLE_FEATURES = Features(
-    PLACE | {"prompt_ids": IDS, "completion_ids": IDS, "unusable": Value("string"), "faults": List(Value("string"))}
-)
-DOCUMENT_FEATURES = Features(
-    PLACE
-    | {name: List(Value("int8")) if name in ("states", "classes") else IDS for name in COLUMNS}
-    | {
-        "reasons": List(Value("string")),
-        "first": Value("bool"),
-        "truncated": Value("bool"),
-        "trace_tokens": Value("int32"),
-        "targets_count": Value("int32"),
-        "digest": Value("string"),
-    }
-)
-"""One row a document, or one without tokens for a row that is left out; `first` marks the first of each row."""
 BATCH = 100
 """Rows that a worker holds at a time."""
 
@@ -137,8 +105,8 @@ class TrainingData:
     def _examples(self, source: SourceConfig) -> Dataset:
         return cached_map(
             load_source(source, self.form.markup.name),
-            partial(_tokenise, form=self.form, grammar=self.grammar),
-            (self.form.digest, digest_of(self.grammar), _code()),
+            partial(tokenise, form=self.form, grammar=self.grammar),
+            (self.form.digest, digest_of(self.grammar), preparation_code()),
             EXAMPLE_FEATURES,
             num_proc=self._workers,
             desc=f"Tokenising {source.path}",
@@ -155,8 +123,8 @@ class TrainingData:
         }
         return cached_map(
             self._examples(source),
-            partial(_compile, grammar=self.grammar, **options),
-            (sorted(options.items()), digest_of(self.grammar), _code()),
+            partial(compile_rows, grammar=self.grammar, **options),
+            (sorted(options.items()), digest_of(self.grammar), preparation_code()),
             DOCUMENT_FEATURES,
             batched=True,
             batch_size=BATCH,
@@ -176,7 +144,7 @@ class TrainingData:
         groups = [used[group].tolist() for group in assign(lengths[used], self.config.row_length, self.seed)]
         rows = PackedRows(documents, groups, self.config.row_length)
         leaked = not held_out and bool(self.config.held_out)
-        return Prepared(rows, _report(documents, lengths, wanted, rows, leaked=leaked), _digest(documents, used))
+        return Prepared(rows, make_report(rows, lengths, wanted, leaked=leaked), _digest(documents, used))
 
     def _held_out(self, keys: Sequence[str]) -> np.ndarray:
         """Which rows are held out, bool: by their question alone, so that no question is on both sides."""
@@ -215,126 +183,5 @@ def held_out_problems(
     return [(list(row["prompt_ids"]), row["answer"]) for row in (examples[index] for index in found)]
 
 
-# --- what runs in the workers -----------------------------------------------------------------------------------------
-
-
-def _tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[str, Any]:
-    try:
-        example, unusable = form.example(row), None
-    except Unusable as error:
-        example, unusable = Example((), ()), error.args[0]
-    return {
-        "source": row["source"],
-        "row": row["row"],
-        "key": question_key(row),
-        "answer": row["answer"],
-        "prompt_ids": example.prompt_ids,
-        "completion_ids": example.completion_ids,
-        "unusable": unusable,
-        "faults": faults(example, grammar),
-    }
-
-
-def question_key(row: Mapping[str, Any]) -> str:
-    """Returns a hex digest of what is asked, system messages and surrounding blanks apart."""
-    messages = row["messages"] or [{"role": "user", "content": row["question"]}]
-    asked = [(m["role"], (m["content"] or "").strip()) for m in messages if m["role"] != "system"]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
-def _compile(batch: Mapping[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    out: dict[str, list[Any]] = {name: [] for name in DOCUMENT_FEATURES}
-    for row in rows:
-        for entry in _entries(row, **options):
-            for name, values in out.items():
-                values.append(entry[name])
-    return out
-
-
-def _entries(row: Mapping[str, Any], *, keep_malformed: bool, cut: bool, **options: Any) -> Iterator[dict[str, Any]]:
-    """Yields what `DOCUMENT_FEATURES` has for one row of the source."""
-    example = Example(tuple(row["prompt_ids"]), tuple(row["completion_ids"]), row["answer"])
-    found, reasons = list[Document](), row["faults"]
-    if row["unusable"] is not None:
-        reasons = [row["unusable"]]
-    elif keep_malformed or not row["faults"]:
-        found = _compiled(example, **options)
-        learned = sum(document.learned for document in found)
-        if not found or (learned < len(example.completion_ids) and not cut):
-            found, reasons = [], [*reasons, "too_long"]
-    for number, document in enumerate(found or [Document()]):
-        first, learned = number == 0, sum(d.learned for d in found) if number == 0 else 0
-        yield {
-            **{name: row[name] for name in PLACE},
-            **{name: getattr(document, name) for name in COLUMNS},
-            "reasons": reasons if first else [],
-            "first": first,
-            "truncated": first and bool(found) and learned < len(example.completion_ids),
-            "trace_tokens": len(example.prompt_ids) + learned if first and found else 0,
-            "targets_count": document.learned,
-            "digest": _document_digest(document),
-        }
-
-
-def _compiled(example: Example, *, grammar: Grammar, policy: str, stages: bool, max_length: int) -> list[Document]:
-    """The documents of an example, or none if no beginning of it fits."""
-    try:
-        if stages and policy != Policy.OFF:  # without prunes there is one stage, the plain document
-            return split_stages(example, grammar, policy=policy, max_length=max_length)
-        return [compile_document(example, grammar, policy, max_length=max_length)]
-    except TooLong:
-        return []
-
-
-def _document_digest(document: Document) -> str:
-    content = b"".join(array("i", getattr(document, name)).tobytes() for name in COLUMNS)
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-# --- summaries --------------------------------------------------------------------------------------------------------
-
-
-def _report(documents: Dataset, lengths: np.ndarray, wanted: np.ndarray, rows: PackedRows, *, leaked: bool) -> Report:
-    """Sums up; `leaked` says that unwanted rows ask what a held-out source asks, which is worth a finding."""
-    columns = _columns(documents, "first", "truncated", "trace_tokens", "targets_count")
-    used = wanted & (lengths > 0)
-    first = columns["first"]
-    answered = documents.data["answer"].is_valid().to_numpy()
-    return Report(
-        rows=int(first.sum()),
-        held_out=0 if leaked else int((first & ~wanted).sum()),
-        without_answer=int((first & used & ~answered).sum()),
-        truncated=int((columns["truncated"] & used).sum()),
-        documents=int(used.sum()),
-        trace_tokens=int(columns["trace_tokens"][used].sum()),
-        forwarded_tokens=int(lengths[used].sum()),
-        targets=int(columns["targets_count"][used].sum()),
-        longest=int(lengths[used].max(initial=0)),
-        packed_rows=len(rows),
-        padding=rows.padding,
-        findings=list(_findings(documents, lengths, wanted, leaked)),
-    )
-
-
-def _findings(documents: Dataset, lengths: np.ndarray, wanted: np.ndarray, leaked: bool) -> Iterator[Finding]:
-    telling = list_lengths(documents, "reasons") > 0
-    if leaked:
-        telling |= ~wanted & _columns(documents, "first")["first"]
-    for index in np.flatnonzero(telling & (wanted | leaked)).tolist():
-        entry = documents[index]
-        reasons = (*entry["reasons"], *(() if wanted[index] else ("in_held_out",)))
-        yield Finding(entry["source"], entry["row"], reasons, kept=bool(wanted[index] and lengths[index]))
-
-
-def _columns(documents: Dataset, *names: str) -> dict[str, np.ndarray]:
-    table = documents.select_columns(list(names)).with_format("arrow")[:]
-    return {name: table[name].to_numpy() for name in names}
-
-
 def _digest(documents: Dataset, used: np.ndarray) -> str:
-    return hashlib.sha256("".join(_columns(documents, "digest")["digest"][used]).encode()).hexdigest()
-
-
-def _code() -> str:
-    return code_digest(__file__, *(Path(str(module.__file__)) for module in CODE))
+    return hashlib.sha256("".join(columns_of(documents, "digest")["digest"][used]).encode()).hexdigest()

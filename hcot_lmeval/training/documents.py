@@ -1,4 +1,4 @@
-"""Compiled training documents: a trace as an exact decoder forwards it, and what the losses want to know of its targets.
+"""Compiled training documents: a trace as an exact decoder forwards it, and what losses want to know of its targets.
 
 A trace that is too long is cut, never its plan: copies of a solution without the block that they came from would train
 the model on contexts that no decoder sees. The cut is made between blocks, so that the model is not taught to stop in
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from hcot_lmeval.grammar import Grammar, Label, label_tokens
+from hcot_lmeval.grammar import Cursor, Grammar, Label, State, label_tokens
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, Policy, compile_trace
 
@@ -155,25 +155,30 @@ def split_stages(
 
 
 def faults(example: Example, grammar: Grammar) -> list[str]:
-    """Returns how the example departs from the notation, sorted; nothing if it is well formed.
+    """Returns how the example departs from the notation, sorted; nothing if the grammar accepts it.
 
-    The kinds are those of `Malformed`, and ``early_end`` (an end-of-turn token before the end) and ``think_in_block``
-    (a thinking token while a block is open). Only control tokens matter for that, and whatever follows a split, so that
-    nothing else is looked at.
+    The kinds are those of `Malformed`, and for what the grammar alone forbids: ``early_end``, an end-of-turn token
+    before the end; ``think_in_<state>`` and ``marker_in_<state>``, a thinking token or marker in a `grammar.State`
+    where it may not come.
     """
-    markers, context, found = grammar.markers, LiveContext(grammar.markers, Policy.OFF), set[str]()
-    watched = markers.ids | set(grammar.think) | grammar.eos_ids
-    previous = None
+    cursor, context, found = Cursor(grammar), LiveContext(grammar.markers, Policy.OFF), set[str]()
     for token in example.completion_ids:
-        if token in watched or previous == markers.split:
-            if token in grammar.think and context.depth:
-                found.add("think_in_block")
-            malformed = context.push(token).malformed
-            found |= set() if malformed is None else {malformed.value}
-        previous = token
+        if token not in grammar.control_ids and cursor.state is not State.LEAD:
+            continue  # text changes nothing, except where the lead token is due
+        malformed, label = context.push(token).malformed, cursor.push(token)
+        if malformed is not None:
+            found.add(malformed.value)
+        elif not label.legal and label.state is not State.LEAD:  # a missing lead is reported when its block closes
+            found |= _misplaced(token, label.state, grammar)
     if not grammar.eos_ids.isdisjoint(example.completion_ids[:-1]):
         found.add("early_end")
     return sorted(found | ({Malformed.UNCLOSED.value} if context.depth else set()))
+
+
+def _misplaced(token: int, state: State, grammar: Grammar) -> set[str]:
+    if token in grammar.eos_ids:
+        return set()  # either it is early, or a block is unclosed
+    return {f"{'think' if token in grammar.think else 'marker'}_in_{state.name.lower()}"}
 
 
 def _after_prompt(example: Example, markers: MarkerIds, policy: Policy | str) -> LiveContext:

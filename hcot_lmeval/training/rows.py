@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,12 +115,17 @@ class PackedRows(Sequence[dict[str, list[int]]]):
         """Returns a packed row: the dict of its six columns as lists of int."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        table = self.documents.with_format("arrow")[list(self.groups[index])]
+        table = self._tables[list(self.groups[index])]
         columns = {name: table[name].combine_chunks() for name in COLUMNS}
         sizes = columns["ids"].value_lengths().to_numpy()
         row = {name: column.flatten().to_numpy() for name, column in columns.items()}
         row["death"] = row["death"] + np.repeat(np.cumsum(sizes) - sizes, sizes)
         return {name: values.tolist() for name, values in row.items()}
+
+    @cached_property
+    def _tables(self) -> Dataset:
+        """The documents as Arrow tables; made once, for it takes longer than reading a row."""
+        return self.documents.select_columns(list(COLUMNS)).with_format("arrow")
 
     @property
     def tokens(self) -> int:
@@ -137,6 +143,12 @@ def list_lengths(rows: Dataset, column: str) -> np.ndarray:
     """Returns the length of the list that each row has in `column`, int64 [rows]."""
     chunks = rows.select_columns([column]).with_format("arrow")[:][column].chunks
     return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]).astype(np.int64)
+
+
+def columns_of(rows: Dataset, *names: str) -> dict[str, np.ndarray]:
+    """Returns columns of plain values as arrays [rows]; strings and missing values in arrays of objects."""
+    table = rows.select_columns(list(names)).with_format("arrow")[:]
+    return {name: table[name].to_numpy() for name in names}
 
 
 def collate(rows: Iterable[PackedRow], length: int, pad_id: int) -> dict[str, torch.Tensor]:

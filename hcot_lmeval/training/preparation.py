@@ -1,0 +1,137 @@
+"""What becomes of a row: token ids, then compiled documents, with the reasons where it cannot be trained on.
+
+These are functions for `datasets.Dataset.map`; the processes that run them share nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Features, List, Value
+
+from hcot_lmeval import grammar, markup, tokens, trace
+from hcot_lmeval.grammar import Grammar
+from hcot_lmeval.trace import Policy
+from hcot_lmeval.training import documents, text
+from hcot_lmeval.training.documents import (
+    COLUMNS,
+    Document,
+    Example,
+    TooLong,
+    compile_document,
+    faults,
+    split_stages,
+)
+from hcot_lmeval.training.sources import code_digest
+from hcot_lmeval.training.text import TextForm, Unusable
+
+IDS = List(Value("int32"))
+PLACE = {"source": Value("string"), "row": Value("int64"), "key": Value("string"), "answer": Value("string")}
+EXAMPLE_FEATURES = Features(
+    PLACE | {"prompt_ids": IDS, "completion_ids": IDS, "unusable": Value("string"), "faults": List(Value("string"))}
+)
+DOCUMENT_FEATURES = Features(
+    PLACE
+    | {name: List(Value("int8")) if name in ("states", "classes") else IDS for name in COLUMNS}
+    | {
+        "reasons": List(Value("string")),
+        "first": Value("bool"),
+        "truncated": Value("bool"),
+        "trace_tokens": Value("int32"),
+        "targets_count": Value("int32"),
+        "digest": Value("string"),
+    }
+)
+"""One row a document, or one without tokens for a row that is left out; `first` marks the first of each row."""
+
+
+def tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[str, Any]:
+    """Returns what `EXAMPLE_FEATURES` has for a row of `sources.FEATURES`."""
+    try:
+        example, unusable = form.example(row), None
+    except Unusable as error:
+        example, unusable = Example((), ()), error.args[0]
+    return {
+        "source": row["source"],
+        "row": row["row"],
+        "key": question_key(row),
+        "answer": row["answer"],
+        "prompt_ids": example.prompt_ids,
+        "completion_ids": example.completion_ids,
+        "unusable": unusable,
+        "faults": faults(example, grammar),
+    }
+
+
+def question_key(row: Mapping[str, Any]) -> str:
+    """Returns a hex digest of what is asked, system messages and surrounding blanks apart."""
+    messages = row["messages"] or [{"role": "user", "content": row["question"]}]
+    asked = [(m["role"], (m["content"] or "").strip()) for m in messages if m["role"] != "system"]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def compile_rows(batch: Mapping[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
+    """Returns what `DOCUMENT_FEATURES` has for a batch of tokenised rows.
+
+    Args:
+        batch: a list for each of `EXAMPLE_FEATURES`.
+        options: grammar, policy, max_length (see `compile_document`); stages (split at prunes), keep_malformed, and
+            cut (whether long traces are cut or left out).
+    """
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    out: dict[str, list[Any]] = {name: [] for name in DOCUMENT_FEATURES}
+    for row in rows:
+        for entry in _entries(row, **options):
+            for name, values in out.items():
+                values.append(entry[name])
+    return out
+
+
+def _entries(row: Mapping[str, Any], *, keep_malformed: bool, cut: bool, **options: Any) -> Iterator[dict[str, Any]]:
+    """Yields what `DOCUMENT_FEATURES` has for one row of the source."""
+    example = Example(tuple(row["prompt_ids"]), tuple(row["completion_ids"]), row["answer"])
+    found, reasons = list[Document](), row["faults"]
+    if row["unusable"] is not None:
+        reasons = [row["unusable"]]
+    elif keep_malformed or not row["faults"]:
+        found = _compiled(example, **options)
+        learned = sum(document.learned for document in found)
+        if not found or (learned < len(example.completion_ids) and not cut):
+            found, reasons = [], [*reasons, "too_long"]
+    for number, document in enumerate(found or [Document()]):
+        first, learned = number == 0, sum(d.learned for d in found) if number == 0 else 0
+        yield {
+            **{name: row[name] for name in PLACE},
+            **{name: getattr(document, name) for name in COLUMNS},
+            "reasons": reasons if first else [],
+            "first": first,
+            "truncated": first and bool(found) and learned < len(example.completion_ids),
+            "trace_tokens": len(example.prompt_ids) + learned if first and found else 0,
+            "targets_count": document.learned,
+            "digest": _document_digest(document),
+        }
+
+
+def _compiled(example: Example, *, grammar: Grammar, policy: str, stages: bool, max_length: int) -> list[Document]:
+    """The documents of an example, or none if no beginning of it fits."""
+    try:
+        if stages and policy != Policy.OFF:  # without prunes there is one stage, the plain document
+            return split_stages(example, grammar, policy=policy, max_length=max_length)
+        return [compile_document(example, grammar, policy, max_length=max_length)]
+    except TooLong:
+        return []
+
+
+def _document_digest(document: Document) -> str:
+    content = b"".join(array("i", getattr(document, name)).tobytes() for name in COLUMNS)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def preparation_code() -> str:
+    """Returns a digest of the code that decides what a row becomes."""
+    files = (__file__, grammar.__file__, markup.__file__, tokens.__file__, trace.__file__, documents.__file__)
+    return code_digest(*files, text.__file__)
