@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,20 @@ from tests.tasks_hub import LANGUAGES, LEVELS, ROWS, Scripted, statistics, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "tasks"
-FAMILIES = {"aime", "math500", "polymath"}
+FAMILIES = {"aime", "math500", "polymath", "synthetic"}
 STOCK = Path(lm_eval.__file__).resolve().parent / "tasks" / "aime"
 BOXED = ["aime24_boxed", "aime25_boxed", "math500_boxed"]
 SAMPLED = [f"{name}_avg" for name in BOXED]
 POLYMATH = [f"polymath_{language}" for language in LANGUAGES]
 PAIRS = [f"{name}_{level}" for name in POLYMATH for level in LEVELS]
 LEAVES = ["aime24", *BOXED, *SAMPLED, *POLYMATH, *(f"{name}_avg" for name in POLYMATH), *PAIRS]
+SYNTHETIC = {
+    "hcot_arith_depths": [f"hcot_arith_d{depth}" for depth in range(3, 7)],
+    "hcot_qbf": [f"hcot_qbf_n{size}" for size in range(3, 11)],
+    "hcot_sat": [f"hcot_sat_n{size}" for size in range(3, 11)],
+}
+"""Group -> its tasks."""
+MADE = ["hcot_arith", *(name for names in SYNTHETIC.values() for name in names)]
 GROUPS = ["polymath", "polymath_avg", *(f"polymath_{level}" for level in LEVELS)]
 MEASURED = {"completed", "generated_tokens", "pruned_share", "peak_live_tokens", "requests"}
 """The metrics that only a model with statistics has."""
@@ -74,7 +82,7 @@ def numbers(results: dict[str, Any], task: str) -> dict[str, Any]:
 
 def test_the_index_holds_all_names_and_no_others(manager: TaskManager) -> None:
     ours = {name: entry for name, entry in manager.task_index.items() if family(entry.yaml_path) in FAMILIES}
-    assert sorted(ours) == sorted([*LEAVES, *GROUPS])
+    assert sorted(ours) == sorted([*LEAVES, *GROUPS, *MADE, *SYNTHETIC])
     assert not any(entry.tags for entry in ours.values())  # a tag of ours would replace lm-eval's of the same name
     assert len(LEAVES) == 1 + 3 + 3 + 18 + 18 + 72
 
@@ -151,6 +159,70 @@ def test_other_instructions_and_data_through_metadata(
     assert task.doc_to_text(task.eval_docs[0]) == "de low $0+1$?\nKasten!"
     with pytest.raises(ValueError, match="'en'"):
         manager.load(["polymath_en"])
+
+
+# ---- synthetic tasks
+
+
+def made(name: str, **metadata: Any) -> Any:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    return manager.load([name])["tasks"][name]
+
+
+def test_every_synthetic_task_holds_problems_of_the_size_it_is_named_for() -> None:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"size": 8})
+    for name in MADE:
+        docs = manager.load([name])["tasks"][name].eval_docs
+        sizes = docs["depth" if "arith" in name else "variables"][:]
+        assert sizes == ([3, 4, 5, 6] * 2 if name == "hcot_arith" else [int(re.findall("[0-9]+$", name)[0])] * 8), name
+        if "arith" not in name:
+            assert docs["answer"][:] == ["1", "0"] * 4
+
+
+@pytest.mark.parametrize("name", ["hcot_arith", "hcot_arith_d4", "hcot_qbf_n4", "hcot_sat_n4"])
+def test_a_hundred_problems_by_default(name: str) -> None:
+    assert len(made(name).eval_docs) == 100
+
+
+def test_groups_of_synthetic_tasks(manager: TaskManager) -> None:
+    # the files alone: to load them all would make two thousand problems
+    for group, names in SYNTHETIC.items():
+        assert manager.task_index[group].cfg["task"] == names
+
+
+@pytest.mark.parametrize("name", ["hcot_arith_d3", "hcot_qbf_n10", "hcot_sat_n10"])
+def test_synthetic_tasks_are_greedy_with_room_for_every_gold_trace(name: str) -> None:
+    task = made(name, size=4)
+    settings = task.config.generation_kwargs
+    assert {key: settings[key] for key in ("until", "do_sample", "temperature")} == {
+        "until": [],
+        "do_sample": False,
+        "temperature": 0.0,
+    }
+    assert settings["max_gen_toks"] == (4096 if "arith" in name else 65536)
+    assert task.doc_to_text(task.eval_docs[0]) == task.eval_docs["problem"][0]
+
+
+def test_synthetic_problems_through_metadata() -> None:
+    first, other = (made("hcot_qbf_n3", size=6, problem_seed=seed, pretrained="x") for seed in (0, 1))
+    assert len(first.eval_docs) == len(other.eval_docs) == 6
+    assert first.eval_docs["problem"][:] != other.eval_docs["problem"][:]
+    assert made("hcot_arith", depths=[2], size=3).eval_docs["depth"][:] == [2, 2, 2]
+
+
+def test_the_size_in_a_name_cannot_be_overridden() -> None:
+    with pytest.raises(TypeError, match="sizes"):
+        made("hcot_qbf_n3", sizes=[4])
+
+
+def test_a_synthetic_task_is_scored_and_aggregated() -> None:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"size": 4})
+    right = Scripted(lambda doc, _: Response(rf"\boxed{{{doc['answer']}}}", stats=statistics()))
+    constant = Scripted(lambda doc, _: Response(r"\boxed{1}", stats=statistics()))
+    assert numbers(evaluate(right, ["hcot_qbf"], manager), "hcot_qbf")["acc"] == 1.0
+    results = evaluate(constant, ["hcot_sat", "hcot_arith_depths"], manager)
+    assert numbers(results, "hcot_sat")["acc"] == numbers(results, "hcot_sat_n5")["acc"] == 0.5  # half of them are true
+    assert numbers(results, "hcot_arith_depths").keys() >= {"acc", *MEASURED} - {"requests"}
 
 
 # ---- aime24 is lm-eval's
