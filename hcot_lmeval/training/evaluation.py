@@ -1,0 +1,324 @@
+"""What is measured on held-out data while a model trains: losses by class of token, and what it writes by itself.
+
+    with evaluation_mode(model):
+        metrics = held_out_losses(batches, partial(loss_sums, model, settings=settings))
+    run = free_run(model, tokenizer, problems, policy="recompute", markup="hcot", max_context=512, max_gen_toks=4096,
+                   batch_size=32)
+    metrics |= run.metrics                    # accuracy, illegal_traces, generated_tokens, ...
+
+The loss says how well the model continues traces that others wrote; only a free run says whether it keeps to the
+notation, comes to an end and finds the answer on its own. Generation is that of the evaluation, pruned on the way.
+
+Every key is always there. A mean over nothing, such as the accuracy on problems without answers, is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from hcot_lmeval import answers
+from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.grammar import Grammar, TokenClass, is_legal_trace
+from hcot_lmeval.markup import Markup
+from hcot_lmeval.response import Response, split_thinking
+from hcot_lmeval.tokens import token_id
+from hcot_lmeval.trace import Malformed, Policy
+from hcot_lmeval.training.forward import causal_lm
+from hcot_lmeval.training.losses import LossSums
+
+Problem = tuple[Sequence[int], str | None]
+"""The token ids of a prompt and the expected answer; a problem without one is generated but not graded."""
+
+COMPLETE = frozenset({"eos", "stop"})
+"""The finish reasons with which a model ends by itself; the others (length, context) are exhausted budgets."""
+
+LOSSES = {
+    "loss_text": TokenClass.TEXT,
+    "loss_markers": TokenClass.MARKER,
+    "loss_solution": TokenClass.SOLUTION,
+    "loss_answer": TokenClass.ANSWER,
+}
+"""The losses by class of the target."""
+
+
+class Measured(NamedTuple):
+    """One generation in numbers.
+
+    Attributes:
+        accuracy: whether the answer behind the thinking is the expected one (a check that could not be made is a no).
+        completion: whether it ended with an end token and not at a budget.
+        illegal_traces: whether a token stands where the grammar forbids it, such as a stray marker or the end of the
+            text within an open block.
+        incomplete_traces: whether a budget cut it within an open block, which by itself is not illegal.
+        generated_tokens: pruned ones included.
+        peak_live_tokens: the most tokens that the model saw at once, prompt included.
+        live_tokens: tokens in the context at the end, prompt included.
+        pruned_share: pruned tokens per generated token.
+        prunes: blocks closed with a prune.
+    """
+
+    accuracy: float
+    completion: float
+    illegal_traces: float
+    incomplete_traces: float
+    generated_tokens: float
+    peak_live_tokens: float
+    live_tokens: float
+    pruned_share: float
+    prunes: float
+
+
+METRICS = Measured._fields
+"""The metrics of `free_run`, each a mean over the problems."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generation for people to read.
+
+    Attributes:
+        prompt: as text, special tokens included.
+        generated: as text, markers included, pruned parts too.
+        answer: what was found behind the thinking, or None.
+        expected: the expected answer, or None.
+        right: whether they agree; None without an expected answer, or if they could not be compared.
+        legal: whether the trace keeps to the notation.
+        finish_reason: eos, stop, length or context.
+        generated_tokens: pruned ones included.
+        peak_live_tokens: the most tokens that the model saw at once, prompt included.
+    """
+
+    prompt: str
+    generated: str
+    answer: str | None
+    expected: str | None
+    right: bool | None
+    legal: bool
+    finish_reason: str
+    generated_tokens: int
+    peak_live_tokens: int
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """The outcome of `free_run`.
+
+    Attributes:
+        metrics: `METRICS` to means over the problems of all processes.
+        samples: the first few problems of this process, the same ones in every evaluation.
+    """
+
+    metrics: dict[str, float]
+    samples: tuple[Sample, ...]
+
+    def records(self, step: int) -> list[dict[str, Any]]:
+        """Returns the samples as JSON values with the optimiser step, for a log (see `training.curves.Curves`)."""
+        return [{"step": step, **asdict(sample)} for sample in self.samples]
+
+
+def free_run(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    policy: Policy | str,
+    markup: Markup | str,
+    max_context: int | None,
+    max_gen_toks: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    keep: int = 4,
+    shard: bool = True,
+    self_check: bool = False,
+    progress: bool = False,
+) -> FreeRun:
+    """Lets a model in training solve problems under pruning, and leaves it as it was.
+
+    In a distributed run every process calls it with the same problems and gets the same metrics.
+
+    Args:
+        model: a causal language model, bare or within PEFT, DDP, FSDP or `torch.compile` wrappers.
+        tokenizer: its tokenizer, with the markers of `markup`.
+        problems: at least one.
+        policy: what a closing marker does, whatever the model was trained for before.
+        markup: the notation.
+        max_context: most live tokens of a problem; None: what the model's config allows.
+        max_gen_toks: most generated tokens of a problem, pruned ones included.
+        batch_size: problems that are generated side by side.
+        temperature: 0 takes the most likely token.
+        seed: of the sampling, without meaning at temperature 0.
+        keep: how many generations to keep as samples.
+        shard: every process solves its share. False: every process solves all of them, which sharded weights (FSDP)
+            need, since there each forward is a common effort of all processes.
+        self_check: make sure first that the model can be decoded with pruning. Once, at the start of a training, is
+            enough; later a model that has diverged would fail it for the wrong reason.
+        progress: show a progress bar, on the first process.
+
+    Raises:
+        ValueError: there are no problems, or an option is outside its range.
+        UnsupportedModelError: the model's state cannot be rewound.
+    """
+    if not problems:
+        raise ValueError("a free run needs at least one problem")
+    rank, world = _place() if shard else (0, 1)
+    mine = problems[rank::world]
+    with evaluation_mode(model):
+        _touch(causal_lm(model), problems[0][0][0])
+        engine = Engine(
+            causal_lm(model),
+            tokenizer,
+            policy=policy,
+            markup=markup,
+            max_context=max_context,
+            slots=batch_size,
+            any_policy=True,
+            self_check=self_check,
+        )
+        params = SamplingParams(max_gen_toks=max_gen_toks, temperature=temperature, seed=seed)
+        requests = [Request(str(i), tuple(prompt_ids), params) for i, (prompt_ids, _) in enumerate(mine)]
+        done = _generate(engine, requests, show=progress and _place()[0] == 0)
+    reader = _Reader(engine)
+    graded = [reader.read(completion, expected) for completion, (_, expected) in zip(done, mine, strict=True)]
+    rows = torch.tensor([measured for measured, _ in graded], dtype=torch.float64).reshape(-1, len(METRICS))
+    means = _mean(rows.nan_to_num(0).sum(0), rows.isfinite().sum(0), engine.decoder.device, reduce=shard)
+    return FreeRun(dict(zip(METRICS, means, strict=True)), tuple(sample for _, sample in graded[:keep]))
+
+
+def held_out_losses(batches: Iterable[Any], loss_sums: Callable[[Any], LossSums]) -> dict[str, float]:
+    """Returns mean losses over held-out batches, in nats per target, without building gradients.
+
+    ``loss`` is the plain cross-entropy over all targets, whatever the weights of the training loss; ``loss_text``,
+    ``loss_markers``, ``loss_solution`` and ``loss_answer`` are those over the targets of one class; ``structure`` is
+    the structure term per target, unweighted. In a distributed run each process brings its own batches, as many as the
+    others, for a forward may be a common effort; the means are over the targets of all, and all get them.
+
+    Args:
+        batches: collated batches.
+        loss_sums: a batch to its losses; the model's mode is up to the caller (see `evaluation_mode`).
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    total: torch.Tensor | None = None
+    with torch.no_grad():
+        for batch in batches:
+            sums = loss_sums(batch)
+            parts = torch.cat([sums.cross_entropy, sums.structure.reshape(1), sums.counts]).double()
+            total = parts if total is None else total + parts
+    if total is None:
+        raise ValueError("held-out losses need at least one batch")
+    classes = len(TokenClass)
+    losses, counts = total[:classes], total[classes + 1 :]
+    sums_of = torch.cat([losses.sum().reshape(1), losses[[*LOSSES.values()]], total[classes].reshape(1)])
+    counts_of = torch.cat([counts.sum().reshape(1), counts[[*LOSSES.values()]], counts.sum().reshape(1)])
+    means = _mean(sums_of, counts_of, total.device, reduce=True)
+    return dict(zip(("loss", *LOSSES, "structure"), means, strict=True))
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """While it is open every module of `model` is in evaluation mode; afterwards each is in the mode that it had.
+
+    Evaluation mode also suspends dropout and gradient checkpointing.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@torch.no_grad()
+def _touch(inner: Any, token: int) -> None:
+    """Forwards one token, so that whatever is allocated by the first forward is so outside of inference mode.
+
+    The engine decodes within it, and tensors made there cannot be trained with: FSDP2 keeps the buffers that it gathers
+    weights into for the rest of the run.
+    """
+    inner(input_ids=torch.tensor([[token]], device=inner.get_input_embeddings().weight.device), use_cache=False)
+
+
+def _generate(engine: Engine, requests: Sequence[Request], *, show: bool) -> list[Completion]:
+    """Returns the completions in the order of the requests."""
+    found: dict[str, Completion] = {}
+    with tqdm(total=len(requests), desc="free run", unit="problem", disable=not show, leave=False) as bar:
+        for completion in engine.stream(requests):
+            found[completion.request.id] = completion
+            bar.update()
+    return [found[request.id] for request in requests]
+
+
+class _Reader:
+    """Reads completions: whether they are right and legal, and what they cost."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._tokenizer, self._think = engine.tokenizer, engine.markup.think
+        self._grammar = None
+        if engine.markers is not None:  # policy off also runs without markers; then nothing can be illegal
+            begin, end = (token_id(self._tokenizer, text) for text in self._think)
+            self._grammar = Grammar(markers=engine.markers, think=(begin, end), eos_ids=engine.limits.eos_ids)
+
+    def read(self, done: Completion, expected: str | None) -> tuple[Measured, Sample]:
+        """Measures a completion and makes it readable."""
+        prompt = str(self._tokenizer.decode(done.request.prompt_ids))
+        parts = split_thinking(done.text, self._think, opened=prompt.rstrip().endswith(self._think[0]))
+        answer = Response(parts.answer, thinking=parts.thinking)
+        right = None if expected is None else answers.grade(answer, expected).correct
+        legal, stats = self._is_legal(done), done.statistics
+        measured = Measured(
+            accuracy=math.nan if expected is None else float(right is True),
+            completion=float(done.finish_reason in COMPLETE),
+            illegal_traces=float(not legal),
+            incomplete_traces=float(done.finish_reason not in COMPLETE and Malformed.UNCLOSED in stats.malformed),
+            generated_tokens=stats.generated_tokens,
+            peak_live_tokens=stats.peak_live_tokens,
+            live_tokens=stats.live_tokens,
+            pruned_share=stats.pruned_tokens / max(1, stats.generated_tokens),
+            prunes=stats.prune_events,
+        )
+        sample = Sample(
+            prompt=prompt,
+            generated=done.text,
+            answer=answers.extract_answer(answer),
+            expected=expected,
+            right=right,
+            legal=legal,
+            finish_reason=done.finish_reason,
+            generated_tokens=stats.generated_tokens,
+            peak_live_tokens=stats.peak_live_tokens,
+        )
+        return measured, sample
+
+    def _is_legal(self, done: Completion) -> bool:
+        """Whether neither the pruning rule nor the grammar objects; a block that a budget left open is no objection."""
+        if set(done.statistics.malformed) - {Malformed.UNCLOSED}:
+            return False
+        if self._grammar is None:
+            return True
+        ids, start = done.request.prompt_ids + done.token_ids, len(done.request.prompt_ids)
+        return is_legal_trace(ids, start, self._grammar, finished=done.finish_reason in COMPLETE)
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _mean(sums: torch.Tensor, counts: torch.Tensor, device: torch.device, *, reduce: bool) -> list[float]:
+    """Returns sums / counts, over all processes if `reduce`; NaN where nothing was counted."""
+    both = torch.stack([sums.double(), counts.double()]).to(device if reduce and _place()[1] > 1 else "cpu")
+    if reduce and _place()[1] > 1:
+        dist.all_reduce(both)
+    means: list[float] = (both[0] / both[1]).tolist()
+    return means
