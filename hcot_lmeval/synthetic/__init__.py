@@ -78,7 +78,7 @@ def training_rows(
     """Returns rows to train on; the same arguments give the same rows.
 
     No two rows hold the same problem, up to its wording, as long as there are others. Some kinds of problem are few:
-    nested arithmetic has 300 of depth 1, 3-SAT about 150 unsatisfiable ones with three variables. Those repeat
+    nested arithmetic has 300 of depth 1, 3-SAT 190 unsatisfiable ones with three variables. Those repeat
     when they are used up, in other words.
 
     Args:
