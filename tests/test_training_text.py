@@ -104,6 +104,13 @@ def test_thinking_that_the_prompt_opened_is_not_opened_again(start):
     assert form.completion_text(f"{start}x{BLOCK}", "7", prompt) == f"x{BLOCK}</think>\n\n\\boxed{{7}}"
 
 
+def test_traces_longer_than_the_context_are_no_reason_to_warn(caplog):
+    made = tokenizer()
+    made.model_max_length = 8
+    assert len(TextForm(made, HCOT).example(row(trace=BLOCK * 9)).completion_ids) > 8
+    assert "longer than" not in caplog.text
+
+
 def test_without_thinking_tokens_the_trace_is_the_text():
     form = TextForm(tokenizer(think=False), HCOT)
     assert form.completion_text(BLOCK, "7", "prompt") == BLOCK

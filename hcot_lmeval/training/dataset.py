@@ -108,7 +108,7 @@ class TrainingData:
             partial(tokenise, form=self.form, grammar=self.grammar),
             (self.form.digest, digest_of(self.grammar), preparation_code()),
             EXAMPLE_FEATURES,
-            num_proc=self._workers,
+            workers=self.config.workers,
             desc=f"Tokenising {source.path}",
         )
 
@@ -128,13 +128,9 @@ class TrainingData:
             DOCUMENT_FEATURES,
             batched=True,
             batch_size=BATCH,
-            num_proc=self._workers,
+            workers=self.config.workers,
             desc=f"Compiling {source.path}",
         )
-
-    @property
-    def _workers(self) -> int | None:
-        return self.config.workers if self.config.workers > 1 else None  # None: in this process
 
     def _prepare(self, sources: Sequence[SourceConfig], policy: Policy, *, held_out: bool) -> Prepared:
         documents = self.documents(sources, policy)

@@ -106,7 +106,9 @@ def resolve_columns(present: list[str], source: SourceConfig) -> dict[str, str]:
     return {role: names[role] for role in roles}
 
 
-def cached_map(rows: Dataset, function: Any, identity: tuple[Any, ...], features: Features, **options: Any) -> Dataset:
+def cached_map(
+    rows: Dataset, function: Any, identity: tuple[Any, ...], features: Features, *, workers: int = 1, **options: Any
+) -> Dataset:
     """As `Dataset.map`, cached by what the caller says it depends on.
 
     Left to itself, `datasets` hashes a pickle of the function and all that it holds, which for a tokenizer depends on
@@ -117,10 +119,12 @@ def cached_map(rows: Dataset, function: Any, identity: tuple[Any, ...], features
         function: see `Dataset.map`.
         identity: everything beside `rows` that the result depends on, as values with a telling ``repr``.
         features: the columns of the result.
+        workers: processes; with one, this one.
         options: of `Dataset.map`.
     """
     name = hashlib.sha256(repr((rows._fingerprint, *identity)).encode()).hexdigest()[:32]
-    options["remove_columns"] = rows.column_names
+    workers = min(workers, len(rows))
+    options |= {"remove_columns": rows.column_names, "num_proc": workers if workers > 1 else None}
     result = rows.map(function, features=features, new_fingerprint=name, **options)
     result._fingerprint = name  # a result from the cache has another one, and what is mapped from it would be anew
     return result

@@ -86,7 +86,8 @@ class TextForm:
         if not (row["trace"] or "").strip():
             raise Unusable("no_trace")
         completion = self.completion_text(row["trace"], row["answer"], prompt)
-        ids = self.tokenizer.encode(completion, add_special_tokens=False)
+        # not verbose: a trace may be longer than the model's context, of which its live context is a part
+        ids = self.tokenizer.encode(completion, add_special_tokens=False, verbose=False)
         if ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
         return Example(tuple(self.encode(prompt)), tuple(ids), row["answer"])
