@@ -140,6 +140,11 @@ class LiveContext:
         """Blocks open now."""
         return len(self._blocks)
 
+    @property
+    def in_solution(self) -> bool:
+        """Whether the innermost open block has its ``[split]`` behind it."""
+        return bool(self._blocks) and self._blocks[-1].split is not None
+
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
         block = self._blocks[-1] if self._blocks else None

@@ -24,6 +24,7 @@ class TokensConfig(Section):
     """The markers: how they are written, and how rows of new tokens start."""
 
     markup: str = Field("hcot", description=f"notation of the blocks: {', '.join(PRESETS)}")
+    add: bool = Field(True, description="add the markers that the vocabulary lacks; false: their lack is an error")
     seeding: Literal["mean", "noise", "none"] = Field(
         "mean", description="rows of new tokens: mean of a phrase's rows, that mean plus noise, or left as drawn"
     )
@@ -131,6 +132,9 @@ class SftConfig(Section):
     tokenizer: str | None = Field(None, description="where it is not the model's own")
     revision: str | None = Field(None, description="revision of the model")
     trust_remote_code: bool = Field(False, description="whether code of the checkpoint may run")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="of the weights; for mixed precision leave it and set trainer.bf16"
+    )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
         "auto", description="auto: flex_attention for long rows on CUDA, else sdpa under a dense mask"
     )

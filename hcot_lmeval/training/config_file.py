@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked `SftConfig`; every fault is said at once, with what is allowed instead."""
+"""From a YAML file and overrides to a checked `SftConfig`; all faults are said at once, with what is allowed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""The card of a finished model: what it is, how it was made, how well it did, and the command that makes it again."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+
+from hcot_lmeval.record import TrainingRecord
+from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.curves import read_records
+from hcot_lmeval.training.run import RunDirectory
+from hcot_lmeval.training.verdict import Verdict
+
+CARD = """---
+library_name: transformers
+tags: [hcot, pruned-reasoning]
+---
+
+# {name}
+
+A model that {writes}, trained with `hcot_lmeval` under the policy `{policy}` ({steps:,} optimiser steps).
+
+```bash
+lm_eval --model hcot --model_args pretrained={path} --tasks {task}
+```
+
+## Held-out results at the end of the training
+
+| metric | value |
+|---|---|
+{results}
+
+{verdict}
+
+![curves](curves.png)
+
+## How it was made
+
+```bash
+{command}
+```
+
+```yaml
+{config}
+```
+
+Data digest `{data_hash}`. {hardware}; {versions}.
+"""
+
+WRITES = {
+    "off": "thinks without pruning",
+    "recompute": "thinks in blocks and reads each solution again once its thought is thrown away",
+    "evict": "thinks in blocks and drops the keys and values of each thought once it is solved",
+}
+
+
+def write_card(config: SftConfig, record: TrainingRecord, run: RunDirectory, judgement: Verdict) -> None:
+    """Writes README.md and curves.png beside the weights.
+
+    Args:
+        config: the settings.
+        record: how the model was trained.
+        run: where curves and model are.
+        judgement: what the curves say.
+    """
+    evaluations = [found for found in read_records(run.curves) if "eval_loss" in found]
+    shutil.copyfile(run.plot, run.model / run.plot.name)
+    text = CARD.format(
+        name=run.root.name,
+        writes=WRITES[record.policy],
+        policy=record.policy,
+        steps=record.steps,
+        path=run.model,
+        task=_task(config),
+        results="\n".join(_results(evaluations[-1])),
+        verdict=judgement,
+        command=record.command or "(from Python: hcot_lmeval.training.sft.train)",
+        config=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).strip(),
+        data_hash=record.data_hash,
+        hardware=hardware(),
+        versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
+    )
+    (run.model / "README.md").write_text(text, encoding="utf-8")
+
+
+def hardware() -> str:
+    """Returns the device in words: the GPU's name, or the processor's and the number of its threads in use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} CPU threads ({_processor()})"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _results(metrics: Mapping[str, Any]) -> list[str]:
+    known = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+    return [f"| {name} | {value:.4g} |" for name, value in known.items() if isinstance(value, float)]
+
+
+def _task(config: SftConfig) -> str:
+    family = config.data.train[0].path.partition("synthetic:")[2]
+    return f"hcot_{family}" if family else "aime24_boxed"

@@ -1,0 +1,194 @@
+"""Cross-entropy and structure losses from hidden states, without the logits of a whole batch.
+
+Let Z be the log-sum-exp of a row's logits, I the tokens that the grammar forbids there and M = 1 - sum_{i in I} p_i
+the mass of those that it allows. The cross-entropy of a legal target y splits as
+
+    -log p_y = -log p(y | legal) - log M,        log M = log(1 - exp(lse_{i in I} z_i - Z))
+
+so plain cross-entropy holds the term on illegal markers once, and ``mass`` adds ``weight`` times more of it: it raises
+legality and nothing else, and vanishes where nothing illegal is likely. ``unlikelihood`` (Welleck et al. 2020) adds
+``- sum_{i in I} log(1 - p_i)``, which is the same to first order. ``marker_weight`` multiplies the cross-entropy of
+markers, for comparison; it teaches to write more of them, not to place them better (see docs/training.md).
+
+All results are sums over targets, so that a caller can divide by the count of a whole, distributed batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hcot_lmeval.grammar import Grammar, State, TokenClass
+from hcot_lmeval.trace import IGNORE
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""From hidden states [n, D] to logits [n, V]."""
+
+Kind = Literal["none", "mass", "unlikelihood"]
+
+
+@dataclass(frozen=True)
+class StructureLoss:
+    """What is added to the cross-entropy.
+
+    Attributes:
+        kind: the term on illegal markers.
+        weight: its factor, lambda.
+        marker_weight: factor of the cross-entropy of markers.
+
+    Raises:
+        ValueError: the kind is unknown, or a factor is negative.
+    """
+
+    kind: Kind = "mass"
+    weight: float = 1.0
+    marker_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"structure loss {self.kind!r} is unknown; choose one of {', '.join(get_args(Kind))}")
+        for name in ("weight", "marker_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be at least 0")
+
+
+@dataclass
+class LossSums:
+    """Sums over the targets of a batch, in nats.
+
+    Attributes:
+        objective: what is differentiated, [].
+        cross_entropy: unweighted, for each `TokenClass`, [classes]; without gradients.
+        structure: the term on illegal markers, unweighted, []; without gradients.
+        counts: targets of each class, [classes].
+    """
+
+    objective: torch.Tensor
+    cross_entropy: torch.Tensor
+    structure: torch.Tensor
+    counts: torch.Tensor
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def detach(self) -> LossSums:
+        """Returns the same numbers without gradients."""
+        return LossSums(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+
+
+def packed_losses(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    states: torch.Tensor,
+    classes: torch.Tensor,
+    head: Head,
+    grammar: Grammar,
+    structure: StructureLoss,
+    chunk: int = 1024,
+) -> LossSums:
+    """Returns the sums of the losses over the rows that have a target.
+
+    Logits exist for `chunk` rows at a time and are computed again for the backward pass, so that memory is
+    chunk x vocabulary instead of tokens x vocabulary.
+
+    Args:
+        hidden: last hidden states, [N, D].
+        targets: token ids, or `IGNORE`, [N].
+        states: `State` in which each target is generated, [N].
+        classes: `TokenClass` of each target, [N].
+        head: from hidden states to logits, soft caps and scales included.
+        grammar: which markers are illegal in each state.
+        structure: what is added to the cross-entropy.
+        chunk: rows of logits.
+    """
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    illegal = _IllegalIds.of(grammar, hidden.device)
+    total = _nothing(hidden, head)
+    for some in rows.split(chunk):
+        parts = checkpoint(_entropies, hidden[some], targets[some], states[some], head, illegal, use_reentrant=False)
+        total = total + _sums(*parts, classes[some], structure)
+    return total
+
+
+@dataclass(frozen=True)
+class _IllegalIds:
+    """The illegal ids of each state as a padded table: ids [states, width], and which entries are real."""
+
+    ids: torch.Tensor
+    real: torch.Tensor
+
+    @classmethod
+    def of(cls, grammar: Grammar, device: torch.device) -> _IllegalIds:
+        sets = [sorted(grammar.illegal(state)) for state in State]
+        width = max(map(len, sets))
+        ids = torch.tensor([[*found, *[0] * (width - len(found))] for found in sets], device=device)
+        sizes = torch.tensor([len(found) for found in sets], device=device)
+        return cls(ids, torch.arange(width, device=device) < sizes[:, None])
+
+
+def _entropies(
+    hidden: torch.Tensor, targets: torch.Tensor, states: torch.Tensor, head: Head, illegal: _IllegalIds
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns for each row the cross-entropy, -log M, and the unlikelihood of the illegal tokens, [n] each.
+
+    The last two are 0 where the target itself is illegal, as in malformed traces that are kept: there the losses would
+    pull in opposite directions.
+    """
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = logits.logsumexp(-1)
+    cross_entropy = normaliser - logits.gather(-1, targets[:, None])[:, 0]
+    ids, real = illegal.ids[states], illegal.real[states]
+    log_p = (logits.gather(-1, ids) - normaliser[:, None]).masked_fill(~real, -torch.inf)
+    fine = ~((ids == targets[:, None]) & real).any(-1)
+    mass = _log1m_exp(log_p.logsumexp(-1)).neg().where(fine, 0.0)
+    unlikelihood = _log1m_exp(log_p).sum(-1).neg().where(fine, 0.0)
+    return cross_entropy, mass, unlikelihood
+
+
+def _log1m_exp(x: torch.Tensor) -> torch.Tensor:
+    """Returns log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012), with gradients that stay finite.
+
+    Rounding may bring x to 0 where nearly all mass is illegal; the clamp keeps the loss finite there.
+    """
+    x = x.clamp_max(-torch.finfo(x.dtype).eps)
+    impossible = x == -torch.inf
+    x = x.masked_fill(impossible, -1.0)  # a stand-in, or the gradient of the other branch is NaN
+    small = x > -0.6931471805599453  # log 2: below it log1p is the accurate form
+    value = torch.where(small, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+    return value.masked_fill(impossible, 0.0)
+
+
+def _sums(
+    cross_entropy: torch.Tensor,
+    mass: torch.Tensor,
+    unlikelihood: torch.Tensor,
+    classes: torch.Tensor,
+    structure: StructureLoss,
+) -> LossSums:
+    term = {"none": torch.zeros_like(mass), "mass": mass, "unlikelihood": unlikelihood}[structure.kind]
+    weights = torch.where(classes == TokenClass.MARKER, structure.marker_weight, 1.0).to(cross_entropy.dtype)
+    member = torch.nn.functional.one_hot(classes, len(TokenClass))
+    return LossSums(
+        objective=(weights * cross_entropy).sum() + structure.weight * term.sum(),
+        cross_entropy=cross_entropy.detach() @ member.to(cross_entropy.dtype),
+        structure=term.detach().sum(),
+        counts=member.sum(0),
+    )
+
+
+def _nothing(hidden: torch.Tensor, head: Head) -> LossSums:
+    """Zeros whose objective depends on every parameter, so that a batch without targets has gradients for DDP."""
+    logits = head(hidden[:1])
+    zero = 0.0 * logits.to(torch.promote_types(logits.dtype, torch.float32)).sum()
+    classes = len(TokenClass)
+    return LossSums(
+        objective=zero,
+        cross_entropy=zero.detach().new_zeros(classes),
+        structure=zero.detach(),
+        counts=torch.zeros(classes, dtype=torch.int64, device=hidden.device),
+    )

@@ -1,0 +1,124 @@
+"""The directory of a training run: what it is, how far it came, and what it leaves behind.
+
+config.yaml        the settings, defaults written out
+run.json           what a resumed run has to have in common with it
+rejected.jsonl     training rows that were left out, with their reasons
+checkpoints/       of transformers' Trainer
+curves.jsonl       every logged number, one line a log
+curves.png         the same, drawn
+samples.jsonl      what the model wrote at each evaluation
+adapter/           the adapter, where one was trained
+model/             the finished model: weights (merged with the adapter), tokenizer, card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hcot_lmeval.training.config import SftConfig
+
+FREE = {"output", "workers", "batch_size"}
+"""Settings that change nothing about the result, so that a resumed run may have others."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and state of a run."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        return self.root / "rejected.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    def claim(self, config: SftConfig, *, restart: bool = False) -> Path | None:
+        """Makes the directory this run's own.
+
+        Args:
+            config: the settings.
+            restart: throw away what an earlier run left there.
+
+        Returns:
+            The checkpoint to resume from, or None.
+
+        Raises:
+            ValueError: another run, with other settings, lives there.
+        """
+        if restart and self.root.exists():
+            shutil.rmtree(self.root)
+        identity, file = _identity(config.model_dump(mode="json")), self.root / "run.json"
+        if file.is_file():
+            _refuse_differences(json.loads(file.read_text(encoding="utf-8")), identity, self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.root / "config.yaml").write_text(text, encoding="utf-8")
+        file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        return self.last_checkpoint()
+
+    def add_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Appends generations to the samples, one line each."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def last_checkpoint(self) -> Path | None:
+        """Returns the newest checkpoint that was written to its end.
+
+        The Trainer's state is the last of its files; without it, the run was killed while saving.
+        """
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _identity(settings: Any) -> Any:
+    if isinstance(settings, Mapping):
+        return {name: _identity(value) for name, value in settings.items() if name not in FREE}
+    return [_identity(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _refuse_differences(before: Any, now: Any, root: Path) -> None:
+    old, new = _flat(before), _flat(now)
+    different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if different:
+        lines = "\n".join(f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in different)
+        raise ValueError(
+            f"output={root} holds a run with other settings:\n{lines}\n"
+            "Choose another output, set these as they were to resume it, or pass --restart to throw it away."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        return {prefix: value}
+    return {k: v for name, part in pairs for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,0 +1,227 @@
+"""transformers' Trainer on packed rows: the loss over the global target count, evaluation by free-running generation.
+
+What the Trainer does well stays its own: DDP, FSDP2, gradient accumulation and checkpointing, mixed precision,
+checkpoints, resuming, trackers, early stopping. Ours are the loss, the order of the rows, and what is measured.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from hcot_lmeval.grammar import TokenClass
+from hcot_lmeval.record import TrainingRecord, write_record
+from hcot_lmeval.trace import IGNORE
+from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.forward import LossSettings, install, loss_sums
+from hcot_lmeval.training.losses import LossSums
+from hcot_lmeval.training.schedule import Schedule
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # a diverged run should look like one
+    "save_total_limit": 2,
+    "report_to": "none",
+    "adam_beta2": 0.95,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.03,  # below 1 it is a share of all steps
+    "lr_scheduler_type": "cosine",
+}
+"""Ours where they differ from transformers': a row is long and holds several documents, so one is a batch."""
+
+OWNED = {
+    "output_dir": "output",
+    "max_steps": "phases",
+    "num_train_epochs": "phases",
+    "seed": "seed",
+    "data_seed": "seed",
+    "eval_strategy": "evaluation.every",
+    "eval_steps": "evaluation.every",
+    "save_strategy": "evaluation.every",
+    "save_steps": "evaluation.every",
+    "metric_for_best_model": "evaluation.metric",
+    "greater_is_better": "evaluation.metric",
+    "load_best_model_at_end": "evaluation.metric",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "train_sampling_strategy": "",
+    "average_tokens_across_devices": "",
+}
+"""Arguments that follow from the settings named behind them, or that nothing else works with."""
+
+HIGHER_IS_BETTER = {"loss": False, "accuracy": True, "illegal_traces": False, "completion": True}
+"""The metrics that can choose the best checkpoint."""
+
+
+def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> TrainingArguments:
+    """Returns transformers' arguments for a run.
+
+    Raises:
+        ValueError: an argument is unknown, or follows from another setting.
+    """
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    for name in config.trainer:
+        if name in OWNED:
+            advice = f"set {OWNED[name]} instead" if OWNED[name] else "the packed rows leave no choice"
+            raise ValueError(f"trainer.{name} cannot be set here; {advice}")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
+    evaluation = config.evaluation
+    return TrainingArguments(
+        **DEFAULTS | config.trainer,
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=evaluation.every,
+        save_strategy="steps",
+        save_steps=evaluation.every,
+        metric_for_best_model=f"eval_{evaluation.metric}",
+        greater_is_better=HIGHER_IS_BETTER[evaluation.metric],
+        load_best_model_at_end=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # the schedule is the order
+        average_tokens_across_devices=True,
+        label_names=["shift_labels"],
+    )
+
+
+@dataclass
+class Parts:
+    """The sums of the losses since the last log, apart from one another."""
+
+    sums: LossSums | None = None
+
+    def add(self, sums: LossSums) -> None:
+        self.sums = sums.detach() if self.sums is None else self.sums + sums.detach()
+
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Returns the means in nats per token, over all processes, and starts anew."""
+        if self.sums is None:
+            return {}
+        means, self.sums = mean_losses(self.sums, reduce), None
+        return means
+
+
+def mean_losses(sums: LossSums, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> dict[str, float]:
+    """Returns cross_entropy, structure and the cross-entropy of each token class, in nats per token of that class.
+
+    Args:
+        sums: of this process.
+        reduce: adds a tensor up over the processes.
+    """
+    cross_entropy, counts = reduce(sums.cross_entropy), reduce(sums.counts)
+    total = counts.sum().clamp_min(1)
+    means = {"cross_entropy": cross_entropy.sum() / total, "structure": reduce(sums.structure) / total}
+    for token_class in TokenClass:
+        name = f"cross_entropy_{token_class.name.lower()}"
+        means[name] = cross_entropy[token_class] / counts[token_class].clamp_min(1)
+    return {name: float(value) for name, value in means.items()}
+
+
+Evaluate = Callable[[Trainer], dict[str, float]]
+"""From the trainer, whose model it measures, to metrics by name; every process calls it, all get the same."""
+
+
+class PackedTrainer(Trainer):
+    """Trains on a `Schedule` of packed rows.
+
+    Args:
+        model: a causal language model, or a PEFT model around one.
+        args: see `training_arguments`.
+        schedule: the rows, in order.
+        collate: a list of rows to a batch.
+        settings: grammar and structure loss.
+        evaluate: measures the model; its metrics are logged with the prefix ``eval_``.
+        record: what the checkpoints say about themselves.
+        options: of transformers' Trainer (processing_class, callbacks, ...).
+    """
+
+    loss_is_scaled_for_ga = True  # the loss is a share of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        schedule: Schedule,
+        collate: Callable[[list[Mapping[str, list[int]]]], dict[str, torch.Tensor]],
+        settings: LossSettings,
+        evaluate: Evaluate,
+        record: TrainingRecord,
+        **options: Any,
+    ) -> None:
+        install(model)
+        super().__init__(model, args, train_dataset=schedule, data_collator=collate, **options)
+        self.model_accepts_loss_kwargs = True  # what transformers 5.17 has for `loss_is_scaled_for_ga`
+        self.loss_settings = settings
+        self.training_record = record
+        self._evaluate = evaluate
+        self._parts = Parts()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Returns the batches of an optimiser step and the number of their targets over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)
+        return batches, self._sum(torch.as_tensor(targets, device=device))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Returns this process's part of the loss, per target of the global batch.
+
+        DDP and FSDP average gradients over processes, hence the factor.
+        """
+        sums = loss_sums(model, inputs, self.loss_settings)
+        self._parts.add(sums)
+        targets = sums.counts.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = sums.objective / torch.as_tensor(targets, device=sums.objective.device).clamp_min(1)
+        loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures the held-out losses and the free-running generation, and logs them."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate(self).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the training loss to its log."""
+        if "loss" in logs:
+            logs |= self._parts.take(self._sum)
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves weights, tokenizer and the training record."""
+        model = self.accelerator.unwrap_model(self.model)
+        is_adapter = hasattr(model, "peft_config") and self.args.should_save
+        self.training_record.steps = self.state.global_step
+        write_record(model, self.training_record, (output_dir or self.args.output_dir) if is_adapter else None)
+        super().save_model(output_dir, _internal_call)
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
+
+
+def early_stopping(config: SftConfig) -> list[EarlyStoppingCallback]:
+    """Returns the callback that `evaluation.patience` asks for."""
+    patience = config.evaluation.patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
