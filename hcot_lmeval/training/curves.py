@@ -190,7 +190,8 @@ def _new_figure() -> Figure:
 
 
 def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
-    axes.set(title=panel.title, xlabel="optimiser steps", ylabel=panel.unit)
+    axes.set(xlabel="optimiser steps", ylabel=panel.unit)
+    axes.set_title(panel.title, pad=18)  # room for the names of the phases
     axes.grid(alpha=0.3)
     finite: list[float] = []
     for key, label in panel.lines.items():
@@ -210,11 +211,10 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
 
 
 def _mark(axes: Axes, phases: Sequence[tuple[int, str]], best_step: int | None) -> None:
+    place = axes.get_xaxis_transform()  # x in steps, y as a share of the height
     for step, name in phases:
         axes.axvline(step, color="grey", linestyle="--", linewidth=1)
-        axes.text(
-            step, 0.98, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize="small", color="grey"
-        )
+        axes.text(step, 1.01, name, transform=place, fontsize="small", color="grey")  # above, where no legend is
     if best_step is not None:
         axes.axvline(best_step, color="green", linestyle=":", label=f"best checkpoint ({best_step})")
 
