@@ -33,8 +33,10 @@ def tiny_tokenizer(markup: str | Markup = "hcot") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    # an added token, not a rule of the pre-tokenizer: AutoTokenizer replaces that by the one of the model's family
-    tokenizer.add_tokens([AddedToken(BOX, normalized=False)])
+    # Added tokens, not rules of the pre-tokenizer: AutoTokenizer replaces that by the one of the model's family, which
+    # knows neither the box nor, since it works on bytes, any character that is not ASCII.
+    added = [BOX, *(character for character in ALPHABET if not character.isascii())]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
