@@ -118,12 +118,22 @@ def after(prefix: list[tuple[str, str]], clauses: list[str], path: str, inside: 
             return (quantifier + name)[len(body)]
         decided = results and (len(results) == 2 or results[-1] == str(int(quantifier == "∃")))
         return "[SOLUTION]" if decided else "[THOUGHT]"
-    whole = "".join(
-        f"{chr(0x2460 + i)}{clause}{int(any(x in path for x in clause))}" for i, clause in enumerate(clauses)
-    )
-    if body.endswith("0") or len(body) == len(whole):
-        return "[SOLUTION]"
-    return whole[len(body)]
+    whole = leaf(clauses, path)
+    return "[SOLUTION]" if len(body) == len(whole) else whole[len(body)]
+
+
+def leaf(clauses: list[str], path: str) -> str:
+    """The values that a leaf writes, literal by literal."""
+    text = ""
+    for number, clause in enumerate(clauses):
+        text += chr(0x2460 + number)
+        for literal in clause:
+            text += literal + ("1" if literal in path else "0")
+            if literal in path:
+                break
+        else:
+            return text
+    return text
 
 
 @settings(max_examples=15, deadline=None)
@@ -164,7 +174,7 @@ def test_the_live_context_is_linear_and_the_trace_exponential() -> None:
         for problem in itertools.islice(qbf_problems("train", 0, [size]), 10):
             clauses = 2 * size + 3
             # the prompt, seven tokens a variable, a leaf, the markers of the root and of the leaf's solution
-            assert run(problem)[0].peak <= (2 * size + 4 * clauses + 1) + 7 * size + 5 * clauses + 8
+            assert run(problem)[0].peak <= (2 * size + 4 * clauses + 1) + 7 * size + 7 * clauses + 8
     lengths = [
         sum(run(problem)[0].length for problem in itertools.islice(qbf_problems("train", 0, [size]), 40))
         for size in (4, 7, 10)

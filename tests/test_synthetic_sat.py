@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.synthetic import gold_trace, sat_dataset, sat_problems
-from hcot_lmeval.synthetic.sat import SatProblem, evaluate, sample_sat
+from hcot_lmeval.synthetic.sat import SatProblem, literal_values, sample_sat
 from hcot_lmeval.trace import Policy
 from tests.synthetic_traces import Block, check_legality, root_block, run
 
@@ -62,18 +62,26 @@ def test_shape(size: int, satisfiable: bool, seed: int) -> None:
 
 
 def check_scan(text: str, solution: str, clauses: list[str], true: str) -> None:
-    """A scan copies the clauses, values them under `true`, and its solution follows from the values."""
-    entries = re.findall(rf"{LABEL}([a-jA-J]+)([01!~])", text)
-    assert [clause for clause, _ in entries] == clauses[: len(entries)]
-    last, fork = "", ""
-    for clause, value in entries:
-        left = [x for x in clause if x.swapcase() not in true]
-        expected = "1" if set(clause) & set(true) else {0: "0", 1: "!"}.get(len(left), "~")
-        assert value == expected and last not in ("0", "!")
-        last, fork = value, f"~{left[0]}" if value == "~" else fork
-    ended = {"0": "0", "!": left[0] if left else ""}.get(last)
-    assert solution == (ended if ended is not None else fork or "1")
-    assert ended is not None or len(entries) == len(clauses)
+    """A scan copies the clauses, values their literals under `true`, and its solution follows from the values."""
+    entries = re.findall(rf"{LABEL}((?:[a-jA-J][01~])+)(!?)", text)
+    assert text.count("!") == sum(mark == "!" for _, mark in entries)
+    ended, fork = "", ""
+    for clause, (entry, mark) in zip(clauses, entries, strict=False):
+        assert not ended
+        values = dict(re.findall("(.)(.)", entry))
+        assert clause.startswith("".join(values))
+        assert values == {x: "1" if x in true else "0" if x.swapcase() in true else "~" for x in values}
+        assert ("1" in values.values()) == entry.endswith("1") and entry.count("1") <= 1
+        assert entry.endswith("1") or len(values) == 3
+        left = [x for x, value in values.items() if value == "~"]
+        if not entry.endswith("1"):
+            assert (mark == "!") == (len(left) > 1)
+            fork = f"~{left[0]}" if mark else fork
+            ended = "" if mark else "".join(left) or "0"
+        else:
+            assert not mark
+    assert solution == (ended or fork or "1")
+    assert ended or len(entries) == len(clauses)
 
 
 def check_branch(block: Block, prompt: str, true: str) -> None:
@@ -103,8 +111,8 @@ def test_every_step_of_the_search_is_justified(size: int, satisfiable: bool, see
 
 
 def test_values_of_a_clause() -> None:
-    cases = {"": ("~", "aBc"), "A": ("~", "Bc"), "Ab": ("!", "c"), "AbC": ("0", ""), "AbCB": ("1", ""), "c": ("1", "")}
-    assert {true: evaluate("aBc", frozenset(true)) for true in cases} == cases
+    cases = {"": "~~~", "A": "0~~", "Ab": "00~", "AbC": "000", "AB": "01", "c": "~~1", "a": "1"}
+    assert {true: literal_values("aBc", frozenset(true)) for true in cases} == cases
 
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
@@ -119,7 +127,7 @@ def test_the_live_context_holds_one_scan() -> None:
         for problem in itertools.islice(sat_problems("train", 0, [size]), 6):
             clauses = int(4.5 * size)
             # the prompt, a scan, a result of four tokens and a branch of two or four for each variable, the root
-            assert run(problem)[0].peak <= (4 * clauses + 1) + 5 * clauses + 8 * size + 8
+            assert run(problem)[0].peak <= (4 * clauses + 1) + 8 * clauses + 8 * size + 8
 
 
 def test_half_are_satisfiable_at_every_size() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ from hcot_lmeval.synthetic.arith import (
 from hcot_lmeval.synthetic.cnf import LABELS, VARIABLES
 from hcot_lmeval.synthetic.problem import SPLITS, Mark, Problem, Split, check_split, flat_trace, gold_trace
 from hcot_lmeval.synthetic.qbf import EXISTS, FORALL, qbf_dataset, qbf_problems
-from hcot_lmeval.synthetic.sat import OPEN, UNIT, sat_dataset, sat_problems
+from hcot_lmeval.synthetic.sat import OPEN, UNDECIDED, sat_dataset, sat_problems
 
 __all__ = [
     "training_rows",
@@ -54,7 +55,9 @@ __all__ = [
     "TEST_DEPTHS",
 ]
 
-ALPHABET = f"{NAMES}0123456789{OPERATORS}=;?}}{VARIABLES.upper()}{EXISTS}{FORALL}{UNIT}{OPEN}{''.join(Mark)}{LABELS}"
+ALPHABET = "".join(
+    (NAMES, string.digits, OPERATORS, "=;?}", VARIABLES.upper(), EXISTS, FORALL, UNDECIDED, OPEN, *Mark, LABELS)
+)
 """The characters of all problems and traces, apart from the notation and the opening of the box."""
 
 TASKS: dict[str, Callable[..., Iterator[Problem]]] = {

@@ -19,7 +19,7 @@ SIZES = range(3, len(VARIABLES) + 1)
 LABELS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳㉑㉒㉓㉔㉕㉖㉗㉘㉙㉚㉛㉜㉝㉞㉟㊱㊲㊳㊴㊵㊶㊷㊸㊹㊺"
 """Numbers of clauses: 45 suffice for 3-SAT with ten variables."""
 TRUE, FALSE = "1", "0"
-"""Values of clauses, branches and problems. Digits, for ``F`` is a literal and the answer checker knows numbers."""
+"""Values of literals, branches and problems. Digits, for ``F`` is a literal and the answer checker knows numbers."""
 
 
 def negation(literal: str) -> str:

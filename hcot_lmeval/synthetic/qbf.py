@@ -3,20 +3,22 @@ r"""Quantified Boolean formulas: is it true that for some a, for all b, ... ever
 The kind and size of problem of PENCIL (arXiv 2503.14337), with a generator and traces of our own::
 
     ∃c∀a①cA②aAc③Ca?                                            the prompt: prefix, numbered clauses
-    <think>[THOUGHT]∃c[THOUGHT]c∀a[THOUGHT]a①cA1②aAc1③Ca1[SOLUTION]1[RETURN]
-                                  [THOUGHT]A①cA1②aAc1③Ca0[SOLUTION]0[RETURN][SOLUTION]0[RETURN]
-                      [THOUGHT]C∀a[THOUGHT]a①cA0[SOLUTION]0[RETURN][SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+    <think>[THOUGHT]∃c[THOUGHT]c∀a[THOUGHT]a①c1②a1③C0a1[SOLUTION]1[RETURN]
+                                  [THOUGHT]A①c1②a0A1③C0a0[SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+                      [THOUGHT]C∀a[THOUGHT]a①c0A0[SOLUTION]0[RETURN][SOLUTION]0[RETURN][SOLUTION]0[RETURN]
     </think>\boxed{0}
 
 The trace evaluates the tree of quantifiers in depth-first order, the value true first, one block per branch, whose
 solution is the branch's value. A branch is not tried when the one before decides: a true one under ∃, a false one
 under ∀. A block begins with the literal that it makes true, and goes on with the quantifier it has to evaluate or, in a
-leaf, with the clauses, each with its value, up to the first that is false.
+leaf, with the clauses: the literals of each with their values up to the first that is true, up to the first clause
+without one.
 
 Every token follows from the live context by one look: the next quantifier and the clauses are copied from the prompt,
-where their names stand once; a clause is true if one of its literals opens one of the blocks around it; and whether a
-branch decides stands just before it. The live context holds the prompt, at most 7 tokens for each variable, and a leaf;
-the trace as a whole grows exponentially.
+where their names stand once; a literal is true if it opens one of the blocks around it; whether a branch decides stands
+just before it. (That each literal has its value written down makes all the difference to a small model: with one value
+a clause, the look-up has to be learned from a verdict over three of them, nine tenths of which are true.) The live
+context holds the prompt, at most 7 tokens for each variable, and a leaf; the trace as a whole grows exponentially.
 
 This module imports the standard library alone; `qbf_dataset` imports `datasets` when it is called.
 """
@@ -30,7 +32,7 @@ from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.synthetic.cnf import SIZES, VARIABLES, canonical, labelled, models, negation, truth
+from hcot_lmeval.synthetic.cnf import LABELS, SIZES, VARIABLES, canonical, labelled, models, negation, truth
 from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
 
 if TYPE_CHECKING:
@@ -100,11 +102,12 @@ class QbfProblem(Problem):
         return value
 
     def _check(self, true: frozenset[str]) -> Generator[Piece, None, bool]:
-        """Yields the clauses with their values up to the first that is false; returns whether all are true."""
-        for text, clause in zip(labelled(self.clauses), self.clauses, strict=True):
-            value = not true.isdisjoint(clause)
-            yield text + truth(value)
-            if not value:
+        """Yields the clauses, as far as they have to be read; returns whether all are true."""
+        for label, clause in zip(LABELS, self.clauses, strict=False):
+            values = [literal in true for literal in clause]
+            read = values.index(True) + 1 if any(values) else len(values)
+            yield label + "".join(literal + truth(value) for literal, value in zip(clause[:read], values, strict=False))
+            if not any(values):
                 return False
         return True
 

@@ -4,16 +4,17 @@ The kind and size of problem of PENCIL (arXiv 2503.14337), with a generator and 
 numbered clauses, ``①aBc②AbC③…?``. The trace is a DPLL search (Davis, Putnam, Logemann, Loveland) without clause
 learning, of two kinds of blocks::
 
-    scan    [THOUGHT]①aBc1②AbC~③ABC![SOLUTION]C[RETURN]      reads the clauses under what is assigned
-    branch  [THOUGHT]a ... [SOLUTION]0[RETURN]               assumes a literal, scans and branches until it is decided
+    scan    [THOUGHT]①a1②A0b1③A0B~c~![SOLUTION]~B[RETURN]     reads the clauses under what is assigned
+    branch  [THOUGHT]a ... [SOLUTION]0[RETURN]                 assumes a literal, scans and branches until it is decided
 
-A scan gives each clause its value: ``1`` a literal is true; ``0`` all are false; ``!`` all but one are false and that
-one is open; ``~`` more are open. It ends at the first ``0`` or ``!``, or behind the last clause, and its solution is
+A scan writes the literals of each clause with their values, ``1`` true, ``0`` false, ``~`` open, up to the first that
+is true. A clause without a true literal and with two or three open ones is undecided and gets a ``!``. A scan ends at a
+clause without a true literal that has fewer, or behind the last clause. Its solution is
 
-    0       some clause is false: the branch fails
+    0       that clause has no open literal: the branch fails
+    C       that clause has one open literal, which has to be true: assigned from now on, and scanned again
+    ~c      some clause is undecided: branch on the first open literal of the last of them, then on its negation
     1       every clause is true: the problem is solved
-    C       a literal that a clause leaves no choice about: assigned from now on, and scanned again
-    ~c      nothing is forced: branch on c, the first open literal of the last open clause, then on its negation
 
 What survives a scan under pruning is its solution, so the live context is the prompt, the literals that are assigned,
 and one scan. A literal is assigned exactly if it stands right behind an opening marker.
@@ -29,7 +30,18 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.synthetic.cnf import FALSE, SIZES, TRUE, VARIABLES, canonical, labelled, models, negation, truth
+from hcot_lmeval.synthetic.cnf import (
+    FALSE,
+    LABELS,
+    SIZES,
+    TRUE,
+    VARIABLES,
+    canonical,
+    labelled,
+    models,
+    negation,
+    truth,
+)
 from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
 
 if TYPE_CHECKING:
@@ -38,8 +50,8 @@ if TYPE_CHECKING:
 CLAUSES_PER_VARIABLE = 4.5
 WIDTH = 3
 """Literals of a clause, of distinct variables."""
-UNIT, OPEN = "!", "~"
-"""Values of a clause that is neither true nor false: one literal is left, or more."""
+OPEN, UNDECIDED = "~", "!"
+"""Value of a literal that is not assigned; mark of a clause with two such literals or more and none that is true."""
 
 
 @dataclass(frozen=True)
@@ -97,24 +109,26 @@ class SatProblem(Problem):
         """Yields a scan block; returns its solution."""
         verdict = TRUE
         yield Mark.OPEN
-        for text, clause in zip(labelled(self.clauses), self.clauses, strict=True):
-            value, undecided = evaluate(clause, true)
-            yield text + value
-            if value == OPEN:
-                verdict = OPEN + undecided[0]
-            elif value != TRUE:
-                verdict = undecided or FALSE
+        for label, clause in zip(LABELS, self.clauses, strict=False):
+            values = literal_values(clause, true)
+            yield label + "".join(map("".join, zip(clause, values, strict=False)))
+            if TRUE in values:
+                continue
+            left = [literal for literal, value in zip(clause, values, strict=True) if value == OPEN]
+            if len(left) < 2:
+                verdict = "".join(left) or FALSE
                 break
+            yield UNDECIDED
+            verdict = OPEN + left[0]
         yield from (Mark.SPLIT, verdict, Mark.CLOSE)
         return verdict
 
 
-def evaluate(clause: str, true: frozenset[str]) -> tuple[str, str]:
-    """Returns the value of a clause when the literals `true` are true, and its open literals."""
-    if not true.isdisjoint(clause):
-        return TRUE, ""
-    undecided = "".join(literal for literal in clause if negation(literal) not in true)
-    return (OPEN if len(undecided) > 1 else UNIT if undecided else FALSE), undecided
+def literal_values(clause: str, true: frozenset[str]) -> str:
+    """Returns the values of a clause's literals up to the first that is true, when the literals `true` are."""
+    values = "".join(TRUE if x in true else FALSE if negation(x) in true else OPEN for x in clause)
+    before, found, _ = values.partition(TRUE)
+    return before + found
 
 
 def sample_sat(size: int, satisfiable: bool, rng: random.Random) -> SatProblem:
