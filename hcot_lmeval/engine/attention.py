@@ -143,8 +143,9 @@ def slot_attention(
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     keys, values = step.pool.keys[layer], step.pool.values[layer]
     rows = step.rows(key.device)
-    keys.flatten(0, 1).index_copy_(0, rows, key[0].transpose(0, 1))
-    values.flatten(0, 1).index_copy_(0, rows, value[0].transpose(0, 1))
+    # the casts do nothing but under autocast, where queries, keys and values may differ in dtype
+    keys.flatten(0, 1).index_copy_(0, rows, key[0].transpose(0, 1).to(keys.dtype))
+    values.flatten(0, 1).index_copy_(0, rows, value[0].transpose(0, 1).to(values.dtype))
     outputs = []
     for index, segment in enumerate(step.segments):
         first = segment.window_start(sliding_window)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.data_report import Report
 
 FREE = {"output", "workers", "batch_size"}
 """Settings that change nothing about the result, so that a resumed run may have others."""
@@ -85,6 +86,11 @@ class RunDirectory:
         (self.root / "config.yaml").write_text(text, encoding="utf-8")
         file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
         return self.last_checkpoint()
+
+    def write_findings(self, reports: Iterable[Report]) -> None:
+        """Writes what is wrong with single rows, each once although phases may share it, and why it was left out."""
+        found = dict.fromkeys(finding for report in reports for finding in report.findings)
+        Report(findings=list(found)).write(self.rejected)
 
     def add_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends generations to the samples, one line each."""

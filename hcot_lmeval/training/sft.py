@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import TrainingRecord
@@ -53,6 +54,8 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     model, added = load_model(config, tokenizer)
     model = with_adapter(config, model, added.tokens.values())
     grammar = grammar_of(tokenizer, config, model)
+    if config.evaluation.problems:
+        Decoder(model)  # says now whether the model can be decoded with pruning
     with PartialState().main_process_first():  # the others find the data in the cache
         data = prepare(config, tokenizer, grammar)
     run = RunDirectory(config.output)
@@ -60,7 +63,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
     trainer = make_trainer(config, model, tokenizer, data, record_of(config, added, data, command), run)
     if PartialState().is_main_process:
-        data.train[-1].report.write(run.rejected)
+        run.write_findings(prepared.report for prepared in data.train)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finish(config, trainer, tokenizer, run)
     return run
@@ -172,6 +175,7 @@ def make_trainer(
         settings=settings,
         evaluate=evaluator,
         record=record,
+        eval_dataset=data.held_out.rows,
         processing_class=tokenizer,
         callbacks=[CurveCallback(run, schedule), *early_stopping(config)],
     )
@@ -207,7 +211,6 @@ class Evaluator:
     settings: LossSettings
     pad: Callable[[list[PackedRow]], dict[str, torch.Tensor]]
     run: RunDirectory
-    _checked: bool = False
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Returns the held-out losses and, where there are problems, the metrics of free-running generation."""
@@ -238,10 +241,8 @@ class Evaluator:
             max_gen_toks=settings.max_gen_toks,
             batch_size=settings.batch_size,
             shard=not trainer.is_fsdp_enabled,
-            self_check=not self._checked,
             progress=True,
         )
-        self._checked = True
         if trainer.is_world_process_zero():
             self.run.add_samples(done.records(trainer.state.global_step))
         return done.metrics
@@ -284,6 +285,7 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
     else:
         trainer.save_model(str(run.model))
     if trainer.is_world_process_zero():
-        judgement = verdict(points_of(read_records(run.curves)))
+        start = trainer.schedule.starts[-2]  # of the last phase: other data has other losses
+        judgement = verdict(points_of(r for r in read_records(run.curves) if r["step"] > start))
         write_card(config, trainer.training_record, run, judgement)
         print(f"\n{judgement}\n\n{run.model} holds the model, {run.plot} the curves.")

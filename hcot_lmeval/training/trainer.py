@@ -163,9 +163,10 @@ class PackedTrainer(Trainer):
         install(model)
         super().__init__(model, args, train_dataset=schedule, data_collator=collate, **options)
         self.model_accepts_loss_kwargs = True  # what transformers 5.17 has for `loss_is_scaled_for_ga`
+        self.schedule = schedule
         self.loss_settings = settings
         self.training_record = record
-        self._evaluate = evaluate
+        self.measure = evaluate
         self._parts = Parts()
 
     def get_batch_samples(
@@ -198,7 +199,7 @@ class PackedTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measures the held-out losses and the free-running generation, and logs them."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate(self).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
