@@ -162,10 +162,10 @@ def expected_logits(model, traces, policy) -> torch.Tensor:
     return torch.cat(each)
 
 
-def packed_logits(model, plans: list[Plan], implementation: str, length: int | None = None) -> torch.Tensor:
+def packed_logits(model, plans: list[Plan], implementation: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The logits of all targets, from one row with padding behind the plans."""
     death, positions, ids = row_of(*plans, padding=5)
-    masks = attention_masks(model.config, death, positions, implementation)
+    masks = attention_masks(model.config, death, positions, implementation, dtype)
     with torch.no_grad():
         logits = model(ids, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
     targets = [target for plan in plans for target in plan.targets] + [IGNORE] * 5
@@ -181,11 +181,12 @@ def reference_model(kind: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("policy", Policy)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bool_masks_give_the_logits_of_the_slow_twin(kind: str, policy: Policy) -> None:
+def test_bool_and_additive_masks_give_the_logits_of_the_slow_twin(kind: str, policy: Policy) -> None:
     model = reference_model(kind, torch.float64)
     traces, plans = case(policy)
-    difference = packed_logits(model, plans, "sdpa") - expected_logits(model, traces, policy)
-    assert difference.abs().max() <= 1e-9
+    expected = expected_logits(model, traces, policy)
+    for dtype in (None, torch.float64):
+        assert (packed_logits(model, plans, "sdpa", dtype) - expected).abs().max() <= 1e-9, dtype
 
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
@@ -203,13 +204,14 @@ def test_eager_and_flex_attention_give_the_same_logits(kind: str, policy: Policy
         assert difference.abs().max() <= 1e-4, implementation
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["mask of the model's dtype", "float32 mask"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_eager_masks_hide_in_half_precision(dtype: torch.dtype) -> None:
+def test_eager_masks_hide_in_half_precision(dtype: torch.dtype, given: bool) -> None:
     """What the mask hides gets no weight at all, and nothing overflows."""
     model = tiny_model("qwen2", dtype, vocab_size=VOCAB_SIZE, attn_implementation="eager")
     plan = compile_trace([9, 3, 10, 11, 4, 12, 5, 13], 1, MARKERS["hcot"], Policy.EVICT)
     death, positions, ids = row_of(plan)
-    masks = attention_masks(model.config, death, positions, "eager")
+    masks = attention_masks(model.config, death, positions, "eager", dtype if given else None)
     weights = model(
         ids, position_ids=positions, attention_mask=masks, output_attentions=True, use_cache=False
     ).attentions
@@ -237,6 +239,36 @@ def test_compiled_flex_attention_gives_the_gradients_of_eager(kind: str) -> None
         model.zero_grad()
     for ours, theirs in zip(found["flex_attention"], found["eager"], strict=True):
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_additive_mask_is_minus_infinity_where_nothing_is_visible(implementation: str, dtype: torch.dtype) -> None:
+    death = torch.tensor([[3, 2, 3]])
+    mask = attention_masks(CONFIG_MAPPING["qwen2"](), death, torch.tensor([[0, 1, 1]]), implementation, dtype)
+    assert mask.dtype is dtype
+    assert mask[0, 0].tolist() == [[0, -torch.inf, -torch.inf], [0, 0, -torch.inf], [0, -torch.inf, 0]]
+
+
+def test_layers_share_an_additive_mask() -> None:
+    """The reason for it: under a bool mask, every layer keeps [T, T] numbers for the backward pass."""
+    model = tiny_model("qwen2", vocab_size=VOCAB_SIZE, num_hidden_layers=3)
+    tokens = 61
+    death, positions = torch.full((1, tokens), tokens), torch.arange(tokens)[None]
+    kept = {}
+    for dtype in (None, torch.float32):
+        masks = attention_masks(model.config, death, positions, "sdpa", dtype)
+        found: set[int] = set()
+
+        def keep(tensor: torch.Tensor, found: set[int] = found) -> torch.Tensor:
+            if tensor.shape[-2:] == (tokens, tokens):
+                found.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(positions, position_ids=positions, attention_mask=masks, use_cache=False)
+        kept[dtype] = len(found)
+    assert kept == {None: 3, torch.float32: 1}
 
 
 def test_form_follows_the_layers() -> None:
