@@ -105,9 +105,9 @@ def attention_masks(
             8k tokens in bfloat16 hold 3.5 GiB of masks instead of 128 MiB.
 
     Returns:
-        With ``sdpa`` a bool tensor [B, 1, T, T], or an additive one of 0 and -inf if there is a `dtype`; an additive one
-        with ``eager`` (float32 without a `dtype`); a `BlockMask` with ``flex_attention``. Where full and sliding layers
-        alternate it is a dict from layer type to mask.
+        With ``sdpa`` a bool tensor [B, 1, T, T], or an additive one of 0 and -inf if there is a `dtype`; with ``eager`` an
+        additive one in any case, float32 without a `dtype`; with ``flex_attention`` a `BlockMask`. Where full and
+        sliding layers alternate it is a dict from layer type to mask.
 
     Raises:
         ValueError: the implementation cannot take such a mask, or a layer is neither full nor sliding attention.
