@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -117,22 +117,27 @@ def sample_qbf(size: int, valid: bool, rng: random.Random) -> QbfProblem:
 
     Each quantifier is ∃ with probability 1/2, both occur. There are ``int(2.0 * size)`` clauses of two or three
     variables, one of which at least is under ∃ (a clause without would decide the formula by itself), and 0 to 3
-    fillers. Drawn until the answer is the one that was asked for.
+    fillers. Clauses are drawn one by one, and those that would make the formula false are drawn again. For a problem
+    that is not valid, clauses of such a formula are then replaced until it is false. So both kinds have the same
+    prefixes and nearly the same clauses, and there is no telling them apart at a glance.
 
     Raises:
         ValueError: `size` is outside 3..10.
     """
     check_sizes("size", [size], SIZES)
-    while True:
-        names = rng.sample(VARIABLES, size)
-        prefix = tuple(zip(_quantifiers(size, rng), names, strict=True))
-        bound = [name for quantifier, name in prefix if quantifier == EXISTS]
-        clauses = [_clause(names, bound, rng) for _ in range(int(CLAUSES_PER_VARIABLE * size))]
-        clauses += [_filler(names, rng) for _ in range(rng.choice(FILLERS))]
-        rng.shuffle(clauses)
-        problem = QbfProblem(prefix, tuple(clauses))
-        if problem.is_valid == valid:
-            return problem
+    names = rng.sample(VARIABLES, size)
+    problem = QbfProblem(tuple(zip(_quantifiers(size, rng), names, strict=True)), ())
+    while len(problem.clauses) < int(CLAUSES_PER_VARIABLE * size):
+        longer = replace(problem, clauses=(*problem.clauses, _clause(problem.prefix, rng)))
+        problem = longer if longer.is_valid else problem
+    while problem.is_valid != valid:
+        place = rng.randrange(len(problem.clauses))
+        others = problem.clauses[:place] + problem.clauses[place + 1 :]
+        problem = replace(problem, clauses=(*others, _clause(problem.prefix, rng)))
+    fillers = [_filler(names, rng) for _ in range(rng.choice(FILLERS))]
+    clauses = [*problem.clauses, *fillers]
+    rng.shuffle(clauses)
+    return replace(problem, clauses=tuple(clauses))
 
 
 def _quantifiers(size: int, rng: random.Random) -> list[str]:
@@ -142,9 +147,9 @@ def _quantifiers(size: int, rng: random.Random) -> list[str]:
     return quantifiers
 
 
-def _clause(names: Sequence[str], existential: Sequence[str], rng: random.Random) -> str:
-    first = rng.choice(existential)
-    others = rng.sample([name for name in names if name != first], rng.choice((1, 2)))
+def _clause(prefix: Sequence[tuple[str, str]], rng: random.Random) -> str:
+    first = rng.choice([name for quantifier, name in prefix if quantifier == EXISTS])
+    others = rng.sample([name for _, name in prefix if name != first], rng.choice((1, 2)))
     literals = [rng.choice((name, negation(name))) for name in (first, *others)]
     rng.shuffle(literals)
     return "".join(literals)
