@@ -105,8 +105,8 @@ def attention_masks(
             8k tokens in bfloat16 hold 3.5 GiB of masks instead of 128 MiB.
 
     Returns:
-        With ``sdpa`` a bool tensor [B, 1, T, T], or an additive one of 0 and -inf if there is a `dtype`; with ``eager`` an
-        additive one in any case, float32 without a `dtype`; with ``flex_attention`` a `BlockMask`. Where full and
+        With ``sdpa`` a bool tensor [B, 1, T, T], or an additive one of 0 and -inf if there is a `dtype`; with ``eager``
+        an additive one in any case, float32 without a `dtype`; with ``flex_attention`` a `BlockMask`. Where full and
         sliding layers alternate it is a dict from layer type to mask.
 
     Raises:
