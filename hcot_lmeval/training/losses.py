@@ -15,8 +15,11 @@ All results are sums over targets, so that a caller can divide by the count of a
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +44,7 @@ class StructureLoss:
         marker_weight: factor of the cross-entropy of markers.
 
     Raises:
-        ValueError: the kind is unknown, or a factor is negative.
+        ValueError: the kind is unknown, or a factor is negative or not finite.
     """
 
     kind: Kind = "mass"
@@ -52,8 +55,8 @@ class StructureLoss:
         if self.kind not in get_args(Kind):
             raise ValueError(f"structure loss {self.kind!r} is unknown; choose one of {', '.join(get_args(Kind))}")
         for name in ("weight", "marker_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be finite and at least 0")
 
 
 @dataclass
@@ -104,22 +107,36 @@ def packed_losses(
         grammar: which markers are illegal in each state.
         structure: what is added to the cross-entropy.
         chunk: rows of logits.
+
+    Raises:
+        ValueError: `chunk` is less than 1.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} is not allowed; it has to be at least 1 row of logits")
     rows = (targets != IGNORE).nonzero()[:, 0]
     illegal = _IllegalIds.of(grammar, hidden.device)
-    total = _nothing(hidden, head)
-    for some in rows.split(chunk):
-        parts = checkpoint(_entropies, hidden[some], targets[some], states[some], head, illegal, use_reentrant=False)
-        total = total + _sums(*parts, classes[some], structure)
-    return total
+    # without targets there is one chunk of no rows, whose zeros depend on every parameter, as DDP wants
+    parts = zip(*(column[rows].split(chunk) for column in (hidden, targets, states, classes)), strict=True)
+    sums = [
+        _sums(*checkpoint(_entropies, hidden, target, state, head, illegal, use_reentrant=False), members, structure)
+        for hidden, target, state, members in parts
+    ]
+    return reduce(operator.add, sums)
 
 
 @dataclass(frozen=True)
 class _IllegalIds:
-    """The illegal ids of each state as a padded table: ids [states, width], and which entries are real."""
+    """The grammar as tensors.
+
+    Attributes:
+        ids: the illegal ids of each state, filled up with zeros, [states, width].
+        real: which entries of `ids` are no filling, [states, width].
+        lead: the only token that may come in state `LEAD`; -1, which is no token, where there is none.
+    """
 
     ids: torch.Tensor
     real: torch.Tensor
+    lead: int
 
     @classmethod
     def of(cls, grammar: Grammar, device: torch.device) -> _IllegalIds:
@@ -127,7 +144,13 @@ class _IllegalIds:
         width = max(map(len, sets))
         ids = torch.tensor([[*found, *[0] * (width - len(found))] for found in sets], device=device)
         sizes = torch.tensor([len(found) for found in sets], device=device)
-        return cls(ids, torch.arange(width, device=device) < sizes[:, None])
+        real = torch.arange(width, device=device) < sizes[:, None]
+        return cls(ids, real, -1 if grammar.markers.lead is None else grammar.markers.lead)
+
+    def allow(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Returns whether each token may come in its state, bool [n]."""
+        listed = ((self.ids[states] == tokens[:, None]) & self.real[states]).any(-1)
+        return ~listed & ((states != State.LEAD) | (tokens == self.lead))
 
 
 def _entropies(
@@ -143,24 +166,23 @@ def _entropies(
     normaliser = logits.logsumexp(-1)
     cross_entropy = normaliser - logits.gather(-1, targets[:, None])[:, 0]
     ids, real = illegal.ids[states], illegal.real[states]
-    log_p = (logits.gather(-1, ids) - normaliser[:, None]).masked_fill(~real, -torch.inf)
-    fine = ~((ids == targets[:, None]) & real).any(-1)
-    mass = _log1m_exp(log_p.logsumexp(-1)).neg().where(fine, 0.0)
-    unlikelihood = _log1m_exp(log_p).sum(-1).neg().where(fine, 0.0)
+    never = torch.finfo(logits.dtype).min  # log 0 in effect; the log-sum-exp of -inf alone has no gradient
+    log_p = (logits.gather(-1, ids) - normaliser[:, None]).clamp_min(never).masked_fill(~real, never)
+    legal = illegal.allow(targets, states)
+    mass = _log1m_exp(log_p.logsumexp(-1)).neg().where(legal, 0.0)
+    unlikelihood = _log1m_exp(log_p).sum(-1).neg().where(legal, 0.0)
     return cross_entropy, mass, unlikelihood
 
 
 def _log1m_exp(x: torch.Tensor) -> torch.Tensor:
     """Returns log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012), with gradients that stay finite.
 
-    Rounding may bring x to 0 where nearly all mass is illegal; the clamp keeps the loss finite there.
+    Rounding may bring x to 0 where nearly all mass is illegal. The clamp ends the term there, at 16 nats in single
+    precision and with gradient 0: differences of rounding errors would be all that it has left to say. The
+    cross-entropy of the legal target is at least as large there and goes on pulling.
     """
     x = x.clamp_max(-torch.finfo(x.dtype).eps)
-    impossible = x == -torch.inf
-    x = x.masked_fill(impossible, -1.0)  # a stand-in, or the gradient of the other branch is NaN
-    small = x > -0.6931471805599453  # log 2: below it log1p is the accurate form
-    value = torch.where(small, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
-    return value.masked_fill(impossible, 0.0)
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
 def _sums(
@@ -175,20 +197,7 @@ def _sums(
     member = torch.nn.functional.one_hot(classes, len(TokenClass))
     return LossSums(
         objective=(weights * cross_entropy).sum() + structure.weight * term.sum(),
-        cross_entropy=cross_entropy.detach() @ member.to(cross_entropy.dtype),
+        cross_entropy=(member * cross_entropy.detach()[:, None]).sum(0),  # a matrix product would round under autocast
         structure=term.detach().sum(),
         counts=member.sum(0),
-    )
-
-
-def _nothing(hidden: torch.Tensor, head: Head) -> LossSums:
-    """Zeros whose objective depends on every parameter, so that a batch without targets has gradients for DDP."""
-    logits = head(hidden[:1])
-    zero = 0.0 * logits.to(torch.promote_types(logits.dtype, torch.float32)).sum()
-    classes = len(TokenClass)
-    return LossSums(
-        objective=zero,
-        cross_entropy=zero.detach().new_zeros(classes),
-        structure=zero.detach(),
-        counts=torch.zeros(classes, dtype=torch.int64, device=hidden.device),
     )

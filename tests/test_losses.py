@@ -1,0 +1,331 @@
+"""The losses without full logits against the obvious ones with them, which write every sum out row by row.
+
+The twin asks `Grammar.illegal` for the illegal tokens of a row and shares nothing else with the package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from hcot_lmeval.grammar import Grammar, State, TokenClass, label_tokens
+from hcot_lmeval.trace import IGNORE
+from hcot_lmeval.training.losses import LossSums, StructureLoss, _log1m_exp, packed_losses
+from tests.random_traces import VOCAB_SIZE, random_trace
+from tests.reference import EOS, MARKERS
+
+THINK = (7, 2)
+GRAMMARS = {name: Grammar(markers, THINK, frozenset({EOS})) for name, markers in MARKERS.items()}
+HCOT = GRAMMARS["hcot"]
+WIDTH = 6
+STRUCTURES = [
+    StructureLoss("none"),
+    StructureLoss("none", marker_weight=5.0),
+    StructureLoss("mass"),
+    StructureLoss("mass", weight=5.0, marker_weight=0.5),
+    StructureLoss("mass", weight=0.0),
+    StructureLoss("unlikelihood"),
+    StructureLoss("unlikelihood", weight=0.3, marker_weight=0.0),
+]
+
+
+class SoftCapped(torch.nn.Module):
+    """An output head with a bias and Gemma's soft cap, that counts the rows which it is given."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, WIDTH, dtype=dtype, generator=random))
+        self.bias = torch.nn.Parameter(torch.randn(VOCAB_SIZE, dtype=dtype, generator=random))
+        self.rows: list[int] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(hidden))
+        return 5 * torch.tanh(linear(hidden, self.weight, self.bias) / 5)
+
+
+def batch(grammar: Grammar, shape: str, length: int = 40) -> list[torch.Tensor]:
+    """Targets, states and classes of a random trace, the prompt's rows and some more without a target: [N] each."""
+    ids, prompt = random_trace(3, grammar.markers, length, shape)
+    ids += [THINK[1], 9, 10, EOS]
+    labels = label_tokens(ids, prompt, grammar)
+    rows = [(IGNORE, 0, 0)] * prompt
+    rows += [(t, label.state, label.token_class) for t, label in zip(ids[prompt:], labels, strict=True)]
+    rows[prompt + 5 : prompt + 5] = [(IGNORE, 0, 0)] * 4
+    return [torch.tensor(column) for column in zip(*rows, strict=True)]
+
+
+def hidden_of(rows: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    hidden = torch.randn(rows, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return hidden.requires_grad_()
+
+
+def term_of(kind: str, log_p: torch.Tensor, illegal: list[int]) -> torch.Tensor:
+    """The structure term of one row, from the log-probabilities [V] of all tokens."""
+    if kind == "mass":
+        legal = [i for i in range(len(log_p)) if i not in illegal]
+        return -log_p[legal].exp().sum().log()
+    if kind == "unlikelihood":
+        return -sum(torch.log(1 - log_p[i].exp()) for i in illegal)
+    return torch.zeros((), dtype=log_p.dtype)
+
+
+def obvious(hidden, targets, states, classes, head, grammar: Grammar, structure: StructureLoss) -> LossSums:
+    """The slow twin."""
+    log_p = head(hidden).log_softmax(-1)
+    objective, term, by_class, counts = log_p.new_zeros(()), log_p.new_zeros(()), [0.0] * 4, [0] * 4
+    for row, (target, state, member) in enumerate(
+        zip(targets.tolist(), states.tolist(), classes.tolist(), strict=True)
+    ):
+        if target == IGNORE:
+            continue
+        loss = -log_p[row, target]
+        by_class[member] += loss.item()
+        counts[member] += 1
+        objective = objective + loss * (structure.marker_weight if member == TokenClass.MARKER else 1)
+        banned = grammar.illegal(State(state))
+        if target in banned or (state == State.LEAD and target != grammar.markers.lead):
+            continue
+        term = term + term_of(structure.kind, log_p[row], sorted(banned))
+    return LossSums(objective + structure.weight * term, log_p.new_tensor(by_class), term, torch.tensor(counts))
+
+
+def gradients(loss: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [hidden, *head.parameters()]))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize(("notation", "shape"), [("hcot", "nested"), ("hcot", "malformed"), ("memento", "malformed")])
+def test_losses_and_gradients_equal_the_obvious_ones(notation, shape, structure, chunk) -> None:
+    grammar, head = GRAMMARS[notation], SoftCapped()
+    columns = batch(grammar, shape)
+    hidden = hidden_of(len(columns[0]))
+    expected = obvious(hidden, *columns, head, grammar, structure)
+    found = packed_losses(hidden, *columns, head, grammar, structure, chunk)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.objective, expected.objective, **close)
+    torch.testing.assert_close(found.structure, expected.structure.detach(), **close)
+    torch.testing.assert_close(found.cross_entropy, expected.cross_entropy, **close)
+    assert found.counts.tolist() == expected.counts.tolist()
+    assert (found.structure > 0) == (structure.kind != "none")
+    ours, theirs = gradients(found.objective, hidden, head), gradients(expected.objective, hidden, head)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
+
+
+def test_every_state_and_class_and_illegal_targets_occur_above() -> None:
+    seen = [
+        set(zip(*(c.tolist() for c in batch(GRAMMARS["memento"], shape)), strict=True))
+        for shape in ("nested", "malformed")
+    ]
+    rows = [row for found in seen for row in found if row[0] != IGNORE]
+    assert {state for _, state, _ in rows} == set(State)
+    assert {member for _, _, member in rows} == set(TokenClass)
+    assert any(target in GRAMMARS["memento"].illegal(State(state)) for target, state, _ in rows)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    columns, head = batch(HCOT, "malformed", 20), SoftCapped()
+    for kind in ("mass", "unlikelihood"):
+        structure = StructureLoss(kind, weight=2.0, marker_weight=3.0)
+
+        def objective(hidden, weight, bias, structure=structure):
+            return packed_losses(
+                hidden, *columns, lambda h: 5 * torch.tanh(linear(h, weight, bias) / 5), HCOT, structure, 7
+            ).objective
+
+        assert torch.autograd.gradcheck(objective, (hidden_of(len(columns[0])), head.weight, head.bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("state", [State.OUTSIDE, State.THOUGHT, State.SOLUTION, State.ANSWER])
+def test_cross_entropy_is_that_among_legal_tokens_and_the_mass_term(state) -> None:
+    """-log p_y = -log p(y | legal) - log M, row by row."""
+    head, target, terms = SoftCapped(), 9, []
+    for hidden in hidden_of(12).split(1):
+        row = [torch.tensor([x]) for x in (target, state, TokenClass.TEXT)]
+        sums = packed_losses(hidden, *row, head, HCOT, StructureLoss("mass"))
+        legal = head(hidden).detach()[0]
+        legal[sorted(HCOT.illegal(state))] = -math.inf
+        among_legal = -legal.log_softmax(-1)[target]
+        assert abs(sums.cross_entropy.sum() - (among_legal + sums.structure)) < 1e-12
+        terms.append(sums.structure.item())
+    assert max(terms) > 0.05
+
+
+def test_the_mass_term_leaves_the_odds_of_legal_tokens_alone() -> None:
+    """Its gradient in the logits of the legal tokens is proportional to their probabilities: all rise alike."""
+    logits = hidden_of(1).new_zeros(1, VOCAB_SIZE).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
+    row = [torch.tensor([x]) for x in (9, State.THOUGHT, TokenClass.TEXT)]
+
+    def objective(kind: str) -> torch.Tensor:
+        return packed_losses(logits, *row, lambda z: z, HCOT, StructureLoss(kind)).objective
+
+    change = torch.autograd.grad(objective("mass") - objective("none"), logits)[0][0]
+    illegal = sorted(HCOT.illegal(State.THOUGHT))
+    legal = [i for i in range(VOCAB_SIZE) if i not in illegal]
+    ratio = change[legal] / logits.detach().softmax(-1)[0, legal]
+    assert (change[illegal] > 0).all()
+    assert ratio[0] < 0
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mass", "unlikelihood"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_illegal_mass_there_is_no_structure_loss(kind, dtype) -> None:
+    """A head that never allows a control token: the term is 0 and its gradient too, not NaN."""
+    head, hidden = SoftCapped(dtype), hidden_of(20, dtype)
+    control = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    control[sorted(HCOT.control_ids)] = True
+    columns = [torch.arange(20) + 20, torch.arange(20) % 3, torch.zeros(20, dtype=torch.int64)]
+
+    def sums(structure: StructureLoss) -> LossSums:
+        return packed_losses(
+            hidden, *columns, lambda h: head(h).masked_fill(control, -math.inf), HCOT, structure, chunk=7
+        )
+
+    found, plain = sums(StructureLoss(kind)), sums(StructureLoss("none"))
+    assert found.structure == 0
+    assert found.objective == plain.objective
+    for mine, other in zip(*(gradients(s.objective, hidden, head) for s in (found, plain)), strict=True):
+        assert other.isfinite().all()
+        assert torch.equal(mine, other)
+
+
+def test_illegal_targets_get_no_structure_loss() -> None:
+    """Also text where the lead token had to come, which no list of illegal ids holds."""
+    memento = GRAMMARS["memento"]
+    marks = memento.markers
+    rows = [(marks.close, State.OUTSIDE), (EOS, State.THOUGHT), (marks.split, State.SOLUTION), (9, State.LEAD)]
+    rows += [(marks.close, State.LEAD), (marks.open, State.ANSWER), (marks.open, State.THOUGHT)]
+    targets, states = (torch.tensor(column) for column in zip(*rows, strict=True))
+    hidden, head = hidden_of(len(rows)), SoftCapped()
+    for kind in ("mass", "unlikelihood"):
+        found = packed_losses(hidden, targets, states, targets * 0, head, memento, StructureLoss(kind))
+        assert found.structure == 0
+        assert found.objective == found.cross_entropy.sum()
+    lead = [torch.tensor([x]) for x in (marks.lead, State.LEAD, TokenClass.MARKER)]
+    assert packed_losses(hidden[:1], *lead, head, memento, StructureLoss()).structure > 0.01
+
+
+@pytest.mark.parametrize("x", [-1e-6, -1e-3, -0.5, -math.log(2), -0.7, -5.0, -20.0, -80.0])
+def test_log1m_exp_is_accurate_in_single_precision(x) -> None:
+    rounded = torch.tensor(x, dtype=torch.float32)
+    exact = math.log(-math.expm1(rounded.item())) if x > -30 else -math.exp(rounded.item())
+    assert _log1m_exp(rounded).item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mass", "unlikelihood"])
+@pytest.mark.parametrize("illegal", [-300.0, -40.0, 0.0, 15.0, 40.0, 300.0])
+def test_losses_stay_finite_at_any_illegal_mass(kind, illegal) -> None:
+    """One illegal token is all that is likely, or beyond single precision unlikely."""
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, HCOT.markers.close] = illegal
+    logits.requires_grad_()
+    row = [torch.tensor([x]) for x in (9, State.THOUGHT, TokenClass.TEXT)]
+    sums = packed_losses(logits, *row, lambda z: z, HCOT, StructureLoss(kind))
+    slope = torch.autograd.grad(sums.objective, logits)[0]
+    assert sums.objective.isfinite()
+    assert slope.isfinite().all()
+    assert slope[0, 9] < -0.9
+    if illegal >= 0:
+        assert slope[0, HCOT.markers.close] > 0
+        assert sums.structure > 0.01
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_logits_exist_for_a_chunk_at_a_time(chunk) -> None:
+    head, columns = SoftCapped(), batch(HCOT, "nested", 80)
+    hidden, wanted = hidden_of(len(columns[0])), int((columns[0] != IGNORE).sum())
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+        sums = packed_losses(hidden, *columns, head, HCOT, StructureLoss(), chunk)
+    assert sum(head.rows) == wanted
+    assert max(head.rows) == min(chunk, wanted)
+    assert saved
+    assert not [
+        shape for shape in saved if shape[-1:] == (VOCAB_SIZE,)
+    ]  # nothing as wide as the vocabulary waits for backward
+    head.rows.clear()
+    sums.objective.backward()
+    assert sum(head.rows) == wanted
+    assert max(head.rows) == min(chunk, wanted)
+
+
+def test_without_targets_the_gradients_are_zeros() -> None:
+    """DDP waits for a gradient of every parameter, also where a process has nothing to learn."""
+    head, hidden = SoftCapped(), hidden_of(5)
+    nothing = torch.zeros(5, dtype=torch.int64)
+    sums = packed_losses(hidden, nothing + IGNORE, nothing, nothing, head, HCOT, StructureLoss())
+    sums.objective.backward()
+    assert (sums.objective.item(), sums.structure.item()) == (0, 0)
+    assert sums.cross_entropy.tolist() == sums.counts.tolist() == [0, 0, 0, 0]
+    assert all(p.grad is not None and not p.grad.any() for p in [hidden, *head.parameters()])
+
+
+def test_rows_without_a_target_do_not_matter() -> None:
+    """Not even NaN, as the hidden states of padding may be."""
+    head, columns = SoftCapped(), batch(HCOT, "nested")
+    skipped = columns[0] == IGNORE
+    clean = hidden_of(len(skipped))
+    dirty = clean.detach().clone().masked_fill(skipped[:, None], math.nan).requires_grad_()
+    results = [packed_losses(hidden, *columns, head, HCOT, StructureLoss()) for hidden in (clean, dirty)]
+    assert results[0].objective == results[1].objective
+    slope = gradients(results[1].objective, dirty, head)[0]
+    assert torch.equal(slope, gradients(results[0].objective, clean, head)[0])
+    assert not slope[skipped].any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_coarse_logits_are_summed_in_single_precision(autocast) -> None:
+    columns = batch(HCOT, "nested", 200)
+    head = SoftCapped(torch.float32 if autocast else torch.bfloat16)
+    hidden = hidden_of(len(columns[0]), head.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sums = packed_losses(hidden, *columns, head, HCOT, StructureLoss("none"), chunk=7)
+        logits = head(hidden).float()
+    assert logits.eq(logits.bfloat16()).all()  # they are coarse; the losses are not
+    assert {sums.objective.dtype, sums.cross_entropy.dtype, sums.structure.dtype} == {torch.float32}
+    expected = cross_entropy(logits.double(), columns[0], reduction="sum", ignore_index=IGNORE)
+    assert sums.objective.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.cross_entropy.sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert [g.dtype for g in gradients(sums.objective, hidden, head)] == [hidden.dtype] * 3
+
+
+def test_sums_add_up() -> None:
+    head, columns = SoftCapped(), batch(HCOT, "malformed")
+    hidden = hidden_of(len(columns[0]))
+    halves = [
+        packed_losses(hidden[part], *(c[part] for c in columns), head, HCOT, StructureLoss())
+        for part in (slice(0, 20), slice(20, None))
+    ]
+    whole, added = packed_losses(hidden, *columns, head, HCOT, StructureLoss()), halves[0] + halves[1]
+    for name in ("objective", "cross_entropy", "structure", "counts"):
+        torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-12, atol=0)
+    assert added.objective.requires_grad
+    assert not added.detach().objective.requires_grad
+    assert not any(part.requires_grad for part in (added.cross_entropy, added.structure, added.counts))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "masss"}, "'masss' is unknown; choose one of none, mass, unlikelihood"),
+        ({"weight": -1.0}, "weight=-1.0 is not allowed"),
+        ({"weight": math.inf}, "weight=inf is not allowed"),
+        ({"marker_weight": math.nan}, "marker_weight=nan is not allowed"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        StructureLoss(**wrong)
+
+
+def test_a_chunk_has_a_row() -> None:
+    columns = batch(HCOT, "nested")
+    with pytest.raises(ValueError, match="chunk=0 is not allowed"):
+        packed_losses(hidden_of(len(columns[0])), *columns, SoftCapped(), HCOT, StructureLoss(), chunk=0)
