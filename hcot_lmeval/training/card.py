@@ -29,7 +29,7 @@ A model that {writes}, trained with `hcot_lmeval` under the policy `{policy}` ({
 lm_eval --model hcot --model_args pretrained={path} --tasks {task}
 ```
 
-## Held-out results at the end of the training
+## Held-out results at that step
 
 | metric | value |
 |---|---|
@@ -68,7 +68,8 @@ def write_card(config: SftConfig, record: TrainingRecord, run: RunDirectory, jud
         run: where curves and model are.
         judgement: what the curves say.
     """
-    evaluations = [found for found in read_records(run.curves) if "eval_loss" in found]
+    records = read_records(run.curves)
+    [*_, metrics] = [found for found in records if "eval_loss" in found and found["step"] <= record.steps]
     shutil.copyfile(run.plot, run.model / run.plot.name)
     text = CARD.format(
         name=run.root.name,
@@ -77,7 +78,7 @@ def write_card(config: SftConfig, record: TrainingRecord, run: RunDirectory, jud
         steps=record.steps,
         path=run.model,
         task=_task(config),
-        results="\n".join(_results(evaluations[-1])),
+        results="\n".join(_results(metrics)),
         verdict=judgement,
         command=record.command or "(from Python: hcot_lmeval.training.sft.train)",
         config=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).strip(),

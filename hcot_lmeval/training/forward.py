@@ -144,8 +144,10 @@ def _run(model: Any, batch: Batch, finish: Any) -> dict[str, torch.Tensor]:
 
 
 def _sums(hidden: torch.Tensor, batch: Batch, head: Any, settings: LossSettings) -> dict[str, torch.Tensor]:
-    flat = [batch[name].flatten() for name in ("shift_labels", "states", "classes")]
-    sums = packed_losses(hidden.flatten(0, 1), *flat, head, settings.grammar, settings.structure, chunk=settings.chunk)
+    targets, states, classes = (batch[name].flatten() for name in ("shift_labels", "states", "classes"))
+    sums = packed_losses(
+        hidden.flatten(0, 1), targets, states, classes, head, settings.grammar, settings.structure, settings.chunk
+    )
     return {name: getattr(sums, name) for name in ("objective", "cross_entropy", "structure", "counts")}
 
 

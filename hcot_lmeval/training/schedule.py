@@ -33,7 +33,7 @@ def steps_of(epochs: float, rows: int, rows_per_step: int) -> int:
     return max(1, math.ceil(epochs * rows / rows_per_step))
 
 
-class Schedule(Dataset):  # type: ignore[type-arg]
+class Schedule(Dataset):
     """All rows of a run in the order of training: phases one behind the other, each in ever new shuffles of its rows.
 
     Args:

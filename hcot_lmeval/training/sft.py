@@ -5,30 +5,32 @@ Everything that can be wrong with the settings, the data, the tokenizer or the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
+from hcot_lmeval.training.callbacks import Console, CurveCallback
 from hcot_lmeval.training.card import write_card
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.curves import Curves, read_records, save_figure
-from hcot_lmeval.training.dataset import Prepared, TrainingData
-from hcot_lmeval.training.documents import COLUMNS
-from hcot_lmeval.training.evaluation import evaluation_mode, free_run, held_out_losses
-from hcot_lmeval.training.forward import Batch, LossSettings, loss_sums
+from hcot_lmeval.training.curves import read_records
+from hcot_lmeval.training.dataset import TrainingData
+from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import check_adapter, load_model, load_tokenizer, with_adapter
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.rows import PackedRow, collate
+from hcot_lmeval.training.measure import Data, Evaluator
+from hcot_lmeval.training.rows import collate
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer, early_stopping, training_arguments
@@ -98,23 +100,6 @@ def grammar_of(tokenizer: PreTrainedTokenizerBase, config: SftConfig, model: Any
     )
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on, phase by phase, and what it holds out.
-
-    Attributes:
-        train: for each phase its rows.
-        held_out: rows compiled for the policy of the last phase.
-        problems: prompts and answers for free-running generation.
-        grammar: of the markup.
-    """
-
-    train: Sequence[Prepared]
-    held_out: Prepared
-    problems: Sequence[tuple[Sequence[int], str]]
-    grammar: Grammar
-
-
 def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Grammar) -> Data:
     """Reads and compiles all data, and prints what became of it.
 
@@ -167,7 +152,7 @@ def make_trainer(
     pad = partial(collate, length=config.data.row_length, pad_id=tokenizer.pad_token_id)
     schedule = schedule_of(config, data)
     evaluator = Evaluator(config, tokenizer, data, settings, pad, run)
-    return PackedTrainer(
+    trainer = PackedTrainer(
         model,
         training_arguments(config, schedule.starts[-1], run.checkpoints),
         schedule=schedule,
@@ -179,6 +164,10 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[CurveCallback(run, schedule), *early_stopping(config)],
     )
+    for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
+        if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
+            trainer.add_callback(Console)
+    return trainer
 
 
 def schedule_of(config: SftConfig, data: Data) -> Schedule:
@@ -192,88 +181,6 @@ def schedule_of(config: SftConfig, data: Data) -> Schedule:
     return Schedule(phases, rows_per_step, config.seed)
 
 
-@dataclass
-class Evaluator:
-    """Measures a model on what is held out; every process calls it.
-
-    Attributes:
-        config: the settings.
-        tokenizer: of the model.
-        data: rows and problems.
-        settings: of the losses.
-        pad: a list of rows to a batch.
-        run: where samples are written.
-    """
-
-    config: SftConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-    settings: LossSettings
-    pad: Callable[[list[PackedRow]], dict[str, torch.Tensor]]
-    run: RunDirectory
-
-    def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """Returns the held-out losses and, where there are problems, the metrics of free-running generation."""
-        model = trainer.model_wrapped
-        with evaluation_mode(model):
-            metrics = held_out_losses(self._batches(trainer), partial(loss_sums, model, settings=self.settings))
-        return metrics | (self._free_run(trainer) if self.data.problems else {})
-
-    def _batches(self, trainer: Trainer) -> Iterator[Batch]:
-        """This process's share of the held-out rows; padding fills up, for all processes forward as often."""
-        place, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        rows, size = self.data.held_out.rows, trainer.args.eval_batch_size
-        nothing: PackedRow = {name: [] for name in COLUMNS}
-        for start in range(0, len(rows), size * count):
-            mine = range(start + place * size, min(start + (place + 1) * size, len(rows)))
-            batch = self.pad([rows[i] for i in mine] or [nothing])
-            yield {name: values.to(trainer.args.device) for name, values in batch.items()}
-
-    def _free_run(self, trainer: Trainer) -> dict[str, float]:
-        settings = self.config.evaluation
-        done = free_run(
-            trainer.model_wrapped,
-            self.tokenizer,
-            self.data.problems,
-            policy=self.config.policy,
-            markup=self.config.tokens.markup,
-            max_context=settings.max_context,
-            max_gen_toks=settings.max_gen_toks,
-            batch_size=settings.batch_size,
-            shard=not trainer.is_fsdp_enabled,
-            progress=True,
-        )
-        if trainer.is_world_process_zero():
-            self.run.add_samples(done.records(trainer.state.global_step))
-        return done.metrics
-
-
-class CurveCallback(TrainerCallback):
-    """Keeps every logged number and draws the curves after each evaluation."""
-
-    def __init__(self, run: RunDirectory, schedule: Schedule) -> None:
-        self.run = run
-        self.phases = [
-            (start, phase.policy.value) for start, phase in zip(schedule.starts, schedule.phases, strict=False)
-        ]
-        self.curves: Curves | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Opens the curves; those of a run that goes on are kept up to where it does."""
-        if state.is_world_process_zero:
-            self.curves = Curves(self.run.curves, state.global_step or None)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Writes the numbers down."""
-        if self.curves is not None and logs:
-            self.curves.append({"step": state.global_step, **logs})
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draws the curves."""
-        if self.curves is not None:
-            save_figure(self.curves.records, self.run.plot, phases=self.phases, best_step=state.best_global_step)
-
-
 def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
     """Saves the best model, merged with its adapter if it has one, draws the curves and says how the training went."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -285,6 +192,8 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
     else:
         trainer.save_model(str(run.model))
     if trainer.is_world_process_zero():
+        for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
+            (folder / "training_args.bin").unlink(missing_ok=True)
         start = trainer.schedule.starts[-2]  # of the last phase: other data has other losses
         judgement = verdict(points_of(r for r in read_records(run.curves) if r["step"] > start))
         write_card(config, trainer.training_record, run, judgement)

@@ -76,8 +76,9 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
     evaluation = config.evaluation
+    device = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
     return TrainingArguments(
-        **DEFAULTS | config.trainer,
+        **DEFAULTS | device | config.trainer,  # unless told, several processes on CPUs are not recognised as such
         output_dir=str(checkpoints),
         max_steps=steps,
         seed=config.seed,
@@ -146,6 +147,7 @@ class PackedTrainer(Trainer):
         options: of transformers' Trainer (processing_class, callbacks, ...).
     """
 
+    control: Any
     loss_is_scaled_for_ga = True  # the loss is a share of the whole accumulated batch
 
     def __init__(
@@ -214,7 +216,8 @@ class PackedTrainer(Trainer):
         """Saves weights, tokenizer and the training record."""
         model = self.accelerator.unwrap_model(self.model)
         is_adapter = hasattr(model, "peft_config") and self.args.should_save
-        self.training_record.steps = self.state.global_step
+        best = None if self.is_in_train else self.state.best_global_step  # at the end the best weights are loaded
+        self.training_record.steps = best or self.state.global_step
         write_record(model, self.training_record, (output_dir or self.args.output_dir) if is_adapter else None)
         super().save_model(output_dir, _internal_call)
 

@@ -1,0 +1,58 @@
+"""What a run shows while it goes on: a progress bar, a line for each evaluation, and curves on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from hcot_lmeval.training.curves import Curves, save_figure
+from hcot_lmeval.training.run import RunDirectory
+from hcot_lmeval.training.schedule import Schedule
+
+TOLD = ("loss", "accuracy", "completion", "illegal_traces", "generated_tokens", "peak_live_tokens")
+"""Held-out metrics that are shown on the terminal."""
+
+
+class Console(ProgressCallback):
+    """A progress bar with the training loss, and a line for each evaluation."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Shows what matters; `curves.jsonl` has all of it."""
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['cross_entropy']:.4f}")
+        if "eval_loss" in logs:
+            found = {
+                key.removeprefix("eval_"): value for key, value in logs.items() if key.removeprefix("eval_") in TOLD
+            }
+            numbers = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in found.items())
+            self.training_bar.write(f"step {state.global_step}, held out: {numbers}")
+
+
+class CurveCallback(TrainerCallback):
+    """Keeps every logged number and draws the curves after each evaluation."""
+
+    def __init__(self, run: RunDirectory, schedule: Schedule) -> None:
+        self.run = run
+        self.phases = [
+            (start, phase.policy.value) for start, phase in zip(schedule.starts, schedule.phases, strict=False)
+        ]
+        self.curves: Curves | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Opens the curves; those of a run that goes on are kept up to where it does."""
+        if state.is_world_process_zero:
+            self.curves = Curves(self.run.curves, state.global_step or None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Writes the numbers down."""
+        if self.curves is not None and logs:
+            self.curves.append({"step": state.global_step, **logs})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draws the curves."""
+        if self.curves is not None:
+            save_figure(self.curves.records, self.run.plot, phases=self.phases, best_step=state.best_global_step)

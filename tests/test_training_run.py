@@ -1,0 +1,65 @@
+"""The directory of a run: it resumes its own run, refuses another, and never trusts half a checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.config_file import load_config
+from hcot_lmeval.training.data_report import Finding, Report
+from hcot_lmeval.training.run import RunDirectory
+from tests.test_training_config import MINIMAL
+
+
+def config(**changes) -> SftConfig:
+    return SftConfig.model_validate({**MINIMAL, **changes})
+
+
+def checkpoint(run: RunDirectory, step: int, *, whole: bool = True) -> None:
+    path = run.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if whole:
+        (path / "trainer_state.json").write_text("{}")
+
+
+def test_resumes_from_the_newest_whole_checkpoint(tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert run.claim(config()) is None
+    for step in (90, 100):
+        checkpoint(run, step)
+    checkpoint(run, 110, whole=False)
+    assert run.claim(config()).name == "checkpoint-100"
+
+
+def test_settings_are_written_so_that_they_can_be_read_again(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(config(output=tmp_path))
+    assert load_config(tmp_path / "config.yaml") == config(output=tmp_path)
+
+
+def test_another_run_is_refused_unless_told(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(config())
+    checkpoint(run, 5)
+    other = config(phases=[{"policy": "evict", "steps": 10}])
+    with pytest.raises(ValueError, match=r"(?s)phases\.0\.policy: 'recompute' there, 'evict' now.*--restart"):
+        run.claim(other)
+    assert run.last_checkpoint() is not None
+    assert run.claim(other, restart=True) is None
+
+
+def test_settings_that_change_nothing_may_change(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(config())
+    checkpoint(run, 5)
+    moved = config(output="elsewhere", data={**MINIMAL["data"], "workers": 3}, evaluation={"batch_size": 2})
+    assert run.claim(moved).name == "checkpoint-5"
+
+
+def test_findings_are_written_once(tmp_path) -> None:
+    one, other = (Finding("a.jsonl", row, ("no_trace",), kept=False) for row in (1, 2))
+    run = RunDirectory(tmp_path)
+    run.write_findings([Report(findings=[one, other]), Report(findings=[one])])
+    assert [json.loads(line)["row"] for line in run.rejected.read_text().splitlines()] == [1, 2]
