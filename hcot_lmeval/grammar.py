@@ -4,9 +4,17 @@
 
 The rule (`hcot_lmeval.trace`) gives every token a meaning, malformed or not. The grammar says which tokens a
 well-formed trace would not have there. It is stricter than the rule, which knows nothing of thinking tokens and ends:
-those may come at depth 0 alone, and no marker may follow ``</think>``. The stack of blocks is the rule's own.
+those may come at depth 0 alone, and no marker may follow ``</think>``; and a lead token may come nowhere but behind its
+``[split]``. The stack of blocks is the rule's own.
 
-Losses on illegal tokens, constrained decoding and the counts of illegal traces read the same table.
+``<think>`` may come wherever no block is open, until ``</think>``. Most prompts end with it and some completions begin
+with it; a state that remembers which would forbid nothing but a second one, which acts on nothing. What follows an end
+of the sequence is judged as if it had not come, for a decoder stops there.
+
+Losses on illegal tokens, constrained decoding and the counts of illegal traces read the same table:
+
+    a trace      label_tokens(ids, prompt_len, grammar): the state, class and legality of each generated token
+    a decoder    cursor = Cursor(grammar); forbid cursor.illegal; cursor.push(token); and so on
 """
 
 from __future__ import annotations
@@ -132,6 +140,11 @@ class Cursor:
     def depth(self) -> int:
         """Blocks open now."""
         return self._blocks.depth
+
+    @property
+    def illegal(self) -> frozenset[int]:
+        """The ids that may not come next (in state `LEAD` only the lead token may: see `Grammar.illegal`)."""
+        return self.grammar.illegal(self.state)
 
     def push(self, token: int) -> Label:
         """Appends a token and returns its label."""
