@@ -1,9 +1,9 @@
 """Cross-entropy and structure losses from hidden states, without the logits of a whole batch.
 
-Let Z be the log-sum-exp of a row's logits, I the tokens that the grammar forbids there and M = 1 - sum_{i in I} p_i
-the mass of those that it allows. The cross-entropy of a legal target y splits as
+Let A be the log-sum-exp of a row's legal logits, F that of the logits I that the grammar forbids there, Z = log(e^A +
+e^F) that of all, and M = 1 - sum_{i in I} p_i the mass of the legal tokens. The cross-entropy of a legal target y is
 
-    -log p_y = -log p(y | legal) - log M,        log M = log(1 - exp(lse_{i in I} z_i - Z))
+    -log p_y = Z - z_y = -log p(y | legal) - log M,        M = e^(A - Z) = sigmoid(A - F)
 
 so plain cross-entropy holds the term on illegal markers once, and ``mass`` adds ``weight`` times more of it: it raises
 legality and nothing else, and vanishes where nothing illegal is likely. ``unlikelihood`` (Welleck et al. 2020) adds
@@ -23,6 +23,7 @@ from functools import reduce
 from typing import Literal, get_args
 
 import torch
+from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from hcot_lmeval.grammar import Grammar, State, TokenClass
@@ -115,13 +116,15 @@ def packed_losses(
         raise ValueError(f"chunk={chunk} is not allowed; it has to be at least 1 row of logits")
     rows = (targets != IGNORE).nonzero()[:, 0]
     illegal = _IllegalIds.of(grammar, hidden.device)
+
+    def sums(hidden: torch.Tensor, targets: torch.Tensor, states: torch.Tensor, classes: torch.Tensor) -> LossSums:
+        inputs = (hidden, targets, states, head, illegal, structure.kind)
+        cross_entropy, term = checkpoint(_entropies, *inputs, use_reentrant=False)
+        return _sums(cross_entropy, term, classes, structure)
+
     # without targets there is one chunk of no rows, whose zeros depend on every parameter, as DDP wants
-    parts = zip(*(column[rows].split(chunk) for column in (hidden, targets, states, classes)), strict=True)
-    sums = [
-        _sums(*checkpoint(_entropies, hidden, target, state, head, illegal, use_reentrant=False), members, structure)
-        for hidden, target, state, members in parts
-    ]
-    return reduce(operator.add, sums)
+    chunks = (column[rows].split(chunk) for column in (hidden, targets, states, classes))
+    return reduce(operator.add, map(sums, *chunks))
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ class _IllegalIds:
     """The grammar as tensors.
 
     Attributes:
-        ids: the illegal ids of each state, filled up with zeros, [states, width].
-        real: which entries of `ids` are no filling, [states, width].
+        ids: the illegal ids of each state, [states, width]; where it has fewer, the first of them again.
+        real: which entries of `ids` are no repetition, [states, width].
         lead: the only token that may come in state `LEAD`; -1, which is no token, where there is none.
     """
 
@@ -142,57 +145,64 @@ class _IllegalIds:
     def of(cls, grammar: Grammar, device: torch.device) -> _IllegalIds:
         sets = [sorted(grammar.illegal(state)) for state in State]
         width = max(map(len, sets))
-        ids = torch.tensor([[*found, *[0] * (width - len(found))] for found in sets], device=device)
+        ids = torch.tensor([found + found[:1] * (width - len(found)) for found in sets], device=device)
         sizes = torch.tensor([len(found) for found in sets], device=device)
         real = torch.arange(width, device=device) < sizes[:, None]
         return cls(ids, real, -1 if grammar.markers.lead is None else grammar.markers.lead)
 
     def allow(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Returns whether each token may come in its state, bool [n]."""
-        listed = ((self.ids[states] == tokens[:, None]) & self.real[states]).any(-1)
+        listed = (self.ids[states] == tokens[:, None]).any(-1)
         return ~listed & ((states != State.LEAD) | (tokens == self.lead))
 
 
 def _entropies(
-    hidden: torch.Tensor, targets: torch.Tensor, states: torch.Tensor, head: Head, illegal: _IllegalIds
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns for each row the cross-entropy, -log M, and the unlikelihood of the illegal tokens, [n] each.
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    states: torch.Tensor,
+    head: Head,
+    illegal: _IllegalIds,
+    kind: Kind,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the cross-entropy and the structure term of each row, [n] each.
 
-    The last two are 0 where the target itself is illegal, as in malformed traces that are kept: there the losses would
-    pull in opposite directions.
+    The term is 0 where the target itself is illegal, as in malformed traces that are kept: there the losses would pull
+    in opposite directions.
     """
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = logits.logsumexp(-1)
-    cross_entropy = normaliser - logits.gather(-1, targets[:, None])[:, 0]
     ids, real = illegal.ids[states], illegal.real[states]
     never = torch.finfo(logits.dtype).min  # log 0 in effect; the log-sum-exp of -inf alone has no gradient
-    log_p = (logits.gather(-1, ids) - normaliser[:, None]).clamp_min(never).masked_fill(~real, never)
-    legal = illegal.allow(targets, states)
-    mass = _log1m_exp(log_p.logsumexp(-1)).neg().where(legal, 0.0)
-    unlikelihood = _log1m_exp(log_p).sum(-1).neg().where(legal, 0.0)
-    return cross_entropy, mass, unlikelihood
+    forbidden = logits.gather(-1, ids).clamp_min(never).masked_fill(~real, never)
+    allowed = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    cross_entropy = torch.logaddexp(allowed, forbidden.logsumexp(-1)) - chosen
+    term = _structure_term(kind, allowed, forbidden)
+    return cross_entropy, term.where(illegal.allow(targets, states), 0.0)
 
 
-def _log1m_exp(x: torch.Tensor) -> torch.Tensor:
-    """Returns log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012), with gradients that stay finite.
+def _structure_term(kind: Kind, allowed: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """Returns the term of each row, [n].
 
-    Rounding may bring x to 0 where nearly all mass is illegal. The clamp ends the term there, at 16 nats in single
-    precision and with gradient 0: differences of rounding errors would be all that it has left to say. The
-    cross-entropy of the legal target is at least as large there and goes on pulling.
+    Both are sums of log sigmoids, since 1 - p_i = sigmoid(log-sum-exp of the other logits - z_i) as well. That is
+    accurate in single precision at any mass, and so are the gradients. 1 minus a probability would not
+    be: where nearly all mass is illegal it is rounding error.
+
+    Args:
+        kind: which term.
+        allowed: log-sum-exp of the legal logits, [n].
+        forbidden: the illegal logits, [n, width].
     """
-    x = x.clamp_max(-torch.finfo(x.dtype).eps)
-    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+    if kind == "mass":
+        return -logsigmoid(allowed - forbidden.logsumexp(-1))
+    if kind == "unlikelihood":
+        same = torch.eye(forbidden.shape[-1], dtype=torch.bool, device=forbidden.device)
+        others = forbidden[:, None, :].masked_fill(same, torch.finfo(forbidden.dtype).min).logsumexp(-1)
+        return -logsigmoid(torch.logaddexp(allowed[:, None], others) - forbidden).sum(-1)
+    return torch.zeros_like(allowed)
 
 
-def _sums(
-    cross_entropy: torch.Tensor,
-    mass: torch.Tensor,
-    unlikelihood: torch.Tensor,
-    classes: torch.Tensor,
-    structure: StructureLoss,
-) -> LossSums:
-    term = {"none": torch.zeros_like(mass), "mass": mass, "unlikelihood": unlikelihood}[structure.kind]
+def _sums(cross_entropy: torch.Tensor, term: torch.Tensor, classes: torch.Tensor, structure: StructureLoss) -> LossSums:
     weights = torch.where(classes == TokenClass.MARKER, structure.marker_weight, 1.0).to(cross_entropy.dtype)
     member = torch.nn.functional.one_hot(classes, len(TokenClass))
     return LossSums(
