@@ -130,11 +130,20 @@ class _Packed:
 
     def __call__(self, inner: Any, batch: Batch) -> dict[str, torch.Tensor]:
         text = inner.config.get_text_config()
-        mask = attention_masks(text, batch["death"], batch["position_ids"], text._attn_implementation)
+        place = batch["death"], batch["position_ids"]
+        # in the dtype of the scores all layers keep the same mask for the backward pass, instead of a copy each
+        mask = attention_masks(text, *place, text._attn_implementation, _compute_dtype(inner))
         hidden = inner.base_model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
         ).last_hidden_state
         return self.finish(hidden, batch, _head(inner))
+
+
+def _compute_dtype(inner: Any) -> torch.dtype:
+    """What attention computes in: the dtype of the weights, or that of autocast."""
+    device: str = inner.device.type
+    found: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inner.dtype
+    return found
 
 
 def _run(model: Any, batch: Batch, finish: Any) -> dict[str, torch.Tensor]:
