@@ -1,6 +1,6 @@
 """Trains under-trained models with each structure loss and says what it does to illegal traces and to accuracy.
 
-    python scripts/study_structure.py                        # every loss, three seeds, about a minute a run on one core
+    python scripts/study_structure.py                        # every loss, three seeds, about half a minute a run on one core
     python scripts/study_structure.py --seeds 5 --steps 2000 --out study
     python scripts/study_structure.py --losses none mass     # some of them
 
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("study_structure"), help="directory of runs and results")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="losses to compare")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each loss, with seeds 0, 1, ...")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=250, help="optimiser steps of a run")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to solve")
     return parser.parse_args()
 
@@ -79,6 +79,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace, output: Path) -> di
     problems = {"depths": DEPTHS, "seed": 0}
     return {
         "model": "tiny",
+        "tiny": {"start": "induction"},
         "output": str(output),
         "seed": seed,
         "data": {
@@ -89,7 +90,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace, output: Path) -> di
         "phases": [{"policy": "recompute", "steps": args.steps}],
         "loss": LOSSES[loss],
         "evaluation": {"every": args.steps, "problems": 0},
-        "trainer": {"learning_rate": 2e-3, "warmup_steps": 100, "save_only_model": True},
+        "trainer": {"learning_rate": 3e-3, "warmup_steps": 50, "save_only_model": True},
     }
 
 

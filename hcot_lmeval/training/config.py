@@ -30,6 +30,7 @@ class TokensConfig(Section):
     )
     noise: float = Field(0.01, ge=0, description="standard deviation of the noise, under seeding=noise")
     phrases: dict[str, str] = Field({}, description="token -> phrase, beside or instead of the default phrases")
+    eos: str | None = Field(None, description="token that ends a turn; none: the tokenizer's own end of sequence")
     chat_template: str | None = Field(
         None, description="a shipped template's name or a file; none: the tokenizer's own"
     )
@@ -100,7 +101,9 @@ class EvaluationConfig(Section):
     max_context: int | None = Field(None, ge=1, description="live tokens of the generation; none: the model's limit")
     max_gen_toks: int = Field(4096, ge=1, description="generated tokens of the generation")
     batch_size: int = Field(32, ge=1, description="rows that generate side by side")
-    metric: str = Field("loss", description="chooses the best checkpoint: loss, accuracy, illegal_traces, completion")
+    metric: Literal["loss", "accuracy", "illegal_traces", "completion"] = Field(
+        "loss", description="chooses the best checkpoint; all but the loss are measured by generation"
+    )
     patience: int | None = Field(None, ge=1, description="evaluations without a better metric before training stops")
 
 
@@ -119,9 +122,13 @@ class TinyConfig(Section):
     hidden_size: int = Field(128, ge=8, description="width")
     intermediate_size: int = Field(256, ge=8, description="width of the feed-forward layers")
     layers: int = Field(3, ge=1, description="number of layers")
-    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    heads: int = Field(6, ge=1, description="attention heads of a layer")
     head_dim: int = Field(32, ge=2, multiple_of=2, description="width of a head")
     positions: int = Field(4096, ge=8, description="longest context")
+    rope_theta: float = Field(1e6, gt=1, description="base of the rotary frequencies, as in Qwen2.5")
+    start: Literal["random", "induction"] = Field(
+        "random", description="induction: with heads that copy what followed before (see training/induction.py)"
+    )
 
 
 class SftConfig(Section):

@@ -10,11 +10,10 @@ from hcot_lmeval.embeddings import padded
 from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.synthetic import ALPHABET
 from hcot_lmeval.training.config import TinyConfig
+from hcot_lmeval.training.induction import start_from_induction
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 BOX = "\\boxed{"
-THETA = 1e4
-"""Base of the rotary frequencies. Qwen2.5's 1e6 is for contexts of 100,000 tokens; these have hundreds."""
 DEVIATION = 0.06
 """Standard deviation of new weights; the usual 0.02 is meant for widths of thousands."""
 DEFAULT_SHAPE = TinyConfig()
@@ -63,7 +62,7 @@ def tiny_model(
         num_key_value_heads=shape.heads,
         head_dim=shape.head_dim,
         max_position_embeddings=shape.positions,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         initializer_range=DEVIATION,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -72,4 +71,7 @@ def tiny_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(config)
+        if shape.start == "induction":
+            start_from_induction(model)
+    return model
