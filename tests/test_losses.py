@@ -196,6 +196,22 @@ def test_without_illegal_mass_there_is_no_structure_loss(kind, dtype) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("kind", ["none", "mass", "unlikelihood"])
+def test_impossible_tokens_give_no_nan_in_any_state(kind, state) -> None:
+    """The state with the most illegal ids has no filling in its list, so that all of it may be -inf."""
+    grammar = GRAMMARS["memento"]
+    target = grammar.markers.lead if state is State.LEAD else 9
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, sorted(grammar.illegal(state))] = -math.inf
+    logits.requires_grad_()
+    row = [torch.tensor([x]) for x in (target, state, grammar.token_class(target, state))]
+    sums = packed_losses(logits, *row, lambda z: z, grammar, StructureLoss(kind))
+    slope = torch.autograd.grad(sums.objective, logits)[0]
+    assert sums.structure == 0
+    torch.testing.assert_close(slope, torch.autograd.grad(-logits.log_softmax(-1)[0, target], logits)[0])
+
+
 def test_illegal_targets_get_no_structure_loss() -> None:
     """Also text where the lead token had to come, which no list of illegal ids holds."""
     memento = GRAMMARS["memento"]
