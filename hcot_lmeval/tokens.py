@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
@@ -81,18 +81,22 @@ def extend_vocabulary(
     model: PreTrainedModel | None = None,
     markup: Markup | str = "hcot",
     seeding: Seeding = DEFAULT_SEEDING,
+    *,
+    new: Collection[str] = (),
 ) -> Added:
     """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
 
     Nothing is lost: tokens keep their ids and rows, other added tokens, special tokens and the chat template stay. The
     embedding never shrinks and is padded to a multiple of 64 rows. A new token may get a spare row of a padded
-    embedding; that one is seeded too. Add the tokens to both in one call, for only then is it known which are new.
+    embedding; that one is seeded too, if it is known to be new: add the tokens to both in one call, or name those that
+    an earlier call gave to the tokenizer alone.
 
     Args:
         tokenizer: gets the tokens.
         model: gets the rows; its dtype, device and tied weights stay. Wrap it for PEFT afterwards.
         markup: the notation whose tokens are needed.
         seeding: how new rows start.
+        new: tokens that the tokenizer has been given already, and the model has not.
 
     Raises:
         ValueError: a phrase belongs to no token of the markup or cannot be used, the markup is unknown, or the model
@@ -103,9 +107,9 @@ def extend_vocabulary(
     seeding.check(texts)
     missing = [text for text in texts if token_id(tokenizer, text) is None]
     rows = None if model is None else rows_of(model)
-    new = [text for text in texts if rows is not None and _is_new(token_id(tokenizer, text), rows)]
-    sources = {} if rows is None else seeding.sources(tokenizer, new, rows)
-    if hasattr(model, "peft_config") and (new or padded(rows_of(model)) != rows):
+    unknown = [text for text in texts if rows is not None and (text in new or _is_new(token_id(tokenizer, text), rows))]
+    sources = {} if rows is None else seeding.sources(tokenizer, unknown, rows)
+    if hasattr(model, "peft_config") and (unknown or padded(rows_of(model)) != rows):
         raise ValueError(
             "the model is wrapped for PEFT, and an adapter does not save rows that are added to its base; add the "
             f"tokens ({', '.join(texts)}) to the base model before wrapping it"

@@ -113,7 +113,9 @@ class LoraConfig(Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale: updates are multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
-    target_modules: str | list[str] = Field("all-linear", description="modules that get adapters")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="modules that get adapters: all-linear, a list of names, or a pattern of whole names"
+    )
 
 
 class TinyConfig(Section):

@@ -1,125 +1,178 @@
-"""Tokenizer, model and adapter of a training run, checked before anything is trained."""
+"""Tokenizer and model of a training run.
+
+What can be wrong with a checkpoint is found in its tokenizer and its configuration, before its weights are read.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from hcot_lmeval.assets import resolve
+from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.embeddings import Seeding
+from hcot_lmeval.engine.decoder import refuse_recurrent
 from hcot_lmeval.templates import check_template, load_template
-from hcot_lmeval.tokens import Added, extend_vocabulary, marker_ids
-from hcot_lmeval.training.config import LoraConfig, SftConfig
+from hcot_lmeval.tokens import Added, extend_vocabulary, marker_ids, token_id
+from hcot_lmeval.trace import Policy
+from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
-
-logger = logging.getLogger(__name__)
 
 NEW_MODEL = "tiny"
 """The name under which a new, small model is made instead of loading one."""
 FLEX_FROM = 2048
 """Tokens in a row from which FlexAttention beats a dense mask on CUDA (which grows with its square)."""
 
+T = TypeVar("T")
 
-def load_tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer with its chat template, the markers not yet added.
+
+def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Returns the tokenizer, markers and chat template included, and the tokens that it had to be given.
+
+    It is the one that `config` names, else the adapter's, which knows the tokens that the adapter was trained with,
+    else the model's.
 
     Raises:
-        ValueError: the markers are missing and `tokens.add` is false, or the chat template is unknown.
+        ValueError: there is no tokenizer, it lacks the markers and `tokens.add` is false, it lacks `tokens.eos`, the
+            adapter would have no rows for its new tokens, or the chat template is unknown or unfit for training.
     """
-    if config.model == NEW_MODEL and config.tokenizer is None:
-        tokenizer = tiny_tokenizer(config.tokens.markup)
-    else:
-        source = resolve(config.tokenizer or config.model)
-        options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if config.tokens.chat_template is not None:
-        tokenizer.chat_template = load_template(config.tokens.chat_template)
-    if not config.tokens.add:
-        marker_ids(tokenizer, config.tokens.markup)
+    tokens = config.tokens
+    tokenizer = _tokenizer(config)
+    if tokens.eos is not None:
+        if token_id(tokenizer, tokens.eos) is None:
+            raise ValueError(f"tokens.eos={tokens.eos!r} is no token of the tokenizer; name the one that ends a turn")
+        tokenizer.eos_token = tokens.eos
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if tokens.chat_template is not None:
+        tokenizer.chat_template = load_template(tokens.chat_template)
+    new = _add_tokens(config, tokenizer)
+    if tokenizer.chat_template:
+        check_template(tokenizer, tokens.markup)
+    return tokenizer, new
 
 
-def load_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Added]:
-    """Returns the model, rows for the markers included, and what was added to tokenizer and model.
+def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
+    if config.model == NEW_MODEL and config.tokenizer is None:
+        return tiny_tokenizer(config.tokens.markup)
+    own = config.adapter is not None and (Path(config.adapter) / "tokenizer_config.json").is_file()
+    source = config.tokenizer or (config.adapter if own else None) or config.model
+    name = "tokenizer" if config.tokenizer else "model"
+    return _from_checkpoint(f"the tokenizer of {name}={source!r}", config, AutoTokenizer.from_pretrained, source)
+
+
+def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if not config.tokens.add:
+        marker_ids(tokenizer, config.tokens.markup)
+        return []
+    new = list(extend_vocabulary(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
+    if new and config.adapter is not None:
+        raise ValueError(
+            f"adapter={config.adapter!r} lacks rows for {', '.join(new)}, which are new to the tokenizer. "
+            "Set tokenizer and tokens.markup to those that it was trained with, or merge it into its base and set lora "
+            "for a new one."
+        )
+    return new
+
+
+def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Looks at the configuration of the model; no weights are read.
 
     Raises:
-        ValueError: see `load_tokenizer`; or the chat template's prompt is no prefix of its training text.
+        ValueError: there is no such model, its state cannot be pruned, or the tokenizer has markers that it has no rows
+            for and `tokens.add` is false.
     """
     if config.model == NEW_MODEL:
-        model = tiny_model(tokenizer, config.tiny, config.seed)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(config.model),
-            dtype=getattr(torch, config.dtype),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
+        return
+    found = _model_config(config).get_text_config()
+    if config.evaluation.problems or any(phase.policy is not Policy.OFF for phase in config.phases):
+        refuse_recurrent(found, f"model={config.model!r} ({found.model_type})")
+    rows = getattr(found, "vocab_size", None)
+    last = max(marker_ids(tokenizer, config.tokens.markup).ids)
+    if not config.tokens.add and rows is not None and last >= rows:
+        raise ValueError(
+            f"tokens.add is false, but the tokenizer's markers go up to id {last} and model={config.model!r} has rows "
+            f"for {rows} tokens alone; set tokens.add=true, or the tokenizer that belongs to the model"
         )
+
+
+def end_ids(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the ids that end a generation: the tokenizer's, and those of the model's generation settings."""
+    also: Any = None
+    if config.model != NEW_MODEL:
+        try:
+            also = GenerationConfig.from_pretrained(resolve(config.model), revision=config.revision).eos_token_id
+        except OSError:  # most checkpoints have a file of them, but none is required
+            also = getattr(_model_config(config).get_text_config(), "eos_token_id", None)
+    ids = also if isinstance(also, list) else [also]
+    return frozenset([tokenizer.eos_token_id, *ids]) - {None}
+
+
+def _model_config(config: SftConfig) -> Any:
+    return _from_checkpoint(f"model={config.model!r}", config, AutoConfig.from_pretrained, config.model)
+
+
+def load_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase, new: Collection[str]) -> tuple[Any, Added]:
+    """Returns the model, with rows for the markers, and what was added to tokenizer and model.
+
+    Args:
+        config: the settings.
+        tokenizer: of `load_tokenizer`.
+        new: the tokens that it was given there.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the phrase of a new token cannot be used.
+    """
+    if config.model == NEW_MODEL:
+        model: Any = tiny_model(tokenizer, config.tiny, config.seed)
+    else:
+        load = AutoModelForCausalLM.from_pretrained
+        dtype = getattr(torch, config.dtype)
+        model = _from_checkpoint(f"model={config.model!r}", config, load, config.model, dtype=dtype)
     model.set_attn_implementation(attention_of(config))
+    if not config.tokens.add:
+        return model, Added({}, {})
+    added = extend_vocabulary(tokenizer, model, config.tokens.markup, _seeding(config), new=new)
+    return model, Added({text: tokenizer.convert_tokens_to_ids(text) for text in new}, added.seeding)
+
+
+def _seeding(config: SftConfig) -> Seeding:
     tokens = config.tokens
-    seeding = Seeding(tokens.seeding, noise=tokens.noise, phrases=tokens.phrases, seed=config.seed)
-    added = extend_vocabulary(tokenizer, model, tokens.markup, seeding)
-    if tokenizer.chat_template is not None:
-        check_template(tokenizer, tokens.markup)
-    return model, added
+    return Seeding(tokens.seeding, noise=tokens.noise, phrases=tokens.phrases, seed=config.seed)
+
+
+def _from_checkpoint(what: str, config: SftConfig, load: Callable[..., T], source: str, **options: Any) -> T:
+    """Calls a `from_pretrained` with the settings that all of them share, and says in one line what went wrong."""
+    shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        return load(resolve(source), **shared, **options)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{what} cannot be loaded; give the directory of a checkpoint, an id on a hub within reach, {NEW_MODEL!r} "
+            f"for a new model, or a bundled one ({', '.join(BUNDLED)}). {why}"
+        ) from error
 
 
 def attention_of(config: SftConfig) -> str:
-    """Returns the attention implementation that `attention: auto` stands for here."""
+    """Returns the attention implementation to train with; `attention: auto` is what suits rows and device.
+
+    Raises:
+        ValueError: the implementation cannot be trained with here.
+    """
+    gpu = torch.accelerator.is_available() and not config.trainer.get("use_cpu")
+    if config.attention.startswith("flash"):
+        raise ValueError(
+            f"attention={config.attention} cannot run packed rows: it would drop the mask that keeps their documents "
+            "apart. Use attention=auto, or flex_attention on CUDA."
+        )
+    if config.attention == "flex_attention" and not gpu:
+        raise ValueError(
+            "attention=flex_attention cannot train on a CPU, where it has no gradients; use attention=auto"
+        )
     if config.attention != "auto":
         return config.attention
-    return "flex_attention" if torch.cuda.is_available() and config.data.row_length > FLEX_FROM else "sdpa"
-
-
-def check_adapter(adapter: str, model: str) -> None:
-    """Raises `ValueError` unless `adapter` is an adapter for the base `model`."""
-    file = Path(adapter) / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(f"adapter={adapter!r} is no adapter directory: it has no {file.name}")
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or not _same(base, model):
-        raise ValueError(
-            f"adapter={adapter!r} was trained on the base {base!r}, not on model={model!r}; its updates would mean "
-            "nothing there. Set model to that base, or leave adapter out and set lora for a new one."
-        )
-
-
-def _same(one: str, other: str) -> bool:
-    return one == other or Path(one).resolve() == Path(other).resolve()
-
-
-def with_adapter(config: SftConfig, model: Any, new_ids: Collection[int]) -> Any:
-    """Returns the model wrapped for LoRA if `config` asks for that, else the model itself."""
-    if config.adapter is None and config.lora is None:
-        return model
-    import peft
-
-    if config.adapter is not None:
-        return peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
-    return peft.get_peft_model(model, _lora(config.lora or LoraConfig(), model, new_ids))
-
-
-def _lora(config: LoraConfig, model: Any, new_ids: Collection[int]) -> Any:
-    """PEFT's configuration; rows of new tokens are trained in full, in the input and, if untied, the output."""
-    import peft
-
-    names = {id(module): name for name, module in model.named_modules()}
-    embeddings = [model.get_input_embeddings()]
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", True):
-        embeddings.append(model.get_output_embeddings())
-    rows = {names[id(module)].rpartition(".")[2]: sorted(new_ids) for module in embeddings}
-    return peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=config.target_modules,
-        trainable_token_indices=rows if new_ids else None,
-        task_type="CAUSAL_LM",
-    )
+    return "flex_attention" if gpu and torch.cuda.is_available() and config.data.row_length > FLEX_FROM else "sdpa"

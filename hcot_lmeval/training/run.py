@@ -63,6 +63,16 @@ class RunDirectory:
     def model(self) -> Path:
         return self.root / "model"
 
+    @property
+    def identity(self) -> Path:
+        return self.root / "run.json"
+
+    def check(self, config: SftConfig) -> None:
+        """Raises `ValueError` if another run, with other settings, lives there; changes nothing."""
+        if self.identity.is_file():
+            before = json.loads(self.identity.read_text(encoding="utf-8"))
+            _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root)
+
     def claim(self, config: SftConfig, *, restart: bool = False) -> Path | None:
         """Makes the directory this run's own.
 
@@ -78,13 +88,12 @@ class RunDirectory:
         """
         if restart and self.root.exists():
             shutil.rmtree(self.root)
-        identity, file = _identity(config.model_dump(mode="json")), self.root / "run.json"
-        if file.is_file():
-            _refuse_differences(json.loads(file.read_text(encoding="utf-8")), identity, self.root)
+        self.check(config)
         self.root.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (self.root / "config.yaml").write_text(text, encoding="utf-8")
-        file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        identity = json.dumps(_identity(config.model_dump(mode="json")), indent=1)
+        self.identity.write_text(identity, encoding="utf-8")
         return self.last_checkpoint()
 
     def write_findings(self, reports: Iterable[Report]) -> None:

@@ -21,13 +21,14 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
+from hcot_lmeval.training.adapters import check_adapter, with_adapter
 from hcot_lmeval.training.callbacks import Console, CurveCallback
 from hcot_lmeval.training.card import write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.dataset import TrainingData
 from hcot_lmeval.training.forward import LossSettings
-from hcot_lmeval.training.loading import check_adapter, load_model, load_tokenizer, with_adapter
+from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.losses import StructureLoss
 from hcot_lmeval.training.measure import Data, Evaluator
 from hcot_lmeval.training.rows import collate
@@ -51,16 +52,18 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         FileNotFoundError: a data file does not exist.
     """
     check_settings(config)
+    run = RunDirectory(config.output)
+    if not restart:
+        run.check(config)
+    tokenizer, new = load_tokenizer(config)
+    check_model(config, tokenizer)
+    with PartialState().main_process_first():  # the others find the data in the cache
+        data = prepare(config, tokenizer, grammar_of(config, tokenizer))
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config)
-    model, added = load_model(config, tokenizer)
+    model, added = load_model(config, tokenizer, new)  # weights are read when nothing else can be wrong
     model = with_adapter(config, model, added.tokens.values())
-    grammar = grammar_of(tokenizer, config, model)
     if config.evaluation.problems:
         Decoder(model)  # says now whether the model can be decoded with pruning
-    with PartialState().main_process_first():  # the others find the data in the cache
-        data = prepare(config, tokenizer, grammar)
-    run = RunDirectory(config.output)
     with PartialState().main_process_first():
         checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
     trainer = make_trainer(config, model, tokenizer, data, record_of(config, added, data, command), run)
@@ -82,22 +85,16 @@ def check_settings(config: SftConfig) -> None:
             f"evaluation.metric={config.evaluation.metric} is measured by generation; set evaluation.problems, or "
             "metric=loss"
         )
+    attention_of(config)
+    check_adapter(config)
     training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints)
-    if config.adapter is not None:
-        check_adapter(config.adapter, config.model)
 
 
-def grammar_of(tokenizer: PreTrainedTokenizerBase, config: SftConfig, model: Any) -> Grammar:
+def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
     """Returns the grammar of the markup in the tokenizer's vocabulary."""
     markup = get_markup(config.tokens.markup)
     begin, end = (token_id(tokenizer, text) for text in markup.think)
-    stops = getattr(model.generation_config, "eos_token_id", None)
-    also = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return Grammar(
-        markers=marker_ids(tokenizer, markup),
-        think=(begin, end),
-        eos_ids=frozenset([tokenizer.eos_token_id, *also]),
-    )
+    return Grammar(markers=marker_ids(tokenizer, markup), think=(begin, end), eos_ids=end_ids(config, tokenizer))
 
 
 def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Grammar) -> Data:
@@ -126,6 +123,7 @@ def record_of(config: SftConfig, added: Added, data: Data, command: str) -> Trai
     return TrainingRecord(
         policy=config.policy.value,
         markup=config.tokens.markup,
+        think=None if None in data.grammar.think else get_markup(config.tokens.markup).think,
         seeding=added.seeding,
         structure_loss=config.loss.model_dump(exclude={"chunk"}),
         curriculum=[

@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hcot_lmeval.grammar import TokenClass
@@ -56,6 +57,13 @@ OWNED = {
 }
 """Arguments that follow from the settings named behind them, or that nothing else works with."""
 
+POSITIVE = {
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+}
+
 HIGHER_IS_BETTER = {"loss": False, "accuracy": True, "illegal_traces": False, "completion": True}
 """The metrics that can choose the best checkpoint."""
 
@@ -64,7 +72,7 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
     """Returns transformers' arguments for a run.
 
     Raises:
-        ValueError: an argument is unknown, or follows from another setting.
+        ValueError: an argument is unknown, has a value that is not allowed, or follows from another setting.
     """
     known = {field.name for field in fields(TrainingArguments) if field.init}
     for name in config.trainer:
@@ -75,10 +83,11 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
+    arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
     evaluation = config.evaluation
     device = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
     return TrainingArguments(
-        **DEFAULTS | device | config.trainer,  # unless told, several processes on CPUs are not recognised as such
+        **DEFAULTS | device | arguments,  # unless told, several processes on CPUs are not recognised as such
         output_dir=str(checkpoints),
         max_steps=steps,
         seed=config.seed,
@@ -94,6 +103,18 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
         average_tokens_across_devices=True,
         label_names=["shift_labels"],
     )
+
+
+def _argument(name: str, value: Any) -> Any:
+    """Returns the value in the type of the argument, which transformers leaves unchecked: YAML reads 1e-4 as text."""
+    try:
+        value = TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise ValueError(f"trainer.{name}={value!r} is not allowed: {what[0].lower()}{what[1:]}") from None
+    if name in POSITIVE and not value > 0:
+        raise ValueError(f"trainer.{name}={value!r} is not allowed: it has to be above 0")
+    return value
 
 
 @dataclass

@@ -1,0 +1,325 @@
+"""Fine-tuning of checkpoints: what LoRA changes, what an adapter carries, what is refused before weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hcot_lmeval.embeddings import rows_of
+from hcot_lmeval.record import read_record
+from hcot_lmeval.tokens import extend_vocabulary
+from hcot_lmeval.training import loading, sft
+from hcot_lmeval.training.config_file import parse_config
+from hcot_lmeval.training.curves import read_records
+from hcot_lmeval.training.loading import attention_of, end_ids, load_model, load_tokenizer
+from hcot_lmeval.training.run import RunDirectory
+from tests.tiny import CHAT_TEMPLATE, MARKERS, THINK, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
+
+NEW = [*MARKERS, *THINK]
+TRACE = "[THOUGHT]{a} and {b}[THOUGHT]so[SOLUTION]{a}{b}[RETURN][SOLUTION]{b}[RETURN]"
+PROBE = torch.tensor([[5, VOCAB_SIZE, 40, VOCAB_SIZE + 1, 60, VOCAB_SIZE + 2, 9]])
+"""Old tokens and new ones."""
+
+
+def bare_tokenizer(**options: Any):
+    return tiny_tokenizer(markers=False, think=False, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases without rows for the markers, and data."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    save_tiny(path / "base", tiny_model("llama", tie_word_embeddings=True), bare_tokenizer())
+    save_tiny(path / "untied", tiny_model("qwen2"), bare_tokenizer())
+    rows = [
+        {"question": f"Problem {i}?", "hierarchical_cot": TRACE.format(a=i, b=i + 1), "expected_answer": str(i + 1)}
+        for i in range(12)
+    ]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "others.jsonl").write_text('{"problem": "x", "solution": "y"}\n')
+    return path
+
+
+def settings(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(folder / "base"),
+        "output": str(output),
+        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "held_out_share": 0.3, "row_length": 96},
+        "phases": [{"policy": "recompute", "steps": 1}, {"policy": "evict", "steps": 2}],
+        "evaluation": {"every": 10, "problems": 0},
+        "trainer": {"learning_rate": "1e-2", "disable_tqdm": True, "logging_steps": 1, "warmup_steps": 0},
+        **changes,
+    }
+
+
+def train(given: dict[str, Any]) -> RunDirectory:
+    return sft.train(parse_config(given))
+
+
+def losses(run: RunDirectory) -> list[float]:
+    return [record["loss"] for record in read_records(run.curves) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path) -> RunDirectory:
+    return train(settings(folder, folder / "lora", lora={"r": 4}))
+
+
+def grown_base(path: Path, rows: int | None = None):
+    """The base as an evaluation prepares it for an adapter: with as many rows as the adapter's tokenizer has tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model.resize_token_embeddings(rows or VOCAB_SIZE + len(NEW))
+    return model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(PROBE).logits[..., : VOCAB_SIZE + len(NEW)]
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["base", "untied"])
+def test_lora_trains_adapters_and_new_rows_alone(folder, tmp_path, base) -> None:
+    run = train(
+        settings(folder, tmp_path / "run", model=str(folder / base), lora={"r": 4, "target_modules": ["q_proj"]})
+    )
+    config = parse_config(settings(folder, tmp_path / "run", model=str(folder / base)))
+    start, added = load_model(config, *load_tokenizer(config))
+    assert list(added.tokens) == NEW
+    before, after = start.state_dict(), AutoModelForCausalLM.from_pretrained(run.model).state_dict()
+    new = list(added.tokens.values())
+    old = [i for i in range(len(before["model.embed_tokens.weight"])) if i not in new]
+    for name, weight in before.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(after[name][old], weight[old]), name
+            assert all(not torch.equal(after[name][i], weight[i]) for i in new), name
+        else:
+            assert torch.equal(after[name], weight) != ("q_proj.weight" in name), name
+
+
+@pytest.mark.parametrize("rows", [VOCAB_SIZE + len(NEW), 384])
+def test_merged_model_is_adapter_on_base(folder, adapted, rows) -> None:
+    """Whatever number of rows the base was given, as lm-eval gives it one per token, and training a multiple of 64."""
+    merged = AutoModelForCausalLM.from_pretrained(adapted.model)
+    base = grown_base(folder / "base", rows)
+    without = logits(base)
+    on_base = logits(PeftModel.from_pretrained(base, adapted.adapter))
+    torch.testing.assert_close(on_base, logits(merged), atol=1e-5, rtol=0)
+    assert (on_base - without).abs().max() > 0.05
+    assert rows_of(merged) == 384
+
+
+def test_adapter_holds_no_more_than_it_trained_and_says_how(adapted) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(adapted.adapter / "adapter_model.safetensors")
+    assert {name: len(w) for name, w in weights.items() if "lora_" not in name} == {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": len(NEW)
+    }
+    assert read_record(adapted.adapter).policy == read_record(adapted.model).policy == "evict"
+    assert AutoTokenizer.from_pretrained(adapted.adapter).convert_tokens_to_ids(MARKERS[0]) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("markers", [True, False], ids=["known markers", "new markers"])
+def test_checkpointing_activations_changes_no_loss(folder, tmp_path, markers) -> None:
+    """Without new rows nothing below the first adapter has gradients, which checkpointing must not mind."""
+    save_tiny(tmp_path / "base", tiny_model("llama"), tiny_tokenizer() if markers else bare_tokenizer())
+    given = settings(folder, tmp_path / "plain", model=str(tmp_path / "base"), lora={"r": 4})
+    plain = train(given)
+    again = {
+        **given,
+        "output": str(tmp_path / "again"),
+        "trainer": {**given["trainer"], "gradient_checkpointing": True},
+    }
+    assert losses(train(again)) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(plain)[0] != losses(plain)[-1]
+
+
+# --- adapters that are trained further --------------------------------------------------------------------------------
+
+
+def test_adapter_goes_on_from_where_it_was(folder, adapted, tmp_path) -> None:
+    """At a learning rate of next to nothing it is what it was; at a usual one it changes, its new rows too."""
+    still = {"learning_rate": 1e-12, "disable_tqdm": True}
+    same = train(settings(folder, tmp_path / "same", adapter=str(adapted.adapter), trainer=still))
+    merged = logits(AutoModelForCausalLM.from_pretrained(adapted.model))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(same.model)), merged, atol=1e-5, rtol=0)
+
+    further = train(settings(folder, tmp_path / "further", adapter=str(adapted.adapter)))
+    before, after = (AutoModelForCausalLM.from_pretrained(run.model).state_dict() for run in (adapted, further))
+    changed = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(1).nonzero()[:, 0]
+    assert changed.tolist() == list(range(VOCAB_SIZE, VOCAB_SIZE + len(NEW)))
+    on_base = PeftModel.from_pretrained(grown_base(folder / "base"), further.adapter)
+    finished = AutoModelForCausalLM.from_pretrained(further.model)
+    torch.testing.assert_close(logits(on_base), logits(finished), atol=1e-5, rtol=0)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading, "tiny_model", fail)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "missing columns": (
+        {"data": {"train": [{"path": "{folder}/others.jsonl"}], "held_out_share": 0.3}},
+        "no column 'question'.*It has: problem, solution",
+    ),
+    "missing data": (
+        {"data": {"train": [{"path": "{folder}/none.jsonl"}], "held_out_share": 0.3}},
+        "no file matches",
+    ),
+    "nothing to hold out": ({"data": {"train": [{"path": "{folder}/rows.jsonl"}]}}, "nothing is held out"),
+    "an empty share": (
+        {"data": {"train": [{"path": "{folder}/rows.jsonl"}], "held_out_share": 1e-9}},
+        "no held-out row is usable",
+    ),
+    "rows too short": (
+        {"data": {"train": [{"path": "{folder}/rows.jsonl"}], "held_out_share": 0.3, "row_length": 8}},
+        "no held-out row is usable|no rows to train on",
+    ),
+    "no markers": ({"tokens": {"add": False}}, r"\[THOUGHT\]"),
+    "no rows for the markers": (
+        {"tokens": {"add": False}, "tokenizer": "{folder}/lora/adapter"},
+        "markers go up to id 322 .* has rows for 320 tokens alone",
+    ),
+    "an unknown template": ({"tokens": {"chat_template": "chatlm"}}, "Did you mean 'chatml'"),
+    "an unfit template": ({"tokens": {"chat_template": "{folder}/unfit.jinja"}}, "no token prefix"),
+    "a template that never stops": ({"tokens": {"chat_template": "llama3"}}, "never learn to stop"),
+    "no such end of turn": ({"tokens": {"eos": "<|end|>"}}, r"tokens.eos='<\|end\|>' is no token"),
+    "a phrase for nothing": ({"tokens": {"phrases": {"[THOUGT]": "x"}}}, r"\[THOUGT\] is no token of the markup"),
+    "no model": ({"model": "{folder}/nowhere"}, "cannot be loaded; give the directory of a checkpoint"),
+    "flash attention": ({"attention": "flash_attention_2"}, "policy recompute: flash attention would drop the mask"),
+    "flash attention, nothing pruned": (
+        {"attention": "flash_attention_2", "phases": [{"policy": "off", "steps": 1}]},
+        "flash_attention_2 cannot run packed rows",
+    ),
+    "a number that is none": ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate='fast'.*valid number"),
+    "an empty batch": ({"trainer": {"per_device_train_batch_size": 0}}, "has to be above 0"),
+    "no steps": ({"phases": [{"policy": "off", "steps": 0}]}, "phases.0.steps.*greater than or equal to 1"),
+    "an unknown metric": ({"evaluation": {"metric": "acc"}}, "evaluation.metric.*'accuracy'"),
+    "a metric that is not measured": (
+        {"evaluation": {"metric": "accuracy", "problems": 0}},
+        "is measured by generation; set evaluation.problems",
+    ),
+    "no adapter": ({"adapter": "{folder}/base"}, "is no adapter directory: it has no adapter_config.json"),
+    "an adapter for another base": (
+        {"adapter": "{folder}/lora/adapter", "model": "{folder}/untied"},
+        "was trained on the base '.*/base', not on model='.*/untied'",
+    ),
+    "an adapter and a new one": (
+        {"adapter": "{folder}/lora/adapter", "lora": {"r": 2}},
+        "set one of them",
+    ),
+    "an adapter without the markup": (
+        {"adapter": "{folder}/lora/adapter", "tokens": {"markup": "pencil"}},
+        r"lacks rows for \[CALL\], \[SEP\]",
+    ),
+    "an adapter of virtual tokens": ({"adapter": "{folder}/virtual"}, "of type PREFIX_TUNING"),
+}
+
+
+def filled(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: filled(part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [filled(part, folder) for part in value]
+    return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("changes, told", WRONG.values(), ids=WRONG)
+def test_mistakes_are_told_before_weights_are_read(folder, adapted, tmp_path, no_weights, changes, told) -> None:
+    (folder / "unfit.jinja").write_text(CHAT_TEMPLATE.replace("assistant\n{% if enable", "assistant:\n{% if enable"))
+    shutil.copytree(adapted.adapter, folder / "virtual", dirs_exist_ok=True)
+    file = folder / "virtual" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "PREFIX_TUNING"}))
+    given = settings(folder, tmp_path / "run") | filled(changes, folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){told}"):
+        train(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_refused_before_weights_are_read(folder, adapted, no_weights) -> None:
+    with pytest.raises(ValueError, match=r"holds a run with other settings:\n  lora\.r: 4 there, 8 now"):
+        train(settings(folder, folder / "lora", lora={"r": 8}))
+
+
+def test_recurrent_models_are_refused_before_weights_are_read(folder, tmp_path, no_weights) -> None:
+    shutil.copytree(folder / "untied", tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 2}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="layers of type linear_attention"):
+        train(settings(folder, tmp_path / "run", model=str(tmp_path / "hybrid")))
+
+
+def test_modules_that_are_not_there_are_told(folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="q_prog"):
+        train(settings(folder, tmp_path / "run", lora={"target_modules": ["q_prog"]}))
+    assert not (tmp_path / "run").exists()
+
+
+# --- tokenizer and attention ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_seeded_though_the_tokenizer_had_the_tokens_first(folder, tmp_path) -> None:
+    """Also spare rows of a padded embedding, which nothing but that knowledge tells from trained ones."""
+    save_tiny(tmp_path / "padded", tiny_model("qwen2", vocab_size=384), bare_tokenizer())
+    config = parse_config(settings(folder, tmp_path / "run", model=str(tmp_path / "padded")))
+    tokenizer, new = load_tokenizer(config)
+    model, added = load_model(config, tokenizer, new)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    together = extend_vocabulary(bare_tokenizer(), expected)
+    assert added == together and list(added.seeding["rows"]) == NEW
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.state_dict().items())
+
+
+def test_a_turn_may_end_with_another_token_than_the_tokenizer_says(folder, tmp_path) -> None:
+    """As a base model's: its own end of sequence is the end of a document."""
+    tokenizer = bare_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    save_tiny(tmp_path / "base", tiny_model("qwen2"), tokenizer)
+    given = settings(folder, tmp_path / "run", model=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="never learn to stop"):
+        load_tokenizer(parse_config(given))
+    run = train({**given, "tokens": {"eos": "<|im_end|>"}})
+    assert AutoTokenizer.from_pretrained(run.model).eos_token == "<|im_end|>"
+    assert 2 in end_ids(parse_config({**given, "model": str(run.model)}), AutoTokenizer.from_pretrained(run.model))
+
+
+@pytest.mark.parametrize(
+    "wanted, gpu, length, expected",
+    [
+        ("auto", False, 65536, "sdpa"),
+        ("auto", True, 2048, "sdpa"),
+        ("auto", True, 2049, "flex_attention"),
+        ("eager", True, 65536, "eager"),
+        ("flex_attention", True, 96, "flex_attention"),
+    ],
+)
+def test_attention_suits_rows_and_device(folder, tmp_path, monkeypatch, wanted, gpu, length, expected) -> None:
+    for part in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(part, "is_available", lambda: gpu)
+    given = settings(folder, tmp_path, attention=wanted)
+    assert attention_of(parse_config({**given, "data": {**given["data"], "row_length": length}})) == expected
+
+
+def test_flex_attention_has_no_gradients_on_cpu(folder, tmp_path) -> None:
+    given = settings(folder, tmp_path, attention="flex_attention", trainer={"use_cpu": True})
+    with pytest.raises(ValueError, match="cannot train on a CPU"):
+        attention_of(parse_config(given))
