@@ -256,8 +256,8 @@ def test_single_precision_is_accurate_at_any_illegal_mass(kind, excess) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mass_term_grows_with_what_is_illegal(dtype) -> None:
     """log(1 + e^excess): far up the excess itself, with all its pull; far down the mass. All other logits are -inf."""
-    row = [torch.tensor([x]) for x in (9, State.OUTSIDE, TokenClass.TEXT)]
-    for excess in (-300.0, -8.0, 0.0, 10.0, 40.0, 3008.0):  # all of them bf16 numbers
+    row = [torch.tensor([x]) for x in (9, State.ANSWER, TokenClass.TEXT)]
+    for excess in (-math.inf, -300.0, -8.0, 0.0, 10.0, 40.0, 3008.0):  # all of them bf16 numbers
         expected = math.log1p(math.exp(excess)) if excess < 30 else excess
         logits = torch.full((1, VOCAB_SIZE), -math.inf, dtype=dtype)
         logits[0, [9, HCOT.markers.close]] = torch.tensor([0.0, excess], dtype=dtype)

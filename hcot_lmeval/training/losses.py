@@ -173,9 +173,9 @@ def _entropies(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ids, real = illegal.ids[states], illegal.real[states]
     never = torch.finfo(logits.dtype).min  # log 0 in effect; the log-sum-exp of -inf alone has no gradient
-    forbidden = logits.gather(-1, ids).clamp_min(never).masked_fill(~real, never)
+    few = logits.gather(-1, torch.cat([ids, targets[:, None]], -1))  # at once: its gradient is as large as the logits
+    forbidden, chosen = few[:, :-1].clamp_min(never).masked_fill(~real, never), few[:, -1]
     allowed = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
     cross_entropy = torch.logaddexp(allowed, forbidden.logsumexp(-1)) - chosen
     term = _structure_term(kind, allowed, forbidden)
     return cross_entropy, term.where(illegal.allow(targets, states), 0.0)
@@ -185,8 +185,8 @@ def _structure_term(kind: Kind, allowed: torch.Tensor, forbidden: torch.Tensor) 
     """Returns the term of each row, [n].
 
     Both are sums of log sigmoids, since 1 - p_i = sigmoid(log-sum-exp of the other logits - z_i) as well. That is
-    accurate in single precision at any mass, and so are the gradients. 1 minus a probability would not
-    be: where nearly all mass is illegal it is rounding error.
+    accurate in single precision at any mass, and so are the gradients. 1 minus a probability would not be: where
+    nearly all mass is illegal it is rounding error.
 
     Args:
         kind: which term.
