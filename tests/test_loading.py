@@ -129,6 +129,16 @@ def test_adapter_holds_no_more_than_it_trained_and_says_how(adapted) -> None:
     assert AutoTokenizer.from_pretrained(adapted.adapter).convert_tokens_to_ids(MARKERS[0]) == VOCAB_SIZE
 
 
+def test_lm_eval_loads_the_adapter_with_its_rows(folder, adapted) -> None:
+    from hcot_lmeval.lm.model import HcotLM
+
+    adapter = str(adapted.adapter)
+    lm = HcotLM(pretrained=str(folder / "base"), peft=adapter, tokenizer=adapter, device="cpu", dtype="float32")
+    assert lm.policy == "evict"
+    merged = AutoModelForCausalLM.from_pretrained(adapted.model)
+    torch.testing.assert_close(logits(lm.model), logits(merged), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("markers", [True, False], ids=["known markers", "new markers"])
 def test_checkpointing_activations_changes_no_loss(folder, tmp_path, markers) -> None:
     """Without new rows nothing below the first adapter has gradients, which checkpointing must not mind."""

@@ -132,6 +132,16 @@ class HcotLM(HFLM):
         if self._quantization:
             self._config.quantization_config = BitsAndBytesConfig(**self._quantization).to_dict()
 
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model and its adapter.
+
+        Weights were tied when the base was loaded. lm-eval does it once more, behind the adapter, and transformers then
+        looks in vain for an embedding that PEFT has wrapped, as it does where an adapter brings rows of new tokens.
+        """
+        super()._create_model(*args, **kwargs)
+        if hasattr(self._model, "peft_config"):
+            self._model.get_base_model().tie_weights = lambda *_, **__: None
+
     # --- limits -------------------------------------------------------------------------------------------------------
 
     @property
