@@ -49,7 +49,7 @@ def sft(args: argparse.Namespace) -> None:
 
     from hcot_lmeval.training.sft import train  # heavy, hence behind the check of the settings
 
-    train(config, restart=args.restart, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    train(config, restart=args.restart, command=shlex.join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

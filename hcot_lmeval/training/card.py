@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.verdict import Verdict
+from hcot_lmeval.training.verdict import Verdict, points_of, verdict
 
 CARD = """---
 library_name: transformers
@@ -59,41 +60,64 @@ WRITES = {
 }
 
 
-def write_card(config: SftConfig, record: TrainingRecord, run: RunDirectory, judgement: Verdict) -> None:
+def write_card(
+    config: SftConfig,
+    record: TrainingRecord,
+    run: RunDirectory,
+    *,
+    folder: Path | None = None,
+    name: str | None = None,
+    machine: str | None = None,
+) -> None:
     """Writes README.md and curves.png beside the weights.
 
     Args:
         config: the settings.
         record: how the model was trained.
-        run: where curves and model are.
-        judgement: what the curves say.
+        run: where the curves are.
+        folder: where the weights are; by default where the run left them.
+        name: what users pass as ``pretrained``; by default that folder.
+        machine: the hardware, by default this one.
     """
+    folder = folder or run.model
     records = read_records(run.curves)
     [*_, metrics] = [found for found in records if "eval_loss" in found and found["step"] <= record.steps]
-    shutil.copyfile(run.plot, run.model / run.plot.name)
+    shutil.copyfile(run.plot, folder / run.plot.name)
     text = CARD.format(
         name=run.root.name,
         writes=WRITES[record.policy],
         policy=record.policy,
         steps=record.steps,
-        path=run.model,
+        path=name or folder,
         task=_task(config),
         results="\n".join(_results(metrics)),
-        verdict=judgement,
+        verdict=judge(records, record),
         command=record.command or "(from Python: hcot_lmeval.training.sft.train)",
-        config=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).strip(),
+        config=_settings(config),
         data_hash=record.data_hash,
-        hardware=hardware(),
+        hardware=machine or hardware(),
         versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
     )
-    (run.model / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord) -> Verdict:
+    """Returns the verdict on the last phase; others have other data, hence other losses."""
+    before = sum(phase["steps"] for phase in record.curriculum[:-1])
+    return verdict(points_of(found for found in records if found["step"] > before))
+
+
+def _settings(config: SftConfig) -> str:
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None).strip()
 
 
 def hardware() -> str:
     """Returns the device in words: the GPU's name, or the processor's and the number of its threads in use."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} CPU threads ({_processor()})"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads > 1)} ({_processor()})"
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
 from hcot_lmeval.training.callbacks import Console, CurveCallback
-from hcot_lmeval.training.card import write_card
+from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.dataset import TrainingData
@@ -35,7 +35,6 @@ from hcot_lmeval.training.rows import collate
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer, early_stopping, training_arguments
-from hcot_lmeval.training.verdict import points_of, verdict
 
 
 def train(config: SftConfig, *, restart: bool = False, command: str = "") -> RunDirectory:
@@ -66,7 +65,9 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         Decoder(model)  # says now whether the model can be decoded with pruning
     with PartialState().main_process_first():
         checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
-    trainer = make_trainer(config, model, tokenizer, data, record_of(config, added, data, command), run)
+    schedule = schedule_of(config, data)
+    record = record_of(config, added, data, schedule, command)
+    trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
         run.write_findings(prepared.report for prepared in data.train)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -118,7 +119,7 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
     return Data(train, held_out, problems, grammar)
 
 
-def record_of(config: SftConfig, added: Added, data: Data, command: str) -> TrainingRecord:
+def record_of(config: SftConfig, added: Added, data: Data, schedule: Schedule, command: str) -> TrainingRecord:
     """Returns what the checkpoints will say about themselves."""
     return TrainingRecord(
         policy=config.policy.value,
@@ -127,8 +128,8 @@ def record_of(config: SftConfig, added: Added, data: Data, command: str) -> Trai
         seeding=added.seeding,
         structure_loss=config.loss.model_dump(exclude={"chunk"}),
         curriculum=[
-            {"policy": phase.policy.value, "steps": phase.steps, "epochs": phase.epochs, "data_hash": prepared.digest}
-            for phase, prepared in zip(config.phases, data.train, strict=True)
+            {"policy": phase.policy.value, "steps": phase.steps, "data_hash": prepared.digest}
+            for phase, prepared in zip(schedule.phases, data.train, strict=True)
         ],
         data_hash=data.train[-1].digest,
         form=config.data.form,
@@ -141,6 +142,7 @@ def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
+    schedule: Schedule,
     record: TrainingRecord,
     run: RunDirectory,
 ) -> PackedTrainer:
@@ -148,7 +150,6 @@ def make_trainer(
     loss = config.loss
     settings = LossSettings(data.grammar, StructureLoss(loss.structure, loss.weight, loss.marker_weight), loss.chunk)
     pad = partial(collate, length=config.data.row_length, pad_id=tokenizer.pad_token_id)
-    schedule = schedule_of(config, data)
     evaluator = Evaluator(config, tokenizer, data, settings, pad, run)
     trainer = PackedTrainer(
         model,
@@ -192,7 +193,6 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
     if trainer.is_world_process_zero():
         for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
             (folder / "training_args.bin").unlink(missing_ok=True)
-        start = trainer.schedule.starts[-2]  # of the last phase: other data has other losses
-        judgement = verdict(points_of(r for r in read_records(run.curves) if r["step"] > start))
-        write_card(config, trainer.training_record, run, judgement)
+        write_card(config, trainer.training_record, run)
+        judgement = judge(read_records(run.curves), trainer.training_record)
         print(f"\n{judgement}\n\n{run.model} holds the model, {run.plot} the curves.")

@@ -186,7 +186,7 @@ class PackedTrainer(Trainer):
         install(model)
         super().__init__(model, args, train_dataset=schedule, data_collator=collate, **options)
         self.model_accepts_loss_kwargs = True  # what transformers 5.17 has for `loss_is_scaled_for_ga`
-        self.schedule = schedule
+        self.model.config.use_cache = True  # the Trainer turns it off, in the checkpoint too; our forward needs no help
         self.loss_settings = settings
         self.training_record = record
         self.measure = evaluate
