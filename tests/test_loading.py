@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"train": [{"path": "{folder}/rows.jsonl"}], "held_out_share": 0.3, "row_length": 8}},
         "no held-out row is usable|no rows to train on",
     ),
-    "no markers": ({"tokens": {"add": False}}, r"\[THOUGHT\]"),
+    "no markers": ({"tokens": {"add": False}}, r"lacks the hcot markers \[THOUGHT\].*set tokens.add=true"),
     "no rows for the markers": (
         {"tokens": {"add": False}, "tokenizer": "{folder}/lora/adapter"},
         "markers go up to id 322 .* has rows for 320 tokens alone",

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.embeddings import Seeding
 from hcot_lmeval.engine.decoder import refuse_recurrent
+from hcot_lmeval.markup import get_markup
 from hcot_lmeval.templates import check_template, load_template
 from hcot_lmeval.tokens import Added, extend_vocabulary, marker_ids, token_id
 from hcot_lmeval.trace import Policy
@@ -66,7 +67,12 @@ def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
 
 def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if not config.tokens.add:
-        marker_ids(tokenizer, config.tokens.markup)
+        lacking = [text for text in get_markup(config.tokens.markup).markers if token_id(tokenizer, text) is None]
+        if lacking:
+            raise ValueError(
+                f"tokens.add is false, and the tokenizer lacks the {config.tokens.markup} markers {', '.join(lacking)}; "
+                "set tokens.add=true, another tokens.markup, or a tokenizer that has them"
+            )
         return []
     new = list(extend_vocabulary(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
     if new and config.adapter is not None:
