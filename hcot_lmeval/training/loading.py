@@ -70,7 +70,7 @@ def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[s
         lacking = [text for text in get_markup(config.tokens.markup).markers if token_id(tokenizer, text) is None]
         if lacking:
             raise ValueError(
-                f"tokens.add is false, and the tokenizer lacks the {config.tokens.markup} markers {', '.join(lacking)}; "
+                f"tokens.add=false, and the tokenizer lacks the {config.tokens.markup} markers {', '.join(lacking)}; "
                 "set tokens.add=true, another tokens.markup, or a tokenizer that has them"
             )
         return []
