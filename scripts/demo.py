@@ -3,8 +3,8 @@
     python scripts/demo.py                  # everything, into ./demo_run
     python scripts/demo.py --limit 20       # fewer problems
 
-Three models' worth of evidence in minutes on two CPU cores, without a network: ``tiny-hcot`` pruned, the same weights
-unpruned, and ``tiny-flat``, its twin of the same size that was trained on the same steps written flat. The evaluation
+Minutes on two CPU cores, without a network: ``tiny-hcot`` pruned, the same weights unpruned, and ``tiny-flat``, its twin
+of the same size that was trained on the same steps written flat. The evaluation
 is the plain command of lm-evaluation-harness, on nested arithmetic that none of them has seen.
 """
 
@@ -41,8 +41,8 @@ RUNS = (
 )
 CAVEAT = (
     "The second row is the first model in contexts that it was not trained on: it says what pruning is to this model.\n"
-    "The third is the fair baseline: a model of the same size, trained on the same steps, at the same context window;\n"
-    "the last row shows that it can do the arithmetic where it has the room."
+    "The third is the fair baseline: a model of the same size, trained on the same problems and steps, at the same\n"
+    "context window; the last row gives it room for every whole trace."
 )
 
 

@@ -36,6 +36,8 @@ def test_other_names_are_left_alone(bundle, name):
 
 def test_what_lies_in_the_working_directory_comes_first(bundle):
     Path("tiny-hcot").mkdir()
+    assert resolve("tiny-hcot") == str(bundle / "tiny-hcot")  # a mere directory is no checkpoint
+    Path("tiny-hcot", "config.json").touch()
     assert resolve("tiny-hcot") == "tiny-hcot"
 
 

@@ -18,12 +18,12 @@ ROOT = Path(str(files(__name__)))
 def resolve(name: Any) -> Any:
     """Returns the directory of the bundled checkpoint called `name`; anything else is returned as it is.
 
-    A file or directory of that name in the working directory comes first, as it does for `from_pretrained`.
+    A checkpoint of that name in the working directory comes first, as it does for `from_pretrained`.
 
     Raises:
         FileNotFoundError: the name is that of a bundled checkpoint, and this installation lacks it.
     """
-    if not isinstance(name, str) or name not in BUNDLED or Path(name).exists():
+    if not isinstance(name, str) or name not in BUNDLED or (Path(name) / "config.json").is_file():
         return name
     folder = ROOT / name
     if not (folder / "config.json").is_file():
