@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from hcot_lmeval.grammar import Grammar
-    from hcot_lmeval.training.documents import Document, Example
+    from hcot_lmeval.training.data.documents import Document, Example
 
     Batch = dict[str, torch.Tensor]
 
@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_examples(args: argparse.Namespace, shape: str, blocks: int) -> list[Example]:
-    from hcot_lmeval.training.documents import Example
+    from hcot_lmeval.training.data.documents import Example
 
     rng = random.Random(f"{shape} {blocks}")
     return [
@@ -160,7 +160,7 @@ def make_grammar() -> Grammar:
 def make_documents(form: str, examples: list[Example]) -> list[Document]:
     """Compiles the traces for one form; none is cut."""
     from hcot_lmeval.trace import Policy
-    from hcot_lmeval.training.documents import compile_document, split_stages
+    from hcot_lmeval.training.data.documents import compile_document, split_stages
 
     grammar, long = make_grammar(), 1 << 30
     if form == "stages":
@@ -296,7 +296,7 @@ def make_model(args: argparse.Namespace) -> Any:
 
 def make_batches(documents: list[Document], budget: int) -> list[Batch]:
     """Packs documents into rows as long as the longest of them, and rows into batches of at most `budget` tokens."""
-    from hcot_lmeval.training.rows import collate, pack
+    from hcot_lmeval.training.data.rows import collate, pack
 
     length = max(len(document) for document in documents)
     rows, size = pack(documents, length), max(budget // length, 1)

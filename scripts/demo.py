@@ -3,9 +3,9 @@
     python scripts/demo.py                  # everything, into ./demo_run
     python scripts/demo.py --limit 20       # fewer problems
 
-Minutes on two CPU cores, without a network: ``tiny-hcot`` pruned, the same weights unpruned, and ``tiny-flat``, its twin
-of the same size that was trained on the same steps written flat. The evaluation
-is the plain command of lm-evaluation-harness, on nested arithmetic that none of them has seen.
+Minutes on two CPU cores, without a network: ``tiny-hcot`` pruned, the same weights unpruned, and ``tiny-flat``, its
+twin of the same size that was trained on the same steps written flat. The evaluation is the plain command of
+lm-evaluation-harness, on nested arithmetic that none of them has seen.
 """
 
 from __future__ import annotations

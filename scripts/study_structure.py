@@ -1,6 +1,6 @@
 """Trains under-trained models with each structure loss and says what it does to illegal traces and to accuracy.
 
-    python scripts/study_structure.py                        # every loss, three seeds, about half a minute a run on one core
+    python scripts/study_structure.py                        # every loss, three seeds, half a minute a run on one core
     python scripts/study_structure.py --seeds 5 --steps 2000 --out study
     python scripts/study_structure.py --losses none mass     # some of them
 
@@ -102,8 +102,8 @@ def measure(output: Path, count: int) -> dict[str, float]:
 
     from hcot_lmeval.synthetic import problems
     from hcot_lmeval.tokens import encode_prompt
-    from hcot_lmeval.training.curves import read_records
-    from hcot_lmeval.training.evaluation import free_run
+    from hcot_lmeval.training.monitor.curves import read_records
+    from hcot_lmeval.training.monitor.evaluation import free_run
 
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hcot_lmeval.training.curves import Curves, draw, read_records, save_figure, series
+from hcot_lmeval.training.monitor.curves import Curves, draw, read_records, save_figure, series
 
 TRAIN = [{"step": step, "loss": 9.0, "cross_entropy": 30 / step} for step in range(10, 101, 10)]
 HELD_OUT = [
@@ -99,7 +99,7 @@ def test_a_line_is_on_the_disk_when_append_returns(tmp_path):
     path = tmp_path / "curves.jsonl"
     code = (
         "import os, signal, sys\n"
-        "from hcot_lmeval.training.curves import Curves\n"
+        "from hcot_lmeval.training.monitor.curves import Curves\n"
         "curves = Curves(sys.argv[1])\n"
         "for step in range(5): curves.append({'step': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -184,5 +184,5 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
 
 
 def test_logging_needs_no_matplotlib():
-    code = "import sys, hcot_lmeval.training.curves; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    code = "import sys, hcot_lmeval.training.monitor.curves; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,13 +10,13 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.tokens import marker_ids, token_id
 from hcot_lmeval.trace import IGNORE
-from hcot_lmeval.training import dataset
 from hcot_lmeval.training.config import DataConfig
-from hcot_lmeval.training.data_report import Finding
-from hcot_lmeval.training.dataset import TrainingData, held_out_problems
-from hcot_lmeval.training.documents import compile_document, split_stages
-from hcot_lmeval.training.rows import pack
-from hcot_lmeval.training.text import TextForm
+from hcot_lmeval.training.data import dataset
+from hcot_lmeval.training.data.dataset import TrainingData, held_out_problems
+from hcot_lmeval.training.data.documents import compile_document, split_stages
+from hcot_lmeval.training.data.report import Finding
+from hcot_lmeval.training.data.rows import pack
+from hcot_lmeval.training.data.text import TextForm
 from tests.tiny import THINK, tiny_tokenizer
 
 HCOT = get_markup("hcot")

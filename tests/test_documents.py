@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.grammar import Grammar, is_legal_trace, label_tokens
 from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, compile_trace, push_all
-from hcot_lmeval.training.documents import (
+from hcot_lmeval.training.data.documents import (
     COLUMNS,
     Document,
     Example,

@@ -17,8 +17,8 @@ from hcot_lmeval.record import read_record
 from hcot_lmeval.tokens import extend_vocabulary
 from hcot_lmeval.training import loading, sft
 from hcot_lmeval.training.config_file import parse_config
-from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.loading import attention_of, end_ids, load_model, load_tokenizer
+from hcot_lmeval.training.monitor.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
 from tests.tiny import CHAT_TEMPLATE, MARKERS, THINK, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 

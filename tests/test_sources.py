@@ -5,7 +5,7 @@ import pytest
 
 from hcot_lmeval import synthetic
 from hcot_lmeval.training.config import SourceConfig
-from hcot_lmeval.training.sources import FEATURES, load_source
+from hcot_lmeval.training.data.sources import FEATURES, load_source
 
 ROWS = [
     {"question": f"{n}?", "hierarchical_cot": f"[THOUGHT]{n}[SOLUTION]x[RETURN]", "expected_answer": n}

@@ -12,10 +12,10 @@ import torch
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.documents import Example, compile_document, split_stages
+from hcot_lmeval.training.data.documents import Example, compile_document, split_stages
+from hcot_lmeval.training.data.rows import collate, pack
 from hcot_lmeval.training.forward import LossSettings, install, loss_sums, token_logprobs
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.rows import collate, pack
 from tests.random_traces import SHAPES, random_trace
 from tests.reference import EOS, MARKERS, as_reference, evict_mask, layer_masks, rewrite, stages
 from tests.tiny import favour, tiny_model

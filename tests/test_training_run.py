@@ -8,7 +8,7 @@ import pytest
 
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.config_file import load_config
-from hcot_lmeval.training.data_report import Finding, Report
+from hcot_lmeval.training.data.report import Finding, Report
 from hcot_lmeval.training.run import RunDirectory
 from tests.test_training_config import MINIMAL
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.training.preparation import question_key
-from hcot_lmeval.training.text import TextForm, Unusable, digest_of, tokenizer_digest
+from hcot_lmeval.training.data.preparation import question_key
+from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of, tokenizer_digest
 from tests.tiny import MARKERS, tiny_tokenizer
 
 HCOT = get_markup("hcot")

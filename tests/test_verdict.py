@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hcot_lmeval.training.verdict import MIN_POINTS, Curve, Outcome, Point, points_of, verdict
+from hcot_lmeval.training.monitor.verdict import MIN_POINTS, Curve, Outcome, Point, points_of, verdict
 
 SHAPES = {
     "steady fall": (lambda t: (2 - t, 2.05 - t), Outcome.LEARNING),

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.documents import Example, compile_document
+from hcot_lmeval.training.data.documents import Example, compile_document
+from hcot_lmeval.training.data.rows import collate, pack
 from hcot_lmeval.training.forward import LossSettings, install, loss_sums
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.rows import collate, pack
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model

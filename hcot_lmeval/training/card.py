@@ -13,9 +13,9 @@ import yaml
 
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.curves import read_records
+from hcot_lmeval.training.monitor.curves import read_records
+from hcot_lmeval.training.monitor.verdict import Verdict, points_of, verdict
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.verdict import Verdict, points_of, verdict
 
 CARD = """---
 library_name: transformers

@@ -25,7 +25,7 @@ from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.losses import LossSums, StructureLoss, packed_losses
 
 Batch = Mapping[str, torch.Tensor]
-"""input_ids, position_ids, death, shift_labels, states and classes, integers [B, T] (see `training.rows.collate`)."""
+"""input_ids, position_ids, death, shift_labels, states and classes, integers [B, T] (see `data.rows.collate`)."""
 
 HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference allowed between our logits and the model's, relative to its largest; 5e-2 in coarser types."""

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.data_report import Report
+from hcot_lmeval.training.data.report import Report
 
 FREE = {"output", "workers", "batch_size"}
 """Settings that change nothing about the result, so that a resumed run may have others."""

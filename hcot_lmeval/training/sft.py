@@ -22,16 +22,16 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
-from hcot_lmeval.training.callbacks import Console, CurveCallback
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.curves import read_records
-from hcot_lmeval.training.dataset import TrainingData
+from hcot_lmeval.training.data.dataset import TrainingData
+from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.measure import Data, Evaluator
-from hcot_lmeval.training.rows import collate
+from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback
+from hcot_lmeval.training.monitor.curves import read_records
+from hcot_lmeval.training.monitor.measure import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer, early_stopping, training_arguments

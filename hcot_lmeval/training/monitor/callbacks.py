@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from hcot_lmeval.training.curves import Curves, save_figure
+from hcot_lmeval.training.monitor.curves import Curves, save_figure
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Schedule
 

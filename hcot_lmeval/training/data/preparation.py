@@ -16,8 +16,8 @@ from datasets import Features, List, Value
 from hcot_lmeval import grammar, markup, tokens, trace
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training import documents, text
-from hcot_lmeval.training.documents import (
+from hcot_lmeval.training.data import documents, text
+from hcot_lmeval.training.data.documents import (
     COLUMNS,
     Document,
     Example,
@@ -26,8 +26,8 @@ from hcot_lmeval.training.documents import (
     faults,
     split_stages,
 )
-from hcot_lmeval.training.sources import code_digest
-from hcot_lmeval.training.text import TextForm, Unusable
+from hcot_lmeval.training.data.sources import code_digest
+from hcot_lmeval.training.data.text import TextForm, Unusable
 
 IDS = List(Value("int32"))
 PLACE = {"source": Value("string"), "row": Value("int64"), "key": Value("string"), "answer": Value("string")}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hcot_lmeval.trace import IGNORE
-from hcot_lmeval.training.documents import COLUMNS, Document
+from hcot_lmeval.training.data.documents import COLUMNS, Document
 
 if TYPE_CHECKING:
     from datasets import Dataset

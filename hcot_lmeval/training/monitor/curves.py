@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hcot_lmeval.training.verdict import train_loss
+from hcot_lmeval.training.monitor.verdict import train_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.tokens import encode_prompt, token_id
-from hcot_lmeval.training.documents import Example
+from hcot_lmeval.training.data.documents import Example
 
 ANSWER = "\n\n\\boxed{{{}}}"
 """What follows the thinking section of a trace that has no answer part of its own."""
@@ -77,7 +77,7 @@ class TextForm:
         """Returns prompt and completion of a row as token ids.
 
         Args:
-            row: question or messages, trace, answer (see `training.sources`).
+            row: question or messages, trace, answer (see `training.data.sources`).
 
         Raises:
             Unusable: ``no_question``, ``no_trace``, or ``no_chat_template`` for a conversation that needs one.

@@ -107,7 +107,7 @@ class Verdict:
 
 
 def points_of(records: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Returns the evaluations among the records of a run (see `training.curves`), oldest first.
+    """Returns the evaluations among the records of a run (see `training.monitor.curves`), oldest first.
 
     The training loss of a point is the mean of what was logged since the point before, or the last one logged where
     evaluations are closer together than logs. Evaluations before the first log are left out.

@@ -26,17 +26,17 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import DataConfig, SourceConfig
-from hcot_lmeval.training.data_report import Report, make_report
-from hcot_lmeval.training.preparation import (
+from hcot_lmeval.training.data.preparation import (
     DOCUMENT_FEATURES,
     EXAMPLE_FEATURES,
     compile_rows,
     preparation_code,
     tokenise,
 )
-from hcot_lmeval.training.rows import PackedRows, assign, columns_of, list_lengths
-from hcot_lmeval.training.sources import cached_map, load_source
-from hcot_lmeval.training.text import TextForm, digest_of
+from hcot_lmeval.training.data.report import Report, make_report
+from hcot_lmeval.training.data.rows import PackedRows, assign, columns_of, list_lengths
+from hcot_lmeval.training.data.sources import cached_map, load_source
+from hcot_lmeval.training.data.text import TextForm, digest_of
 
 BATCH = 100
 """Rows that a worker holds at a time."""

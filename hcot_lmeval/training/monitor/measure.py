@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.dataset import Prepared
-from hcot_lmeval.training.documents import COLUMNS
-from hcot_lmeval.training.evaluation import evaluation_mode, free_run, held_out_losses
+from hcot_lmeval.training.data.dataset import Prepared
+from hcot_lmeval.training.data.documents import COLUMNS
+from hcot_lmeval.training.data.rows import PackedRow
 from hcot_lmeval.training.forward import Batch, LossSettings, loss_sums
-from hcot_lmeval.training.rows import PackedRow
+from hcot_lmeval.training.monitor.evaluation import evaluation_mode, free_run, held_out_losses
 from hcot_lmeval.training.run import RunDirectory
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from hcot_lmeval.training.rows import PackedRows, columns_of, list_lengths
+from hcot_lmeval.training.data.rows import PackedRows, columns_of, list_lengths
 
 
 @dataclass(frozen=True)

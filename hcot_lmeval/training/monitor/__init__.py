@@ -1,0 +1,1 @@
+"""What is measured, shown and judged while a model trains."""
