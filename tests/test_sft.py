@@ -22,7 +22,7 @@ from hcot_lmeval.training.monitor.curves import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train.py"
-STEPS, EVERY = 8, 4
+STEPS, EVERY = 9, 4
 LOSS_KEYS = ("loss", "cross_entropy", "cross_entropy_marker", "structure", "eval_loss", "eval_loss_markers")
 
 
@@ -78,7 +78,7 @@ def test_leaves_model_card_curves_and_samples(finished) -> None:
     assert "train.py sft" in card and "recompute" in card and "seed: 5" in card and "| loss | " in card
     assert (output / "curves.png").stat().st_size > 10_000
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [EVERY] * 3 + [STEPS] * 3
+    assert [sample["step"] for sample in samples] == [4] * 3 + [8] * 3 + [9] * 3
     assert {step for step, key, _ in losses(output) if key == "loss"} == set(range(1, STEPS + 1))
     assert not list((output / "model").glob("*.bin"))
 

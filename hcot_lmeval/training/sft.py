@@ -22,6 +22,7 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
+from hcot_lmeval.training.arguments import early_stopping, training_arguments
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.data.dataset import TrainingData
@@ -29,12 +30,12 @@ from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback
+from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback, EvaluateAtEnd
 from hcot_lmeval.training.monitor.curves import read_records
 from hcot_lmeval.training.monitor.measure import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
-from hcot_lmeval.training.trainer import PackedTrainer, early_stopping, training_arguments
+from hcot_lmeval.training.trainer import PackedTrainer
 
 
 def train(config: SftConfig, *, restart: bool = False, command: str = "") -> RunDirectory:
@@ -161,7 +162,7 @@ def make_trainer(
         record=record,
         eval_dataset=data.held_out.rows,
         processing_class=tokenizer,
-        callbacks=[CurveCallback(run, schedule), *early_stopping(config)],
+        callbacks=[EvaluateAtEnd(), CurveCallback(run, schedule), *early_stopping(config)],
     )
     for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
         if trainer.pop_callback(callback) is not None and callback is ProgressCallback:

@@ -32,6 +32,15 @@ class Console(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}, held out: {numbers}")
 
 
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates after the last step too, whether or not its number is a multiple of `evaluation.every`."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Asks for an evaluation; the Trainer itself asks for a checkpoint there."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 class CurveCallback(TrainerCallback):
     """Keeps every logged number and draws the curves after each evaluation."""
 
