@@ -157,3 +157,10 @@ def test_points_of_a_log():
         Point(25, 2.5, 2.4),
         Point(30, 1.0, 2.0),
     ]
+
+
+def test_a_loss_next_to_nothing_has_converged_though_it_falls_on():
+    losses = [0.5 * 0.25**i for i in range(10)]
+    found = verdict([Point(100 * i, 1.1 * loss, loss) for i, loss in enumerate(losses)])
+    assert found.outcome is Outcome.CONVERGED
+    assert "next to nothing" in str(found) and "checkpoint-900" in str(found)

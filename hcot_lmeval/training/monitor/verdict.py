@@ -209,6 +209,8 @@ def _judge(points: Sequence[Point], train: Curve, held_out: Curve) -> Verdict:
         return _diverged(points, train, facts)
     if turned:
         return _overfitting(points, held_out, facts)
+    if held_out.now < FLOOR:
+        return _learned(held_out, facts)
     if held_out.still_falls():
         return _learning(held_out, facts)
     return _converged(held_out, facts)
@@ -260,6 +262,12 @@ def _learning(held_out: Curve, facts: dict[str, Any]) -> Verdict:
         f"the curve, {_gap(facts['gap'])}."
     )
     return Verdict(Outcome.LEARNING, reason, "Train longer.", **facts)
+
+
+def _learned(held_out: Curve, facts: dict[str, Any]) -> Verdict:
+    reason = f"the held-out loss is {held_out.now:.2g} nats per token, next to nothing."
+    advice = f"Stop: checkpoint-{facts['best_step']} is the best; these data have nothing left to teach."
+    return Verdict(Outcome.CONVERGED, reason, advice, **facts)
 
 
 def _converged(held_out: Curve, facts: dict[str, Any]) -> Verdict:
