@@ -25,8 +25,8 @@ def draw(size: int, valid: bool, seed: int) -> QbfProblem:
 
 
 def parse(prompt: str) -> tuple[list[tuple[str, str]], list[str]]:
-    prefix = re.findall("([∃∀])([a-j])", prompt)
-    return prefix, re.split(LABEL, prompt.rstrip("?"))[1:]
+    prefix = re.findall("([∃∀])([a-j])~", prompt)
+    return prefix, re.split(LABEL, prompt.rstrip("?").replace("~", ""))[1:]
 
 
 def solve(prompt: str, path: str = "") -> bool:
@@ -77,9 +77,16 @@ def test_every_block_has_the_value_of_its_branch(size: int, valid: bool, seed: i
     def check(block: Block, path: str) -> None:
         assert block.solution == str(int(solve(prompt, path)))
         for child in block.blocks:
-            check(child, path + child.text[0])
+            check(child, path + assigned(child.text[:4]))
 
     check(root_block(gold_trace(draw(size, valid, seed))), "")
+
+
+def assigned(head: str) -> str:
+    """The literal that the first four tokens of a block make true, as in C0c1."""
+    negation, value, name, other = head
+    assert negation == name.upper() and {value, other} == {"0", "1"}
+    return name if other == "1" else negation
 
 
 def predict(live: list[str]) -> str:
@@ -100,9 +107,9 @@ def predict(live: list[str]) -> str:
         elif token == "[SOLUTION]" or rest[at - 1] == "[SOLUTION]":
             inside.append(token)
         elif token != "[RETURN]" and rest[at + 1 : at + 2] != ["[RETURN]"]:
-            if rest[at - 1] == "[THOUGHT]" and at > 1:
-                path += token
             inside.append(token)
+            if at > 4 and rest[at - 4] == "[THOUGHT]" and rest[at - 2] != "[RETURN]":
+                path += assigned("".join(rest[at - 3 : at + 1]))
     return after(prefix, clauses, path, "".join(inside), results)
 
 
@@ -111,7 +118,7 @@ def after(prefix: list[tuple[str, str]], clauses: list[str], path: str, inside: 
     head, _, solution = inside.partition("[SOLUTION]")
     if "[SOLUTION]" in inside:
         return "[RETURN]" if solution else results[-1] if results else head[-1]
-    body = head.removeprefix(path[-1:])
+    body = head[4:] if path else head
     if len(path) < len(prefix):
         quantifier, name = prefix[len(path)]
         if len(body) < 2:
@@ -150,15 +157,18 @@ def test_every_token_follows_from_the_live_context(size: int, valid: bool, seed:
         context.push_inert(token)
     for at, token in enumerate(ids[start:]):
         live = [text[i] for i in context.live]
-        opened = live[-1] == "[THOUGHT]" and context.depth > 1
-        expected = branch(live) if opened else predict(live)
+        written = live[::-1].index("[THOUGHT]") if context.depth > 1 else 0
+        opened = context.depth > 1 and written < 4 and "[RETURN]" not in live[len(live) - written :]
+        expected = branch(live[: len(live) - written])[written] if opened else predict(live)
         assert text[token] == expected, (at, "".join(live))
         context.push(token)
 
 
 def branch(live: list[str]) -> str:
-    """The literal that a block just opened begins with: the variable, or its negation behind a first result."""
-    return live[-2] if live[-2] != "[RETURN]" else live[-5].upper()
+    """What a block that has just opened begins with: its variable is true, or false behind a first result."""
+    first = live[-2] != "[RETURN]"
+    name = live[-2] if first else live[-5]
+    return f"{name.upper()}0{name}1" if first else f"{name.upper()}1{name}0"
 
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
@@ -173,8 +183,8 @@ def test_the_live_context_is_linear_and_the_trace_exponential() -> None:
     for size in (3, 6, 10):
         for problem in itertools.islice(qbf_problems("train", 0, [size]), 10):
             clauses = 2 * size + 3
-            # the prompt, seven tokens a variable, a leaf, the markers of the root and of the leaf's solution
-            assert run(problem)[0].peak <= (2 * size + 4 * clauses + 1) + 7 * size + 7 * clauses + 8
+            # the prompt, ten tokens a variable, a leaf, the markers of the root and of the leaf's solution
+            assert run(problem)[0].peak <= (3 * size + 7 * clauses + 1) + 10 * size + 7 * clauses + 8
     lengths = [
         sum(run(problem)[0].length for problem in itertools.islice(qbf_problems("train", 0, [size]), 40))
         for size in (4, 7, 10)
@@ -230,7 +240,10 @@ def test_problems_are_pinned() -> None:
     assert [problem.prompt for problem in itertools.islice(qbf_problems("test", 0, [3, 4]), 2)] == PINNED
 
 
-PINNED = ["∃e∃g∀j①eJ②eGj③eg④egJ⑤EJG⑥eJ?", "∃j∀d∀a∃h①Jjd②ajA③jDH④jd⑤dh⑥aDh⑦hda⑧Hj⑨hJ⑩hAJ?"]
+PINNED = [
+    "∃e~∃g~∀j~①e~J~②e~G~j~③e~g~④e~g~J~⑤E~J~G~⑥e~J~?",
+    "∃j~∀d~∀a~∃h~①J~j~d~②a~j~A~③j~D~H~④j~d~⑤d~h~⑥a~D~h~⑦h~d~a~⑧H~j~⑨h~J~⑩h~A~J~?",
+]
 
 
 def test_dataset_for_the_harness() -> None:

@@ -28,10 +28,10 @@ from hcot_lmeval.synthetic.arith import (
     problems,
     sample_problem,
 )
-from hcot_lmeval.synthetic.cnf import LABELS, VARIABLES
+from hcot_lmeval.synthetic.cnf import LABELS, OPEN, VARIABLES
 from hcot_lmeval.synthetic.problem import SPLITS, Mark, Problem, Split, check_split, flat_trace, gold_trace
 from hcot_lmeval.synthetic.qbf import EXISTS, FORALL, qbf_dataset, qbf_problems
-from hcot_lmeval.synthetic.sat import OPEN, UNDECIDED, sat_dataset, sat_problems
+from hcot_lmeval.synthetic.sat import UNDECIDED, sat_dataset, sat_problems
 
 __all__ = [
     "training_rows",

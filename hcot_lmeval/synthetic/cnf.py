@@ -18,8 +18,9 @@ SIZES = range(3, len(VARIABLES) + 1)
 """Numbers of variables, as in PENCIL (arXiv 2503.14337)."""
 LABELS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳㉑㉒㉓㉔㉕㉖㉗㉘㉙㉚㉛㉜㉝㉞㉟㊱㊲㊳㊴㊵㊶㊷㊸㊹㊺"
 """Numbers of clauses: 45 suffice for 3-SAT with ten variables."""
-TRUE, FALSE = "1", "0"
-"""Values of literals, branches and problems. Digits, for ``F`` is a literal and the answer checker knows numbers."""
+TRUE, FALSE, OPEN = "1", "0", "~"
+"""Values of literals, branches and problems; of a literal that has none yet. Digits, for ``F`` is a literal and the
+answer checker knows numbers."""
 
 
 def negation(literal: str) -> str:

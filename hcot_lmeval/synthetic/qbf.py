@@ -2,23 +2,24 @@ r"""Quantified Boolean formulas: is it true that for some a, for all b, ... ever
 
 The kind and size of problem of PENCIL (arXiv 2503.14337), with a generator and traces of our own::
 
-    ∃c∀a①cA②aAc③Ca?                                            the prompt: prefix, numbered clauses
-    <think>[THOUGHT]∃c[THOUGHT]c∀a[THOUGHT]a①c1②a1③C0a1[SOLUTION]1[RETURN]
-                                  [THOUGHT]A①c1②a0A1③C0a0[SOLUTION]0[RETURN][SOLUTION]0[RETURN]
-                      [THOUGHT]C∀a[THOUGHT]a①c0A0[SOLUTION]0[RETURN][SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+    ∃c~∀a~①c~A~②a~A~c~③C~a~?                                  the prompt: a form, prefix and numbered clauses
+    <think>[THOUGHT]∃c[THOUGHT]C0c1∀a[THOUGHT]A0a1①c1②a1③C0a1[SOLUTION]1[RETURN]
+                                     [THOUGHT]A1a0①c1②a0A1③C0a0[SOLUTION]0[RETURN][SOLUTION]0[RETURN]
+                      [THOUGHT]C1c0∀a[THOUGHT]A0a1①c0A0[SOLUTION]0[RETURN][SOLUTION]0[RETURN][SOLUTION]0[RETURN]
     </think>\boxed{0}
 
 The trace evaluates the tree of quantifiers in depth-first order, the value true first, one block per branch, whose
 solution is the branch's value. A branch is not tried when the one before decides: a true one under ∃, a false one
-under ∀. A block begins with the literal that it makes true, and goes on with the quantifier it has to evaluate or, in a
-leaf, with the clauses: the literals of each with their values up to the first that is true, up to the first clause
-without one.
+under ∀. A block begins with the values that it gives to a variable's negation and to the variable, and goes on with the
+quantifier it has to evaluate or, in a leaf, with the clauses: the literals of each with their values up to the first
+that is true, up to the first clause without one.
 
-Every token follows from the live context by one look: the next quantifier and the clauses are copied from the prompt,
-where their names stand once; a literal is true if it opens one of the blocks around it; whether a branch decides stands
-just before it. (That each literal has its value written down makes all the difference to a small model: with one value
-a clause, the look-up has to be learned from a verdict over three of them, nine tenths of which are true.) The live
-context holds the prompt, at most 7 tokens for each variable, and a leaf; the trace as a whole grows exponentially.
+Every token follows from the live context by one look at one place: the trace copies the prompt and writes a value
+wherever the prompt holds a ``~``, and a literal's value is what stood behind it the last time; whether a branch decides
+stands just before it. That makes all the difference to a small model. With one value a clause it has to learn the
+look-up from a verdict over three of them, nine tenths of which are true; where a block names only the literal that it
+makes true, a value is whether something is absent, which was still a guess after two thousand steps. The live context
+holds the prompt, at most 10 tokens for each variable, and a leaf; the trace as a whole grows exponentially.
 
 This module imports the standard library alone; `qbf_dataset` imports `datasets` when it is called.
 """
@@ -32,7 +33,7 @@ from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.synthetic.cnf import LABELS, SIZES, VARIABLES, canonical, labelled, models, negation, truth
+from hcot_lmeval.synthetic.cnf import LABELS, OPEN, SIZES, VARIABLES, canonical, labelled, models, negation, truth
 from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class QbfProblem(Problem):
 
     @property
     def prompt(self) -> str:
-        prefix = "".join(quantifier + name for quantifier, name in self.prefix)
-        return f"{prefix}{''.join(labelled(self.clauses))}?"
+        prefix = "".join(quantifier + name + OPEN for quantifier, name in self.prefix)
+        clauses = ("".join(literal + OPEN for literal in clause) for clause in self.clauses)
+        return f"{prefix}{''.join(labelled(clauses))}?"
 
     @cached_property
     def is_valid(self) -> bool:
@@ -94,7 +96,7 @@ class QbfProblem(Problem):
         yield quantifier + name
         value = False
         for literal in (name, negation(name)):
-            yield from (Mark.OPEN, literal)
+            yield from (Mark.OPEN, f"{negation(name)}{truth(literal != name)}{name}{truth(literal == name)}")
             value = yield from self._evaluate((*path, literal))
             yield from (Mark.SPLIT, truth(value), Mark.CLOSE)
             if value == (quantifier == EXISTS):

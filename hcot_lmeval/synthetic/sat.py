@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from hcot_lmeval.synthetic.cnf import (
     FALSE,
     LABELS,
+    OPEN,
     SIZES,
     TRUE,
     VARIABLES,
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 CLAUSES_PER_VARIABLE = 4.5
 WIDTH = 3
 """Literals of a clause, of distinct variables."""
-OPEN, UNDECIDED = "~", "!"
-"""Value of a literal that is not assigned; mark of a clause with two such literals or more and none that is true."""
+UNDECIDED = "!"
+"""Mark of a clause with two open literals or more and none that is true."""
 
 
 @dataclass(frozen=True)
