@@ -1,0 +1,179 @@
+"""What lm-eval left on disk, as `Run` objects: one task of one evaluation, of any model.
+
+``lm_eval --log_samples --output_path DIR`` writes, for each evaluation, ``results_TIME.json`` and one
+``samples_TASK_TIME.jsonl`` per task, with one time stamp. `read_runs` pairs them by that stamp. A run of
+``--model hcot`` carries statistics of generation, one of another model (``hf``, ``vllm``, an API) carries scores alone:
+what such a run does not tell is None, never zero.
+
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+STAMP = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}\.\d+)$")
+"""Time stamp at the end of the name of a results or samples file (lm-eval 0.4)."""
+PREFERRED = ("acc", "avg@", "exact_match")
+"""Beginnings of the names of metrics that can be the accuracy of a run, the preferred first."""
+GROUPINGS = ("level", "depth", "variables")
+"""Columns of our tasks' documents by which problems are grouped, easiest first."""
+
+
+class ResultsError(ValueError):
+    """A folder does not hold what a comparison needs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One task of one evaluation.
+
+    Attributes:
+        name: what the reader of a table calls it.
+        task: the task's name.
+        samples: the lines of the samples file, of one filter, in the order of their doc_id.
+        results: the whole results file.
+        path: of the results file.
+        metric: the metric that is the accuracy here; its values lie within 0..1.
+    """
+
+    name: str
+    task: str
+    samples: tuple[dict[str, Any], ...]
+    results: Mapping[str, Any]
+    path: Path
+    metric: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings of the evaluation as lm-eval recorded them."""
+        return self.results["config"]
+
+    @property
+    def totals(self) -> Mapping[str, Any] | None:
+        """Settings and totals of a run of ``--model hcot`` (`RunStatistics.as_dict`); None for another model."""
+        return self.config.get("hcot")
+
+    @property
+    def model(self) -> str:
+        """The checkpoint, without the folders it lies in."""
+        return str(self.results.get("model_name") or self.config["model"]).rstrip("/").rpartition("/")[2]
+
+    @property
+    def policy(self) -> str | None:
+        """``off``, ``recompute``, ``evict``, or None for a model that is not ours."""
+        return self.totals["pruning"] if self.totals else None
+
+    @property
+    def max_context(self) -> int | None:
+        """Most live tokens of a request, or None for a model that is not ours."""
+        return self.totals["max_context"] if self.totals else None
+
+    @cached_property
+    def scores(self) -> dict[int, float]:
+        """doc_id -> score, within 0..1; in a task with k repeats the share of the right ones."""
+        return {sample["doc_id"]: float(sample[self.metric]) for sample in self.samples}
+
+    @cached_property
+    def requests(self) -> tuple[Mapping[str, Any], ...] | None:
+        """Statistics of every response (keys of `hcot_lmeval.events.Statistics`); None for a model that is not ours."""
+        if not all("requests" in sample for sample in self.samples):
+            return None
+        return tuple(stats for sample in self.samples for stats in sample["requests"])
+
+    def groups(self, column: str) -> dict[Any, tuple[dict[str, Any], ...]]:
+        """Returns the samples for each value of a column of the documents, in the order of first appearance.
+
+        Raises:
+            ResultsError: the documents have no such column.
+        """
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for sample in self.samples:
+            if column not in sample["doc"]:
+                known = ", ".join(sorted(sample["doc"]))
+                raise ResultsError(f"documents of {self.task} have no column {column!r}; they have {known}")
+            found.setdefault(sample["doc"][column], []).append(sample)
+        return {value: tuple(samples) for value, samples in found.items()}
+
+    @property
+    def grouping(self) -> str | None:
+        """The column of `GROUPINGS` that this task's documents have, if it tells them apart."""
+        present = (c for c in GROUPINGS if all(c in sample["doc"] for sample in self.samples))
+        return next((c for c in present if len({sample["doc"][c] for sample in self.samples}) > 1), None)
+
+    def named(self, name: str) -> Run:
+        """Returns this run under another name."""
+        return replace(self, name=name)
+
+
+def read_runs(
+    directory: Path, tasks: Sequence[str] | None = None, metric: str | None = None, filter_name: str | None = None
+) -> list[Run]:
+    """Reads all runs below a folder, oldest first.
+
+    Args:
+        directory: the ``--output_path`` of one or more evaluations, or a folder above it.
+        tasks: names of tasks to read; None: all.
+        metric: the metric to take for the accuracy; None: the first of `PREFERRED` that the samples have.
+        filter_name: of lm-eval's filters, where a task has several; None: the first.
+
+    Raises:
+        ResultsError: the folder holds no run, a results file without its samples, or no such metric or filter.
+    """
+    found = [run for path in sorted(directory.rglob("results_*.json"), key=_stamp) for run in _runs_of(path, tasks)]
+    if not found:
+        wanted = f" of {', '.join(tasks)}" if tasks else ""
+        advice = f"run lm_eval with --log_samples --output_path {directory}"
+        raise ResultsError(f"no run{wanted} below {directory}; {advice}")
+    return [_finished(run, metric, filter_name) for run in found]
+
+
+def _runs_of(path: Path, tasks: Sequence[str] | None) -> Iterator[Run]:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for task in results["configs"]:
+        if tasks and task not in tasks:
+            continue
+        samples = path.with_name(f"samples_{task}_{_stamp(path)}.jsonl")
+        if not samples.exists():
+            raise ResultsError(f"{path} has no {samples.name} beside it; run lm_eval again with --log_samples")
+        lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        run = Run("", task, tuple(lines), results, path, "")
+        yield run.named(label(run))
+
+
+def label(run: Run) -> str:
+    """Returns the name of a run that was given none: checkpoint, policy and window."""
+    if run.totals is None:
+        return f"{run.model} ({run.config['model']})"
+    return f"{run.model}, {run.policy}, {run.max_context}"
+
+
+def _finished(run: Run, metric: str | None, filter_name: str | None) -> Run:
+    filters = list(dict.fromkeys(sample["filter"] for sample in run.samples))
+    if not filters or (filter_name and filter_name not in filters):
+        raise ResultsError(f"{run.path}: task {run.task} has no filter {filter_name!r}; it has {', '.join(filters)}")
+    chosen = [sample for sample in run.samples if sample["filter"] == (filter_name or filters[0])]
+    ordered = tuple(sorted(chosen, key=lambda sample: sample["doc_id"]))
+    return replace(run, samples=ordered, metric=_metric(run, ordered, metric))
+
+
+def _metric(run: Run, samples: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+    numbers = [key for key, value in samples[0].items() if isinstance(value, (int, float))]
+    known = [key for prefix in PREFERRED for key in numbers if key in samples[0]["metrics"] and key.startswith(prefix)]
+    if wanted is None and known:
+        return known[0]
+    if wanted in numbers:
+        return wanted
+    have = ", ".join(samples[0]["metrics"])
+    raise ResultsError(f"{run.path}: task {run.task} has no metric {wanted or 'for the accuracy'!r}; it has {have}")
+
+
+def _stamp(path: Path) -> str:
+    found = STAMP.search(path.stem)
+    return found[1] if found else ""
