@@ -104,6 +104,9 @@ class _Block:
     split: int | None = None
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Spans [start, stop) of the live context, ascending and apart from each other."""
+
 _NO_MARKERS = MarkerIds(open=-1, split=-2, close=-3)
 """Ids that no vocabulary has."""
 
@@ -147,11 +150,10 @@ class LiveContext:
 
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
-        block = self._blocks[-1] if self._blocks else None
-        if self.policy is not Policy.RECOMPUTE or block is None or block.split is None or token != self._marks.close:
+        spans = self._doomed(token) if self.policy is Policy.RECOMPUTE else ()
+        if not spans:
             return len(self.live) + 1
-        start, stop = self._thought(block.open, block.split)
-        after = len(self.live) - (stop - start) + ("close" in self._marks.keep)
+        after = len(self.live) - _size(spans) + ("close" in self._marks.keep)
         return max(len(self.live), after)
 
     def push_inert(self, token: int) -> Step:
@@ -195,16 +197,15 @@ class LiveContext:
     def _close(self, token: int) -> Step:
         if not self._blocks:
             return self._append(token, Kind.TEXT, Malformed.STRAY_CLOSE)
+        spans = self._doomed(token)
         block = self._blocks.pop()
         if block.split is None:
             return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
         malformed = self._lead_fault(block.split)
-        start, stop = self._thought(block.open, block.split)
-        empty = start == stop and "close" in self._marks.keep
-        if self.policy is Policy.OFF or empty:  # an empty thought between surviving markers: nothing to throw away
+        if not spans:
             return self._append(token, Kind.CLOSE, malformed)
         prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
-        return prune(token, start, stop)._replace(malformed=malformed)
+        return prune(token, spans)._replace(malformed=malformed)
 
     def _lead_fault(self, split: int) -> Malformed | None:
         lead = self._marks.lead
@@ -212,14 +213,24 @@ class LiveContext:
             return None
         return Malformed.MISSING_LEAD
 
+    def _doomed(self, token: int) -> Spans:
+        """The live spans, ascending, that leave the context with `push(token)`; asking changes nothing."""
+        block = self._blocks[-1] if self._blocks else None
+        if self.policy is Policy.OFF or token != self._marks.close or block is None or block.split is None:
+            return ()
+        start, stop = self._thought(block.open, block.split)
+        empty = start == stop and "close" in self._marks.keep  # between surviving markers: nothing to throw away
+        return () if empty else ((start, stop),)
+
     def _thought(self, open: int, split: int) -> tuple[int, int]:
         """The live span that a prune removes: the thought and the markers around it that do not survive."""
         keep = self._marks.keep
         return open + ("open" in keep), split + ("split" not in keep)
 
-    def _recompute(self, token: int, start: int, stop: int) -> Step:
-        pruned = self.live[start:stop]
-        tail, source = self.live[stop:], self.source[stop:]
+    def _recompute(self, token: int, spans: Spans) -> Step:
+        start = spans[0][0]
+        pruned = self._cut(spans)
+        tail, source = self.live[start:], self.source[start:]
         alone = not tail and start == 0  # nothing else would survive, and the next token has to follow something
         if "close" in self._marks.keep or alone:
             tail, source = [*tail, token], [*source, self.length]
@@ -235,16 +246,23 @@ class LiveContext:
             Kind.CLOSE, None, len(self._blocks), start, tuple(tail), positions, tuple(source), (), tuple(pruned)
         )
 
-    def _evict(self, token: int, start: int, stop: int) -> Step:
+    def _evict(self, token: int, spans: Spans) -> Step:
         step = self._append(token, Kind.CLOSE)
         end = len(self.live)
-        spans: tuple[tuple[int, int], ...] = ((start, stop),)
         if "close" not in self._marks.keep:
             spans = (*spans, (end - 1, end))
-        pruned = tuple(t for a, b in spans for t in self.live[a:b])
-        for a, b in reversed(spans):
-            del self.live[a:b], self.source[a:b]
-        return step._replace(drop=spans, pruned=pruned)
+        return step._replace(drop=spans, pruned=tuple(self._cut(spans)))
+
+    def _cut(self, spans: Spans) -> list[int]:
+        """Removes live spans and returns their tokens."""
+        pruned = [token for start, stop in spans for token in self.live[start:stop]]
+        for start, stop in reversed(spans):
+            del self.live[start:stop], self.source[start:stop]
+        return pruned
+
+
+def _size(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
 
 
 @dataclass(frozen=True)
