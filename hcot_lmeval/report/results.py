@@ -124,7 +124,8 @@ def read_runs(
         filter_name: of lm-eval's filters, where a task has several; None: the first.
 
     Raises:
-        ResultsError: the folder holds no run, a results file without its samples, or no such metric or filter.
+        ResultsError: the folder holds no run, a results file without its samples, half a file, or no such metric or
+            filter.
     """
     found = [run for path in sorted(directory.rglob("results_*.json"), key=_stamp) for run in _runs_of(path, tasks)]
     if not found:
@@ -135,16 +136,26 @@ def read_runs(
 
 
 def _runs_of(path: Path, tasks: Sequence[str] | None) -> Iterator[Run]:
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = _json(path, path.read_text(encoding="utf-8"))
     for task in results["configs"]:
         if tasks and task not in tasks:
             continue
         samples = path.with_name(f"samples_{task}_{_stamp(path)}.jsonl")
         if not samples.exists():
             raise ResultsError(f"{path} has no {samples.name} beside it; run lm_eval again with --log_samples")
-        lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-        run = Run("", task, tuple(lines), results, path, "")
+        # not splitlines(): it also parts at U+2028 and its like, which JSON leaves within strings
+        lines = samples.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        run = Run("", task, tuple(_json(samples, line) for line in lines if line), results, path, "")
         yield run.named(label(run))
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ResultsError(
+            f"{path} is not complete: the run was killed while it wrote, or still writes; remove the file or run again"
+        ) from None
 
 
 def label(run: Run) -> str:
