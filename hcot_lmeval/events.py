@@ -84,6 +84,11 @@ class Prune(Marker):
 
 
 @dataclass(frozen=True, slots=True)
+class Sweep(Prune):
+    """The thinking ended, and the thoughts that had waited for it were thrown away at once (ablation ``oracle``)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fault(Event):
     """The token at `index` departs from the notation; `kind` is a `Malformed` value."""
 
@@ -100,7 +105,9 @@ class Finish(Event):
     unclosed: int
 
 
-EVENTS: dict[str, type[Event]] = {e.__name__: e for e in (Prefill, Tokens, Open, Split, Close, Prune, Fault, Finish)}
+EVENTS: dict[str, type[Event]] = {
+    e.__name__: e for e in (Prefill, Tokens, Open, Split, Close, Prune, Sweep, Fault, Finish)
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Statistics:
         live_tokens: live context at the end.
         peak_live_tokens: largest live context, the memory needed.
         live_token_steps: sum over generated tokens of the live context just after each, the area under the saw-tooth.
-        prune_events: blocks closed with a prune.
+        prune_events: times at which something was thrown away; without an ablation, blocks closed with a prune.
         blocks: blocks closed, with or without a prune.
         max_depth: most blocks open at once.
         malformed: `Malformed` kind to count; kinds that did not occur are absent.
@@ -183,9 +190,13 @@ class _Tally:
         self.count["blocks"] += 1
 
     def prune(self, event: Prune) -> None:
+        self.count["blocks"] += 1
+        self.sweep(event)
+
+    def sweep(self, event: Prune) -> None:
         self.live = event.live
         self.peak = max(self.peak, event.peak)
-        self.count.update(blocks=1, prunes=1, generated=1, steps=event.live)
+        self.count.update(prunes=1, generated=1, steps=event.live)
         self.count.update(pruned=len(event.pruned), reforwarded=event.reforwarded)
 
     def fault(self, event: Fault) -> None:
@@ -239,7 +250,7 @@ class Recorder:
         if step.malformed is not None:
             self._flush()
             self.events.append(Fault(self._now(), index, step.malformed.value))
-        if step.kind is Kind.TEXT:
+        if step.kind is Kind.TEXT and not step.is_prune:
             if not self._run:
                 self._run_index = index
             self._run.append(token)
@@ -257,9 +268,10 @@ class Recorder:
         if step.is_prune:
             again = sum(source < index for source in step.source)
             peak = step.rewind + len(step.forward) if step.drop else live
-            return Prune(now, index, step.depth, token, step.pruned, again, peak, live)
-        event = {Kind.OPEN: Open, Kind.SPLIT: Split, Kind.CLOSE: Close}[step.kind]
-        return event(now, index, step.depth, token)
+            kind = Sweep if step.kind is Kind.TEXT else Prune
+            return kind(now, index, step.depth, token, step.pruned, again, peak, live)
+        marker = {Kind.OPEN: Open, Kind.SPLIT: Split, Kind.CLOSE: Close}[step.kind]
+        return marker(now, index, step.depth, token)
 
     def _flush(self) -> None:
         if self._run:

@@ -153,7 +153,7 @@ class LiveContext:
         spans = self._doomed(token) if self.policy is Policy.RECOMPUTE else ()
         if not spans:
             return len(self.live) + 1
-        after = len(self.live) - _size(spans) + ("close" in self._marks.keep)
+        after = len(self.live) - _size(spans) + self._survives(token)
         return max(len(self.live), after)
 
     def push_inert(self, token: int) -> Step:
@@ -222,6 +222,10 @@ class LiveContext:
         empty = start == stop and "close" in self._marks.keep  # between surviving markers: nothing to throw away
         return () if empty else ((start, stop),)
 
+    def _survives(self, token: int) -> bool:
+        """Whether `token`, with which spans leave the context, stays itself."""
+        return "close" in self._marks.keep
+
     def _thought(self, open: int, split: int) -> tuple[int, int]:
         """The live span that a prune removes: the thought and the markers around it that do not survive."""
         keep = self._marks.keep
@@ -232,7 +236,7 @@ class LiveContext:
         pruned = self._cut(spans)
         tail, source = self.live[start:], self.source[start:]
         alone = not tail and start == 0  # nothing else would survive, and the next token has to follow something
-        if "close" in self._marks.keep or alone:
+        if alone or self._survives(token):
             tail, source = [*tail, token], [*source, self.length]
         else:
             pruned = [*pruned, token]
@@ -249,7 +253,7 @@ class LiveContext:
     def _evict(self, token: int, spans: Spans) -> Step:
         step = self._append(token, Kind.CLOSE)
         end = len(self.live)
-        if "close" not in self._marks.keep:
+        if not self._survives(token):
             spans = (*spans, (end - 1, end))
         return step._replace(drop=spans, pruned=tuple(self._cut(spans)))
 
@@ -318,7 +322,12 @@ def compile_trace(
     """
     if not 1 <= prompt_len <= len(ids):
         raise ValueError(f"prompt_len={prompt_len} is outside 1..{len(ids)} (the trace's length)")
-    context, plan = LiveContext(markers, policy), Plan()
+    return compile_in(LiveContext(markers, policy), ids, prompt_len, prompt_acts=prompt_acts)
+
+
+def compile_in(context: LiveContext, ids: Sequence[int], prompt_len: int, *, prompt_acts: bool = False) -> Plan:
+    """Compiles a trace in a fresh live context of any kind; see `compile_trace`."""
+    plan = Plan()
     for index, token in enumerate(ids):
         inert = index < prompt_len and not prompt_acts
         step = context.push_inert(token) if inert else context.push(token)

@@ -5,7 +5,8 @@ Read in this order: `engine` (the loop), `rows` (one sample), `scheduler`, `deco
 """
 
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.engine import Engine, EngineOptions, Progress
+from hcot_lmeval.engine.engine import Engine, Progress
+from hcot_lmeval.engine.options import EngineOptions
 from hcot_lmeval.engine.rows import Completion, Request
 from hcot_lmeval.engine.sampling import SamplingParams
 

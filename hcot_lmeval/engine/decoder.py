@@ -88,6 +88,11 @@ class Decoder:
         finally:
             self.model.set_attn_implementation(before)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that the keys and values of one live token take, in all layers."""
+        return sum(shape.token_bytes for shape in self.layers.values())
+
     @torch.inference_mode()
     def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Appends the chunks to their slots. To be called within `attached`.

@@ -10,26 +10,27 @@ the recorder. A prune is a change of length: the rule (`hcot_lmeval.trace`) says
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
-from hcot_lmeval.engine.sampling import sample
+from hcot_lmeval.engine.sampling import derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.events import statistics
-from hcot_lmeval.markup import MarkerIds, Markup
+from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
-from hcot_lmeval.tokens import ids_of, marker_ids, special_ids
+from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
 from hcot_lmeval.trace import LiveContext, Policy
 
 logger = logging.getLogger(__name__)
@@ -42,54 +43,6 @@ FALLBACK_CONTEXT = 2048
 
 OnLogits = Callable[[Request, int, int, torch.Tensor], None]
 """Called with (request, sample, tokens generated so far, logits [vocabulary]) before each token is sampled."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the engine runs.
-
-    Attributes:
-        policy: what a closing marker does: off, recompute or evict; by default what the model was trained for, and
-            recompute if it does not say.
-        markup: the notation of the blocks; by default that of the training, and hcot if the model does not say.
-        any_policy: run a model under another policy or notation than it was trained for.
-        markers: its token ids; looked up in the tokenizer by default.
-        max_context: most live tokens of a row, prompt included; by default what the model's config allows.
-        max_position: under policy evict, most tokens of a trace; by default what the model's config allows.
-        slots: rows that run at the same time, or "auto": as many as memory holds, up to `max_slots`.
-        max_slots: upper bound for "auto".
-        eos_ids: token ids that end a row; by default those of the generation config and the tokenizer.
-        think: the strings around the thinking section, "markup" for those of the markup, or None for a model without.
-        prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
-        step_tokens: prompt tokens forwarded in one step.
-        self_check: compare slots with a plain forward when the model is loaded.
-        poison: fill new memory with NaN, for tests.
-    """
-
-    policy: Policy | str | None = None
-    markup: Markup | str | None = None
-    any_policy: bool = False
-    markers: MarkerIds | None = None
-    max_context: int | None = None
-    max_position: int | None = None
-    slots: int | Literal["auto"] = "auto"
-    max_slots: int = 64
-    eos_ids: Sequence[int] | None = None
-    think: tuple[str, str] | Literal["markup"] | None = "markup"
-    prompt_acts: bool = False
-    step_tokens: int | None = None
-    self_check: bool = True
-    poison: bool = False
-
-    def __post_init__(self) -> None:
-        if self.policy is not None and self.policy not in list(Policy):
-            raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
-        if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
-            raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
-        for name in ("max_context", "max_position", "max_slots", "step_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
 
 
 @dataclass
@@ -125,12 +78,13 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
-        self.options = _options(options)
+        self.options = read_options(options)
         self.tokenizer = tokenizer
         given, record = self.options, read_record(model)
         self.policy, self.markup = settle(record, given.policy, given.markup, allow=given.any_policy)
         self.think = self.markup.think if self.options.think == "markup" else self.options.think
         self.markers = self._find_markers()
+        self.ablation = self._find_ablation()
         self.decoder = Decoder(model, check=self.options.self_check)
         self.limits = self._find_limits()
         self.live = Progress()
@@ -245,10 +199,16 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("stop_strings need a tokenizer; pass one to Engine, or use stop_ids")
             stops = StopStrings(request.params.stop_strings, self.decode, self.think, request.thinking)
-        context = LiveContext(self.markers, self.policy)
-        row = Row(request, number, slot, context, self.limits, stops)
+        row = Row(request, number, slot, self._context(request, number), self.limits, stops)
         row.load_prompt(acts=self.options.prompt_acts)
         return row
+
+    def _context(self, request: Request, number: int) -> LiveContext:
+        if self.ablation is None:
+            return LiveContext(self.markers, self.policy)
+        seed, end = derive_seed(request.params.seed, number), self._think_end()
+        prompt_len = len(request.prompt_ids)
+        return self.ablation.context(self.markers, self.policy, prompt_len=prompt_len, think_end=end, seed=seed)
 
     def _completion(self, row: Row) -> Completion:
         note = row.note()
@@ -279,6 +239,18 @@ class Engine:
             raise ValueError(f"policy {self.policy.value!r} needs a tokenizer or marker ids; pass tokenizer or markers")
         return None
 
+    def _find_ablation(self) -> Ablation | None:
+        given = self.options.ablation
+        ablation = Ablation.parse(given) if isinstance(given, str) else given
+        if ablation is not None:  # so that what cannot be done is refused here, not at the first request
+            ablation.context(self.markers, self.policy, prompt_len=0, think_end=self._think_end(), seed=0)
+        return ablation
+
+    def _think_end(self) -> int | None:
+        if self.think is None or self.tokenizer is None:
+            return None
+        return token_id(self.tokenizer, self.think[1])
+
     def _find_limits(self) -> Limits:
         model_limit = _model_context(self.decoder.config)
         context = self.options.max_context or model_limit
@@ -300,15 +272,6 @@ def _drop(pool: KVPool, row: Row, spans: Sequence[tuple[int, int]]) -> None:
     for start, stop in reversed(spans):
         pool.drop(row.slot, start, stop, len(row.positions))
         del row.positions[start:stop]
-
-
-def _options(options: dict[str, Any]) -> EngineOptions:
-    known = [f.name for f in dataclasses.fields(EngineOptions)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        hint = " What lm-eval's model argument calls pruning is policy here." if "pruning" in unknown else ""
-        raise ValueError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}.{hint}")
-    return EngineOptions(**options)
 
 
 def _model_context(config: Any) -> int:

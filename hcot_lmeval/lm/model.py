@@ -270,6 +270,7 @@ class HcotLM(HFLM):
             policy=self.policy,
             markup=self.markup,
             any_policy=self.options.any_policy,
+            ablation=self.options.ablation,
             max_context=self.max_context,
             slots=slots,
             max_slots=self.max_batch_size,
@@ -280,6 +281,8 @@ class HcotLM(HFLM):
     def run_facts(self) -> dict[str, Any]:
         """Everything that determines what a request's response is, apart from the request."""
         ours = {"pruning": self.policy.value, "markup": self.markup.name, "max_context": self.max_context}
+        if self.options.ablation:
+            ours["ablation"] = str(self.options.ablation)
         return {
             **ours,
             **library_versions(),
@@ -356,11 +359,19 @@ class HcotLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what lm-eval reports of an ``hf`` model and, under ``hcot``, the settings and totals of the run."""
-        settings = {"pruning": self.policy.value, "markup": self.markup.name, "seed": self.options.seed}
-        settings["chat_template"] = self._prompts.chat
-        limits = {"max_context": self.max_context, "max_gen_toks": self.max_gen_toks, "ranks": self.world_size}
         totals = self._statistics.merge(self._other_ranks).as_dict()
-        return {**super().get_model_info(), "hcot": {**settings, **limits, **totals}}
+        settings = {
+            "pruning": self.policy.value,
+            "ablation": None if self.options.ablation is None else str(self.options.ablation),
+            "markup": self.markup.name,
+            "seed": self.options.seed,
+            "chat_template": self._prompts.chat,
+            "max_context": self.max_context,
+            "max_gen_toks": self.max_gen_toks,
+            "ranks": self.world_size,
+            "kv_bytes_per_token": self.engine.decoder.token_bytes if totals["requests"] else None,
+        }
+        return {**super().get_model_info(), "hcot": {**settings, **totals}}
 
 
 def _check_names(pretrained: Any, arguments: dict[str, Any]) -> None:

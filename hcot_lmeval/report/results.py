@@ -71,6 +71,11 @@ class Run:
         return self.totals["pruning"] if self.totals else None
 
     @property
+    def ablation(self) -> str | None:
+        """The variant of the rule (`hcot_lmeval.ablation`), or None for the rule itself."""
+        return self.totals.get("ablation") if self.totals else None
+
+    @property
     def max_context(self) -> int | None:
         """Most live tokens of a request, or None for a model that is not ours."""
         return self.totals["max_context"] if self.totals else None
@@ -159,10 +164,11 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 
 def label(run: Run) -> str:
-    """Returns the name of a run that was given none: checkpoint, policy and window."""
+    """Returns the name of a run that was given none: checkpoint, policy, variant of the rule, and window."""
     if run.totals is None:
         return f"{run.model} ({run.config['model']})"
-    return f"{run.model}, {run.policy}, {run.max_context}"
+    parts = (run.model, run.policy, run.ablation, run.max_context)
+    return ", ".join(str(part) for part in parts if part is not None)
 
 
 def _finished(run: Run, metric: str | None, filter_name: str | None) -> Run:
