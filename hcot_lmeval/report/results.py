@@ -132,7 +132,7 @@ def read_runs(
         ResultsError: the folder holds no run, a results file without its samples, half a file, or no such metric or
             filter.
     """
-    found = [run for path in sorted(directory.rglob("results_*.json"), key=_stamp) for run in _runs_of(path, tasks)]
+    found = [run for path in sorted(directory.rglob("results_*.json"), key=_stamp) for run in runs_of_file(path, tasks)]
     if not found:
         wanted = f" of {', '.join(tasks)}" if tasks else ""
         advice = f"run lm_eval with --log_samples --output_path {directory}"
@@ -140,7 +140,12 @@ def read_runs(
     return [_finished(run, metric, filter_name) for run in found]
 
 
-def _runs_of(path: Path, tasks: Sequence[str] | None) -> Iterator[Run]:
+def runs_of_file(path: Path, tasks: Sequence[str] | None = None) -> Iterator[Run]:
+    """Yields the run of each task of one results file, with the samples of all filters and no metric chosen.
+
+    Raises:
+        ResultsError: the samples of a task are missing, or a file is not complete.
+    """
     results = _json(path, path.read_text(encoding="utf-8"))
     for task in results["configs"]:
         if tasks and task not in tasks:
