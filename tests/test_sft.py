@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_leaves_model_card_curves_and_samples(finished) -> None:
     output, printed = finished
     assert "packed rows" in printed and "too few points" in printed
+    assert "missing keys" not in printed and "positions" not in printed
     card = (output / "model" / "README.md").read_text()
     assert "train.py sft" in card and "recompute" in card and "seed: 5" in card and "| loss | " in card
     assert (output / "curves.png").stat().st_size > 10_000
@@ -129,6 +131,14 @@ def test_two_processes_train_as_one(finished, tmp_path) -> None:
     found, expected = losses(tmp_path / "run"), losses(finished[0])
     assert [row[:2] for row in found] == [row[:2] for row in expected]
     assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-4, abs=1e-6)
+
+
+def test_traces_longer_than_the_model_knows_positions_are_a_warning(tmp_path) -> None:
+    config = settings(tmp_path / "run", phases=[{"policy": "off", "steps": 1}])
+    config["tiny"]["positions"] = 24
+    printed = run(tmp_path, {**config, "evaluation": {"every": 1, "problems": 0}})
+    needed = int(re.search(r"the traces need (\d+) positions, the model's config has 24", printed)[1])
+    assert 24 < needed <= 160
 
 
 def test_mistakes_are_one_line(tmp_path) -> None:

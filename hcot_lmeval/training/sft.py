@@ -5,11 +5,13 @@ Everything that can be wrong with the settings, the data, the tokenizer or the a
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 from accelerate import PartialState
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -37,6 +39,8 @@ from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: SftConfig, *, restart: bool = False, command: str = "") -> RunDirectory:
     """Trains, or goes on with a run that was interrupted, and leaves everything in ``config.output``.
@@ -61,6 +65,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         data = prepare(config, tokenizer, grammar_of(config, tokenizer))
     set_seed(config.seed)
     model, added = load_model(config, tokenizer, new)  # weights are read when nothing else can be wrong
+    warn_of_positions(model, data)
     model = with_adapter(config, model, added.tokens.values())
     if config.evaluation.problems:
         Decoder(model)  # says now whether the model can be decoded with pruning
@@ -118,6 +123,15 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
     if config.evaluation.problems and not problems:
         raise ValueError("no held-out row has an answer to compare with; set evaluation.problems=0, or name the column")
     return Data(train, held_out, problems, grammar)
+
+
+def warn_of_positions(model: PreTrainedModel, data: Data) -> None:
+    """Warns if the traces are longer than what the model's config allows; it may know more positions than it says."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    needed = max(prepared.report.positions for prepared in (*data.train, data.held_out))
+    if limit is not None and needed > limit:
+        advice = "shorten the traces with data.row_length"
+        logger.warning("the traces need %d positions, the model's config has %d: %s", needed, limit, advice)
 
 
 def record_of(config: SftConfig, added: Added, data: Data, schedule: Schedule, command: str) -> TrainingRecord:

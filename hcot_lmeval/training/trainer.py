@@ -6,6 +6,7 @@ checkpoints, resuming, trackers, early stopping. Ours are the loss, the order of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,21 @@ Evaluate = Callable[[Trainer], dict[str, float]]
 """From the trainer, whose model it measures, to metrics by name; every process calls it, all get the same."""
 
 
+class TiedWeights(logging.Filter):
+    """Keeps the Trainer's log free of a false alarm: a tied weight is stored once, so its second name is "missing"."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        first: dict[int, str] = {}
+        named = model.state_dict(keep_vars=True).items()
+        self.names = {name for name, weight in named if first.setdefault(id(weight), name) != name}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tells whether the record is worth showing."""
+        message = record.getMessage()
+        return not ("missing keys" in message and message.rstrip(".").endswith(str(sorted(self.names))))
+
+
 class PackedTrainer(Trainer):
     """Trains on a `Schedule` of packed rows.
 
@@ -89,6 +105,7 @@ class PackedTrainer(Trainer):
     ) -> None:
         install(model)
         super().__init__(model, args, train_dataset=schedule, data_collator=collate, **options)
+        logging.getLogger("transformers.trainer").addFilter(TiedWeights(model))
         self.model_accepts_loss_kwargs = True  # what transformers 5.17 has for `loss_is_scaled_for_ga`
         self.model.config.use_cache = True  # the Trainer turns it off, in the checkpoint too; our forward needs no help
         self.loss_settings = settings

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from hcot_lmeval.training.data.rows import PackedRows, columns_of, list_lengths
+from hcot_lmeval.training.data.rows import PackedRows, columns_of, largest, list_lengths
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Report:
         forwarded_tokens: of the documents; more than those of the traces, since solutions are read again.
         targets: tokens that there is a loss on.
         longest: forwarded tokens of the longest document.
+        positions: positions that the model needs: the largest position id, and one.
         packed_rows: rows that the documents are packed into.
         padding: the share of padding in them.
         findings: what is wrong with single rows.
@@ -60,6 +61,7 @@ class Report:
     forwarded_tokens: int = 0
     targets: int = 0
     longest: int = 0
+    positions: int = 0
     packed_rows: int = 0
     padding: float = 0.0
     findings: list[Finding] = field(default_factory=list)
@@ -120,6 +122,7 @@ def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, le
         forwarded_tokens=int(lengths[used].sum()),
         targets=int(columns["targets_count"][used].sum()),
         longest=int(lengths[used].max(initial=0)),
+        positions=largest(documents, "positions") + 1,
         packed_rows=len(rows),
         padding=rows.padding,
         findings=list(_findings(documents, lengths, wanted, leaked)),

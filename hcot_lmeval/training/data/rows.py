@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 
 from hcot_lmeval.trace import IGNORE
@@ -143,6 +144,13 @@ def list_lengths(rows: Dataset, column: str) -> np.ndarray:
     """Returns the length of the list that each row has in `column`, int64 [rows]."""
     chunks = rows.select_columns([column]).with_format("arrow")[:][column].chunks
     return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]).astype(np.int64)
+
+
+def largest(rows: Dataset, column: str) -> int:
+    """Returns the largest number in the lists of `column`, -1 if there is none."""
+    lists = rows.select_columns([column]).with_format("arrow")[:][column]
+    found = pc.max(pc.list_flatten(lists)).as_py()
+    return -1 if found is None else int(found)
 
 
 def columns_of(rows: Dataset, *names: str) -> dict[str, np.ndarray]:
