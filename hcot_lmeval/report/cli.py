@@ -1,0 +1,265 @@
+"""Compares language models with and without pruning: runs what is missing through lm-eval, and makes the tables.
+
+``scripts/compare.py`` and ``python -m hcot_lmeval compare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcot_lmeval.report.folder import CellFolder
+    from hcot_lmeval.report.results import Run
+    from hcot_lmeval.report.runner import Failure
+
+SUMMARY = """\
+Compares language models with and without pruning of their chain of thought.
+
+  run    evaluate a grid of models x policies x context windows x tasks x seeds, then compare;
+         what is finished is not run again, so start it once more after a kill
+  read   compare results that lm_eval wrote (--log_samples --output_path DIR), of any model
+"""
+EXAMPLES = """\
+examples:
+  %(prog)s run --models tiny-hcot tiny-flat --tasks hcot_arith --windows 128 256 --limit 20 --device cpu --out cmp
+  %(prog)s run scripts/configs/compare-demo.yaml --out cmp
+  %(prog)s read cmp                              the finished cells of a grid once more
+  %(prog)s read out_off out_pruned               two output folders of lm_eval
+  %(prog)s read flat=out_a hcot=out_b --baseline flat --by level --out tables
+
+The tables go to the terminal and, as Markdown, CSV, LaTeX, JSON and plots, into --out.
+"""
+RUN_EXAMPLES = """\
+examples:
+  %(prog)s --models tiny-hcot --tasks hcot_arith --windows 128 256 --limit 20 --device cpu --out cmp
+  %(prog)s --models org/model base=hf:org/base --tasks aime24_boxed --policies off recompute --out cmp
+  %(prog)s GRID.yaml --out cmp --dry-run         what is done, and the commands of the rest
+  %(prog)s --keys                                what GRID.yaml may hold
+
+By default each model runs with pruning off and as it was trained, at windows of 1024, 2048, 4096, 8192 live tokens.
+Several GPUs: start the same command for each (CUDA_VISIBLE_DEVICES=0 ..., =1 ...); they share the cells out.
+"""
+READ_EXAMPLES = """\
+examples:
+  %(prog)s out_off out_pruned                    two output folders of lm_eval, named by their settings
+  %(prog)s flat=out_a hcot=out_b --baseline flat
+  %(prog)s cmp                                   the folder of a grid: its finished cells
+"""
+EXAMPLE_LINE = "models: [tiny-hcot]"
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
+    args = make_parser(prog).parse_args(argv)
+    try:
+        return args.action(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        print(f"error: the library {error.name} is missing; pip install 'hcot_lmeval[report]'", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser; every option of ``run`` that a grid file may hold has the name of the key there."""
+    parser = _parser(argparse.ArgumentParser, prog=prog, description=SUMMARY, epilog=EXAMPLES)
+    kinds = parser.add_subparsers(required=True, metavar="{run,read}")
+    run = _parser(
+        kinds.add_parser, name="run", help="evaluate what is missing of a grid, then compare", epilog=RUN_EXAMPLES
+    )
+    run.set_defaults(action=run_grid)
+    _add_grid_options(run)
+    _add_table_options(run)
+    read = _parser(kinds.add_parser, name="read", help="compare results that are there", epilog=READ_EXAMPLES)
+    read.set_defaults(action=read_results)
+    read.add_argument("folders", nargs="+", metavar="[NAME=]DIR", help="output folder of lm_eval, or of a grid")
+    read.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    _add_table_options(read)
+    return parser
+
+
+def _parser(make: Callable[..., Any], **settings: Any) -> argparse.ArgumentParser:
+    if "name" in settings:
+        settings["description"] = settings["help"].capitalize() + "."
+        return make(settings.pop("name"), formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    return make(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+
+def _add_grid_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", nargs="?", metavar="GRID.yaml", help="file with the grid; options take precedence")
+    grid = parser.add_argument_group("the grid (keys of the file have the same names)")
+    grid.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
+    )
+    grid.add_argument("--policies", nargs="+", metavar="POLICY", help="off, recompute, evict, trained (off trained)")
+    grid.add_argument("--windows", nargs="+", metavar="N", help="most live tokens (1024 2048 4096 8192)")
+    grid.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval")
+    grid.add_argument("--seeds", nargs="+", metavar="N", help="of sampling (0)")
+    grid.add_argument("--limit", metavar="N", help="documents of a task (all)")
+    grid.add_argument("--batch-size", metavar="N", help="rows side by side (auto)")
+    grid.add_argument("--device", help="cpu, cuda:0, ...")
+    grid.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="of every model, as in dtype=bfloat16")
+    grid.add_argument("--gen-kwargs", nargs="+", metavar="KEY=VALUE", help="generation arguments, over the tasks'")
+    grid.add_argument("--include-path", metavar="DIR", help="folder of further tasks")
+    grid.add_argument("--apply-chat-template", action="store_const", const=True, help="lm-eval's option of this name")
+    grid.add_argument(
+        "--no-notes", dest="notes", action="store_const", const=False, help="keep no notes for the viewer"
+    )
+    grid.add_argument("--lm-eval-args", metavar="ARGS", help="further arguments of lm_eval, in one string")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cells, done and to do, with commands; run nothing"
+    )
+    parser.add_argument("--keys", action="store_true", help="print every key of GRID.yaml with its meaning, and stop")
+
+
+GRID_KEYS = """models policies windows tasks seeds limit batch_size device model_args gen_kwargs include_path
+    apply_chat_template notes lm_eval_args""".split()
+
+
+def _add_table_options(parser: argparse.ArgumentParser) -> None:
+    tables = parser.add_argument_group("the comparison")
+    tables.add_argument(
+        "--out", type=Path, default=Path("comparison"), metavar="DIR", help="output folder (%(default)s)"
+    )
+    tables.add_argument("--baseline", metavar="NAME", help="run that the others are tested against (the first)")
+    tables.add_argument("--by", metavar="COLUMN", help="column of the documents to group by, such as level")
+    tables.add_argument("--metric", metavar="NAME", help="what counts as accuracy (acc, avg@k or exact_match)")
+    tables.add_argument("--filter", metavar="NAME", help="lm-eval's filter, where a task has several (the first)")
+    tables.add_argument("--no-plots", action="store_true", help="tables alone")
+    tables.add_argument("--allow-versions", action="store_true", help="compare runs of different library versions")
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def run_grid(args: argparse.Namespace) -> int:
+    """Evaluates what is missing of a grid and compares what is there; returns the exit status."""
+    from hcot_lmeval.report.grid import GridConfig
+    from hcot_lmeval.report.reading import Reader
+    from hcot_lmeval.settings import describe_settings
+
+    if args.keys:
+        print("\n".join(describe_settings(GridConfig)))
+        return 0
+    folders = plan(args)
+    if args.dry_run:
+        print("\n".join(_listed(folder) for folder in folders))
+        return 0
+    failures = _run(folders, args.out)
+    for failure in failures:
+        print(_told(failure), file=sys.stderr)
+    done = [folder for folder in folders if folder.is_done]
+    if not done:
+        raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
+    reader = Reader(None, args.metric, args.filter)
+    _compare([run for folder in done for run in reader.cell(folder.path)], args)
+    if failures:
+        print(f"{len(failures)} of {len(folders)} cells failed and are not in the tables (see above)", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def plan(args: argparse.Namespace) -> list[CellFolder]:
+    """Returns the cells of the grid that the command line describes."""
+    from hcot_lmeval.report.folder import CellFolder, with_other_versions
+    from hcot_lmeval.report.grid import GridConfig
+    from hcot_lmeval.settings import parse_settings, read_yaml
+
+    settings = read_yaml(args.grid, EXAMPLE_LINE) if args.grid else {}
+    grid = parse_settings(GridConfig, settings | _given(args), args.grid or "the grid of the command line")
+    folders = [CellFolder(args.out, cell) for cell in grid.cells]
+    return [with_other_versions(folder) for folder in folders] if args.allow_versions else folders
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of a grid that stand on the command line."""
+    given = {key: getattr(args, key) for key in GRID_KEYS if getattr(args, key) is not None}
+    for key in given.keys() & {"model_args", "gen_kwargs"}:
+        given[key] = _pairs(key, given[key])
+    if "lm_eval_args" in given:
+        given["lm_eval_args"] = shlex.split(given["lm_eval_args"])
+    return given
+
+
+def _pairs(key: str, words: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    without = [word for word in words if "=" not in word]
+    if without:
+        raise ValueError(f"--{key.replace('_', '-')} {without[0]}: expected KEY=VALUE")
+    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
+
+
+def _listed(folder: CellFolder) -> str:
+    state = "done " if folder.is_done else "to do"
+    line = f"{state}  {folder.cell.name} ({folder.cell.task})  {folder.path}"
+    return line if folder.is_done else f"{line}\n       {shlex.join(['lm_eval', *folder.command([])])}"
+
+
+def _run(folders: Sequence[CellFolder], out: Path) -> list[Failure]:
+    from hcot_lmeval.report.folder import write_json
+    from hcot_lmeval.report.progress import Progress
+    from hcot_lmeval.report.runner import run_cells
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "grid.json", {"cells": [folder.path.name for folder in folders]})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
+    progress = Progress(folders)
+    try:
+        return run_cells(folders, progress)
+    finally:
+        progress.close()
+
+
+def _told(failure: Failure) -> str:
+    head = f"{failure.folder.cell.name} ({failure.folder.cell.task}) failed: {failure.reason}; {failure.folder.log}"
+    return "\n".join([head, *(f"    {line}" for line in failure.log.splitlines())])
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+def read_results(args: argparse.Namespace) -> int:
+    """Compares the results in the folders given; returns the exit status."""
+    from hcot_lmeval.report.reading import Reader
+
+    reader = Reader(args.tasks, args.metric, args.filter)
+    runs = reader.read(args.folders)
+    for line in reader.said:
+        print(f"note: {line}", file=sys.stderr)
+    _compare(runs, args)
+    return 0
+
+
+def _compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Prints the comparison and writes it into ``--out``."""
+    from hcot_lmeval.report.comparable import check_comparable, remarks
+
+    check_comparable(runs, allow_versions=args.allow_versions)
+
+    from hcot_lmeval.report.comparison import compare  # heavy, hence behind the checks
+
+    comparison = compare(runs, by=args.by, baseline=args.baseline)
+    print(comparison.text())
+    for line in remarks(runs):
+        print(f"note: {line}")
+    written = comparison.write(args.out, plots=not args.no_plots)
+    print(f"\nwritten to {args.out}: {', '.join(sorted(path.name for path in written))}")

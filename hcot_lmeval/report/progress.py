@@ -1,0 +1,108 @@
+"""How far a grid is, and how long the rest may take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from hcot_lmeval.report.folder import CellFolder
+
+WORDS = 60
+"""Characters of what a cell last printed."""
+
+
+class Progress:
+    """A line for each cell that ends, and on a terminal a bar over the cells.
+
+    The time left is estimated from the finished cells: a cell is expected to take what the others of its task, model
+    and policy took on average; where there are none, those of its task and model; else all.
+
+    Args:
+        folders: all cells of the grid.
+    """
+
+    def __init__(self, folders: Sequence[CellFolder]) -> None:
+        self._seconds = {folder: folder.seconds() for folder in folders}
+        self._open = [folder for folder, seconds in self._seconds.items() if seconds is None and not folder.is_done]
+        self._done = len(folders) - len(self._open)
+        self._current: CellFolder | None = None
+        self._started = time.monotonic()
+        self._bar = tqdm(
+            total=len(folders),
+            initial=self._done,
+            disable=None,  # not on a terminal
+            bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}",
+            dynamic_ncols=True,
+        )
+
+    def ticks(self, folder: CellFolder, words: str) -> None:
+        """Says what the cell in work last printed."""
+        if folder is not self._current:
+            self._current, self._started = folder, time.monotonic()
+        self._bar.set_postfix_str(f"{self._left()}  {_title(folder)}: {words[:WORDS]}")
+
+    def waits(self, folder: CellFolder) -> None:
+        """Says that another process has the cell in work."""
+        self._say(f"{_title(folder)}: another process has it in work; waiting for its end")
+
+    def ends(self, folder: CellFolder, fault: str | None) -> None:
+        """Counts a cell, done or failed."""
+        self._seconds[folder] = folder.seconds()
+        self._open.remove(folder)
+        self._current, self._started = None, time.monotonic()
+        self._bar.update()
+        took = self._seconds[folder]
+        told = fault or (f"done in {_duration(took)}" if took else "done")
+        count = f"{len(self._seconds) - len(self._open)}/{len(self._seconds)}"
+        self._say(f"[{count}] {_title(folder)}: {told}" + (f"; {self._left()}" if self._open else ""))
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _left(self) -> str:
+        seconds = self.seconds_left()
+        return "time left not known yet" if seconds is None else f"about {_duration(seconds)} left"
+
+    def seconds_left(self) -> float | None:
+        """Returns the estimate; None while no cell is finished."""
+        known = {folder: seconds for folder, seconds in self._seconds.items() if seconds}
+        if not known:
+            return None
+        running = time.monotonic() - self._started
+        expected = {folder: _expected(folder, known) for folder in self._open}
+        if self._current in expected:
+            expected[self._current] = max(0.0, expected[self._current] - running)
+        return sum(expected.values())
+
+
+def _expected(folder: CellFolder, known: dict[CellFolder, float]) -> float:
+    for kin in (_like(3), _like(2), _like(0)):
+        alike = [seconds for other, seconds in known.items() if kin(other) == kin(folder)]
+        if alike:
+            return fmean(alike)
+    raise AssertionError("all cells are alike in nothing")
+
+
+def _like(depth: int) -> Callable[[CellFolder], tuple[str | None, ...]]:
+    return lambda folder: (folder.cell.task, folder.cell.model.name, folder.cell.policy)[:depth]
+
+
+def _title(folder: CellFolder) -> str:
+    return f"{folder.cell.name} ({folder.cell.task})"
+
+
+def _duration(seconds: float) -> str:
+    """Returns ``43 s``, ``12 min`` or ``3.4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

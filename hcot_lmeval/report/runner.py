@@ -1,0 +1,149 @@
+"""Runs the cells of a grid that are missing, each as a process of its own: a crash loses one cell.
+
+Start the same command again after a kill, and it goes on; start it several times side by side, and the processes share
+the cells out among them. A cell in work is locked, and its lm_eval holds the lock too: should this process be killed
+and lm_eval live on, no second one is started beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from hcot_lmeval.report.folder import LM_EVAL, CellFolder
+from hcot_lmeval.report.progress import Progress
+
+LOG_LINES = 15
+"""Of a failed cell that are shown."""
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+"""What lm_eval is given to end by itself when it is told to."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that did not end well.
+
+    Attributes:
+        folder: of the cell.
+        reason: one line.
+        log: the last lines that lm_eval printed.
+    """
+
+    folder: CellFolder
+    reason: str
+    log: str
+
+
+def run_cells(folders: Sequence[CellFolder], progress: Progress, lm_eval: Sequence[str] = LM_EVAL) -> list[Failure]:
+    """Evaluates every cell that is not done; those that another process has in work come last.
+
+    Args:
+        folders: the cells.
+        progress: told of every cell.
+        lm_eval: the command of lm-eval.
+
+    Returns:
+        the cells that failed.
+
+    Raises:
+        KeyboardInterrupt: after the cell in work was ended; what it has finished is in its journal.
+    """
+    failures: list[Failure] = []
+    todo = [folder for folder in folders if not folder.is_done]
+    for wait in (False, True):
+        busy = []
+        for folder in todo:
+            if wait:
+                progress.waits(folder)
+            with _lock(folder, wait) as lock:
+                if lock is None:
+                    busy.append(folder)
+                    continue
+                failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, lock)
+            progress.ends(folder, failure.reason if failure else None)
+            failures += [failure] if failure else []
+        todo = busy
+    return failures
+
+
+@contextmanager
+def _lock(folder: CellFolder, wait: bool) -> Iterator[IO[bytes] | None]:
+    """Yields the locked file, or None if another process has it and `wait` is false.
+
+    The system lets go of the lock when every process that inherited the file has ended, however it ended.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
+
+
+def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lock: IO[bytes]) -> Failure | None:
+    folder.prepare()
+    command = folder.command(lm_eval)
+    with folder.log.open("ab") as log:
+        log.write(f"\n$ {shlex.join(command)}\n".encode())
+        log.flush()
+        start = log.tell()
+        code = _watched(command, log, lock, lambda: progress.ticks(folder, _last_words(folder.log, start)))
+    if folder.finish():
+        return None
+    return Failure(folder, _reason(code), "\n".join(_lines(folder.log, start)[-LOG_LINES:]))
+
+
+def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Callable[[], None]) -> int:
+    """Runs a command to its end and returns its exit status; ends it when this process is interrupted."""
+    # another process may have switched off how lm-eval finds the model hcot
+    environment = os.environ | {"HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=(lock.fileno(),)
+    )
+    try:
+        while process.poll() is None:
+            tick()
+            time.sleep(POLL_SECONDS)
+        return process.returncode
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _reason(code: int) -> str:
+    if code < 0:
+        return f"lm_eval was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+    return f"lm_eval ended with status {code}" + (" and without complete results" if code == 0 else "")
+
+
+def _last_words(log: Path, start: int) -> str:
+    return next(reversed(_lines(log, start)), "")
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    """The last lines that were printed from `start` on; of a progress bar, its last state."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 2**16))
+        text = file.read().decode("utf-8", "replace")
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return [line for line in lines if line.strip()]

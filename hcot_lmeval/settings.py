@@ -1,0 +1,101 @@
+"""From a YAML file and overrides to checked settings; all faults are said at once, with what is allowed.
+
+What a kind of settings holds is a `Section` (`report.grid.GridConfig`, for example); this module reads any of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot be changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
+    """Reads a YAML file of keys and values.
+
+    Args:
+        path: the file.
+        example: a line of such a file, for the message.
+
+    Raises:
+        ValueError: the file is no YAML or no mapping.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}; expected keys and values such as `{example}`")
+    return settings
+
+
+def parse_settings(kind: type[S], settings: Mapping[str, Any], origin: str = "the settings") -> S:
+    """Returns checked settings.
+
+    Raises:
+        ValueError: a key is unknown or a value is not allowed; every fault in one message.
+    """
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        faults = dict.fromkeys(_describe(kind, fault) for fault in error.errors())
+        listed = next(iter(faults)) if len(faults) == 1 else "".join(f"\n  {fault}" for fault in faults)
+        raise ValueError(f"{origin} cannot be used: {listed}".replace(": \n", ":\n")) from None
+
+
+def _describe(kind: type[Section], fault: Any) -> str:
+    place = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        known = list(_section_at(kind, fault["loc"][:-1]).model_fields)
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{place} is unknown; {hint}Known here: {', '.join(known)}"
+    given = "" if fault["type"] == "missing" else f" (given: {str(fault['input'])[:80]})"
+    return f"{place or 'as a whole'}: {fault['msg'].removeprefix('Value error, ')}{given if place else ''}"
+
+
+def _section_at(kind: type[Section], place: Sequence[Any]) -> type[Section]:
+    """The section class that a path of keys and indices leads to."""
+    section = kind
+    for name in place:
+        if isinstance(name, str) and name in section.model_fields:
+            section = section_in(section.model_fields[name].annotation) or section
+    return section
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """Returns the section among a type and its parts: of `list[SourceConfig]`, `SourceConfig`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (section_in(part) for part in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def describe_settings(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yields a line for every key, with its meaning and default."""
+    for name, field in kind.model_fields.items():
+        inner = section_in(field.annotation)
+        many = ".0" if get_origin(field.annotation) is list else ""
+        if inner is None:
+            default = "required" if field.is_required() else f"default {_short(field.default)}"
+            yield f"{prefix}{name:<{max(1, 34 - len(prefix))}} {field.description} ({default})"
+        elif prefix.count(".") < 2:
+            yield from describe_settings(inner, f"{prefix}{name}{many}.")
+
+
+def _short(value: Any) -> str:
+    return str(getattr(value, "value", value))
