@@ -11,7 +11,6 @@ import fcntl
 import os
 import shlex
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from hcot_lmeval.report.progress import Progress
 LOG_LINES = 15
 """Of a failed cell that are shown."""
 POLL_SECONDS = 0.5
+"""Between two looks at what a running cell has printed."""
 GRACE_SECONDS = 10.0
 """What lm_eval is given to end by itself when it is told to."""
 
@@ -106,19 +106,26 @@ def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lo
 
 def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Callable[[], None]) -> int:
     """Runs a command to its end and returns its exit status; ends it when this process is interrupted."""
-    # another process may have switched off how lm-eval finds the model hcot
-    environment = os.environ | {"HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=(lock.fileno(),)
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(), pass_fds=(lock.fileno(),)
     )
     try:
-        while process.poll() is None:
-            tick()
-            time.sleep(POLL_SECONDS)
-        return process.returncode
+        while True:
+            try:
+                return process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                tick()
     except BaseException:
         _end(process)
         raise
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with lm-eval told to find the model hcot and its output not held back.
+
+    Threads that spin while they wait for each other take many times as long on a machine that has other work.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
