@@ -1,0 +1,151 @@
+"""Shows what was thought and what was thrown away: one HTML page of traces, or a tree in the terminal.
+
+    python scripts/view_traces.py NOTES --out page.html                      notes of one run (model argument notes=DIR)
+    python scripts/view_traces.py NOTES --samples RESULTS --out page.html    with right and wrong
+    python scripts/view_traces.py NOTES NOTES2 --out page.html               two runs side by side
+    python scripts/view_traces.py traces.jsonl --text-column response        texts of any model
+    python scripts/view_traces.py NOTES --terminal --doc 7                   no browser
+
+The page is one file that opens from disk and needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.trace import Policy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    from hcot_lmeval.report.results import ResultsError
+    from hcot_lmeval.report.viewer.reading import ViewerError
+
+    try:
+        traces, verdicts, names = _open(args)
+        return _print(args, traces, verdicts) if args.terminal else _write(args, traces, verdicts, names)
+    except (ViewerError, ResultsError, OSError) as error:
+        print(f"view_traces: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("view_traces: interrupted; no page was written", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser; it needs no heavy import."""
+    parse = argparse.ArgumentParser(
+        prog="view_traces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("notes", nargs="+", type=Path, metavar="NOTES", help="files or folders of notes or plain traces")
+    parse.add_argument("--out", type=Path, default=Path("traces.html"), help="the page to write (%(default)s)")
+    parse.add_argument("--title", help="title of the page (the names of the runs)")
+    parse.add_argument(
+        "--samples", type=Path, action="append", default=[], metavar="DIR",
+        help="--output_path of the evaluation, for right, wrong, answers and levels; again for each NOTES, or one for all",
+    )  # fmt: skip
+    parse.add_argument("--task", action="append", help="only traces of this task (again for more)")
+    parse.add_argument("--doc", action="append", help="only traces of this problem (again for more)")
+    parse.add_argument("--limit", type=_positive, help="only the first N traces of each run")
+    parse.add_argument("--tokenizer", metavar="NAME", help="count real tokens in plain traces; exact borders in notes")
+    plain = parse.add_argument_group("plain traces (JSONL with a column of text)")
+    plain.add_argument("--text-column", help="column of the text (the first of the usual ones that a row has)")
+    plain.add_argument("--prompt-column", help="column of the problem")
+    plain.add_argument("--gold-column", help="column of the right answer")
+    plain.add_argument("--markup", choices=list(PRESETS), default="hcot", help="notation of the blocks (%(default)s)")
+    plain.add_argument(
+        "--policy", choices=[p.value for p in Policy], default="recompute",
+        help="what a return would have done (%(default)s)",
+    )  # fmt: skip
+    terminal = parse.add_argument_group("terminal")
+    terminal.add_argument("--terminal", action="store_true", help="print instead of writing a page")
+    terminal.add_argument("--expand", action="store_true", help="print the thoughts too, not only what came of them")
+    terminal.add_argument("--width", type=_positive, help="columns to use (those of the terminal)")
+    terminal.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
+    return parse
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return number
+
+
+def _open(args: argparse.Namespace) -> tuple[Iterator[Any], Any, list[Any]]:
+    from hcot_lmeval.report.viewer.reading import ViewerError, find_sources
+    from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
+
+    sources = find_sources(args.notes)
+    if args.samples and not any(source.is_notes for source in sources):
+        raise ViewerError("--samples belongs to notes, and NOTES are plain traces; leave it out")
+    verdicts = read_verdicts(sources, args.samples) if args.samples else Verdicts()
+    read = _reader(args)
+    streams = [_chosen(args, read(source)) for source in sources]
+    return chain.from_iterable(streams), verdicts, sources
+
+
+def _reader(args: argparse.Namespace) -> Callable[[Any], Iterator[Any]]:
+    from hcot_lmeval.markup import get_markup
+    from hcot_lmeval.report.viewer.notes_traces import note_traces
+    from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
+    from hcot_lmeval.report.viewer.reading import Columns
+
+    columns = Columns(args.text_column, args.prompt_column, args.gold_column)
+    cut, decode = (tokenizer_cut(args.tokenizer), _decoder(args.tokenizer)) if args.tokenizer else (None, None)
+
+    def read(source: Any) -> Iterator[Any]:
+        if source.is_notes:
+            return note_traces(source, decode)
+        return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
+
+    return read
+
+
+def _decoder(name: str) -> Callable[[Sequence[int]], str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _chosen(args: argparse.Namespace, traces: Iterator[Any]) -> Iterator[Any]:
+    number = 0
+    for trace in traces:
+        task_fits = not args.task or trace.task in args.task
+        doc_fits = not args.doc or str(trace.doc_id) in args.doc
+        if task_fits and doc_fits and (args.limit is None or number < args.limit):
+            number += 1
+            yield trace
+
+
+def _print(args: argparse.Namespace, traces: Iterator[Any], verdicts: Any) -> int:
+    from hcot_lmeval.report.viewer.reading import ViewerError
+    from hcot_lmeval.report.viewer.terminal import Style, print_trace
+
+    style = Style.of(sys.stdout, args.width, args.color)
+    number = 0
+    for number, trace in enumerate(traces, 1):
+        print_trace(trace, verdicts, style, expand=args.expand)
+    if number == 0:
+        raise ViewerError("no trace fits --task, --doc; leave them out to see all")
+    return 0
+
+
+def _write(args: argparse.Namespace, traces: Iterator[Any], verdicts: Any, sources: list[Any]) -> int:
+    from hcot_lmeval.report.viewer.build import write_page
+
+    start = time.perf_counter()
+    title = args.title or " · ".join(source.name for source in sources)
+    count = write_page(args.out, traces, sources, verdicts, title, progress=sys.stderr.isatty())
+    size, seconds = args.out.stat().st_size, time.perf_counter() - start
+    print(f"{args.out}: {count} traces, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    return 0

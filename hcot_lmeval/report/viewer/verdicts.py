@@ -1,0 +1,110 @@
+"""Right or wrong: what lm-eval's samples files say about the traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.report.results import Run, read_runs
+from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about a response.
+
+    Attributes:
+        score: 1 right, 0 wrong; of a problem with several responses the share of the right ones; None if unknown.
+        gold: the right answer.
+        level: the group of the problem (level, depth, ...) as text, or None.
+        extracted: the answer as lm-eval's filter left it, or None.
+    """
+
+    score: float | None = None
+    gold: str | None = None
+    level: str | None = None
+    extracted: str | None = None
+
+
+class Verdicts:
+    """Looks verdicts up.
+
+    Args:
+        runs: for each source the evaluations that its traces may come from; none: nothing is known.
+    """
+
+    def __init__(self, runs: dict[str, list[Run]] | None = None) -> None:
+        self._runs = runs or {}
+        self._samples: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
+        self.known = 0
+
+    def of(self, trace: Trace, generated: int) -> Verdict:
+        """Returns what is known about a trace of `generated` tokens.
+
+        Raises:
+            ViewerError: several evaluations could be meant, or the one found had another response.
+        """
+        run = self._run_of(trace)
+        if run is None:
+            return Verdict(gold=trace.gold)
+        sample = self._lines(trace.source, run).get(trace.doc_id)
+        if sample is None:
+            return Verdict()
+        self.known += 1
+        _check_same(trace, sample, generated)
+        level = None if run.grouping is None else f"{run.grouping} {sample['doc'][run.grouping]}"
+        return Verdict(float(sample[run.metric]), str(sample["target"]), level, _extracted(sample, trace.repeat))
+
+    def _run_of(self, trace: Trace) -> Run | None:
+        fitting = [run for run in self._runs.get(trace.source.name, []) if run.task == trace.task]
+        if len(fitting) > 1:
+            paths = ", ".join(str(run.path.parent) for run in fitting)
+            raise ViewerError(
+                f"--samples holds {len(fitting)} evaluations of {trace.task} that {trace.source.name} may belong to "
+                f"({paths}); give one narrower folder for each of the notes, in their order"
+            )
+        return fitting[0] if fitting else None
+
+    def _lines(self, source: Source, run: Run) -> dict[Any, dict[str, Any]]:
+        key = (source.name, run.task)
+        if key not in self._samples:
+            self._samples[key] = {sample["doc_id"]: sample for sample in run.samples}
+        return self._samples[key]
+
+
+def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdicts:
+    """Reads the evaluations in `folders`: one for each source in order, or fewer that belong to all.
+
+    Raises:
+        ResultsError: a folder holds no evaluation.
+    """
+    notes = [source for source in sources if source.is_notes]
+    each = [read_runs(folder) for folder in folders]
+    if len(each) == len(notes):
+        return Verdicts({source.name: _fitting(source, runs) for source, runs in zip(notes, each, strict=True)})
+    return Verdicts({source.name: _fitting(source, [run for runs in each for run in runs]) for source in notes})
+
+
+def _fitting(source: Source, runs: Iterable[Run]) -> list[Run]:
+    """The evaluations made with the settings of the notes."""
+    wanted = [source.run.get(key) for key in ("pruning", "max_context", "ablation")]
+    return [run for run in runs if wanted == [run.policy, run.max_context, (run.totals or {}).get("ablation")]]
+
+
+def _check_same(trace: Trace, sample: dict[str, Any], generated: int) -> None:
+    requests = sample.get("requests")
+    told = requests[trace.repeat]["generated_tokens"] if requests and trace.repeat < len(requests) else generated
+    if told != generated:
+        raise ViewerError(
+            f"{trace.name} generated {generated} tokens, but the samples tell of {told}; "
+            "they are of another run: give the --output_path of the run that wrote the notes"
+        )
+
+
+def _extracted(sample: dict[str, Any], repeat: int) -> str | None:
+    answers = sample.get("filtered_resps") or []
+    if len(answers) == 1 and isinstance(answers[0], list):  # take_first_k leaves one list of k
+        answers = answers[0]
+    return str(answers[repeat]) if repeat < len(answers) else None

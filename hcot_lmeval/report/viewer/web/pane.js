@@ -1,0 +1,282 @@
+// One trace on the screen: what is known about it, its curve, and its rows.
+
+const TOTALS = [
+  ["prompt_tokens", "prompt", "Tokens of the prompt."],
+  ["generated_tokens", "generated", "Every token sampled, pruned later or not, the end token included."],
+  ["pruned_tokens", "pruned", "Tokens thrown out of the live context by returns."],
+  ["reforwarded_tokens", "re-forwarded", "Tokens read a second time because a thought before them was cut out (policy recompute)."],
+  ["peak_live_tokens", "peak live", "The largest live context, prompt included: the memory needed."],
+  ["live_tokens", "live at the end", "The live context when the generation ended: prompt + generated − pruned."],
+  ["prune_events", "prunes", "Times at which something was thrown away."],
+  ["max_depth", "depth", "Most blocks open at once."],
+];
+const MAX_HITS = 2000;
+const HEADROOM = 12; // pixels above a row that is jumped to
+
+class Pane {
+  constructor(hooks) {
+    this.hooks = hooks;
+    this.head = make("div", { class: "pane-head" });
+    this.curve = new Curve((token) => this.goTo(token));
+    this.body = make("div", { class: "rows", tabindex: "0", role: "document", "aria-label": "Text of the trace" });
+    this.root = make("section", { class: "pane" }, this.head, this.curve.root, this.body);
+    this.body.addEventListener("scroll", () => this.follow(), { passive: true });
+    this.folds = new Map(); // block -> folded, where the reader chose
+    this.mode = "all";
+  }
+
+  async show(place, query, mode) {
+    this.place = place;
+    const trace = await openTrace(place);
+    if (this.place !== place) return; // another one was asked for meanwhile
+    if (this.trace !== trace) {
+      this.folds.clear();
+      this.moment = trace.total - 1;
+    }
+    this.trace = trace;
+    this.mode = mode;
+    this.setQuery(query);
+    this.drawHead();
+    this.draw();
+    this.body.scrollTop = 0;
+    this.follow();
+  }
+
+  setQuery(query) {
+    this.hits = [];
+    this.hit = -1;
+    this.query = query;
+    if (query) {
+      const pattern = new RegExp(query.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gi");
+      for (const found of this.trace.text.matchAll(pattern)) {
+        if (this.hits.push(found.index) >= MAX_HITS) break;
+      }
+    }
+    this.painter = new Painter(this.trace, this.hits, query.length);
+  }
+
+  search(query) {
+    if (!this.trace || query === this.query) return;
+    this.setQuery(query);
+    const token = this.curve.token;
+    this.draw();
+    this.scrollTo(token);
+  }
+
+  setMode(mode) {
+    if (mode === "moment" && this.curve.token !== undefined && this.mode === "all") this.moment = this.curve.token;
+    this.mode = mode;
+    if (!this.trace) return;
+    const token = mode === "moment" ? this.moment : this.curve.token;
+    this.draw();
+    if (mode === "moment") this.body.scrollTop = this.body.scrollHeight;
+    else this.scrollTo(token);
+    this.curve.move(token);
+  }
+
+  drawHead() {
+    const { row } = this.trace;
+    const source = SOURCES[row.source];
+    const several = ROWS.some((other) => other.repeat !== 0);
+    const facts = Object.entries(source.facts).map(([key, value]) => `${key.split("_").join(" ")} ${value}`).join(" · ");
+    const title = make("h2", {}, `${row.task} · ${row.doc}${several ? ` · response ${row.repeat}` : ""}`);
+    const chips = make("div", { class: "chips" }, verdictChip(row));
+    if (row.extracted !== null) chips.append(chip("answer", row.extracted));
+    if (row.gold !== null) chips.append(chip("gold", row.gold));
+    if (row.level !== null) chips.append(make("span", { class: "chip", text: row.level }));
+    if (row.finish) chips.append(make("span", { class: `chip ${row.finish === "eos" || row.finish === "stop" ? "" : "warn"}`, text: `ended by ${row.finish}`, title: FINISH[row.finish] }));
+    for (const [kind, count] of Object.entries(row.malformed)) {
+      const badge = faultBadge(kind);
+      badge.append(count > 1 ? ` × ${number(count)}` : "");
+      chips.append(badge);
+    }
+    const totals = make("dl", { class: "totals" });
+    for (const [key, word, meaning] of TOTALS) {
+      const text = TOKENS.has(key) ? meaning.replace("Tokens", row.unit === "piece" ? "Pieces (words and other signs)" : "Tokens") : meaning;
+      totals.append(make("div", { title: text, tabindex: "0", "aria-label": `${word} ${row[key]}. ${text}` }, make("dt", { text: word }), make("dd", { text: number(row[key]) })));
+    }
+    const unit = row.unit === "piece" ? "counts are words and other signs, not tokens" : "counts are tokens";
+    const time = row.seconds === null ? "" : ` · ${row.seconds.toFixed(1)} s`;
+    const acts = row.prompt_acts ? " · markers in the prompt acted; the prompt is shown whole" : "";
+    this.head.replaceChildren(
+      make("div", { class: "pane-title" }, title, this.hooks.beside ? this.hooks.beside(row) : null),
+      chips, totals,
+      make("p", { class: "run" }, make("span", { class: `run-name source${row.source % 6}`, text: source.name }), ` ${facts ? `${facts} · ` : ""}${unit}${time}${acts}`),
+    );
+  }
+
+  draw() {
+    this.curve.show(this.trace, this.hits.map((at) => this.tokenOf(at)));
+    const rows = this.mode === "all" ? this.trace.tree(0, this.trace.segments.length, this.folded) : this.trace.sight(this.mode === "moment" ? this.moment : this.trace.total - 1);
+    const prompt = make("div", { class: "prompt" });
+    this.painter.prompt(prompt);
+    const told = { all: "prompt", live: "what the model saw at the end: the prompt", moment: `what the model saw just after ${this.trace.row.unit} ${number(this.moment)}: the prompt` };
+    this.body.replaceChildren(make("div", { class: "label", text: `${told[this.mode]} · ${number(this.trace.row.prompt_tokens)}` }), prompt, make("div", { class: "label", text: this.mode === "all" ? `generated · ${number(this.trace.row.generated_tokens)}` : "and behind it" }), ...this.elements(rows));
+    this.root.classList.toggle("seen", this.mode !== "all");
+  }
+
+  elements(rows) {
+    const nodes = rows.map((row) => this.painter.row(row, this.folded, (block) => this.toggle(block)));
+    return nodes.filter((node) => {
+      const { type, block, segment } = node.row;
+      const dull = type === "close" && block && this.folded(block) && !segment.fault;
+      return !dull; // the head of a folded block tells what its return did
+    });
+  }
+
+  folded = (block) => {
+    if (block.thought === 0) return true;
+    return this.folds.get(block.place) ?? (block.gone > 0 && block.gone === block.thought);
+  };
+
+  toggle(block, shut = !this.folded(block)) {
+    this.folds.set(block.place, shut);
+    if (this.mode !== "all") return;
+    const nodes = [...this.body.querySelectorAll(":scope > .row")];
+    const begin = nodes.findIndex((node) => node.row.type === "head" && node.row.block === block);
+    if (begin < 0) return;
+    const end = block.close >= 0 ? block.close + 1 : this.trace.segments.length;
+    const stale = nodes.slice(begin).filter((node) => node.row.segment.place < end);
+    const focused = stale[0].contains(document.activeElement);
+    const fresh = this.elements(this.trace.tree(block.open, end, this.folded));
+    stale[0].before(...fresh);
+    for (const node of stale) node.remove();
+    if (focused) fresh[0].querySelector("button").focus({ preventScroll: true });
+    this.follow();
+  }
+
+  foldAll(shut) {
+    if (!this.trace) return;
+    const token = this.curve.token;
+    for (const block of this.trace.blocks) this.folds.set(block.place, shut);
+    this.draw();
+    this.scrollTo(token);
+  }
+
+  tokenOf(at) {
+    const segment = this.trace.segmentOf(at);
+    const share = (at - segment.from) / Math.max(segment.to - segment.from, 1);
+    return segment.start + Math.floor(share * segment.count);
+  }
+
+  /** Unfolds whatever hides a segment. */
+  reveal(segment) {
+    const hiding = [];
+    for (let block = this.trace.blocks[segment.block]; block; block = this.trace.blocks[block.parent]) {
+      if (this.folded(block) && this.trace.inThought(block, segment.place)) hiding.push(block);
+    }
+    for (const block of hiding.reverse()) this.toggle(block, false);
+  }
+
+  /** The curve was clicked. */
+  goTo(token) {
+    if (this.mode === "moment") {
+      this.moment = token;
+      this.draw();
+      this.body.scrollTop = this.body.scrollHeight;
+      return;
+    }
+    if (this.mode === "all" && this.trace.segments.length) this.reveal(this.trace.segmentAt(token));
+    this.scrollTo(token);
+  }
+
+  /** Scrolls so that the token is at the upper edge; nothing is unfolded. */
+  scrollTo(token) {
+    const nodes = this.rowNodes();
+    if (!nodes.length || token === undefined) return;
+    const place = Math.max(0, lastBefore(nodes, (node) => node.row.start <= token));
+    const node = nodes[place];
+    this.quiet = true; // what the reader pointed at counts, not the row's first token
+    this.body.scrollTop = node.offsetTop - HEADROOM + this.within(nodes, place, token) * node.offsetHeight;
+    requestAnimationFrame(() => requestAnimationFrame(() => (this.quiet = false)));
+    this.curve.move(token);
+  }
+
+  within(nodes, place, token) {
+    const [start, stop] = this.span(nodes, place);
+    return nodes[place].row.type === "text" ? clamp((token - start) / Math.max(stop - start, 1), 0, 1) : 0;
+  }
+
+  /** Tokens [start, stop) that a row stands for, those folded into it included. */
+  span(nodes, place) {
+    const { row } = nodes[place];
+    const next = nodes[place + 1];
+    return [row.start, next ? next.row.start : this.trace.total];
+  }
+
+  rowNodes() {
+    return [...this.body.children].filter((node) => node.row);
+  }
+
+  /** The reading position is the upper edge; near the end it runs ahead to the last row. */
+  follow() {
+    if (!this.trace || this.quiet || this.mode === "moment") return;
+    if (this.waiting) return;
+    this.waiting = requestAnimationFrame(() => {
+      this.waiting = 0;
+      const nodes = this.rowNodes();
+      if (!nodes.length || this.quiet) return;
+      const { scrollTop, clientHeight, scrollHeight } = this.body;
+      const room = Math.max(scrollHeight - clientHeight, 1);
+      const edge = scrollTop + HEADROOM + Math.max(0, 1 - (room - scrollTop) / clientHeight) * (clientHeight - 2 * HEADROOM) * (room > 1 ? 1 : 0);
+      const place = Math.max(0, lastBefore(nodes, (node) => node.offsetTop <= edge));
+      const [start, stop] = this.span(nodes, place);
+      const node = nodes[place];
+      const share = clamp((edge - node.offsetTop) / Math.max(node.offsetHeight, 1), 0, 1);
+      this.curve.move(node.row.type === "text" ? start + share * (stop - 1 - start) : start);
+    });
+  }
+
+  nextHit(step) {
+    if (!this.hits.length) return;
+    this.hit = (this.hit + step + this.hits.length) % this.hits.length;
+    const at = this.hits[this.hit];
+    this.reveal(this.trace.segmentOf(at));
+    for (const mark of this.body.querySelectorAll(".current")) mark.classList.remove("current");
+    const marks = [...this.body.querySelectorAll("[data-hit]")].filter((mark) => Number(mark.dataset.hit) === at);
+    for (const mark of marks) mark.classList.add("current");
+    if (marks.length) marks[0].scrollIntoView({ block: "center" });
+    else this.scrollTo(this.tokenOf(at));
+  }
+
+  nextFault(step) {
+    const faults = this.trace.segments.filter((s) => s.fault).map((s) => s.start);
+    const open = this.trace.blocks.filter((b) => b.close < 0).map((b) => this.trace.segments[b.open].start);
+    const places = [...faults, ...open].sort((a, b) => a - b);
+    if (!places.length) return;
+    const next = step > 0 ? places.find((p) => p > this.curve.token) : places.filter((p) => p < this.curve.token).pop();
+    this.goTo(next ?? places[step > 0 ? 0 : places.length - 1]);
+  }
+}
+
+const TOKENS = new Set(["prompt_tokens", "pruned_tokens", "reforwarded_tokens"]);
+const FINISH = {
+  eos: "The model wrote its end token.",
+  stop: "A stop string or stop token matched.",
+  length: "The most tokens that may be generated were generated (max_gen_toks).",
+  context: "The next token did not fit into the window of live tokens (max_context).",
+};
+
+function chip(word, text) {
+  const node = make("span", { class: "chip" }, make("span", { class: "dim", text: `${word} ` }));
+  const value = make("bdi", { class: "value", title: text });
+  appendPlain(value, text);
+  node.append(value);
+  return node;
+}
+
+function verdictChip(row) {
+  const text = { right: "✓ right", wrong: "✗ wrong", unknown: "? not graded" }[row.verdict] ?? `${Math.round(row.score * 100)} % of the responses right`;
+  return make("span", { class: `chip verdict ${row.verdict.split(" ")[0]}`, text });
+}
+
+/** Index of the last of `nodes` for which `test` holds, where it holds for a first part of them; -1 if for none. */
+function lastBefore(nodes, test) {
+  let [low, high] = [-1, nodes.length - 1];
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (test(nodes[middle])) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}

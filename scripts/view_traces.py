@@ -1,0 +1,8 @@
+"""Shows what was thought and what was thrown away; see `hcot_lmeval.report.viewer.cli`, or ``--help``."""
+
+import sys
+
+from hcot_lmeval.report.viewer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
