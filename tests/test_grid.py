@@ -204,9 +204,20 @@ def test_versions_code_checkpoint_and_environment_are_in_the_settings(tmp_path, 
     seen.append(settings())
     monkeypatch.setattr(provenance, "version", lambda name: "9.9")
     seen.append(settings())
-    monkeypatch.setattr(provenance, "BYSTANDERS", ())  # other files of the package count
+    monkeypatch.setattr(provenance, "code_digest", lambda: "other")
     seen.append(settings())
     assert len({json.dumps(one, sort_keys=True) for one in seen}) == 5
+
+
+def test_code_that_takes_part_counts_and_no_other(monkeypatch):
+    digest = provenance.code_digest.__wrapped__
+    assert digest() == digest()
+    hashed: set[str] = set()
+    monkeypatch.setattr(provenance, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
+    digest()
+    names = {Path(path).relative_to(ROOT).as_posix() for path in hashed}
+    assert {"hcot_lmeval/trace.py", "hcot_lmeval/engine/engine.py", "tasks/synthetic/hcot_arith.yaml"} <= names
+    assert not any(name.startswith(("hcot_lmeval/report/", "hcot_lmeval/training/", "tests/")) for name in names)
 
 
 def test_folder_of_tasks_counts_by_its_files(tmp_path):

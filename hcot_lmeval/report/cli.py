@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
     args = make_parser(prog).parse_args(argv)
     try:
-        return args.action(args)
+        status = args.action(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
@@ -165,15 +167,14 @@ def run_grid(args: argparse.Namespace) -> int:
         print("\n".join(_listed(folder) for folder in folders))
         return 0
     failures = _run(folders, args.out)
-    for failure in failures:
-        print(_told(failure), file=sys.stderr)
     done = [folder for folder in folders if folder.is_done]
     if not done:
         raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
     reader = Reader(None, args.metric, args.filter)
     _compare([run for folder in done for run in reader.cell(folder.path)], args)
     if failures:
-        print(f"{len(failures)} of {len(folders)} cells failed and are not in the tables (see above)", file=sys.stderr)
+        names = "; ".join(failure.title for failure in failures)
+        print(f"{len(failures)} of {len(folders)} cells failed and are not in the tables: {names}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -192,6 +193,13 @@ def plan(args: argparse.Namespace) -> list[CellFolder]:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The keys of a grid that stand on the command line."""
     given = {key: getattr(args, key) for key in GRID_KEYS if getattr(args, key) is not None}
+    for key, words in given.items():
+        swallowed = [word for word in words if word.endswith((".yaml", ".yml"))] if isinstance(words, list) else []
+        if swallowed:
+            file, option = swallowed[0], f"--{key.replace('_', '-')}"
+            raise ValueError(
+                f"{file} stands among the values of {option}; name the grid first: run {file} {option} ..."
+            )
     for key in given.keys() & {"model_args", "gen_kwargs"}:
         given[key] = _pairs(key, given[key])
     if "lm_eval_args" in given:
@@ -210,7 +218,7 @@ def _pairs(key: str, words: Sequence[str]) -> dict[str, Any]:
 
 def _listed(folder: CellFolder) -> str:
     state = "done " if folder.is_done else "to do"
-    line = f"{state}  {folder.cell.name} ({folder.cell.task})  {folder.path}"
+    line = f"{state}  {folder.cell.title}  {folder.path}"
     return line if folder.is_done else f"{line}\n       {shlex.join(['lm_eval', *folder.command([])])}"
 
 
@@ -227,11 +235,6 @@ def _run(folders: Sequence[CellFolder], out: Path) -> list[Failure]:
         return run_cells(folders, progress)
     finally:
         progress.close()
-
-
-def _told(failure: Failure) -> str:
-    head = f"{failure.folder.cell.name} ({failure.folder.cell.task}) failed: {failure.reason}; {failure.folder.log}"
-    return "\n".join([head, *(f"    {line}" for line in failure.log.splitlines())])
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

@@ -177,6 +177,11 @@ class Cell:
         return ", ".join(str(part) for part in (self.model.name, self.policy, self.window, seed) if part is not None)
 
     @property
+    def title(self) -> str:
+        """Name and task."""
+        return f"{self.name} ({self.task})"
+
+    @property
     def model_args(self) -> dict[str, Any]:
         """The model arguments that determine the result; where notes and journal lie does not."""
         named = (

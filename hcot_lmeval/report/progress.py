@@ -45,22 +45,24 @@ class Progress:
         """Says what the cell in work last printed."""
         if folder is not self._current:
             self._current, self._started = folder, time.monotonic()
-        self._bar.set_postfix_str(f"{self._left()}  {_title(folder)}: {words[:WORDS]}")
+        self._bar.set_postfix_str(f"{self._left()}  {folder.cell.title}: {words[:WORDS]}")
 
     def waits(self, folder: CellFolder) -> None:
         """Says that another process has the cell in work."""
-        self._say(f"{_title(folder)}: another process has it in work; waiting for its end")
+        self._say(f"{folder.cell.title}: another process has it in work; waiting for its end")
 
     def ends(self, folder: CellFolder, fault: str | None) -> None:
-        """Counts a cell, done or failed."""
+        """Counts a cell that is done, or that failed for the reason given."""
         self._seconds[folder] = folder.seconds()
         self._open.remove(folder)
         self._current, self._started = None, time.monotonic()
         self._bar.update()
         took = self._seconds[folder]
-        told = fault or (f"done in {_duration(took)}" if took else "done")
+        if fault is not None:
+            self._bar.write(fault, file=sys.stderr)
+        told = "failed" if fault else f"done in {_duration(took)}" if took else "done"
         count = f"{len(self._seconds) - len(self._open)}/{len(self._seconds)}"
-        self._say(f"[{count}] {_title(folder)}: {told}" + (f"; {self._left()}" if self._open else ""))
+        self._say(f"[{count}] {folder.cell.title}: {told}" + (f"; {self._left()}" if self._open else ""))
 
     def close(self) -> None:
         self._bar.close()
@@ -95,10 +97,6 @@ def _expected(folder: CellFolder, known: dict[CellFolder, float]) -> float:
 
 def _like(depth: int) -> Callable[[CellFolder], tuple[str | None, ...]]:
     return lambda folder: (folder.cell.task, folder.cell.model.name, folder.cell.policy)[:depth]
-
-
-def _title(folder: CellFolder) -> str:
-    return f"{folder.cell.name} ({folder.cell.task})"
 
 
 def _duration(seconds: float) -> str:

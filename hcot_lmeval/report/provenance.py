@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def versions(model: str) -> dict[str, str]:
     return found
 
 
+@cache
 def code_digest() -> str:
-    """Returns a digest of the code and tasks of this package that take part in an evaluation."""
+    """Returns a digest of the code and tasks of this package that take part in an evaluation; read once."""
     package = Path(__file__).parents[1]
     code = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in BYSTANDERS]
     tasks = next((folder for folder in (package / "tasks", package.parent / "tasks") if folder.is_dir()), None)

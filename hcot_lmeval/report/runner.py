@@ -42,6 +42,14 @@ class Failure:
     reason: str
     log: str
 
+    @property
+    def title(self) -> str:
+        return self.folder.cell.title
+
+    def __str__(self) -> str:
+        lines = (f"    {line}" for line in self.log.splitlines())
+        return "\n".join([f"{self.title} failed: {self.reason}; {self.folder.log}", *lines])
+
 
 def run_cells(folders: Sequence[CellFolder], progress: Progress, lm_eval: Sequence[str] = LM_EVAL) -> list[Failure]:
     """Evaluates every cell that is not done; those that another process has in work come last.
@@ -69,7 +77,7 @@ def run_cells(folders: Sequence[CellFolder], progress: Progress, lm_eval: Sequen
                     busy.append(folder)
                     continue
                 failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, lock)
-            progress.ends(folder, failure.reason if failure else None)
+            progress.ends(folder, str(failure) if failure else None)
             failures += [failure] if failure else []
         todo = busy
     return failures

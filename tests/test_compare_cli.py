@@ -1,0 +1,314 @@
+"""The command line: help, grids from files and options, reading folders, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hcot_lmeval.report import folder
+from hcot_lmeval.report.cli import main, make_parser
+from hcot_lmeval.report.reading import Reader
+from hcot_lmeval.report.results import ResultsError, Run
+from tests.result_files import build_run
+from tests.test_grid import FAKE, ROOT
+
+GRID = """
+models: [{pretrained: tiny-flat, policies: [off]}, {pretrained: tiny-hcot, policies: [off, recompute]}]
+windows: [64, 128]
+tasks: [toy]
+"""
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list[SimpleNamespace]:
+    """What reached `compare`, which is tested elsewhere."""
+    calls: list[SimpleNamespace] = []
+
+    def compare(runs: list[Run], **options: Any) -> Any:
+        def write(directory: Path, plots: bool = True) -> list[Path]:
+            calls[-1].out, calls[-1].plots = directory, plots
+            return [directory / "comparison.md"]
+
+        calls.append(SimpleNamespace(runs=runs, names=[run.name for run in runs], **options))
+        return SimpleNamespace(text=lambda: "the table", write=write)
+
+    module = ModuleType("hcot_lmeval.report.comparison")
+    module.compare = compare  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Callable[[], int]:
+    """Puts the fake lm_eval in the place of the command, and counts its starts."""
+    monkeypatch.setattr(folder, "LM_EVAL", FAKE)
+    monkeypatch.setattr("hcot_lmeval.report.runner.run_cells.__defaults__", (FAKE,))
+    monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "starts").touch()
+    (tmp_path / "grid.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    return lambda: len((tmp_path / "starts").read_text().splitlines())
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command line that fails with one line and returns it."""
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    return err
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["scripts/compare.py"], ["-m", "hcot_lmeval", "compare"]])
+def test_help_needs_no_heavy_library(command):
+    """Read off the modules that the help has imported."""
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "examples:" in shown.stdout and "read flat=out_a hcot=out_b" in shown.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.splitlines()}
+    assert "argparse" in imported
+    assert imported & {"torch", "numpy", "scipy", "pydantic", "matplotlib", "lm_eval", "transformers", "yaml"} == set()
+
+
+@pytest.mark.parametrize("kind", ["run", "read"])
+def test_every_option_has_a_meaning_and_examples_parse(kind, capsys):
+    with pytest.raises(SystemExit):
+        main([kind, "--help"], prog="compare.py")
+    text = capsys.readouterr().out
+    examples = [line.strip() for line in text.splitlines() if line.strip().startswith(f"compare.py {kind}")]
+    assert len(examples) >= 3
+    for line in examples:
+        words = line.partition("   ")[0].split()[1:]
+        assert make_parser().parse_args(words).action
+
+
+def test_commands_of_the_package():
+    shown = subprocess.run([sys.executable, "-m", "hcot_lmeval"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 2
+    assert "  compare " in shown.stderr
+    wrong = subprocess.run(
+        [sys.executable, "-m", "hcot_lmeval", "compair"], capture_output=True, text=True, check=False
+    )
+    assert "error: there is no command 'compair'" in wrong.stderr
+
+
+def test_keys(capsys):
+    assert main(["run", "--keys"]) == 0
+    assert "windows " in capsys.readouterr().out
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_grid_of_a_file(fake, compared, capsys):
+    assert main(["run", "grid.yaml", "--out", "out", "--baseline", "tiny-flat, off, 64", "--by", "depth"]) == 0
+    [call] = compared
+    assert call.names == [
+        f"{kind}, {n}" for kind in ("tiny-flat, off", "tiny-hcot, off", "tiny-hcot, recompute") for n in (64, 128)
+    ]
+    assert (call.baseline, call.by, call.out, call.plots) == ("tiny-flat, off, 64", "depth", Path("out"), True)
+    shown = capsys.readouterr().out
+    assert "the table" in shown
+    assert "written to out: comparison.md" in shown
+    assert fake() == 6
+
+
+def test_second_start_runs_nothing(fake, compared):
+    for _ in range(2):
+        assert main(["run", "grid.yaml", "--out", "out", "--no-plots"]) == 0
+    assert fake() == 6
+    assert [run.path for run in compared[0].runs] == [run.path for run in compared[1].runs]
+    assert compared[1].plots is False
+
+
+def test_options_take_precedence_over_the_file(fake, compared):
+    main(["run", "grid.yaml", "--windows", "32", "--limit", "2", "--policies", "off", "--batch-size", "4"])
+    assert compared[0].names == ["tiny-flat, off, 32", "tiny-hcot, off, 32", "tiny-hcot, recompute, 32"]
+    assert {len(run.samples) for run in compared[0].runs} == {2}
+    assert compared[0].out == Path("comparison")
+
+
+def test_options_alone(fake, compared):
+    argv = "run --models a=tiny-hcot hf:tiny-flat --tasks toy --windows 64 --device cpu --model-args dtype=float32"
+    assert main([*argv.split(), "--gen-kwargs", "max_gen_toks=99", "--no-notes"]) == 0
+    assert compared[0].names == ["a, off, 64", "a, recompute, 64", "tiny-flat"]
+    assert compared[0].runs[0].config["model_args"]["dtype"] == "float32"
+    assert "notes" not in compared[0].runs[0].config["model_args"]
+
+
+def test_dry_run_lists_done_and_to_do(fake, compared, capsys):
+    main(["run", "grid.yaml", "--out", "out", "--windows", "64"])
+    capsys.readouterr()
+    assert main(["run", "grid.yaml", "--out", "out", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    states = [line.partition("  ")[0] for line in lines if line.startswith(("done", "to do"))]
+    assert states == ["done ".strip(), "to do"] * 3
+    commands = [line.split() for line in lines if line.startswith("       lm_eval")]
+    assert len(commands) == 3
+    assert all("max_context=128" in command[4] for command in commands)
+    assert fake() == 3
+    assert len(compared) == 1
+
+
+def test_failing_cell(fake, compared, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off,max_context=128": "crash"}))
+    assert main(["run", "grid.yaml", "--out", "out", "--models", "tiny-hcot"]) == 1
+    out, err = capsys.readouterr()
+    assert "tiny-hcot, off, 128 (toy) failed: lm_eval ended with status 3; out/cells/toy--tiny-hcot--off--128--" in err
+    assert "\n    CUDA error: no kernel image\n" in err
+    assert "1 of 4 cells failed and are not in the tables: tiny-hcot, off, 128 (toy)" in err
+    assert "the table" in out
+    assert len(compared[0].names) == 3
+
+
+def test_no_cell_finished(fake, compared, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"": "crash"}))
+    assert main(["run", "grid.yaml", "--out", "out"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no cell is finished; the logs are in out/cells"
+    assert compared == []
+
+
+def test_swapped_results_of_cells_are_refused(fake, compared, capsys):
+    main(["run", "grid.yaml", "--out", "out", "--models", "tiny-hcot", "--windows", "64"])
+    one, other = (cell / "results" for cell in sorted(Path("out/cells").iterdir()))
+    shutil.move(one, "aside")
+    shutil.move(other, one)
+    shutil.move("aside", other)
+    capsys.readouterr()
+    assert "labels were swapped" in fails(capsys, "read", "out")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("run nowhere.yaml", "nowhere.yaml"),
+        ("run --models a", "the grid of the command line cannot be used: tasks: Field required"),
+        ("run --models a --tasks b --windows x", "windows.0: Input should be a valid integer"),
+        ("run --models a --tasks b --policies prune", "Input should be 'off', 'trained', 'recompute' or 'evict'"),
+        ("run --models a --tasks b --gen-kwargs x", "--gen-kwargs x: expected KEY=VALUE"),
+        ("run --models a --tasks b grid.yaml", "grid.yaml stands among the values of --tasks; name the grid first"),
+        ("read nowhere", "nowhere is no folder; give the --output_path"),
+        ("read a=nowhere", "nowhere is no folder"),
+        ("read .", "no run below ."),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, told):
+    monkeypatch.chdir(tmp_path)
+    error = fails(capsys, *argv.split())
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_key_names_the_nearest(tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text("models: [tiny-hcot]\ntasks: [a]\nwindow: [1]\n")
+    assert f"{path} cannot be used: window is unknown; did you mean windows?" in fails(capsys, "run", str(path))
+    path.write_text("models: [")
+    assert "is not YAML" in fails(capsys, "run", str(path))
+    path.write_text("- a")
+    assert "holds list; expected keys and values such as `models: [tiny-hcot]`" in fails(capsys, "run", str(path))
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+def test_two_folders(tmp_path, compared, capsys):
+    build_run(tmp_path / "off", [1, 0], policy="off")
+    build_run(tmp_path / "pruned", [1, 1])
+    assert main(["read", str(tmp_path / "off"), str(tmp_path / "pruned"), "--out", str(tmp_path / "tables")]) == 0
+    assert compared[0].names == ["model, off, 1024", "model, recompute, 1024"]
+    assert compared[0].out == tmp_path / "tables"
+
+
+def test_names(tmp_path, compared):
+    build_run(tmp_path / "a", [1, 0], policy="off")
+    build_run(tmp_path / "b", [1, 1])
+    build_run(tmp_path / "b", [1, 1], max_context=128)
+    assert main(["read", f"flat={tmp_path / 'a'}", f"hcot={tmp_path / 'b'}"]) == 0
+    assert compared[0].names == ["flat", "hcot, recompute, 1024", "hcot, recompute, 128"]
+
+
+def test_name_for_several_models_is_refused(tmp_path):
+    for model in ("org/a", "org/b"):
+        build_run(tmp_path, [1, 0], model=model)
+    with pytest.raises(ResultsError, match="holds runs of several models"):
+        Reader().read([f"x={tmp_path}"])
+
+
+def test_folder_with_an_equals_sign_is_a_folder(tmp_path):
+    build_run(tmp_path / "lr=1", [1, 0])
+    assert [run.name for run in Reader().read([str(tmp_path / "lr=1")])] == ["model, recompute, 1024"]
+
+
+def test_newest_of_several_runs_is_taken_and_said(tmp_path, compared, capsys):
+    build_run(tmp_path, [0, 0])
+    newest = build_run(tmp_path, [1, 1])
+    assert main(["read", str(tmp_path)]) == 0
+    assert [run.path for run in compared[0].runs] == [newest]
+    told = capsys.readouterr().err
+    assert f"holds several runs of 'model, recompute, 1024' (toy); the newest is taken, {newest.name}" in told
+
+
+def test_choice_of_task_metric_and_filter(tmp_path, compared):
+    build_run(tmp_path, [1, 0])
+    build_run(tmp_path, [1, 0], task="other", filter_name="strict")
+    argv = ["--tasks", "other", "--metric", "completed", "--filter", "strict"]
+    assert main(["read", str(tmp_path), *argv]) == 0
+    assert [(run.task, run.metric) for run in compared[0].runs] == [("other", "completed")]
+
+
+def test_refusal_reaches_the_user_as_one_line(tmp_path, compared, capsys):
+    build_run(tmp_path / "a", [1, 0])
+    build_run(tmp_path / "b", [1, 0], policy="off", version=2.0)
+    argv = ["read", str(tmp_path / "a"), str(tmp_path / "b")]
+    error = fails(capsys, *argv)
+    assert "the versions of the task differ: 1.0 and 2.0" in error
+    assert error.count("\n") == 1
+    assert compared == []
+
+
+def test_versions_are_refused_unless_allowed(tmp_path, compared, capsys):
+    build_run(tmp_path / "a", [1, 0])
+    build_run(
+        tmp_path / "b", [1, 0], policy="off", change=lambda results, samples: results.update(lm_eval_version="0.5")
+    )
+    argv = ["read", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert "--allow-versions" in fails(capsys, *argv)
+    assert main([*argv, "--allow-versions"]) == 0
+    assert "note: the runs were made with different versions of lm-eval: 0.4.13, 0.5" in capsys.readouterr().out
+
+
+def test_folder_of_a_grid_is_read_by_its_cells(fake, compared, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off,max_context=128": "crash"}))
+    main(["run", "grid.yaml", "--out", "out"])
+    main(["run", "grid.yaml", "--out", "out", "--limit", "2", "--windows", "64"])  # another grid, in the same folder
+    main(["run", "grid.yaml", "--out", "out"])
+    capsys.readouterr()
+    assert main(["read", "out"]) == 0
+    assert compared[-1].names == compared[0].names
+    assert "note: 2 of 6 cells in out are not finished" in capsys.readouterr().err
+    assert "whose cells have names" in fails(capsys, "read", "x=out")
+
+
+def test_reader_that_has_seen_enough_is_no_error():
+    """As in ``compare.py read ... | head -1``."""
+    tasks = " ".join(f"t{n}" for n in range(40))
+    command = f"{sys.executable} scripts/compare.py run --models tiny-hcot --tasks {tasks} --dry-run | head -1"
+    shown = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("to do  tiny-hcot, off, 1024 (t0)")
