@@ -7,8 +7,9 @@ from importlib import import_module
 
 COMMANDS = {
     "compare": ("hcot_lmeval.report.cli", "compare models with and without pruning: run a grid, make the tables"),
+    "view": ("hcot_lmeval.report.viewer.cli", "look at what was thought and what was thrown away"),
 }
-"""Command -> the module whose ``main(argv, prog)`` it is, imported when asked for, and what it does."""
+"""Command -> the module whose ``main(argv)`` it is, imported when asked for, and what it does."""
 
 USAGE = "\n".join(
     [
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
         print(told + USAGE, file=sys.stderr)
         return 2
     module, _ = COMMANDS[argv[0]]
-    return import_module(module).main(argv[1:], prog=f"python -m hcot_lmeval {argv[0]}")
+    sys.argv = [f"python -m hcot_lmeval {argv[0]}", *argv[1:]]  # what help and errors call the program
+    return import_module(module).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The environment says what it does:
                   crash       prints, ends with status 3, writes nothing
                   silent      ends well, writes nothing
                   wrong       evaluates with another window than it was told to
+                  version     evaluates another version of the task
                   start, results, torn results, samples, torn samples, end
                               kills its parent and itself: at the start, with the results alone written, ...
                   orphan      kills its parent alone and ends a second later
@@ -61,6 +62,7 @@ def evaluate(args: argparse.Namespace, fault: str) -> None:
         policy=policy,
         max_context=window,
         model_args=given,
+        version=2.0 if fault == "version" else 1.0,
         columns={"depth": [3, 3, 4, 4][: int(args.limit or 4)]},
         change=lambda results, samples: results.update(date=time.time_ns()),
     )

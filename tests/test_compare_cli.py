@@ -50,7 +50,7 @@ def compared(monkeypatch) -> list[SimpleNamespace]:
 def fake(tmp_path, monkeypatch) -> Callable[[], int]:
     """Puts the fake lm_eval in the place of the command, and counts its starts."""
     monkeypatch.setattr(folder, "LM_EVAL", FAKE)
-    monkeypatch.setattr("hcot_lmeval.report.runner.run_cells.__defaults__", (FAKE,))
+    monkeypatch.setattr("hcot_lmeval.report.runner.run_cells.__defaults__", (lambda folder: None, FAKE))
     monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "starts").touch()
@@ -84,9 +84,10 @@ def test_help_needs_no_heavy_library(command):
 
 
 @pytest.mark.parametrize("kind", ["run", "read"])
-def test_every_option_has_a_meaning_and_examples_parse(kind, capsys):
+def test_every_option_has_a_meaning_and_examples_parse(kind, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
     with pytest.raises(SystemExit):
-        main([kind, "--help"], prog="compare.py")
+        main([kind, "--help"])
     text = capsys.readouterr().out
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith(f"compare.py {kind}")]
     assert len(examples) >= 3
@@ -98,7 +99,7 @@ def test_every_option_has_a_meaning_and_examples_parse(kind, capsys):
 def test_commands_of_the_package():
     shown = subprocess.run([sys.executable, "-m", "hcot_lmeval"], capture_output=True, text=True, check=False)
     assert shown.returncode == 2
-    assert "  compare " in shown.stderr
+    assert "  compare " in shown.stderr and "  view " in shown.stderr
     wrong = subprocess.run(
         [sys.executable, "-m", "hcot_lmeval", "compair"], capture_output=True, text=True, check=False
     )
@@ -172,6 +173,19 @@ def test_failing_cell(fake, compared, capsys, monkeypatch):
     assert "1 of 4 cells failed and are not in the tables: tiny-hcot, off, 128 (toy)" in err
     assert "the table" in out
     assert len(compared[0].names) == 3
+
+
+def test_cell_that_cannot_be_compared_is_told_when_it_ends(fake, compared, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off,max_context=128": "version"}))
+    assert main(["run", "grid.yaml", "--out", "out", "--models", "tiny-hcot"]) == 1
+    out, err = capsys.readouterr()
+    warning, error = err.splitlines()
+    assert warning.startswith(
+        "warning: 'tiny-hcot, off, 64' and 'tiny-hcot, off, 128' (toy) cannot be compared: the versions"
+    )
+    assert error.partition(": ")[2] == warning.partition(": ")[2]
+    assert "[4/4]" in out  # the others go on
+    assert compared == []
 
 
 def test_no_cell_finished(fake, compared, capsys, monkeypatch):

@@ -286,7 +286,7 @@ def starts(tmp_path, monkeypatch):
 
 
 def run(cells: list[CellFolder]) -> list[Failure]:
-    return run_cells(cells, Progress(cells), FAKE)
+    return run_cells(cells, Progress(cells), lm_eval=FAKE)
 
 
 def test_cells_are_run_once(tmp_path, starts, capsys):
@@ -355,7 +355,7 @@ def driver(out: Path, command: tuple[str, ...] = FAKE, **settings: Any) -> list[
         from pathlib import Path
         from tests.test_grid import folders, Progress, run_cells
         cells = folders(Path({str(out)!r}), **{settings!r})
-        run_cells(cells, Progress(cells), {command!r})
+        run_cells(cells, Progress(cells), lm_eval={command!r})
         """
     return [sys.executable, "-c", textwrap.dedent(source)]
 
@@ -446,7 +446,7 @@ def test_killed_within_a_cell_it_goes_on_with_the_journal(tmp_path, monkeypatch)
     died = subprocess.run(driver(tmp_path, QUICK, **settings), env=os.environ | {"DIE_AFTER": "2"}, check=False)
     assert died.returncode == -signal.SIGKILL
     assert not cell.is_done
-    assert run_cells([cell], Progress([cell]), QUICK) == []
+    assert run_cells([cell], Progress([cell]), lm_eval=QUICK) == []
     [found] = Reader().cell(cell.path)
     assert found.name == "tiny-hcot, recompute, 128"
     assert found.totals is not None and (found.totals["requests"], found.totals["resumed_requests"]) == (2, 1)

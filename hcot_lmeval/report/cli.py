@@ -57,9 +57,9 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
-    args = make_parser(prog).parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         status = args.action(args)
         sys.stdout.flush()
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Returns the parser; every option of ``run`` that a grid file may hold has the name of the key there."""
-    parser = _parser(argparse.ArgumentParser, prog=prog, description=SUMMARY, epilog=EXAMPLES)
+    parser = _parser(argparse.ArgumentParser, description=SUMMARY, epilog=EXAMPLES)
     kinds = parser.add_subparsers(required=True, metavar="{run,read}")
     run = _parser(
         kinds.add_parser, name="run", help="evaluate what is missing of a grid, then compare", epilog=RUN_EXAMPLES
@@ -166,7 +166,7 @@ def run_grid(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(_listed(folder) for folder in folders))
         return 0
-    failures = _run(folders, args.out)
+    failures = _run(folders, args)
     done = [folder for folder in folders if folder.is_done]
     if not done:
         raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
@@ -222,19 +222,34 @@ def _listed(folder: CellFolder) -> str:
     return line if folder.is_done else f"{line}\n       {shlex.join(['lm_eval', *folder.command([])])}"
 
 
-def _run(folders: Sequence[CellFolder], out: Path) -> list[Failure]:
+def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failure]:
     from hcot_lmeval.report.folder import write_json
     from hcot_lmeval.report.progress import Progress
     from hcot_lmeval.report.runner import run_cells
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "grid.json", {"cells": [folder.path.name for folder in folders]})
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "grid.json", {"cells": [folder.path.name for folder in folders]})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
     progress = Progress(folders)
     try:
-        return run_cells(folders, progress)
+        return run_cells(folders, progress, lambda folder: _check_early(folder, folders, args))
     finally:
         progress.close()
+
+
+def _check_early(folder: CellFolder, folders: Sequence[CellFolder], args: argparse.Namespace) -> None:
+    """Says when a cell ends, and not after the last one, that it cannot be compared with the first of its task."""
+    from hcot_lmeval.report.comparable import check_comparable
+    from hcot_lmeval.report.reading import Reader
+    from hcot_lmeval.report.results import ResultsError
+
+    alike = [one for one in folders if one.is_done and one.cell.task == folder.cell.task]
+    reader = Reader(None, args.metric, args.filter)
+    pair = dict.fromkeys((alike[0], folder))
+    try:
+        check_comparable([run for one in pair for run in reader.cell(one.path)], allow_versions=args.allow_versions)
+    except ResultsError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

@@ -51,12 +51,18 @@ class Failure:
         return "\n".join([f"{self.title} failed: {self.reason}; {self.folder.log}", *lines])
 
 
-def run_cells(folders: Sequence[CellFolder], progress: Progress, lm_eval: Sequence[str] = LM_EVAL) -> list[Failure]:
+def run_cells(
+    folders: Sequence[CellFolder],
+    progress: Progress,
+    after: Callable[[CellFolder], None] = lambda folder: None,
+    lm_eval: Sequence[str] = LM_EVAL,
+) -> list[Failure]:
     """Evaluates every cell that is not done; those that another process has in work come last.
 
     Args:
         folders: the cells.
         progress: told of every cell.
+        after: called with each cell that is done now.
         lm_eval: the command of lm-eval.
 
     Returns:
@@ -78,7 +84,10 @@ def run_cells(folders: Sequence[CellFolder], progress: Progress, lm_eval: Sequen
                     continue
                 failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, lock)
             progress.ends(folder, str(failure) if failure else None)
-            failures += [failure] if failure else []
+            if failure is None:
+                after(folder)
+            else:
+                failures.append(failure)
         todo = busy
     return failures
 
