@@ -1,0 +1,96 @@
+"""Runs pooled to what stands in a table: one model under one setting, over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from hcot_lmeval.report.results import Run
+
+LEVELS = ("low", "medium", "high", "top")
+"""Names of levels that have an order of their own (PolyMath), easiest first."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The runs of one task that differ in nothing but their seed.
+
+    Attributes:
+        name: of the setting, the window included.
+        family: the name without the window: what is the same model and policy at other windows.
+        task: the task.
+        window: most live tokens; None for a model that is not ours.
+        runs: one for each seed.
+    """
+
+    name: str
+    family: str
+    task: str
+    window: int | None
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def scores(self) -> dict[int, float]:
+        """doc_id -> score, the mean over seeds."""
+        return {key: fmean(run.scores[key] for run in self.runs) for key in self.runs[0].scores}
+
+    @cached_property
+    def requests(self) -> tuple[Mapping[str, Any], ...] | None:
+        """Statistics of every response under every seed; None for a model that is not ours."""
+        if any(run.requests is None for run in self.runs):
+            return None
+        return tuple(stats for run in self.runs for stats in run.requests or ())
+
+    @cached_property
+    def completed(self) -> dict[int, float] | None:
+        """doc_id -> share of its responses that ended by themselves; None for a model that is not ours."""
+        return self.mean_metric("completed")
+
+    def mean_metric(self, metric: str) -> dict[int, float] | None:
+        """Returns doc_id -> mean of a metric over seeds, or None if a run has no such metric."""
+        if not all(metric in sample for run in self.runs for sample in run.samples):
+            return None
+        ids = [sample["doc_id"] for sample in self.runs[0].samples]
+        values = [{sample["doc_id"]: float(sample[metric]) for sample in run.samples} for run in self.runs]
+        return {key: fmean(value[key] for value in values) for key in ids}
+
+    def groups(self, column: str) -> dict[Any, list[int]]:
+        """Returns the doc_ids for each value of a column of the documents, easiest first."""
+        found = self.runs[0].groups(column)
+        return {value: [sample["doc_id"] for sample in found[value]] for value in sorted(found, key=difficulty)}
+
+
+def difficulty(value: Any) -> tuple[int, Any]:
+    """Sort key of levels: those of `LEVELS` in their order, numbers by size, anything else by its text."""
+    if value in LEVELS:
+        return 0, LEVELS.index(value)
+    return (1, value) if isinstance(value, (int, float)) else (2, str(value))
+
+
+def entries_of(runs: Sequence[Run]) -> list[Entry]:
+    """Pools runs that differ in their seed alone, in the order in which they were given."""
+    pooled: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        pooled.setdefault((without(run.name, _seed(run)), run.task), []).append(run)
+    return [
+        Entry(name, without(name, window(group[0])), task, group[0].max_context, tuple(group))
+        for (name, task), group in pooled.items()
+    ]
+
+
+def without(name: str, part: str) -> str:
+    """Returns a name such as ``model, off, 1024, seed 3`` without the last of its parts, if that is `part`."""
+    return name.removesuffix(f", {part}") or name
+
+
+def window(run: Run) -> str:
+    """Returns the part of a run's name that tells its window."""
+    return str(run.max_context)
+
+
+def _seed(run: Run) -> str:
+    seed = run.totals["seed"] if run.totals else run.config.get("random_seed")
+    return f"seed {seed}"

@@ -1,0 +1,111 @@
+"""Tables for the terminal, Markdown, LaTeX, CSV and JSON. Readers get rounded numbers, programs get all digits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from hcot_lmeval.report.statistics import Estimate
+from hcot_lmeval.report.tables import Cell, Head, Table
+
+Style = Literal["simple", "github", "latex_booktabs"]
+WIDTH = 118
+"""Columns of a terminal that notes are wrapped to."""
+
+
+def terminal(table: Table) -> str:
+    """Returns a table for a terminal, the meanings of its columns below."""
+    lines = [table.title, "", _tabulate(table, "simple")]
+    notes = [textwrap.fill(line, WIDTH, subsequent_indent="    ") for line in meanings(table)]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def markdown(table: Table) -> str:
+    """Returns a table in GitHub's Markdown, the meanings of its columns below."""
+    notes = "\n".join(f"* {_markdown_text(line)}" for line in meanings(table))
+    return f"### {table.title}\n\n{_tabulate(table, 'github')}\n\n{notes}\n"
+
+
+def latex(table: Table) -> str:
+    """Returns a table in LaTeX with booktabs rules; what LaTeX would take for commands is escaped."""
+    notes = "\n".join(f"% {line}" for line in meanings(table))
+    return f"% {table.title}\n{notes}\n{_tabulate(table, 'latex_booktabs')}\n"
+
+
+def csv_text(table: Table) -> str:
+    """Returns a table as comma-separated values, unrounded; an estimate takes three columns."""
+    rows = [list(_flat(table.heads, row)) for row in table.rows]
+    names = list(dict.fromkeys(name for row in rows for name, _ in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dict(row) for row in rows)
+    return out.getvalue()
+
+
+def json_value(table: Table) -> dict[str, Any]:
+    """Returns a table as JSON values, unrounded."""
+    rows = [{_key(head): _plain(cell) for head, cell in zip(table.heads, row, strict=True)} for row in table.rows]
+    return {
+        "title": table.title,
+        "columns": {_key(head): head.meaning or head.name for head in table.heads},
+        "rows": rows,
+        "notes": list(table.notes),
+    }
+
+
+def meanings(table: Table) -> list[str]:
+    """Returns what each column counts, and the notes."""
+    return [*(f"{head.name}: {head.meaning}" for head in table.heads if head.meaning), *table.notes]
+
+
+def show(cell: Cell, head: Head) -> str:
+    """Returns a cell as readers see it."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Estimate):
+        low, high = (f"{head.scale * x:.0f}" for x in (cell.low, cell.high))
+        return f"{head.scale * cell.value:.{head.digits}f} [{low}, {high}]"
+    if cell < head.least:
+        return f"<{head.least:.{head.digits}f}"
+    sign = "+" if head.signed else ""
+    return f"{head.scale * cell:{sign},.{head.digits}f}"
+
+
+def _tabulate(table: Table, style: Style) -> str:
+    from tabulate import tabulate
+
+    rows = [[show(cell, head) for cell, head in zip(row, table.heads, strict=True)] for row in table.rows]
+    heads = [head.name for head in table.heads]
+    if style == "github":
+        rows, heads = [[_markdown_text(x) for x in row] for row in rows], [_markdown_text(x) for x in heads]
+    # a column of text is on the left, one of numbers on the right
+    sides = ["left" if all(isinstance(row[i], str) for row in table.rows) else "right" for i in range(len(heads))]
+    return str(tabulate(rows, heads, tablefmt=style, colalign=sides, disable_numparse=True))
+
+
+def _markdown_text(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _flat(heads: tuple[Head, ...], row: tuple[Cell, ...]) -> Iterator[tuple[str, Any]]:
+    for head, cell in zip(heads, row, strict=True):
+        if isinstance(cell, Estimate):
+            yield from ((_key(head), cell.value), (f"{_key(head)} low", cell.low), (f"{_key(head)} high", cell.high))
+        else:
+            yield _key(head), "" if cell is None else cell
+
+
+def _plain(cell: Cell) -> Any:
+    if isinstance(cell, Estimate):
+        return {"value": cell.value, "low": cell.low, "high": cell.high, "problems": cell.problems}
+    return cell
+
+
+def _key(head: Head) -> str:
+    return head.key or head.name
