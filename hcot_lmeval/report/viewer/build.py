@@ -48,6 +48,7 @@ def write_page(
             blobs.write(pack(trace, outline) + "\n")
         if not rows:
             raise ViewerError("there are no traces to show; see --task, --doc and --limit, or another folder")
+        verdicts.check_used()
         shorten_titles(rows)
         blobs.seek(0)
         described = [{"name": source.name, "facts": source.facts, "notes": source.is_notes} for source in sources]

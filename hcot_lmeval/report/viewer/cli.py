@@ -17,26 +17,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.markup import PRESETS, get_markup
+from hcot_lmeval.report.results import ResultsError
+from hcot_lmeval.report.viewer.build import write_page
+from hcot_lmeval.report.viewer.notes_traces import Decode, note_traces
+from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
+from hcot_lmeval.report.viewer.reading import Columns, Source, Trace, ViewerError, find_sources
+from hcot_lmeval.report.viewer.terminal import Style, print_trace
+from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
 from hcot_lmeval.trace import Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    from hcot_lmeval.report.results import ResultsError
-    from hcot_lmeval.report.viewer.reading import ViewerError
-
     try:
-        traces, verdicts, names = _open(args)
-        return _print(args, traces, verdicts) if args.terminal else _write(args, traces, verdicts, names)
+        sources = find_sources(args.notes)
+        verdicts = _verdicts(args, sources)
+        read = _reader(args)
+        traces = chain.from_iterable(_chosen(args, read(source)) for source in sources)
+        return _print(args, traces, verdicts) if args.terminal else _write(args, traces, verdicts, sources)
     except (ViewerError, ResultsError, OSError) as error:
         print(f"view_traces: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("view_traces: interrupted; no page was written", file=sys.stderr)
+        print("view_traces: interrupted", file=sys.stderr)
         return 130
 
 
@@ -50,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--title", help="title of the page (the names of the runs)")
     parse.add_argument(
         "--samples", type=Path, action="append", default=[], metavar="DIR",
-        help="--output_path of the evaluation, for right, wrong, answers and levels; again for each NOTES, or one for all",
+        help="--output_path of the evaluation, for right, wrong, answers, levels; one for all NOTES, or again for each",
     )  # fmt: skip
     parse.add_argument("--task", action="append", help="only traces of this task (again for more)")
     parse.add_argument("--doc", action="append", help="only traces of this problem (again for more)")
@@ -80,29 +86,17 @@ def _positive(text: str) -> int:
     return number
 
 
-def _open(args: argparse.Namespace) -> tuple[Iterator[Any], Any, list[Any]]:
-    from hcot_lmeval.report.viewer.reading import ViewerError, find_sources
-    from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
-
-    sources = find_sources(args.notes)
+def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
     if args.samples and not any(source.is_notes for source in sources):
         raise ViewerError("--samples belongs to notes, and NOTES are plain traces; leave it out")
-    verdicts = read_verdicts(sources, args.samples) if args.samples else Verdicts()
-    read = _reader(args)
-    streams = [_chosen(args, read(source)) for source in sources]
-    return chain.from_iterable(streams), verdicts, sources
+    return read_verdicts(sources, args.samples) if args.samples else Verdicts()
 
 
-def _reader(args: argparse.Namespace) -> Callable[[Any], Iterator[Any]]:
-    from hcot_lmeval.markup import get_markup
-    from hcot_lmeval.report.viewer.notes_traces import note_traces
-    from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
-    from hcot_lmeval.report.viewer.reading import Columns
-
+def _reader(args: argparse.Namespace) -> Callable[[Source], Iterator[Trace]]:
     columns = Columns(args.text_column, args.prompt_column, args.gold_column)
     cut, decode = (tokenizer_cut(args.tokenizer), _decoder(args.tokenizer)) if args.tokenizer else (None, None)
 
-    def read(source: Any) -> Iterator[Any]:
+    def read(source: Source) -> Iterator[Trace]:
         if source.is_notes:
             return note_traces(source, decode)
         return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
@@ -110,14 +104,14 @@ def _reader(args: argparse.Namespace) -> Callable[[Any], Iterator[Any]]:
     return read
 
 
-def _decoder(name: str) -> Callable[[Sequence[int]], str]:
+def _decoder(name: str) -> Decode:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _chosen(args: argparse.Namespace, traces: Iterator[Any]) -> Iterator[Any]:
+def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace]:
     number = 0
     for trace in traces:
         task_fits = not args.task or trace.task in args.task
@@ -127,22 +121,18 @@ def _chosen(args: argparse.Namespace, traces: Iterator[Any]) -> Iterator[Any]:
             yield trace
 
 
-def _print(args: argparse.Namespace, traces: Iterator[Any], verdicts: Any) -> int:
-    from hcot_lmeval.report.viewer.reading import ViewerError
-    from hcot_lmeval.report.viewer.terminal import Style, print_trace
-
+def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts) -> int:
     style = Style.of(sys.stdout, args.width, args.color)
-    number = 0
-    for number, trace in enumerate(traces, 1):
+    printed = False
+    for trace in traces:
         print_trace(trace, verdicts, style, expand=args.expand)
-    if number == 0:
+        printed = True
+    if not printed:
         raise ViewerError("no trace fits --task, --doc; leave them out to see all")
     return 0
 
 
-def _write(args: argparse.Namespace, traces: Iterator[Any], verdicts: Any, sources: list[Any]) -> int:
-    from hcot_lmeval.report.viewer.build import write_page
-
+def _write(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts, sources: Sequence[Source]) -> int:
     start = time.perf_counter()
     title = args.title or " · ".join(source.name for source in sources)
     count = write_page(args.out, traces, sources, verdicts, title, progress=sys.stderr.isatty())

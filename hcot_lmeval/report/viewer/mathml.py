@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hcot_lmeval.report.viewer.reading import ViewerError
+
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
@@ -31,7 +33,8 @@ TAGS = frozenset(ARITY) | {
     *("mrow", "mi", "mn", "mo", "mtext", "mspace", "msqrt", "mstyle", "mpadded", "menclose"),
     *("mtable", "mtr", "mtd", "mmultiscripts", "mprescripts"),
 }
-"""Elements that the page may build. Left out: ``maction`` and ``mglyph``, which act or load; ``mphantom``, which hides."""
+"""Elements that the page may build. Not among them: ``maction`` and ``mglyph``, which act or load; ``mphantom``, which
+hides."""
 WORD = re.compile(r"[a-z]{1,16}(?: [a-z]{1,16}){0,15}")
 SIZE = re.compile(r"[+-]?\d?\.?\d{1,3}(?:em|ex|pt|px)?")
 ATTRIBUTES: dict[str, re.Pattern[str]] = {
@@ -60,9 +63,9 @@ FORMULA = re.compile(
     r"|(?<![\\$\w])\$(?P<inline>(?![\s$])(?:[^$\\\n]|\\.|\n(?!\s*\n))++)(?<![\s\\])\$(?![\d$])",
     re.DOTALL,
 )
-r"""One formula. Delimiters that enclose nothing (``$$ $$``) count as one. For ``$`` the rule is that of pandoc: no space
-within, no digit behind, so that an amount of money is not a formula. Repetitions are possessive: a text of a thousand
-openings without an end is read in one pass."""
+r"""One formula. Delimiters that enclose nothing (``$$ $$``) count as one. For ``$`` the rule is that of pandoc: no
+space within, no digit behind, so that an amount of money is not a formula. Repetitions are possessive: a text of a
+thousand openings without an end is read in one pass."""
 
 
 class Formula(NamedTuple):
@@ -128,8 +131,10 @@ def mathml(latex: str, display: bool) -> Tree | None:
 
 
 def _convert(latex: str, display: bool) -> Element | None:
-    from latex2mathml.converter import convert_to_element
-
+    try:
+        from latex2mathml.converter import convert_to_element
+    except ModuleNotFoundError:
+        raise ViewerError("formulas need latex2mathml: pip install 'hcot_lmeval[report]'") from None
     try:
         return convert_to_element(latex, display="block" if display else "inline")
     except Exception:

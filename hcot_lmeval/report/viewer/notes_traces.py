@@ -32,15 +32,24 @@ def note_traces(source: Source, decode: Decode | None = None) -> Iterator[Trace]
     Args:
         source: notes.
         decode: maps token ids to text, markers included; None: the text in the notes.
+
+    Raises:
+        ViewerError: a line is no note, its markup is unknown, or its text lacks its markers.
     """
+    try:
+        markup = get_markup(source.run.get("markup") or "hcot")
+    except ValueError as error:
+        raise ViewerError(f"{source.paths[0]}: {error}") from None
     for path in source.paths:
         for record in records(path):
-            yield _trace(source, record, decode)
+            try:
+                yield _trace(source, record, markup, decode)
+            except KeyError as error:
+                raise ViewerError(f"{path}: a line is no note, for it lacks {error}; was the file changed?") from None
 
 
-def _trace(source: Source, record: Record, decode: Decode | None) -> Trace:
+def _trace(source: Source, record: Record, markup: Markup, decode: Decode | None) -> Trace:
     prompt_ids, ids, meta = record["prompt_ids"], record["token_ids"], record["meta"]
-    markup = get_markup(source.run.get("markup") or "hcot")
     markers = find_markers(markup, record)
     if decode is not None:
         prompt, text, offsets = decode(prompt_ids), *_spelled(ids, decode)
@@ -50,8 +59,8 @@ def _trace(source: Source, record: Record, decode: Decode | None) -> Trace:
     trace = Trace(
         source=source,
         task=str(meta.get("task", record["request"])),
-        doc_id=meta.get("doc_id", record["request"]),
-        repeat=meta.get("repeat", record["sample"]),
+        doc_id=_name(meta.get("doc_id", record["request"])),
+        repeat=int(meta.get("repeat", record["sample"])),
         prompt=prompt,
         text=text,
         prompt_ids=prompt_ids,
@@ -63,6 +72,10 @@ def _trace(source: Source, record: Record, decode: Decode | None) -> Trace:
         recorded=record["events"],
     )
     return replace(trace, prompt_acts=_prompt_acts(record, trace))
+
+
+def _name(value: Any) -> int | str:
+    return value if isinstance(value, int) else str(value)
 
 
 # --- the rule of the run ----------------------------------------------------------------------------------------------
@@ -194,12 +207,13 @@ def locate(text: str, wanted: Sequence[str], count: int, indices: Sequence[int])
     latest = _latest([marker for _, marker in found], wanted)
     if latest is None:
         return None
-    rate, places, place = len(text) / max(count, 1), [], 0
+    rate, place = len(text) / max(count, 1), 0
+    places: list[int] = []
     for number, last in enumerate(latest):
         begin = places[-1] if places else 0
         due = begin + (indices[number] - (indices[number - 1] if number else 0)) * rate
-        fitting = [p for p in range(place, last + 1) if found[p][1] == wanted[number]]
-        place = min(fitting, key=lambda p: abs(found[p][0] - due))  # noqa: B023, used at once
+        fitting = [(abs(found[p][0] - due), p) for p in range(place, last + 1) if found[p][1] == wanted[number]]
+        place = min(fitting)[1]
         places.append(found[place][0])
         place += 1
     return places

@@ -21,8 +21,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import accumulate
-from os.path import commonprefix
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 from hcot_lmeval.report.viewer.mathml import Tree, formulas, mathml
@@ -32,8 +31,8 @@ from hcot_lmeval.report.viewer.verdicts import Verdict
 
 SPARK = 48
 """Points of the small curve in the list."""
-LEVELS = 35
-"""Heights of such a point, written as one character 0-9a-z."""
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+"""Heights of such a point."""
 TITLE = 160
 """Characters that the list shows of a problem."""
 
@@ -50,15 +49,17 @@ def structure(trace: Trace, outline: Outline) -> dict[str, Any]:
     return {
         "segments": _segments(trace, outline.segments),
         "blocks": [
-            [b.open, -1 if b.split is None else b.split, -1 if b.close is None else b.close]
-            + [b.depth, b.thought, b.solution, b.pruned]
-            for b in outline.blocks
+            [b.open, _place(b.split), _place(b.close), b.depth, b.thought, b.solution, b.pruned] for b in outline.blocks
         ],
         "growth": outline.growth,
         "formulas": _formulas(trace.text, _borders(trace, outline.segments), trees),
         "prompt_formulas": _formulas(trace.prompt, [0, len(trace.prompt)], trees),
         "trees": [json.loads(tree) for tree in trees],
     }
+
+
+def _place(segment: int | None) -> int:
+    return -1 if segment is None else segment
 
 
 def index_row(trace: Trace, outline: Outline, verdict: Verdict, source: int) -> dict[str, Any]:
@@ -97,21 +98,21 @@ def shorten_titles(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((row["source"], row["task"]), []).append(row)
     for group in groups.values():
-        prompts = {row["title"] for row in group}
-        shared = commonprefix(list(prompts)) if len(prompts) > 1 else ""
-        skip = shared.rfind("\n") + 1
+        first, last = min(row["title"] for row in group), max(row["title"] for row in group)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+        skip = 0 if first == last else first.rfind("\n", 0, shared) + 1
         for row in group:
             row["title"] = " ".join(row["title"][skip : skip + 4 * TITLE].split())[:TITLE]
 
 
 def spark(outline: Outline) -> str:
-    """Returns the live context over time in `SPARK` characters, each the largest of its stretch on a scale to the peak."""
+    """Returns the live context over time in `SPARK` characters: the largest of each stretch, on a scale to the peak."""
     heights = live_over_time(outline)
-    peak = max(heights)
-    stretch = [heights[len(heights) * i // SPARK : max(len(heights) * (i + 1) // SPARK, 1)] for i in range(SPARK)]
-    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
-    points = [max(part, default=0) or heights[min(len(heights) * i // SPARK, len(heights) - 1)] for i, part in enumerate(stretch)]
-    return "".join(digits[LEVELS * point // max(peak, 1)] for point in points)
+    peak, count = max(*heights, 1), len(heights)
+    stretches = (
+        heights[count * i // SPARK : max(count * (i + 1) // SPARK, count * i // SPARK + 1)] for i in range(SPARK)
+    )
+    return "".join(DIGITS[(len(DIGITS) - 1) * max(stretch) // peak] for stretch in stretches)
 
 
 def live_over_time(outline: Outline) -> list[int]:
@@ -128,7 +129,7 @@ def _segments(trace: Trace, segments: Sequence[Segment]) -> list[list[Any]]:
     borders = _units(trace.text, _borders(trace, segments))
     return [
         [s.kind.value[0], s.count, stop - start, s.depth, s.gone or 0, s.fault.value if s.fault else 0]
-        for s, start, stop in zip(segments, borders, borders[1:], strict=False)
+        for s, start, stop in zip(segments, borders[:-1], borders[1:], strict=True)
     ]
 
 
@@ -142,7 +143,7 @@ def _borders(trace: Trace, segments: Sequence[Segment]) -> list[int]:
 def _formulas(text: str, borders: Sequence[int], trees: dict[str, int]) -> list[list[int]]:
     """The formulas within the stretches between `borders`; none reaches across a marker."""
     found: list[tuple[int, int, int]] = []
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         for formula in formulas(text[begin:end]):
             tree: Tree | None = mathml(formula.latex, formula.display)
             if tree is not None:

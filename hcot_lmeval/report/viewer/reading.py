@@ -1,4 +1,6 @@
-"""Files to traces. Two kinds of files are read, told apart by their first line, and may stand side by side:
+"""Files to traces.
+
+Two kinds of files are read, told apart by their first line, and may stand side by side:
 
 * notes of the engine (`hcot_lmeval.notes`): exact tokens, and what was pruned when;
 * plain traces: JSONL rows with a text that some model wrote anywhere. Their markers are found in the text and their
@@ -18,7 +20,7 @@ from typing import Any
 from hcot_lmeval.notes import SCHEMA
 from hcot_lmeval.trace import LiveContext
 
-FACTS = ("pruning", "ablation", "markup", "max_context", "dtype", "device")
+FACTS = ("pruning", "ablation", "markup", "max_context")
 """Facts of a run that are told to the reader, in this order."""
 
 
@@ -96,24 +98,26 @@ class Trace:
         return f"{self.task}/{self.doc_id}/{self.repeat} of {self.source.name}"
 
 
+USUAL = {
+    "text": ("hierarchical_cot", "generated_solution", "text", "response", "output"),
+    "prompt": ("question", "problem", "prompt"),
+    "gold": ("expected_answer", "answer", "gold"),
+}
+"""Columns in which data sets keep these, the preferred first."""
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of plain traces hold what; None: the first of the usual ones that a row has."""
+    """Which columns of plain traces hold what; None: the first of `USUAL` that a row has."""
 
     text: str | None = None
     prompt: str | None = None
     gold: str | None = None
 
-    USUAL = {
-        "text": ("hierarchical_cot", "generated_solution", "text", "response", "output"),
-        "prompt": ("question", "problem", "prompt"),
-        "gold": ("expected_answer", "answer", "gold"),
-    }
-
     def find(self, row: Mapping[str, Any], role: str) -> str | None:
         """Returns the name of the column for `role` in this row, or None."""
         wanted = getattr(self, role)
-        names = (wanted,) if wanted else self.USUAL[role]
+        names = (wanted,) if wanted else USUAL[role]
         return next((name for name in names if row.get(name) is not None), None)
 
 

@@ -7,7 +7,7 @@ A trace that the engine wrote down is replayed too, and what the engine noted ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hcot_lmeval.events import Event, Recorder, Statistics, statistics
@@ -74,7 +74,7 @@ class Outline:
     Attributes:
         segments: the generated tokens in order, without gaps.
         blocks: in the order of opening.
-        growth: the live context over time in runs: ``(g, after)`` says that g tokens came, each one token more, and then
+        growth: the live context over time in runs. ``(g, after)``: g tokens came, each one live token more, and then
             one that threw something away and left `after` live tokens; the last run has None.
         started: live tokens after the prompt.
         live: indices in the trace of what is live at the end.
@@ -112,7 +112,7 @@ IRRELEVANT = {"time", "shared", "stop", "pruned_text"}
 
 def _compare(trace: Trace, events: Sequence[Event]) -> None:
     noted = [_bare(event) for event in trace.recorded or ()]
-    again = [_bare({"type": type(event).__name__, **asdict(event)}) for event in events]
+    again = [_bare(_as_record(event)) for event in events]
     if noted == again:
         return
     pairs = enumerate(zip(noted, again, strict=False))
@@ -122,6 +122,10 @@ def _compare(trace: Trace, events: Sequence[Event]) -> None:
         f"{trace.name}: event {place + 1} of the notes is {told}, and a replay of the tokens says {found}; "
         "the notes were changed, or written by a version with another rule"
     )
+
+
+def _as_record(event: Event) -> dict[str, Any]:
+    return {"type": type(event).__name__, **{f.name: getattr(event, f.name) for f in fields(event)}}
 
 
 def _bare(event: Mapping[str, Any]) -> dict[str, Any]:

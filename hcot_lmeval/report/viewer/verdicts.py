@@ -38,7 +38,7 @@ class Verdicts:
     def __init__(self, runs: dict[str, list[Run]] | None = None) -> None:
         self._runs = runs or {}
         self._samples: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
-        self.known = 0
+        self._known = 0
 
     def of(self, trace: Trace, generated: int) -> Verdict:
         """Returns what is known about a trace of `generated` tokens.
@@ -52,10 +52,22 @@ class Verdicts:
         sample = self._lines(trace.source, run).get(trace.doc_id)
         if sample is None:
             return Verdict()
-        self.known += 1
+        self._known += 1
         _check_same(trace, sample, generated)
         level = None if run.grouping is None else f"{run.grouping} {sample['doc'][run.grouping]}"
         return Verdict(float(sample[run.metric]), str(sample["target"]), level, _extracted(sample, trace.repeat))
+
+    def check_used(self) -> None:
+        """Call this when every trace was looked up.
+
+        Raises:
+            ViewerError: there are evaluations, and none of the traces was in them.
+        """
+        if self._runs and not self._known:
+            raise ViewerError(
+                "--samples holds no evaluation with the pruning, max_context and tasks of the notes; "
+                "give the --output_path of the run that wrote them"
+            )
 
     def _run_of(self, trace: Trace) -> Run | None:
         fitting = [run for run in self._runs.get(trace.source.name, []) if run.task == trace.task]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]")
+ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]"
+)
 """Controls but tab and newline, line and paragraph separators, overrides of the direction of writing, and halves of
 surrogate pairs. Joiners and direction marks, which ordinary text in many languages holds, are left alone."""
 

@@ -59,7 +59,12 @@ async function choose(place) {
   const others = counterparts(ROWS[place]);
   byId("side-by-side").disabled = !others.length;
   byId("side-by-side").setAttribute("aria-pressed", String(compared && others.length > 0));
-  await Promise.all([panes[0].show(place, query, mode), drawPartner(others)]);
+  try {
+    await Promise.all([panes[0].show(place, query, mode), drawPartner(others)]);
+  } catch (error) {
+    byId("panes").replaceChildren(make("p", { class: "notice", role: "alert", text: `This trace cannot be shown: ${error.message}. The page needs a browser of 2023 or later.` }));
+    throw error;
+  }
   history.replaceState(null, "", `#trace=${place}${mode === "all" ? "" : `&mode=${mode}`}`);
   document.documentElement.dataset.shown = String(place); // for tests and for those who print
 }

@@ -5,17 +5,18 @@ class Curve {
     this.onjump = onjump;
     this.plot = makeSvg("svg", { class: "plot", preserveAspectRatio: "none", "aria-hidden": "true" });
     this.cursor = make("div", { class: "cursor" });
-    this.flag = make("div", { class: "flag" });
-    this.peak = make("span", { class: "peak" });
-    this.limit = make("span", { class: "limit-label" });
-    this.root = make(
+    this.dot = make("div", { class: "dot" });
+    this.flag = make("span", { class: "flag" });
+    this.scale = make("span", { class: "scale" });
+    this.slider = make(
       "div",
-      { class: "curve", role: "slider", tabindex: "0", "aria-label": "Reading position in the trace", title: "" },
-      this.plot, this.peak, this.limit, this.cursor, this.flag,
+      { class: "curve", role: "slider", tabindex: "0", "aria-label": "Reading position in the trace" },
+      this.plot, this.cursor, this.dot,
     );
-    this.root.addEventListener("pointerdown", (event) => this.point(event));
-    this.root.addEventListener("pointermove", (event) => event.buttons === 1 && this.point(event));
-    this.root.addEventListener("keydown", (event) => this.key(event));
+    this.root = make("div", { class: "curve-box" }, make("div", { class: "caption" }, this.flag, this.scale), this.slider);
+    this.slider.addEventListener("pointerdown", (event) => this.point(event));
+    this.slider.addEventListener("pointermove", (event) => event.buttons === 1 && this.point(event));
+    this.slider.addEventListener("keydown", (event) => this.key(event));
   }
 
   show(trace, hits) {
@@ -37,10 +38,10 @@ class Curve {
       ...hits.map((token) => makeSvg("path", { class: "hit-tick", d: `M${x(token)} 0V9` })),
       ...trace.segments.filter((s) => s.fault).map((s) => makeSvg("path", { class: "fault-tick", d: `M${x(s.start)} 88V100` })),
     );
-    this.peak.textContent = `peak ${number(trace.row.peak_live_tokens)}`;
-    this.limit.textContent = this.top === limit ? `window ${number(limit)}` : "";
-    this.root.setAttribute("aria-valuemin", this.first);
-    this.root.setAttribute("aria-valuemax", Math.max(trace.total - 1, this.first));
+    const window = this.top === limit ? ` of a window of ${number(limit)}` : "";
+    this.scale.textContent = `peak live ${number(trace.row.peak_live_tokens)}${window}`;
+    this.slider.setAttribute("aria-valuemin", this.first);
+    this.slider.setAttribute("aria-valuemax", Math.max(trace.total - 1, this.first));
   }
 
   /** Live tokens just after the token at index `token`. */
@@ -62,19 +63,19 @@ class Curve {
     const live = this.liveAt(this.token);
     const depth = this.trace.segments.length ? this.trace.segmentAt(this.token).depth : 0;
     this.cursor.style.left = `${share * 100}%`;
-    this.flag.style.left = `${share * 100}%`;
-    this.flag.classList.toggle("left", share > 0.7);
+    this.dot.style.left = `${share * 100}%`;
+    this.dot.style.top = `${100 - (live / this.top) * 96}%`;
     this.flag.textContent = `${this.trace.row.unit} ${number(this.token)} · live ${number(live)} · depth ${depth}`;
-    this.root.setAttribute("aria-valuenow", this.token);
-    this.root.setAttribute("aria-valuetext", this.flag.textContent);
+    this.slider.setAttribute("aria-valuenow", this.token);
+    this.slider.setAttribute("aria-valuetext", this.flag.textContent);
   }
 
   point(event) {
-    const box = this.root.getBoundingClientRect();
+    const box = this.slider.getBoundingClientRect();
     const share = clamp((event.clientX - box.left) / box.width, 0, 1);
     this.jump(this.first + share * (this.trace.total - this.first));
     event.preventDefault();
-    this.root.focus({ preventScroll: true });
+    this.slider.focus({ preventScroll: true });
   }
 
   key(event) {

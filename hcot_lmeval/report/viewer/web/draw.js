@@ -12,8 +12,8 @@ const FAULTS = {
 const DEEPEST = 24; // blocks deeper than this are drawn at this indent
 
 class Painter {
-  constructor(trace, hits, length) {
-    Object.assign(this, { trace, hits, length });
+  constructor(trace, hits, query) {
+    Object.assign(this, { trace, hits, length: query.length, promptHits: hitsIn(trace.prompt, query) });
     this.unit = trace.row.unit;
   }
 
@@ -107,16 +107,19 @@ class Painter {
     node.append(make("span", { class: "scissors", text: `${plural(tokens, this.unit)} still to be written` }));
   }
 
-  text(node, { segment, from, to, solution }) {
+  text(node, { segment, from, to, solution, first }) {
     node.classList.toggle("gone", Boolean(segment.gone));
     node.classList.toggle("in-solution", solution);
     node.dir = "auto";
+    if (first && !this.trace.segments[segment.place - 1].fault) node.append(make("span", { class: "word solution", text: "solution" }), " ");
+    [from, to] = [trimStart(this.trace.text, from, to), trimEnd(this.trace.text, from, to)];
+    node.classList.toggle("blank", from >= to && !first);
     this.rich(node, this.trace.text, from, to, this.trace.formulas, this.hits);
   }
 
   prompt(node) {
     node.dir = "auto";
-    this.rich(node, this.trace.prompt, 0, this.trace.prompt.length, this.trace.promptFormulas, []);
+    this.rich(node, this.trace.prompt, 0, this.trace.prompt.length, this.trace.promptFormulas, this.promptHits);
   }
 
   /** Appends text with its formulas drawn and its hits marked. */
@@ -162,7 +165,7 @@ function faultBadge(name) {
   return make("span", { class: "badge fault", text: `⚠ ${name.split("_").join(" ")}`, title: FAULTS[name] });
 }
 
-/** Spaces around a formula that stands alone would show as empty lines. */
+/** Spaces at the ends of a row, and around a formula that stands alone, would show as empty lines. */
 function trimEnd(text, from, to) {
   while (to > from && " \n".includes(text[to - 1])) to -= 1;
   return to;

@@ -2,7 +2,8 @@
 
 const ROW_HEIGHT = 62;
 const SORTS = {
-  "in order": () => 0,
+  "by problem": (a, b) => byName(a.task, b.task) || byName(a.doc, b.doc) || a.repeat - b.repeat || a.source - b.source,
+  "as in the file": () => 0,
   "generated ↓": (a, b) => b.generated_tokens - a.generated_tokens,
   "generated ↑": (a, b) => a.generated_tokens - b.generated_tokens,
   "peak live ↓": (a, b) => b.peak_live_tokens - a.peak_live_tokens,
@@ -13,6 +14,7 @@ const SORTS = {
   "wrong first": (a, b) => (a.score ?? 2) - (b.score ?? 2),
   "hits ↓": (a, b, hits) => (hits?.get(b.place) ?? 0) - (hits?.get(a.place) ?? 0),
 };
+const byName = (a, b) => String(a).localeCompare(String(b), "en", { numeric: true });
 const share = (row) => row.pruned_tokens / Math.max(row.generated_tokens, 1);
 const FILTERS = [
   ["run", (row) => [SOURCES[row.source].name]],
@@ -22,6 +24,8 @@ const FILTERS = [
   ["finish", (row) => [row.finish || "unknown"]],
   ["malformed", (row) => (row.faults ? ["any", ...Object.keys(row.malformed).map((kind) => kind.split("_").join(" "))] : ["well-formed"])],
 ];
+
+const TASKS = new Set(ROWS.map((row) => row.task)).size;
 
 class List {
   constructor(onchoose) {
@@ -43,14 +47,14 @@ class List {
       if (counts.size < 2) continue;
       const select = make("select", { id: `filter-${name}`, on: { change: () => { this.wanted[name] = select.value; this.update(); } } }, make("option", { value: "", text: `every ${name}` }));
       if (name === "malformed") select.options[0].text = "malformed or not";
-      const ordered = [...counts].sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
+      const ordered = [...counts].sort(([a], [b]) => byName(a, b));
       for (const [value, count] of ordered) select.append(make("option", { value, text: `${value === "any" ? "malformed" : value} (${number(count)})` }));
       byId("filters").append(make("label", {}, make("span", { class: "sr", text: name }), select));
     }
     const sort = make("select", { id: "sort", on: { change: () => { this.order = sort.value; this.update(); } } });
     for (const name of Object.keys(SORTS)) sort.append(make("option", { value: name, text: name }));
     byId("filters").append(make("label", {}, make("span", { class: "sr", text: "order" }), sort));
-    this.order = "in order";
+    this.order = "by problem";
   }
 
   /** Sets a filter from outside. */
@@ -98,9 +102,9 @@ class List {
         "aria-setsize": this.rows.length, "aria-posinset": place + 1, on: { click: () => this.onchoose(row.place) },
       },
       make("span", { class: `mark ${row.verdict.split(" ")[0]}`, text: mark, title: row.verdict }),
-      make("span", { class: "name" }, make("bdi", { text: `${row.doc}` }), row.repeat ? make("span", { class: "dim", text: ` #${row.repeat}` }) : null,
+      make("span", { class: "name" }, make("bdi", { text: `${row.doc}` }), TASKS > 1 && !this.wanted.task ? make("span", { class: "dim", text: ` ${row.task}` }) : null, row.repeat ? make("span", { class: "dim", text: ` #${row.repeat}` }) : null,
         row.faults ? make("span", { class: "warn", text: " ⚠", title: "malformed" }) : null,
-        SOURCES.length > 1 ? make("span", { class: `run-name source${row.source % 6}`, text: SOURCES[row.source].name }) : null,
+        SOURCES.length > 1 && !this.wanted.run ? make("span", { class: `run-name source${row.source % 6}`, text: SOURCES[row.source].name }) : null,
         hits ? make("span", { class: "badge hit", text: number(hits) }) : null),
       make("span", { class: "size", text: number(row.generated_tokens), title: `${row.unit}s generated` }),
       make("bdi", { class: "preview" }),

@@ -11,7 +11,7 @@ const TOTALS = [
   ["max_depth", "depth", "Most blocks open at once."],
 ];
 const MAX_HITS = 2000;
-const HEADROOM = 12; // pixels above a row that is jumped to
+const HEADROOM = 8; // pixels above a row that is jumped to
 
 class Pane {
   constructor(hooks) {
@@ -43,16 +43,10 @@ class Pane {
   }
 
   setQuery(query) {
-    this.hits = [];
     this.hit = -1;
     this.query = query;
-    if (query) {
-      const pattern = new RegExp(query.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gi");
-      for (const found of this.trace.text.matchAll(pattern)) {
-        if (this.hits.push(found.index) >= MAX_HITS) break;
-      }
-    }
-    this.painter = new Painter(this.trace, this.hits, query.length);
+    this.hits = hitsIn(this.trace.text, query);
+    this.painter = new Painter(this.trace, this.hits, query);
   }
 
   search(query) {
@@ -69,7 +63,7 @@ class Pane {
     if (!this.trace) return;
     const token = mode === "moment" ? this.moment : this.curve.token;
     this.draw();
-    if (mode === "moment") this.body.scrollTop = this.body.scrollHeight;
+    if (mode === "moment") this.toWritten();
     else this.scrollTo(token);
     this.curve.move(token);
   }
@@ -81,7 +75,7 @@ class Pane {
     const facts = Object.entries(source.facts).map(([key, value]) => `${key.split("_").join(" ")} ${value}`).join(" · ");
     const title = make("h2", {}, `${row.task} · ${row.doc}${several ? ` · response ${row.repeat}` : ""}`);
     const chips = make("div", { class: "chips" }, verdictChip(row));
-    if (row.extracted !== null) chips.append(chip("answer", row.extracted));
+    if (row.extracted !== null) chips.append(chip("answer", row.extracted || "none"));
     if (row.gold !== null) chips.append(chip("gold", row.gold));
     if (row.level !== null) chips.append(make("span", { class: "chip", text: row.level }));
     if (row.finish) chips.append(make("span", { class: `chip ${row.finish === "eos" || row.finish === "stop" ? "" : "warn"}`, text: `ended by ${row.finish}`, title: FINISH[row.finish] }));
@@ -111,7 +105,7 @@ class Pane {
     const prompt = make("div", { class: "prompt" });
     this.painter.prompt(prompt);
     const told = { all: "prompt", live: "what the model saw at the end: the prompt", moment: `what the model saw just after ${this.trace.row.unit} ${number(this.moment)}: the prompt` };
-    this.body.replaceChildren(make("div", { class: "label", text: `${told[this.mode]} · ${number(this.trace.row.prompt_tokens)}` }), prompt, make("div", { class: "label", text: this.mode === "all" ? `generated · ${number(this.trace.row.generated_tokens)}` : "and behind it" }), ...this.elements(rows));
+    this.body.replaceChildren(make("div", { class: "label", text: `${told[this.mode]} · ${number(this.trace.row.prompt_tokens)}` }), prompt, make("div", { class: "label", text: this.mode === "all" ? `generated · ${number(this.trace.row.generated_tokens)}` : "and behind it" }), ...this.elements(rows), make("div", { class: "beyond" }));
     this.root.classList.toggle("seen", this.mode !== "all");
   }
 
@@ -173,7 +167,7 @@ class Pane {
     if (this.mode === "moment") {
       this.moment = token;
       this.draw();
-      this.body.scrollTop = this.body.scrollHeight;
+      this.toWritten();
       return;
     }
     if (this.mode === "all" && this.trace.segments.length) this.reveal(this.trace.segmentAt(token));
@@ -184,12 +178,22 @@ class Pane {
   scrollTo(token) {
     const nodes = this.rowNodes();
     if (!nodes.length || token === undefined) return;
+    if (token <= nodes[0].row.start) {
+      this.body.scrollTop = 0; // the prompt, which stands above the first row, in sight too
+      return this.curve.move(token);
+    }
     const place = Math.max(0, lastBefore(nodes, (node) => node.row.start <= token));
     const node = nodes[place];
     this.quiet = true; // what the reader pointed at counts, not the row's first token
     this.body.scrollTop = node.offsetTop - HEADROOM + this.within(nodes, place, token) * node.offsetHeight;
     requestAnimationFrame(() => requestAnimationFrame(() => (this.quiet = false)));
     this.curve.move(token);
+  }
+
+  /** Scrolls to what was written last before the moment. */
+  toWritten() {
+    const last = this.rowNodes().pop();
+    if (last) this.body.scrollTop = last.offsetTop + last.offsetHeight + HEADROOM - this.body.clientHeight;
   }
 
   within(nodes, place, token) {
@@ -205,10 +209,10 @@ class Pane {
   }
 
   rowNodes() {
-    return [...this.body.children].filter((node) => node.row);
+    return [...this.body.children].filter((node) => node.row && node.offsetHeight);
   }
 
-  /** The reading position is the upper edge; near the end it runs ahead to the last row. */
+  /** The reading position is the upper edge; the space behind the last row lets every row come there. */
   follow() {
     if (!this.trace || this.quiet || this.mode === "moment") return;
     if (this.waiting) return;
@@ -216,9 +220,7 @@ class Pane {
       this.waiting = 0;
       const nodes = this.rowNodes();
       if (!nodes.length || this.quiet) return;
-      const { scrollTop, clientHeight, scrollHeight } = this.body;
-      const room = Math.max(scrollHeight - clientHeight, 1);
-      const edge = scrollTop + HEADROOM + Math.max(0, 1 - (room - scrollTop) / clientHeight) * (clientHeight - 2 * HEADROOM) * (room > 1 ? 1 : 0);
+      const edge = this.body.scrollTop + HEADROOM + 1;
       const place = Math.max(0, lastBefore(nodes, (node) => node.offsetTop <= edge));
       const [start, stop] = this.span(nodes, place);
       const node = nodes[place];
@@ -268,6 +270,15 @@ function chip(word, text) {
 function verdictChip(row) {
   const text = { right: "✓ right", wrong: "✗ wrong", unknown: "? not graded" }[row.verdict] ?? `${Math.round(row.score * 100)} % of the responses right`;
   return make("span", { class: `chip verdict ${row.verdict.split(" ")[0]}`, text });
+}
+
+/** Where `query` begins in a text, at most `MAX_HITS` times; capitals count as small letters. */
+function hitsIn(text, query) {
+  if (!query) return [];
+  const pattern = new RegExp(query.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gi");
+  const hits = [];
+  for (const found of text.matchAll(pattern)) if (hits.push(found.index) >= MAX_HITS) break;
+  return hits;
 }
 
 /** Index of the last of `nodes` for which `test` holds, where it holds for a first part of them; -1 if for none. */

@@ -88,8 +88,10 @@ class Trace {
         rows.push({ type: "head", segment, block: byOpen.get(place), start: segment.start, depth: segment.depth });
         if (folded(byOpen.get(place))) place = this.thoughtEnd(byOpen.get(place)) - 1;
       } else if (segment.kind === "s") {
-        const type = block && block.split === place ? "split" : "marker";
-        rows.push({ type, segment, block, start: segment.start, depth: segment.depth });
+        const next = this.segments[place + 1];
+        const heads = block && block.split === place;
+        if (heads && !segment.fault && next && next.kind === "t" && !next.fault) continue; // the text says it
+        rows.push({ type: heads ? "split" : "marker", segment, block, start: segment.start, depth: segment.depth });
       } else if (segment.kind === "c") {
         rows.push({ type: "close", segment, block, start: segment.start, depth: segment.depth + 1 });
       } else if (segment.fault) {
@@ -119,7 +121,10 @@ class Trace {
       const share = Math.min(1, (moment + 1 - segment.start) / segment.count);
       const to = segment.from + Math.round((segment.to - segment.from) * share);
       if (segment.kind === "t" && !segment.fault) rows.push(...this.textRows(segment, to));
-      else rows.push({ type: "marker", segment, start: segment.start, depth: segment.depth, from: segment.from, to: segment.to });
+      else {
+        const depth = segment.depth - (segment.kind === "o" || segment.kind === "s" ? 1 : 0);
+        rows.push({ type: "marker", segment, start: segment.start, depth });
+      }
     }
     const future = this.total - 1 - moment;
     if (future > 0) rows.push({ type: "future", tokens: future, start: moment, depth: 0 });
@@ -133,7 +138,9 @@ class Trace {
     for (let from = segment.from; from < to; ) {
       const end = this.lineEnd(from, to);
       const start = segment.start + Math.floor((from - segment.from) * rate);
-      rows.push({ type: "text", segment, start, depth: segment.depth, from, to: end, solution: this.inSolution(segment) });
+      const solution = this.inSolution(segment);
+      const first = solution && from === segment.from && this.blocks[segment.block].split === segment.place - 1;
+      rows.push({ type: "text", segment, start, depth: segment.depth, from, to: end, solution, first });
       from = end;
     }
     return rows;
