@@ -317,6 +317,25 @@ def test_folder_of_a_grid_is_read_by_its_cells(fake, compared, capsys, monkeypat
     assert "whose cells have names" in fails(capsys, "read", "x=out")
 
 
+def test_from_two_folders_to_tables(tmp_path, capsys):
+    """Nothing replaced: what a new user does first."""
+    build_run(tmp_path / "a", [0, 0, 1, 0, 0, 0] * 5, policy="off", columns={"depth": [3, 4] * 15})
+    build_run(tmp_path / "b", [1, 0, 1, 1, 1, 1] * 5, columns={"depth": [3, 4] * 15})
+    out = tmp_path / "tables"
+    assert main(["read", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--no-plots"]) == 0
+    shown = capsys.readouterr().out
+    assert "16.7" in shown and "83.3" in shown  # 5 and 25 of 30
+    assert {"comparison.md", "comparison.json"} <= {path.name for path in out.iterdir()}
+    assert "comparison.md" in shown.splitlines()[-1]
+
+
+def test_unknown_baseline_and_column(tmp_path, capsys):
+    build_run(tmp_path / "a", [0, 1], policy="off")
+    for argv in (["--baseline", "nobody"], ["--by", "nothing"]):
+        assert main(["read", str(tmp_path / "a"), *argv]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_reader_that_has_seen_enough_is_no_error():
     """As in ``compare.py read ... | head -1``."""
     tasks = " ".join(f"t{n}" for n in range(40))

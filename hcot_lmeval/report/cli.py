@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("hcot_lmeval"):
+            raise
         print(f"error: the library {error.name} is missing; pip install 'hcot_lmeval[report]'", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
