@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hcot_lmeval.report.folder import CellFolder
+    from hcot_lmeval.report.progress import Progress
     from hcot_lmeval.report.results import Run
     from hcot_lmeval.report.runner import Failure
 
@@ -234,12 +235,14 @@ def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failur
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
     progress = Progress(folders)
     try:
-        return run_cells(folders, progress, lambda folder: _check_early(folder, folders, args))
+        return run_cells(folders, progress, lambda folder: _check_early(folder, folders, args, progress))
     finally:
         progress.close()
 
 
-def _check_early(folder: CellFolder, folders: Sequence[CellFolder], args: argparse.Namespace) -> None:
+def _check_early(
+    folder: CellFolder, folders: Sequence[CellFolder], args: argparse.Namespace, progress: Progress
+) -> None:
     """Says when a cell ends, and not after the last one, that it cannot be compared with the first of its task."""
     from hcot_lmeval.report.comparable import check_comparable
     from hcot_lmeval.report.reading import Reader
@@ -251,7 +254,7 @@ def _check_early(folder: CellFolder, folders: Sequence[CellFolder], args: argpar
     try:
         check_comparable([run for one in pair for run in reader.cell(one.path)], allow_versions=args.allow_versions)
     except ResultsError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        progress.warns(f"warning: {error}")
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

@@ -42,10 +42,12 @@ class Progress:
         )
 
     def ticks(self, folder: CellFolder, words: str) -> None:
-        """Says what the cell in work last printed."""
+        """Says how long the cell has been in work and, if it last printed a bar of its own, what that shows."""
         if folder is not self._current:
             self._current, self._started = folder, time.monotonic()
-        self._bar.set_postfix_str(f"{self._left()}  {folder.cell.title}: {words[:WORDS]}")
+        bar = f": {words[:WORDS]}" if "%|" in words else ""
+        running = _duration(time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{self._left()}  {folder.cell.title}, {running}{bar}")
 
     def waits(self, folder: CellFolder) -> None:
         """Says that another process has the cell in work."""
@@ -59,10 +61,14 @@ class Progress:
         self._bar.update()
         took = self._seconds[folder]
         if fault is not None:
-            self._bar.write(fault, file=sys.stderr)
+            self.warns(fault)
         told = "failed" if fault else f"done in {_duration(took)}" if took else "done"
         count = f"{len(self._seconds) - len(self._open)}/{len(self._seconds)}"
         self._say(f"[{count}] {folder.cell.title}: {told}" + (f"; {self._left()}" if self._open else ""))
+
+    def warns(self, text: str) -> None:
+        """Prints to the standard error output, above the bar."""
+        self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
