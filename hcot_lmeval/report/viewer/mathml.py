@@ -36,7 +36,7 @@ TAGS = frozenset(ARITY) | {
 """Elements that the page may build. Not among them: ``maction`` and ``mglyph``, which act or load; ``mphantom``, which
 hides."""
 WORD = re.compile(r"[a-z]{1,16}(?: [a-z]{1,16}){0,15}")
-SIZE = re.compile(r"[+-]?\d?\.?\d{1,3}(?:em|ex|pt|px)?")
+SIZE = re.compile(r"[+-]?(?:\d(?:\.\d{1,4})?|\.\d{1,4})(?:em|ex)?")
 ATTRIBUTES: dict[str, re.Pattern[str]] = {
     **dict.fromkeys(("accent", "displaystyle", "fence", "form", "largeop", "movablelimits", "separator"), WORD),
     **dict.fromkeys(("stretchy", "symmetric", "mathvariant", "columnalign", "notation"), WORD),

@@ -82,7 +82,7 @@ def _name(value: Any) -> int | str:
 
 
 def find_markers(markup: Markup, record: Record) -> MarkerIds:
-    """Reads the ids of the markers off the events; a marker that never occurs gets an id that no token has."""
+    """Reads the ids of the markers off the events; a marker that was never generated gets an id that no token has."""
     found = {"open": -1, "split": -2, "close": -3}
     first = len(record["prompt_ids"])
     for event in record["events"]:
@@ -98,12 +98,14 @@ def _find_lead(record: Record) -> int:
     """The token behind the split of any block of a flat notation that was closed without lacking its lead."""
     first = len(record["prompt_ids"])
     missed = {event["index"] for event in record["events"] if event.get("kind") == Malformed.MISSING_LEAD}
-    behind = first
+    split: int | None = None
     for event in record["events"]:
-        if event["type"] == "Split":
-            behind = event["index"] + 1
-        elif event["type"] == "Prune" and event["index"] not in missed:
-            return int(record["token_ids"][behind - first])
+        if event["type"] == "Open":
+            split = None
+        elif event["type"] == "Split":
+            split = event["index"]
+        elif event["type"] in ("Close", "Prune") and split is not None and event["index"] not in missed:
+            return int(record["token_ids"][split + 1 - first])
     return -4
 
 

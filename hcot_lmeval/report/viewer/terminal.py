@@ -115,9 +115,9 @@ def _body(trace: Trace, outline: Outline, style: Style, expand: bool) -> None:
 
 
 def _opened(segment: Segment, block: Block, unit: str, style: Style, folded: bool) -> None:
-    solution = "no solution" if block.split is None else f"solution {block.solution}"
+    solution = "no solution" if block.split is None else f"solution {block.solution} {unit}s"
     fate = "unclosed" if block.close is None else f"pruned {block.pruned}" if block.pruned else "kept"
-    told = f"{'▸' if folded else '▾'} thought {block.thought} → {solution} {unit}s"
+    told = f"{'▸' if folded else '▾'} thought {block.thought} {unit}s → {solution}"
     rest = f"  depth {block.depth}, from {segment.start}, {fate}"
     style.line(_indent(segment.depth - 1) + style.paint(told, "magenta") + style.paint(rest, "dim"))
 
@@ -139,4 +139,4 @@ def _indent(depth: int) -> str:
 
 def _wrapped(text: str, width: int) -> Iterator[str]:
     for line in visible(text).expandtabs(4).splitlines():
-        yield from textwrap.wrap(line, max(width, 20)) or ([""] if line else [])
+        yield from textwrap.wrap(line.strip(), max(width, 20))

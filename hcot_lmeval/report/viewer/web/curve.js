@@ -36,7 +36,7 @@ class Curve {
       makeSvg("path", { class: "line", d: line }),
       ...(this.top === limit ? [makeSvg("path", { class: "limit", d: `M0 ${y(limit)}H1000` })] : []),
       ...hits.map((token) => makeSvg("path", { class: "hit-tick", d: `M${x(token)} 0V9` })),
-      ...trace.segments.filter((s) => s.fault).map((s) => makeSvg("path", { class: "fault-tick", d: `M${x(s.start)} 88V100` })),
+      ...trace.faults.map((token) => makeSvg("path", { class: "fault-tick", d: `M${x(token)} 88V100` })),
     );
     const window = this.top === limit ? ` of a window of ${number(limit)}` : "";
     this.scale.textContent = `peak live ${number(trace.row.peak_live_tokens)}${window}`;

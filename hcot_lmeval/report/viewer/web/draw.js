@@ -43,11 +43,12 @@ class Painter {
       make("span", { class: "where", text: `depth ${block.depth} · from ${number(segment.start)}` }),
       this.fate(block),
     );
-    const hidden = this.hitsWithin(segment.to, this.trace.segments[this.trace.thoughtEnd(block) - 1].to);
+    const end = this.trace.segments[this.trace.thoughtEnd(block) - 1].to;
+    const hidden = this.hitsWithin(segment.to, end);
     if (hidden) button.append(make("span", { class: "badge hit", text: plural(hidden, "hit") }));
     if (block.close < 0) button.append(faultBadge("unclosed"));
     node.append(button);
-    const preview = this.trace.text.slice(segment.to, segment.to + 160).split("\n").join(" ").trim();
+    const preview = this.trace.text.slice(segment.to, Math.min(segment.to + 160, end)).split("\n").join(" ").trim();
     const line = make("span", { class: "preview", "aria-hidden": "true" });
     appendPlain(line, preview);
     button.append(line);

@@ -242,9 +242,7 @@ class Pane {
   }
 
   nextFault(step) {
-    const faults = this.trace.segments.filter((s) => s.fault).map((s) => s.start);
-    const open = this.trace.blocks.filter((b) => b.close < 0).map((b) => this.trace.segments[b.open].start);
-    const places = [...faults, ...open].sort((a, b) => a - b);
+    const places = this.trace.faults;
     if (!places.length) return;
     const next = step > 0 ? places.find((p) => p > this.curve.token) : places.filter((p) => p < this.curve.token).pop();
     this.goTo(next ?? places[step > 0 ? 0 : places.length - 1]);

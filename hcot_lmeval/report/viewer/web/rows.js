@@ -40,6 +40,13 @@ class Trace {
     for (const block of this.blocks) block.gone = gone[this.thoughtEnd(block)] - gone[block.open + 1];
   }
 
+  /** Indices of the malformed tokens, and of the openings of blocks that were never closed. */
+  get faults() {
+    const faulty = this.segments.filter((segment) => segment.fault);
+    const unclosed = this.blocks.filter((block) => block.close < 0).map((block) => this.segments[block.open]);
+    return [...faulty, ...unclosed].map((segment) => segment.start).sort((a, b) => a - b);
+  }
+
   /** Index of the segment behind the thought of a block: its split, its close, or the end. */
   thoughtEnd(block) {
     return block.split >= 0 ? block.split : block.close >= 0 ? block.close : this.segments.length;
