@@ -71,7 +71,7 @@ def show(cell: Cell, head: Head) -> str:
     if isinstance(cell, Estimate):
         low, high = (f"{head.scale * x:.0f}" for x in (cell.low, cell.high))
         return f"{head.scale * cell.value:.{head.digits}f} [{low}, {high}]"
-    if cell < head.least:
+    if 0 <= cell < head.least:
         return f"<{head.least:.{head.digits}f}"
     sign = "+" if head.signed else ""
     return f"{head.scale * cell:{sign},.{head.digits}f}"

@@ -148,15 +148,13 @@ def honest_sentence(problems: int, tests: Sequence[Paired] = ()) -> str:
     """
     if problems < 6:
         return f"{problems} problems: no difference can be told from noise; run more."
-    shares = any(test.test == "paired bootstrap" for test in tests)
-    floor = (
-        "" if shares else f": a difference under {600 / problems:.1f} points cannot be told from noise at the 5 % level"
-    )
+    noise = "cannot be told from noise at the 5 % level"
     known = [100 * value for value in map(resolution, tests) if value is not None]
-    if not known:
-        return f"{problems} problems{floor}."
-    span = f"{min(known):.1f}" if len(known) == 1 else f"{min(known):.1f} to {max(known):.1f}"
-    return f"{problems} problems{floor}; for runs that differ as much as these, one under {span} points cannot."
+    span = f"{min(known):.1f} to {max(known):.1f}" if len(known) > 1 else f"{known[0]:.1f}" if known else ""
+    if any(test.test == "paired bootstrap" for test in tests):
+        return f"{problems} problems: for runs that differ as much as these, a difference under {span} points {noise}."
+    floor = f"{problems} problems: a difference under {600 / problems:.1f} points {noise}."
+    return f"{floor} For runs that differ as much as these, nor can one under {span} points." if known else floor
 
 
 def _checked(scores: Sequence[float]) -> np.ndarray:

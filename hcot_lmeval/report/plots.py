@@ -1,0 +1,205 @@
+"""The plots of a comparison, as PNG and SVG: what a window costs, what a budget buys, and the saw-tooth.
+
+Curves over live context and over generated tokens answer the same question under two budgets: of all problems, which
+share is answered right by a response that stayed within x? Each response has one peak and one length, so the curve is
+exact; it is not what the model would have done had it been told of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from hcot_lmeval.events import Prune
+from hcot_lmeval.notes import Note, NotesFile
+from hcot_lmeval.report.entries import Entry
+from hcot_lmeval.report.lengths import BlockLengths, block_lengths, live_curve
+from hcot_lmeval.report.statistics import estimate
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart under every common colour blindness."""
+MARKS = "osD^vPX"
+SIZE = (6.4, 3.6)
+"""Inches; a column and a half of a paper."""
+RESAMPLES = 2_000
+
+
+def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path]:
+    """Draws every plot that the entries of a task have data for, and returns the files."""
+    drawn: dict[str, Figure] = {}
+    if any(entry.window for entry in entries):
+        drawn["accuracy"] = by_window(entries, "accuracy", lambda entry: entry.scores)
+        if any(entry.completed for entry in entries):
+            drawn["completion"] = by_window(entries, "completed by itself", lambda entry: entry.completed)
+    ours = roomiest([entry for entry in entries if entry.requests])
+    if ours:
+        drawn["accuracy-live"] = within(ours, "peak_live_tokens", "live tokens allowed (peak of a response)")
+        drawn["accuracy-generated"] = within(ours, "generated_tokens", "generated tokens allowed")
+    notes = {entry.name: found for entry in ours if (found := notes_of(entry))}
+    if notes:
+        drawn["live-context"] = live_context(notes)
+        drawn["blocks"] = blocks(notes)
+    return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
+
+
+def roomiest(entries: Sequence[Entry]) -> list[Entry]:
+    """Returns each family's entry with the largest window: what it does when the window does not end it."""
+    chosen: dict[str, Entry] = {}
+    for entry in entries:
+        other = chosen.get(entry.family)
+        if other is None or (entry.window or 0) > (other.window or 0):
+            chosen[entry.family] = entry
+    return list(chosen.values())
+
+
+def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Mapping[int, float] | None]) -> Figure:
+    """A share of problems over the context window, a line for each model, with 95 % intervals."""
+    figure, axes = _figure("context window (most live tokens)", f"{label}, % of problems")
+    windows = sorted({entry.window for entry in entries if entry.window})
+    for style, family in zip(_styles(), dict.fromkeys(entry.family for entry in entries), strict=False):
+        mine = [entry for entry in entries if entry.family == family and values(entry)]
+        if not mine:
+            continue
+        found = [estimate(list((values(entry) or {}).values()), resamples=RESAMPLES) for entry in mine]
+        places = [windows.index(entry.window) for entry in mine if entry.window]
+        middle = 100 * np.array([e.value for e in found])
+        spread = 100 * np.array(
+            [[max(0.0, e.value - e.low) for e in found], [max(0.0, e.high - e.value) for e in found]]
+        )
+        if places:
+            axes.errorbar(places, middle, spread, label=family, capsize=3, **style)
+        else:  # a model without windows is a level that the others reach or do not
+            axes.axhline(middle[0], label=family, color=style["color"], linestyle="--")
+    axes.set_xticks(range(len(windows)), [str(window) for window in windows])
+    axes.set_ylim(-4, 104)
+    return _with_legend(figure, axes)
+
+
+def within(entries: Sequence[Entry], statistic: str, label: str) -> Figure:
+    """The share of problems answered right within a budget of x, a step curve for each entry."""
+    figure, axes = _figure(label, "answered right, % of problems")
+    curves = {entry.name: budget_curve(entry, statistic) for entry in entries}
+    start, end = min(x[0] for x, _ in curves.values()), max(x[-1] for x, _ in curves.values())
+    for style, (name, (x, y)) in zip(_styles(), curves.items(), strict=False):
+        whole = np.concatenate([[start], x, [end]]), np.concatenate([[0.0], 100 * y, [100 * y[-1]]])
+        axes.step(*whole, where="post", label=name, color=style["color"])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_ylim(-4, 104)
+    return _with_legend(figure, axes)
+
+
+def budget_curve(entry: Entry, statistic: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns budgets, ascending, and the share of problems answered right within each of them.
+
+    A problem that is answered several times counts by its share of right answers, each at the mean of its responses'
+    statistic, since scores are kept per problem.
+    """
+    costs, scores = [], []
+    for run in entry.runs:
+        for sample in run.samples:
+            costs.append(float(np.mean([stats[statistic] for stats in sample["requests"]])))
+            scores.append(run.scores[sample["doc_id"]])
+    order = np.argsort(costs, kind="stable")
+    right = np.cumsum(np.array(scores)[order]) / len(scores)
+    return np.array(costs)[order], right
+
+
+def notes_of(entry: Entry) -> list[Note]:
+    """Returns the notes of an entry's first run for its task, if the run took notes and they are still there."""
+    where = (entry.runs[0].config.get("model_args") or {}).get("notes")
+    files = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
+    return [note for file in files for note in NotesFile(file) if note.meta.get("task") == entry.task]
+
+
+def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any = None) -> Figure:
+    """Live tokens over generated tokens for one problem, a curve for each run: the saw-tooth.
+
+    Args:
+        notes: name of a run -> its notes.
+        doc_id: the problem; None: the one whose response in any run has most prunes, or else is the longest.
+    """
+    chosen = _most_pruned(note for run in notes.values() for note in run) if doc_id is None else doc_id
+    figure, axes = _figure("generated tokens", "live tokens")
+    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
+        for note in [note for note in run if note.meta["doc_id"] == chosen][:1]:
+            axes.plot(live_curve(note), label=name, color=style["color"], linewidth=1.2)
+    axes.set_title(f"problem {chosen}", fontsize=9)
+    axes.set_ylim(bottom=0)
+    return _with_legend(figure, axes)
+
+
+def _most_pruned(notes: Iterable[Note]) -> Any:
+    def prunes_and_length(note: Note) -> tuple[int, int]:
+        return sum(isinstance(event, Prune) for event in note.events), len(note.token_ids)
+
+    return max(notes, key=prunes_and_length).meta["doc_id"]
+
+
+def blocks(notes: Mapping[str, Sequence[Note]]) -> Figure:
+    """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
+    titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
+    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
+        found = BlockLengths.joined(block_lengths(note) for note in run)
+        if not found.depths:
+            continue
+        for axes, values in zip(panels, (found.thoughts, found.solutions, found.depths), strict=True):
+            x = np.sort(values)
+            axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, color=style["color"])
+    for axes, title in zip(panels, titles, strict=True):
+        _dress(axes, title, "% of blocks, at most")
+    panels[0].set_xscale("symlog", base=2, linthresh=8)
+    panels[0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axes in panels[1:]:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(left=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as PNG and SVG, closes it, and returns the files."""
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]
+    for path in paths:
+        # without a date, so that the same data gives the same file
+        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths
+
+
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    _dress(axes, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _styles() -> Iterable[dict[str, Any]]:
+    while True:
+        yield from ({"color": c, "marker": m} for c, m in zip(COLOURS, MARKS, strict=True))
+
+
+def _with_legend(figure: Figure, axes: Axes) -> Figure:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,214 @@
+"""Tables against an independent recount of real runs, and their renderings letter by letter."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hcot_lmeval.report import render
+from hcot_lmeval.report.comparison import compare
+from hcot_lmeval.report.entries import entries_of
+from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.report.statistics import Estimate
+from hcot_lmeval.report.tables import Head, Table
+from tests.recount import recount
+from tests.result_files import build_run
+
+SETTINGS = {"pruned": "pruning=recompute,max_context=128", "unpruned": "pruning=off,max_context=96"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two real runs of a bundled model."""
+    out = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for name, settings in SETTINGS.items():
+        model = f"pretrained=tiny-hcot,journal=off,notes={out / name / 'notes'},{settings}"
+        command = [sys.executable, "-m", "lm_eval", "--model", "hcot", "--model_args", model, "--tasks", "hcot_arith"]
+        command += ["--limit", "8", "--batch_size", "8", "--device", "cpu", "--log_samples"]
+        subprocess.run([*command, "--output_path", str(out / name)], check=True, capture_output=True, env=environment)
+    return {name: out / name for name in SETTINGS}
+
+
+def runs_of(*folders: Path):
+    return [run for folder in folders for run in read_runs(folder)]
+
+
+def test_every_number_equals_a_recount_from_the_raw_samples(folders) -> None:
+    comparison = compare(runs_of(*folders.values())).as_dict()
+    tables = comparison["tasks"]["hcot_arith"]["tables"]
+    checked = 0
+    for folder, name, window in zip(folders.values(), ("recompute", "off"), ("128", "96"), strict=True):
+        expected = recount(folder)
+        family = f"tiny-hcot, {name}"
+        for key in ("accuracy", "completion"):
+            rows = {row["depth"]: row[window] for row in tables[key]["rows"] if row["run"] == family}
+            for level, value in expected[key].items():
+                assert (rows[level]["value"] if level == "all" else rows[level]) == pytest.approx(value)
+                checked += 1
+        for key in ("tokens", "costs"):
+            [row] = [row for row in tables[key]["rows"] if row["run"] == f"{family}, {window}"]
+            # the file holds milliseconds
+            assert row.pop("tokens_per_second", 0) == pytest.approx(expected[key].pop("tokens_per_second", 0), rel=0.01)
+            assert {k: v for k, v in row.items() if k != "run"} == pytest.approx(expected[key])
+            checked += len(expected[key])
+    assert checked == 2 * (5 + 1 + 9 + 6)
+
+
+def test_pruned_and_unpruned_runs_differ(folders) -> None:
+    """Were nothing ever pruned, the recount would still agree."""
+    pruned, unpruned = (recount(folder) for folder in folders.values())
+    assert pruned["tokens"]["pruned_tokens"] > 50 and unpruned["tokens"]["pruned_tokens"] == 0
+    assert pruned["accuracy"]["all"] == 1 and unpruned["accuracy"]["all"] == 0
+
+
+def test_every_format_is_written(folders, tmp_path: Path) -> None:
+    comparison = compare(runs_of(*folders.values()))
+    written = {path.name for path in comparison.write(tmp_path)}
+    assert {"comparison.md", "comparison.tex", "comparison.json", "hcot_arith-tests.csv"} <= written
+    plots = ("accuracy", "completion", "accuracy-live", "accuracy-generated", "live-context", "blocks")
+    for plot in plots:
+        assert (tmp_path / f"hcot_arith-{plot}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / f"hcot_arith-{plot}.svg").read_text()[:1000]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(comparison.as_dict()))
+    for table in comparison.tasks[0].tables:
+        assert all(line in comparison.text() for line in render.terminal(table).splitlines()[:6])
+    again = tmp_path / "again"
+    compare(runs_of(*folders.values())).write(again)
+    for path in tmp_path.glob("comparison.*"):
+        assert path.read_bytes() == (again / path.name).read_bytes(), "the same runs give the same files"
+
+
+# --- constructed runs -------------------------------------------------------------------------------------------------
+
+
+def test_layout_of_the_published_tables(tmp_path: Path) -> None:
+    levels = ["top", "low", "low", "high"]
+    for window, scores in ((1024, [0, 1, 0, 0]), (2048, [0, 1, 1, 1])):
+        build_run(tmp_path, scores, policy="recompute", max_context=window, columns={"level": levels})
+        build_run(tmp_path, [0, 0, 1, 0], policy="off", max_context=window, columns={"level": levels})
+    [task] = compare(read_runs(tmp_path)).tasks
+    table = next(table for table in task.tables if table.key == "accuracy")
+    assert [head.name for head in table.heads] == ["level", "run", "1024", "2048"]
+    cells = {row[:2]: row[2:] for row in table.rows}
+    assert list(dict.fromkeys(level for level, _ in cells)) == ["low", "high", "top", "all"]
+    assert cells["low", "model, recompute"] == (0.5, 1.0)
+    assert cells["high", "model, recompute"] == (0.0, 1.0)
+    assert [cell.value for cell in cells["all", "model, recompute"]] == [0.25, 0.75]
+    assert [(t.name, t.baseline, t.paired.better, t.paired.worse) for t in task.tests] == [
+        ("model, off, 1024", "model, recompute, 1024", 1, 1),
+        ("model, off, 2048", "model, recompute, 2048", 0, 2),
+    ]
+
+
+def test_baselines(tmp_path: Path) -> None:
+    build_run(tmp_path, [0, 1], policy="off", max_context=512)
+    build_run(tmp_path, [1, 1], policy="recompute", max_context=128)
+    build_run(tmp_path, [0, 0], kind="hf", model="org/other")
+    runs = read_runs(tmp_path)
+
+    def pairs(baseline: str | None) -> list[tuple[str, str]]:
+        return [(test.name, test.baseline) for test in compare(runs, baseline=baseline).tasks[0].tests]
+
+    assert pairs(None) == pairs("model, off") == pairs("model, off, 512")
+    assert pairs("model, off, 512") == [("model, recompute, 128", "model, off, 512"), ("other (hf)", "model, off, 512")]
+    assert pairs("other (hf)") == [("model, off, 512", "other (hf)"), ("model, recompute, 128", "other (hf)")]
+    with pytest.raises(
+        ValueError, match=r"baseline='flat' is not a run here; choose one of model, off; model, off, 512"
+    ):
+        compare(runs, baseline="flat")
+
+
+def test_a_foreign_model_tells_nothing_of_its_tokens(tmp_path: Path) -> None:
+    build_run(tmp_path, [0, 1], kind="hf")
+    build_run(tmp_path, [1, 1])
+    [task] = compare(read_runs(tmp_path)).tasks
+    for table in task.tables:
+        if table.key in ("tokens", "costs"):
+            foreign, ours = table.rows
+            assert set(foreign[1:]) == {None} and None not in ours[1:4]
+            assert " - " in render.terminal(table)
+    build_run(tmp_path / "alone", [0, 1], kind="hf")
+    [task] = compare(read_runs(tmp_path / "alone")).tasks
+    assert not {"tokens", "costs", "tests"} & {table.key for table in task.tables}
+
+
+def test_several_responses_and_seeds(tmp_path: Path) -> None:
+    def statistics(doc_id: int):
+        return [{"generated_tokens": 10 * doc_id + i} for i in range(4)]
+
+    for seed, scores in enumerate(([0.25, 0.5], [0.75, 1.0])):
+        totals = {"seed": seed}
+        build_run(tmp_path / str(seed), scores, metric="avg@4", statistics=statistics, totals=totals)
+    runs = [run.named(f"m, recompute, 1024, seed {i}") for i, run in enumerate(runs_of(tmp_path / "0", tmp_path / "1"))]
+    [entry] = entries_of(runs)
+    assert (entry.name, entry.family, len(entry.runs)) == ("m, recompute, 1024", "m, recompute", 2)
+    assert entry.scores == {0: 0.5, 1: 0.75}
+    assert len(entry.requests) == 16
+    [task] = compare(runs).tasks
+    tokens = next(table for table in task.tables if table.key == "tokens")
+    assert tokens.rows[0][2] == pytest.approx((1.5 + 11.5) / 2)
+
+
+# --- renderings -------------------------------------------------------------------------------------------------------
+
+TABLE = Table(
+    "toy",
+    "A title",
+    (
+        Head("run"),
+        Head("50% _ & |", "what it says", 1, 100, key="share"),
+        Head("n", key="count"),
+        Head("p", "", 4, least=1e-4),
+    ),
+    (("a_b & <c>", Estimate(0.5, 0.25, 0.75, 8), 1234567, 0.00001), ("d", None, 2, -0.25)),
+    ("a note",),
+)
+
+
+def test_terminal() -> None:
+    assert render.terminal(TABLE).splitlines() == [
+        "A title",
+        "",
+        "run            50% _ & |          n        p",
+        "---------  -------------  ---------  -------",
+        "a_b & <c>  50.0 [25, 75]  1,234,567  <0.0001",
+        "d                      -          2  -0.2500",
+        "",
+        "50% _ & |: what it says",
+        "a note",
+    ]
+
+
+def test_markdown_and_latex_escape_what_they_would_take_for_commands() -> None:
+    markdown, latex = render.markdown(TABLE), render.latex(TABLE)
+    assert "50% _ & \\|" in markdown and "a_b & &lt;c>" in markdown and "* a note" in markdown
+    assert r"a\_b \& \ensuremath{<}c\ensuremath{>}" in latex and r"50\% \_ \&" in latex
+    assert latex.index(r"\toprule") < latex.index(r"\midrule") < latex.index(r"\bottomrule")
+
+
+def test_csv_has_all_digits_and_three_columns_for_an_estimate() -> None:
+    rows = list(csv.DictReader(io.StringIO(render.csv_text(TABLE))))
+    assert rows[0] == {
+        "run": "a_b & <c>",
+        "share": "0.5",
+        "share low": "0.25",
+        "share high": "0.75",
+        "count": "1234567",
+        "p": "1e-05",
+    }
+    assert rows[1]["share"] == rows[1]["share low"] == ""
+
+
+def test_json_says_what_its_columns_mean() -> None:
+    value = render.json_value(TABLE)
+    assert value["columns"] == {"run": "run", "share": "what it says", "count": "n", "p": "p"}
+    assert value["rows"][0]["share"] == {"value": 0.5, "low": 0.25, "high": 0.75, "problems": 8}
+    assert value["rows"][1]["share"] is None
