@@ -8,16 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.settings import Section
 from hcot_lmeval.trace import Policy
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values cannot be changed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class TokensConfig(Section):
