@@ -139,7 +139,7 @@ def test_notes_of_ablations_are_replayed(tmp_path, variant, policy):
 
 def test_prompts_that_act_are_recognised(tmp_path):
     opened = ([9, OPEN, 10, SPLIT, 11, CLOSE, OPEN, 12, SPLIT, 13, CLOSE], 6)  # pruned within the prompt
-    left_open = ([9, OPEN, 10, 11, SPLIT, 12, CLOSE, 13], 3)  # closed by the model
+    left_open = ([9, OPEN, 10, 11, SPLIT, 12, CLOSE, OPEN, 13], 3)  # closed by the model
     (source,) = find_sources([write_notes(tmp_path / "n.jsonl", [opened, left_open], prompt_acts=True)])
     traces = list(note_traces(source))
     assert [trace.prompt_acts for trace in traces] == [True, True]

@@ -66,7 +66,7 @@ async function choose(place) {
     throw error;
   }
   history.replaceState(null, "", `#trace=${place}${mode === "all" ? "" : `&mode=${mode}`}`);
-  document.documentElement.dataset.shown = String(place); // for tests and for those who print
+  document.documentElement.dataset.shown = String(place);
 }
 
 async function drawPartner(others) {
@@ -130,7 +130,7 @@ function progress() {
   const ready = haystack.whole ? "" : `reading ${number(haystack.ready)} of ${number(ROWS.length)}`;
   const found = query ? [...list.hits.values()].reduce((sum, count) => sum + count, 0) : 0;
   byId("progress").textContent = query ? `${plural(found, "hit")}${ready ? `, ${ready}` : ""}` : ready;
-  document.documentElement.dataset.ready = String(haystack.whole);
+  Object.assign(document.documentElement.dataset, { ready: String(haystack.whole), query });
 }
 
 // --- keys ------------------------------------------------------------------------------------------------------------

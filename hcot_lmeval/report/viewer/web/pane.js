@@ -159,7 +159,8 @@ class Pane {
     for (let block = this.trace.blocks[segment.block]; block; block = this.trace.blocks[block.parent]) {
       if (this.folded(block) && this.trace.inThought(block, segment.place)) hiding.push(block);
     }
-    for (const block of hiding.reverse()) this.toggle(block, false);
+    for (const block of hiding) this.folds.set(block.place, false);
+    if (hiding.length) this.toggle(hiding.pop(), false); // the outermost draws all that are within
   }
 
   /** The curve was clicked. */
