@@ -1,0 +1,109 @@
+"""The data behind the plots, counted again in an obvious way; and that files come out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hcot_lmeval.events import Recorder
+from hcot_lmeval.notes import Note, NoteTaker
+from hcot_lmeval.report.entries import entries_of
+from hcot_lmeval.report.lengths import block_lengths, live_curve
+from hcot_lmeval.report.plots import budget_curve, plot_task, roomiest
+from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.trace import LiveContext, Policy
+from tests.random_traces import random_trace
+from tests.reference import MARKERS, POLICIES, rewrite
+from tests.result_files import build_run
+
+
+def noted(seed: int, policy: str, doc_id: int = 0) -> tuple[Note, list[int], list[int], int]:
+    """A note as the engine writes it, live tokens after the prompt and each token, the trace, its prompt's length."""
+    markers = MARKERS["hcot"]
+    ids, inert = random_trace(seed, markers, 60)
+    context, recorder = LiveContext(markers, Policy(policy)), Recorder()
+    for token in ids[:inert]:
+        context.push_inert(token)
+    recorder.prefill(inert, inert, 0)
+    live = [inert]
+    for token in ids[inert:]:
+        index = context.length
+        step = context.push(token)
+        recorder.step(index, token, step, len(context.live))
+        live.append(len(context.live))
+    recorder.finish("eos", None, context.depth)
+    meta = {"task": "toy", "doc_id": doc_id}
+    return Note("1", 0, tuple(ids[:inert]), tuple(ids[inert:]), tuple(recorder.events), meta), live, ids, inert
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
+    falls = 0
+    for seed in range(40):
+        note, live, _, _ = noted(seed, policy)
+        assert live_curve(note) == live
+        falls += any(b < a for a, b in itertools.pairwise(live))
+    assert (falls > 10) == (policy != "off")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lengths_are_those_of_the_rewritten_trace(policy: str) -> None:
+    seen = 0
+    for seed in range(60):
+        note, _, ids, inert = noted(seed, policy)
+        found = block_lengths(note)
+        blocks = rewrite(ids, inert, MARKERS["hcot"]).blocks
+        assert sorted(found.thoughts) == sorted(b.split - b.open - 1 for b in blocks)
+        assert sorted(found.solutions) == sorted(b.close - b.split - 1 for b in blocks)
+        assert len(found.depths) == len(blocks) and min(found.depths, default=1) >= 1
+        seen += len(blocks)
+    assert seen > 100
+
+
+def test_budget_curve_by_asking_at_every_budget(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    scores = [rng.choice([0, 1]) for _ in range(40)]
+    costs = [rng.randint(5, 60) for _ in range(40)]
+    build_run(tmp_path, scores, statistics=lambda i: {"peak_live_tokens": costs[i]})
+    [entry] = entries_of(read_runs(tmp_path))
+    x, y = budget_curve(entry, "peak_live_tokens")
+    for budget in range(70):
+        expected = sum(s for s, c in zip(scores, costs, strict=True) if c <= budget) / 40
+        under = np.flatnonzero(x <= budget)
+        assert (y[under[-1]] if len(under) else 0) == pytest.approx(expected)
+
+
+def test_the_roomiest_of_a_family_stands_for_it(tmp_path: Path) -> None:
+    for window in (256, 1024, 512):
+        build_run(tmp_path, [1], policy="off", max_context=window)
+    build_run(tmp_path, [1], policy="evict", max_context=128)
+    entries = entries_of(read_runs(tmp_path))
+    assert [(entry.family, entry.window) for entry in roomiest(entries)] == [
+        ("model, off", 1024),
+        ("model, evict", 128),
+    ]
+
+
+def test_what_there_is_no_data_for_is_not_drawn(tmp_path: Path) -> None:
+    build_run(tmp_path / "a", [1, 0], kind="hf")
+    assert plot_task("toy", entries_of(read_runs(tmp_path / "a")), tmp_path) == []
+    build_run(tmp_path / "b", [1, 0])
+    drawn = {path.name for path in plot_task("toy", entries_of(read_runs(tmp_path)), tmp_path) if path.suffix == ".png"}
+    assert drawn == {f"toy-{name}.png" for name in ("accuracy", "completion", "accuracy-live", "accuracy-generated")}
+
+
+def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:
+    with NoteTaker(tmp_path / "notes" / "n.jsonl") as taker:
+        for doc_id in range(3):
+            taker.add(noted(doc_id + 1, "recompute", doc_id=doc_id)[0])
+    build_run(tmp_path / "out", [1, 0, 1], model_args={"notes": str(tmp_path / "notes")})
+    drawn = {path.name: path for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)}
+    assert {"toy-live-context.png", "toy-live-context.svg", "toy-blocks.png"} <= drawn.keys()
+    (tmp_path / "again").mkdir()
+    for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path / "again"):
+        if path.suffix == ".png":
+            assert path.read_bytes() == drawn[path.name].read_bytes(), "the same data gives the same file"
