@@ -187,7 +187,7 @@ function listen() {
   byId("side-by-side").addEventListener("click", () => compare(!compared));
   byId("help-open").addEventListener("click", () => byId("help").showModal());
   byId("drawer").addEventListener("click", () => drawer(!byId("side").classList.contains("open")));
-  byId("list").addEventListener("click", () => drawer(false));
+  for (const id of ["list", "panes"]) byId(id).addEventListener("click", () => drawer(false));
   document.querySelector(".modes").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
