@@ -11,7 +11,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench results clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -24,10 +24,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
-ifneq ($(wildcard scripts/bench.py),)
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
-endif
+
+results: $(READY)
+	$(BIN)/python scripts/results.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
