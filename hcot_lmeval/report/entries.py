@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from hcot_lmeval.report.results import Run
+from hcot_lmeval.scoring.aggregate import LEVELS
 
-LEVELS = ("low", "medium", "high", "top")
-"""Names of levels that have an order of their own (PolyMath), easiest first."""
+SEED = re.compile(r", seed \d+$")
+"""What the names of runs end in where a grid has several seeds."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
     """Pools runs that differ in their seed alone, in the order in which they were given."""
     pooled: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        pooled.setdefault((without(run.name, _seed(run)), run.task), []).append(run)
+        pooled.setdefault((SEED.sub("", run.name), run.task), []).append(run)
     return [
         Entry(name, without(name, window(group[0])), task, group[0].max_context, tuple(group))
         for (name, task), group in pooled.items()
@@ -82,15 +84,10 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 
 def without(name: str, part: str) -> str:
-    """Returns a name such as ``model, off, 1024, seed 3`` without the last of its parts, if that is `part`."""
+    """Returns a name such as ``model, off, 1024`` without the last of its parts, if that is `part`."""
     return name.removesuffix(f", {part}") or name
 
 
 def window(run: Run) -> str:
     """Returns the part of a run's name that tells its window."""
     return str(run.max_context)
-
-
-def _seed(run: Run) -> str:
-    seed = run.totals["seed"] if run.totals else run.config.get("random_seed")
-    return f"seed {seed}"

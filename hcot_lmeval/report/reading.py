@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hcot_lmeval.report.folder import described
 from hcot_lmeval.report.integrity import check_settings
@@ -51,15 +52,15 @@ class Reader:
         return _named(runs, name, path) if named else runs
 
     def _newest(self, path: Path) -> list[Run]:
-        """The newest run of each label and task."""
-        newest: dict[tuple[str, str], Run] = {}
+        """The newest run of each label, task and seed."""
+        newest: dict[tuple[str, str, Any], Run] = {}
         older = set()
         for run in self._runs(path):
-            key = (run.name, run.task)
+            key = (run.name, run.task, run.totals["seed"] if run.totals else None)
             older |= {key} if key in newest else set()
             newest[key] = run
-        for name, task in sorted(older):
-            taken = newest[name, task].path
+        for name, task, seed in sorted(older, key=str):
+            taken = newest[name, task, seed].path
             self.said.append(f"{path} holds several runs of {name!r} ({task}); the newest is taken, {taken.name}")
         return list(newest.values())
 
