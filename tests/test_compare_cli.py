@@ -276,6 +276,16 @@ def test_newest_of_several_runs_is_taken_and_said(tmp_path, compared, capsys):
     assert f"holds several runs of 'model, recompute, 1024' (toy); the newest is taken, {newest.name}" in told
 
 
+def test_seeds_of_one_folder_are_pooled(tmp_path, capsys):
+    for seed, scores in enumerate(([1, 0, 1, 0], [1, 1, 0, 0])):
+        build_run(tmp_path / "out", scores, totals={"seed": seed})
+    assert main(["read", str(tmp_path / "out"), "--out", str(tmp_path / "tables"), "--no-plots"]) == 0
+    [task] = json.loads((tmp_path / "tables" / "comparison.json").read_text())["tasks"].values()
+    assert len(task["runs"]) == 2
+    [row] = task["tables"]["accuracy"]["rows"]
+    assert row["1024"]["value"] == 0.5 and row["1024"]["problems"] == 4
+
+
 def test_choice_of_task_metric_and_filter(tmp_path, compared):
     build_run(tmp_path, [1, 0])
     build_run(tmp_path, [1, 0], task="other", filter_name="strict")

@@ -81,7 +81,7 @@ def _by_task(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
-    """Neither a run nor a name may be there twice."""
+    """Neither a run nor a name may be there twice, but for other seeds."""
     for same in (_evaluation, _place):
         seen: dict[Any, Run] = {}
         for run in runs:
@@ -96,7 +96,8 @@ def _evaluation(run: Run) -> Any:
 
 
 def _place(run: Run) -> Any:
-    return run.name, run.task
+    """What makes a run one of a table's entries; runs of several seeds are pooled there."""
+    return run.name, run.task, run.seed
 
 
 def _twice(one: Run, other: Run) -> Incomparable:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hcot_lmeval.report.folder import described
 from hcot_lmeval.report.integrity import check_settings
@@ -53,10 +52,10 @@ class Reader:
 
     def _newest(self, path: Path) -> list[Run]:
         """The newest run of each label, task and seed."""
-        newest: dict[tuple[str, str, Any], Run] = {}
+        newest: dict[tuple[str, str, int | None], Run] = {}
         older = set()
         for run in self._runs(path):
-            key = (run.name, run.task, run.totals["seed"] if run.totals else None)
+            key = (run.name, run.task, run.seed)
             older |= {key} if key in newest else set()
             newest[key] = run
         for name, task, seed in sorted(older, key=str):

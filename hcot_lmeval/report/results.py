@@ -80,6 +80,11 @@ class Run:
         """Most live tokens of a request, or None for a model that is not ours."""
         return self.totals["max_context"] if self.totals else None
 
+    @property
+    def seed(self) -> int | None:
+        """Of the sampling, or None for a model that is not ours."""
+        return self.totals["seed"] if self.totals else None
+
     @cached_property
     def scores(self) -> dict[int, float]:
         """doc_id -> score, within 0..1; in a task with k repeats the share of the right ones."""
