@@ -82,6 +82,43 @@ def test_shares_are_tested_by_the_paired_bootstrap() -> None:
     assert large.difference == pytest.approx(float((much - base).mean()))
 
 
+def test_equal_changes_are_no_certainty() -> None:
+    """Of 30 problems all changed alike, so 0.025^(1/30) = 88.4 % of all at least; what the others do is not known."""
+    sure = 0.025 ** (1 / 30)
+    for a, b, change in ((0, 1, 1), (1, 0, -1), (1, 1, 0), (0.25, 0.5, 0.25)):
+        found = paired(keyed([a] * 30), keyed([b] * 30))
+        assert found.difference == pytest.approx(change)
+        assert (found.low, found.high) == pytest.approx((sure * change - (1 - sure), sure * change + (1 - sure)))
+        assert -1 <= found.low < found.high <= 1
+    alike = paired(keyed([0.25, 0.75] * 15), keyed([0.25, 0.75] * 15))
+    assert alike.p == 1 and "under 11.6 points cannot be told" in honest_sentence(30, [alike])
+
+
+def test_interval_of_equal_changes_covers_the_truth() -> None:
+    """Whatever share of problems differs: runs without a difference in the sample are 1 in 40 at most, or covered."""
+    for n, share in itertools.product((10, 30, 100), (0.01, 0.05, 0.1, 0.3)):
+        found = paired(keyed([0] * n), keyed([0] * n))
+        assert (1 - share) ** n <= 0.025 or found.low <= share <= found.high
+
+
+def test_shares_of_few_problems_are_no_surer_than_an_exact_test() -> None:
+    for n in (1, 2, 5, 6):
+        found = paired(keyed([0.25] * n), keyed([0.5 + 0.1 * i / n for i in range(n)]))
+        assert found.test == "paired bootstrap" and found.p == pytest.approx(2 / 2**n)
+        assert (found.p < 0.05) == (n >= 6)
+
+
+def test_differences_that_cancel_count_on_both_sides_of_zero() -> None:
+    """Thirds do not cancel exactly; tenths of a p value must not hang on that."""
+    rng = np.random.default_rng(2)
+    base = rng.integers(0, 4, 12)
+    other = rng.permutation(base)
+    change = other - base
+    drawn = change[np.random.default_rng(0).integers(0, 12, (20_000, 12))].sum(axis=1)  # in whole thirds
+    expected = min(1.0, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
+    assert paired(keyed(base / 3), keyed(other / 3), resamples=20_000).p == pytest.approx(expected, abs=0.02)
+
+
 def test_bootstrap_p_is_rarely_small_without_a_difference() -> None:
     rng = np.random.default_rng(5)
     ps = []

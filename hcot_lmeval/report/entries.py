@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from hcot_lmeval.report.results import Run
+from hcot_lmeval.report.results import ResultsError, Run, label
 from hcot_lmeval.scoring.aggregate import LEVELS
 
 SEED = re.compile(r", seed \d+$")
@@ -73,14 +74,35 @@ def difficulty(value: Any) -> tuple[int, Any]:
 
 
 def entries_of(runs: Sequence[Run]) -> list[Entry]:
-    """Pools runs that differ in their seed alone, in the order in which they were given."""
+    """Pools runs that differ in their seed alone, in the order in which they were given.
+
+    Raises:
+        ResultsError: runs of one name differ in more than their seed.
+    """
     pooled: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         pooled.setdefault((SEED.sub("", run.name), run.task), []).append(run)
-    return [
+    for group in pooled.values():
+        _check_alike(group)
+    entries = [
         Entry(name, without(name, window(group[0])), task, group[0].max_context, tuple(group))
         for (name, task), group in pooled.items()
     ]
+    places = Counter(map(_place, entries))
+    return [entry if places[_place(entry)] == 1 else replace(entry, family=entry.name) for entry in entries]
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """A name that was given to different settings must not make seeds of them."""
+    settings = {(run.model, run.policy, run.ablation, run.max_context): label(run) for run in runs}
+    if len(settings) > 1:
+        told = "; ".join(settings.values())
+        raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
+
+
+def _place(entry: Entry) -> tuple[str, str, int | None]:
+    """The cell of a table; runs named ``x`` and ``x, 1024``, both of window 1024, must not fall into the same one."""
+    return entry.task, entry.family, entry.window
 
 
 def without(name: str, part: str) -> str:

@@ -36,7 +36,8 @@ class Paired:
         better: problems with a higher score in the second run.
         worse: problems with a lower one.
         difference: mean of second minus first, within -1..1.
-        low: lower end of its 95 % confidence interval (percentiles of the paired bootstrap).
+        low: lower end of its 95 % confidence interval (percentiles of the paired bootstrap; where all problems change
+            alike, see `paired`).
         high: upper end.
         p: of the two-sided test that there is no difference.
         test: the test's name.
@@ -79,7 +80,13 @@ def paired(
 
     Scores of 0 and 1 are tested by McNemar's exact test: among the problems on which the runs differ, each is equally
     often the better one if there is no difference. Shares are tested by the paired bootstrap: p is twice the share of
-    resampled differences on the far side of zero, counting the observed one, so never below 2 / (resamples + 1).
+    resampled differences on the far side of zero, counting the observed one, so never below 2 / (resamples + 1). Nor is
+    it below 2 / 2^d for d problems that differ, the least p of any exact paired test: few problems, all changed in one
+    direction, look certain to a bootstrap.
+
+    Where all problems change alike, resampling shows no spread either. With 97.5 % confidence at least a share s of all
+    problems changes like that (Clopper and Pearson for n of n: s^n = 0.025); the rest may change by anything within
+    -1..1, and the interval holds every mean that this allows.
 
     Raises:
         ValueError: the runs have different problems, or none.
@@ -93,10 +100,10 @@ def paired(
     b = _checked([second[key] for key in sorted(first)])
     change = b - a
     means = _resampled_means(change, resamples, seed)
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    low, high = _interval_of_equal(change) if np.ptp(change) == 0 else np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     once = bool(np.isin([a, b], [0.0, 1.0]).all())
-    p = mcnemar_exact(better, worse) if once else _bootstrap_p(means)
+    p = mcnemar_exact(better, worse) if once else max(_bootstrap_p(means), min(1.0, 2.0 ** (1 - better - worse)))
     test = "McNemar, exact" if once else "paired bootstrap"
     return Paired(len(change), better, worse, float(change.mean()), float(low), float(high), p, test)
 
@@ -178,8 +185,16 @@ def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarra
     return np.asarray(drawn.bootstrap_distribution)
 
 
+def _interval_of_equal(change: np.ndarray) -> tuple[float, float]:
+    """The interval of the mean of changes that are all the same; see `paired`."""
+    sure = (LEVEL / 2) ** (1 / len(change))
+    middle, rest = sure * float(change[0]), 1 - sure
+    return middle - rest, middle + rest
+
+
 def _bootstrap_p(means: np.ndarray) -> float:
-    tail = min((means <= 0).sum(), (means >= 0).sum())
+    zero = 1e-9  # sums of thirds that cancel are not always 0 exactly
+    tail = min((means <= zero).sum(), (means >= -zero).sum())
     return min(1.0, 2 * float(tail + 1) / (len(means) + 1))
 
 
