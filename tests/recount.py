@@ -1,7 +1,7 @@
 """Counts a comparison's numbers again from lm-eval's raw files, with nothing but the standard library."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 
@@ -20,13 +20,17 @@ def recount(folder: Path) -> dict[str, dict[str, float]]:
             ended.append(request["finish_reason"] in ("eos", "stop"))
     mean = {key: sum(r[key] for r in requests) / len(requests) for key in requests[0] if type(requests[0][key]) is int}
     generated = sum(r["generated_tokens"] for r in requests)
+    ends, faults = Counter(r["finish_reason"] for r in requests), Counter()
+    for request in requests:
+        faults.update(request["malformed"])
     return {
+        "endings": {"responses": len(requests), **{key: ends[key] for key in ("eos", "stop", "length", "context")}}
+        | {"blocks": mean["blocks"], "max_depth": max(r["max_depth"] for r in requests)}
+        | {"malformed": faults.total() / len(requests), **faults},
         "accuracy": {"all": sum(right) / len(right)} | {str(d): sum(s) / len(s) for d, s in by_depth.items()},
         "completion": {"all": sum(ended) / len(ended)},
         "tokens": {k: mean[k] for k in ("prompt_tokens", "generated_tokens", "pruned_tokens", "reforwarded_tokens")}
-        | {k: mean[k] for k in ("live_tokens", "prune_events", "blocks")}
-        | {"max_depth": max(r["max_depth"] for r in requests)}
-        | {"malformed": sum(n for r in requests for n in r["malformed"].values()) / len(requests)},
+        | {k: mean[k] for k in ("live_tokens", "prune_events")},
         "costs": {"peak_live_tokens": mean["peak_live_tokens"]}
         | {"peak_live_tokens_largest": max(r["peak_live_tokens"] for r in requests)}
         | {"mean_live_tokens": sum(r["live_token_steps"] for r in requests) / generated}

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from hcot_lmeval.report import render
+from hcot_lmeval.report.columns import FAULTS
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
-from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.statistics import Estimate
 from hcot_lmeval.report.tables import Head, Table
+from hcot_lmeval.trace import Malformed
 from tests.recount import recount
 from tests.result_files import build_run
 
@@ -44,6 +46,7 @@ def runs_of(*folders: Path):
 def test_every_number_equals_a_recount_from_the_raw_samples(folders) -> None:
     comparison = compare(runs_of(*folders.values())).as_dict()
     tables = comparison["tasks"]["hcot_arith"]["tables"]
+    kinds_of_faults = {kind.value for kind in Malformed}
     checked = 0
     for folder, name, window in zip(folders.values(), ("recompute", "off"), ("128", "96"), strict=True):
         expected = recount(folder)
@@ -53,13 +56,15 @@ def test_every_number_equals_a_recount_from_the_raw_samples(folders) -> None:
             for level, value in expected[key].items():
                 assert (rows[level]["value"] if level == "all" else rows[level]) == pytest.approx(value)
                 checked += 1
-        for key in ("tokens", "costs"):
+        for key in ("tokens", "costs", "endings"):
             [row] = [row for row in tables[key]["rows"] if row["run"] == f"{family}, {window}"]
             # the file holds milliseconds
             assert row.pop("tokens_per_second", 0) == pytest.approx(expected[key].pop("tokens_per_second", 0), rel=0.01)
-            assert {k: v for k, v in row.items() if k != "run"} == pytest.approx(expected[key])
-            checked += len(expected[key])
-    assert checked == 2 * (5 + 1 + 9 + 6)
+            kinds = dict.fromkeys(row.keys() - expected[key].keys() - {"run"}, 0)  # faults of the other run alone
+            assert {k: v for k, v in row.items() if k != "run"} == pytest.approx(kinds | expected[key])
+            assert kinds.keys() <= kinds_of_faults
+            checked += len(expected[key].keys() - kinds_of_faults)
+    assert checked == 2 * (5 + 1 + 6 + 6 + 8)
 
 
 def test_pruned_and_unpruned_runs_differ(folders) -> None:
@@ -157,6 +162,84 @@ def test_several_responses_and_seeds(tmp_path: Path) -> None:
     assert tokens.rows[0][2] == pytest.approx((1.5 + 11.5) / 2)
 
 
+def test_the_number_of_seeds_is_said(tmp_path: Path) -> None:
+    def named(policy: str, seeds: int):
+        for seed in range(seeds):
+            folder = tmp_path / f"{policy} {seeds} {seed}"
+            build_run(folder, [1, 0], policy=policy, totals={"seed": seed})
+            yield from (run.named(f"m, {policy}, 1024, seed {seed}") for run in read_runs(folder))
+
+    def said(*runs) -> str:
+        return compare(runs, resamples=50).tasks[0].tables[0].notes[-1]
+
+    assert "seeds" not in said(*named("off", 1))
+    assert said(*named("off", 3), *named("evict", 3)) == "means over 3 seeds"
+    assert (
+        said(*named("recompute", 3), *named("evict", 2))
+        == "means over seeds: 3 of m, recompute, 1024; 2 of m, evict, 1024"
+    )
+
+
+def test_no_run_falls_into_the_cell_of_another(tmp_path: Path) -> None:
+    build_run(tmp_path / "a", [1, 1], max_context=1024)
+    build_run(tmp_path / "b", [0, 0], max_context=1024)
+    [a], [b] = read_runs(tmp_path / "a"), read_runs(tmp_path / "b")
+    [task] = compare([a.named("x, 1024"), b.named("x")]).tasks
+    assert {row[1]: row[2].value for row in task.tables[0].rows} == {"x, 1024": 1.0, "x": 0.0}
+
+
+def test_one_name_for_different_settings_makes_no_seeds_of_them(tmp_path: Path) -> None:
+    build_run(tmp_path, [1, 1], policy="off", totals={"seed": 0})
+    build_run(tmp_path, [0, 0], policy="evict", totals={"seed": 1})
+    runs = [run.named("m") for run in read_runs(tmp_path)]
+    with pytest.raises(ResultsError, match=r"'m' differ in more than their seed: model, off, 1024; model, evict, 1024"):
+        compare(runs)
+
+
+def test_a_weighted_accuracy_without_all_levels_is_empty(tmp_path: Path) -> None:
+    def weigh(results, samples) -> None:
+        for sample in samples:
+            sample["dw_acc"] = [sample["doc"]["level"], sample["acc"]]
+
+    levels = ["low", "medium", "high", "top"]
+    build_run(tmp_path / "a", [1, 1, 0, 1], columns={"level": levels}, change=weigh)
+    build_run(tmp_path / "b", [1, 1, 0], columns={"level": levels[:3]}, change=weigh)
+    for folder, expected in (("a", (1 + 2 + 8) / 15), ("b", None)):
+        comparison = compare(read_runs(tmp_path / folder))
+        table = next(table for table in comparison.tasks[0].tables if table.key == "weighted")
+        assert table.rows == (("model, recompute", pytest.approx(expected) if expected else None),)
+        written = next(p for p in comparison.write(tmp_path / folder, plots=False) if p.name == "comparison.json")
+        json.loads(written.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def test_ends_and_kinds_of_faults_are_counted(tmp_path: Path) -> None:
+    faults = [{"unclosed": 2}, {}, {"stray_close": 1, "unclosed": 1}]
+    reasons = ["context", "eos", "length"]
+    build_run(tmp_path, [0, 1, 0], statistics=lambda i: {"finish_reason": reasons[i], "malformed": faults[i]})
+    [task] = compare(read_runs(tmp_path)).tasks
+    table = next(table for table in task.tables if table.key == "endings")
+    names = [head.key for head in table.heads[1:]]
+    assert names[:5] == ["responses", "eos", "stop", "length", "context"]
+    assert names[5:] == ["blocks", "max_depth", "malformed", "stray_close", "unclosed"]
+    assert table.rows[0][1:] == (3, 1, 0, 1, 1, 4, 2, pytest.approx(4 / 3), 1, 3)
+
+
+def test_every_kind_of_fault_has_a_meaning() -> None:
+    assert set(FAULTS) == set(Malformed)
+
+
+def test_few_problems_come_with_a_warning_of_their_interval(tmp_path: Path) -> None:
+    build_run(tmp_path / "a", [0] * 30)
+    build_run(tmp_path / "b", [1] * 5 + [0] * 25, policy="off")
+    build_run(tmp_path / "c", [1] * 8 + [0] * 22, policy="off")
+
+    def warned(other: str) -> bool:
+        return "believe p" in " ".join(compare(runs_of(tmp_path / "a", tmp_path / other)).tasks[0].tables[-1].notes)
+
+    build_run(tmp_path / "d", [0] * 30, policy="off")
+    assert warned("b") and not warned("c") and not warned("d")  # p = 0.063, 0.008, and 1 with 0 in the interval
+
+
 # --- renderings -------------------------------------------------------------------------------------------------------
 
 TABLE = Table(
@@ -185,6 +268,22 @@ def test_terminal() -> None:
         "50% _ & |: what it says",
         "a note",
     ]
+
+
+def test_a_wide_table_is_parted_and_loses_nothing() -> None:
+    heads = (Head("run"), *(Head(f"column {i}") for i in range(20)))
+    wide = Table("wide", "Wide", heads, (("a name", *range(20)), ("b", *range(100, 120))))
+    lines = render.terminal(wide).splitlines()
+    assert max(map(len, lines)) <= render.WIDTH
+    values = [word for line in lines if line.startswith(("a name", "b ")) for word in line.split() if word.isdigit()]
+    assert sorted(map(int, values)) == sorted([*range(20), *range(100, 120)])
+    assert len([line for line in lines if line.startswith("run ")]) == 3
+    assert list(render.parts(TABLE)) == [TABLE]
+
+
+def test_a_table_of_texts_alone_is_not_parted() -> None:
+    texts = Table("texts", "Texts", (Head("a"), Head("b")), (("x", "y"),))
+    assert list(render.parts(texts)) == [texts]
 
 
 def test_markdown_and_latex_escape_what_they_would_take_for_commands() -> None:

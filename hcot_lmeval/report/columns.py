@@ -7,11 +7,12 @@ tells nothing of this: its cells are empty, not zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from hcot_lmeval.report.entries import Entry
+from hcot_lmeval.trace import Malformed
 
 Value = float | int | None
 MIB = 2**20
@@ -49,6 +50,21 @@ def largest_of(name: str) -> Callable[[Entry], Value]:
 def malformed(entry: Entry) -> Value:
     """Faults of notation per response, whatever their kind."""
     return fmean(sum(stats["malformed"].values()) for stats in entry.requests) if entry.requests else None
+
+
+def responses(entry: Entry) -> Value:
+    """Responses, those of every seed."""
+    return len(entry.requests) if entry.requests else None
+
+
+def ended_by(reason: str) -> Callable[[Entry], Value]:
+    """Responses that ended for a reason."""
+    return lambda entry: sum(s["finish_reason"] == reason for s in entry.requests) if entry.requests else None
+
+
+def faults_of(kind: str) -> Callable[[Entry], Value]:
+    """Faults of notation of one kind, summed over responses."""
+    return lambda entry: sum(s["malformed"].get(kind, 0) for s in entry.requests) if entry.requests else None
 
 
 def token_bytes(entry: Entry) -> int | None:
@@ -110,9 +126,6 @@ TOKENS = (
         mean_of("live_tokens"),
     ),
     Column("prune_events", "prunes", "times that something was thrown away, mean", mean_of("prune_events"), 1),
-    Column("blocks", "blocks", "blocks closed, with a prune or without, mean", mean_of("blocks"), 1),
-    Column("max_depth", "depth", "most blocks open at once, largest of all responses", largest_of("max_depth")),
-    Column("malformed", "malformed", "departures from the notation, blocks never closed included, mean", malformed, 2),
 )
 COSTS = (
     Column(
@@ -147,3 +160,39 @@ COSTS = (
         tokens_per_second,
     ),
 )
+ENDS = (
+    Column("responses", "responses", "all that are counted here, of every seed", responses),
+    Column("eos", "eos", "responses that ended with the end token", ended_by("eos")),
+    Column("stop", "stop", "responses that ended at a stop string of the task", ended_by("stop")),
+    Column("length", "length", "responses cut at the limit of generated tokens", ended_by("length")),
+    Column("context", "context", "responses cut at the window, the limit of live tokens", ended_by("context")),
+    Column("blocks", "blocks", "blocks closed, with a prune or without, mean", mean_of("blocks"), 1),
+    Column("max_depth", "depth", "most blocks open at once, largest of all responses", largest_of("max_depth")),
+    Column(
+        "malformed",
+        "malformed",
+        "departures from the notation in a response, of all kinds together, mean",
+        malformed,
+        2,
+    ),
+)
+FAULTS = {
+    Malformed.STRAY_SPLIT: "splitting markers outside any block",
+    Malformed.STRAY_CLOSE: "closing markers outside any block",
+    Malformed.UNSPLIT_CLOSE: "blocks closed without a solution; nothing is pruned",
+    Malformed.REPEATED_SPLIT: "second splitting markers in one block; the solution starts at the last",
+    Malformed.NESTED_OPEN: "opening markers within a block, in a notation without nesting",
+    Malformed.MISSING_LEAD: "solutions that do not begin with the notation's lead token",
+    Malformed.UNCLOSED: "blocks still open when the response ended",
+}
+
+
+def endings(entries: Sequence[Entry]) -> tuple[Column, ...]:
+    """Returns columns of how responses ended and were written, one for each kind of fault that occurs among them."""
+    seen = {kind for entry in entries for stats in entry.requests or () for kind in stats["malformed"]}
+    faults = (
+        Column(kind.value, kind.value.replace("_", " "), meaning, faults_of(kind.value))
+        for kind, meaning in FAULTS.items()
+        if kind.value in seen
+    )
+    return (*ENDS, *faults)

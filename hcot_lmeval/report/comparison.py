@@ -22,6 +22,7 @@ from hcot_lmeval.report.tables import (
     Table,
     Test,
     costs_table,
+    endings_table,
     find_tests,
     shares_table,
     tests_table,
@@ -149,7 +150,7 @@ def _tables(
         title = "Completion: ended by itself, not at a limit"
         tables.append(shares("completion", title, lambda e: e.completed))
     if any(entry.requests for entry in entries):
-        tables += [tokens_table(entries), costs_table(entries)]
+        tables += [tokens_table(entries), costs_table(entries), endings_table(entries)]
     if tests:
         tables.append(tests_table(tests))
     return [table for table in tables if table is not None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from hcot_lmeval.report.statistics import Estimate
@@ -13,12 +14,12 @@ from hcot_lmeval.report.tables import Cell, Head, Table
 
 Style = Literal["simple", "github", "latex_booktabs"]
 WIDTH = 118
-"""Columns of a terminal that notes are wrapped to."""
+"""Columns of a terminal: notes are wrapped to it, and wider tables parted."""
 
 
 def terminal(table: Table) -> str:
-    """Returns a table for a terminal, the meanings of its columns below."""
-    lines = [table.title, "", _tabulate(table, "simple")]
+    """Returns a table for a terminal, in parts if it is wide, the meanings of its columns below."""
+    lines = [table.title, "", "\n\n".join(_tabulate(part, "simple") for part in parts(table))]
     notes = [textwrap.fill(line, WIDTH, subsequent_indent="    ") for line in meanings(table)]
     return "\n".join([*lines, "", *notes] if notes else lines)
 
@@ -55,6 +56,28 @@ def json_value(table: Table) -> dict[str, Any]:
         "rows": rows,
         "notes": list(table.notes),
     }
+
+
+def parts(table: Table) -> Iterator[Table]:
+    """Yields a table in parts that fit a terminal, each with the columns of names that the table begins with."""
+    texts = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.heads))]
+    names = list(range([*texts, False].index(False)))
+    chosen = list(names)
+    for i in range(len(names), len(table.heads)):
+        if len(chosen) > len(names) and _width(_columns(table, [*chosen, i])) > WIDTH:
+            yield _columns(table, chosen)
+            chosen = list(names)
+        chosen.append(i)
+    yield _columns(table, chosen)
+
+
+def _columns(table: Table, chosen: Sequence[int]) -> Table:
+    rows = tuple(tuple(row[i] for i in chosen) for row in table.rows)
+    return replace(table, heads=tuple(table.heads[i] for i in chosen), rows=rows)
+
+
+def _width(table: Table) -> int:
+    return max(map(len, _tabulate(table, "simple").splitlines()))
 
 
 def meanings(table: Table) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcot_lmeval.report.columns import COSTS, TOKENS, Column
+from hcot_lmeval.report.columns import COSTS, TOKENS, Column, endings
 from hcot_lmeval.report.entries import Entry, difficulty
-from hcot_lmeval.report.statistics import Estimate, Paired, estimate, holm, honest_sentence, paired
+from hcot_lmeval.report.statistics import Estimate, Paired, estimate, holm, honest_sentence, is_significant, paired
 
 Cell = str | int | float | Estimate | None
 
@@ -109,8 +110,18 @@ def shares_table(
         for family in families
     ]
     heads = [Head(by or ""), Head("run"), *(Head(window_name(window), digits=1, scale=100) for window in windows)]
-    counts = {len(entry.scores) for entry in entries}
-    return Table(key, title, tuple(heads), tuple(rows), (f"percent of {counts.pop()} problems; 95 % interval of all",))
+    note = f"percent of {len(entries[0].scores)} problems; 95 % interval of all"
+    return Table(key, title, tuple(heads), tuple(rows), (note, *seeds_note(entries)))
+
+
+def seeds_note(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Says over how many seeds numbers are means, if over more than one."""
+    counts = {entry.name: len(entry.runs) for entry in entries}
+    if set(counts.values()) == {1}:
+        return ()
+    if len(set(counts.values())) == 1:
+        return (f"means over {len(entries[0].runs)} seeds",)
+    return (f"means over seeds: {'; '.join(f'{count} of {name}' for name, count in counts.items())}",)
 
 
 def window_name(window: int | None) -> str:
@@ -132,12 +143,14 @@ def weighted_table(entries: Sequence[Entry]) -> Table | None:
         if entry is None:
             return None
         pairs = [[tuple(sample["dw_acc"]) for sample in run.samples] for run in entry.runs]
-        return sum(difficulty_weighted(items) for items in pairs) / len(pairs)
+        mean = sum(difficulty_weighted(items) for items in pairs) / len(pairs)
+        return None if math.isnan(mean) else mean
 
     rows = [(f, *(cell(f, w) for w in windows)) for f in dict.fromkeys(entry.family for entry in entries)]
     heads = (Head("run"), *(Head(window_name(window), digits=1, scale=100) for window in windows))
-    note = "percent; levels low, medium, high, top weigh 1, 2, 4, 8 (PolyMath, arXiv 2504.18428)"
-    return Table("weighted", "Difficulty-weighted accuracy", heads, tuple(rows), (note,))
+    weights = "percent; levels low, medium, high, top weigh 1, 2, 4, 8 (PolyMath, arXiv 2504.18428)"
+    notes = (f"{weights}; empty where a level has no problem", *seeds_note(entries))
+    return Table("weighted", "Difficulty-weighted accuracy", heads, tuple(rows), notes)
 
 
 def columns_table(entries: Sequence[Entry], key: str, title: str, columns: Sequence[Column]) -> Table:
@@ -155,6 +168,11 @@ def tokens_table(entries: Sequence[Entry]) -> Table:
 def costs_table(entries: Sequence[Entry]) -> Table:
     """Context, memory and time."""
     return columns_table(entries, "costs", "Context, memory and time", COSTS)
+
+
+def endings_table(entries: Sequence[Entry]) -> Table:
+    """Why responses ended, their blocks, and their faults of notation by kind."""
+    return columns_table(entries, "endings", "Ends, blocks, and faults of notation", endings(entries))
 
 
 def find_tests(entries: Sequence[Entry], baseline: str | None, *, resamples: int, seed: int) -> list[Test]:
@@ -214,5 +232,13 @@ def tests_table(tests: Sequence[Test]) -> Table:
         numbers = (r.better, r.worse, r.difference, r.low, r.high, r.p, test.corrected_p)
         rows.append((test.name, test.baseline, *numbers))
     problems = tests[0].paired.problems
-    notes = (honest_sentence(problems, [test.paired for test in tests]),)
+    notes = (*disagreement_note(tests), honest_sentence(problems, [test.paired for test in tests]))
     return Table("tests", "Paired tests on the same problems", heads, tuple(rows), notes)
+
+
+def disagreement_note(tests: Sequence[Test]) -> tuple[str, ...]:
+    """Says which to believe, if an interval leaves zero out although the test does not reject."""
+    found = (test.paired for test in tests)
+    if any((r.low > 0 or r.high < 0) and not is_significant(r.p) for r in found):
+        return ("where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow",)
+    return ()
