@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from hcot_lmeval.events import Recorder
 from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.lengths import block_lengths, live_curve
-from hcot_lmeval.report.plots import budget_curve, plot_task, roomiest
+from hcot_lmeval.report.plots import _styles, budget_curve, most_pruned, plot_task, roomiest
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.trace import LiveContext, Policy
 from tests.random_traces import random_trace
@@ -86,6 +87,30 @@ def test_the_roomiest_of_a_family_stands_for_it(tmp_path: Path) -> None:
         ("model, off", 1024),
         ("model, evict", 128),
     ]
+
+
+def test_twenty_runs_look_different() -> None:
+    looks = [tuple(sorted(look.items())) for look in itertools.islice(_styles(), 29)]
+    assert len(set(looks[:28])) == 28 and looks[28] == looks[0]
+
+
+def test_the_saw_tooth_shows_the_rule_and_not_an_ablation(tmp_path: Path) -> None:
+    notes = [noted(seed, "recompute", doc_id=seed)[0] for seed in range(20)]
+    *rule, ablated = sorted(notes, key=lambda note: note.statistics.prune_events)
+    most = rule[-1].statistics.prune_events
+    assert ablated.statistics.prune_events > most > 0
+    assert most_pruned([rule, [ablated]]) == ablated.meta["doc_id"]
+    for name, kept, totals in (("rule", rule, {}), ("other", [ablated], {"ablation": "random"})):
+        with NoteTaker(tmp_path / name / "n.jsonl") as taker:
+            for note in kept:
+                taker.add(note)
+        build_run(tmp_path / "out", [1, 0], model_args={"notes": str(tmp_path / name)}, totals=totals)
+    titles = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "set_title", lambda self, title, **settings: titles.append(title))
+        plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)
+    [title] = titles
+    assert title in {f"problem {note.meta['doc_id']}" for note in rule if note.statistics.prune_events == most}
 
 
 def test_what_there_is_no_data_for_is_not_drawn(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ exact; it is not what the model would have done had it been told of the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart under every common colour blindness."""
 MARKS = "osD^vPX"
-SIZE = (6.4, 3.6)
-"""Inches; a column and a half of a paper."""
+LINES = ("-", "--", ":", "-.")
+"""Of the first seven runs, the next seven, and so on."""
+SIZE = (6.4, 3.4)
+"""Inches, without the legend; a column and a half of a paper."""
+LEGEND_ROW = 0.18
+"""Inches of height for each row of a legend, which has two columns."""
+DODGE = 0.025
+"""Between lines of a plot by window, of the distance between two windows: equal values lie side by side."""
 RESAMPLES = 2_000
 
 
@@ -47,7 +55,8 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
         drawn["accuracy-generated"] = within(ours, "generated_tokens", "generated tokens allowed")
     notes = {entry.name: found for entry in ours if (found := notes_of(entry))}
     if notes:
-        drawn["live-context"] = live_context(notes)
+        rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].ablation is None]
+        drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
         drawn["blocks"] = blocks(notes)
     return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
 
@@ -66,12 +75,14 @@ def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Ma
     """A share of problems over the context window, a line for each model, with 95 % intervals."""
     figure, axes = _figure("context window (most live tokens)", f"{label}, % of problems")
     windows = sorted({entry.window for entry in entries if entry.window})
-    for style, family in zip(_styles(), dict.fromkeys(entry.family for entry in entries), strict=False):
+    families = list(dict.fromkeys(entry.family for entry in entries))
+    for i, (style, family) in enumerate(zip(_styles(marked=True), families, strict=False)):
         mine = [entry for entry in entries if entry.family == family and values(entry)]
         if not mine:
             continue
         found = [estimate(list((values(entry) or {}).values()), resamples=RESAMPLES) for entry in mine]
-        places = [windows.index(entry.window) for entry in mine if entry.window]
+        beside = DODGE * (i - (len(families) - 1) / 2)
+        places = [windows.index(entry.window) + beside for entry in mine if entry.window]
         middle = 100 * np.array([e.value for e in found])
         spread = 100 * np.array(
             [[max(0.0, e.value - e.low) for e in found], [max(0.0, e.high - e.value) for e in found]]
@@ -92,7 +103,7 @@ def within(entries: Sequence[Entry], statistic: str, label: str) -> Figure:
     start, end = min(x[0] for x, _ in curves.values()), max(x[-1] for x, _ in curves.values())
     for style, (name, (x, y)) in zip(_styles(), curves.items(), strict=False):
         whole = np.concatenate([[start], x, [end]]), np.concatenate([[0.0], 100 * y, [100 * y[-1]]])
-        axes.step(*whole, where="post", label=name, color=style["color"])
+        axes.step(*whole, where="post", label=name, **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylim(-4, 104)
@@ -122,33 +133,34 @@ def notes_of(entry: Entry) -> list[Note]:
     return [note for file in files for note in NotesFile(file) if note.meta.get("task") == entry.task]
 
 
-def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any = None) -> Figure:
+def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     """Live tokens over generated tokens for one problem, a curve for each run: the saw-tooth.
 
     Args:
         notes: name of a run -> its notes.
-        doc_id: the problem; None: the one whose response in any run has most prunes, or else is the longest.
+        doc_id: the problem, such as `most_pruned`.
     """
-    chosen = _most_pruned(note for run in notes.values() for note in run) if doc_id is None else doc_id
     figure, axes = _figure("generated tokens", "live tokens")
     for style, (name, run) in zip(_styles(), notes.items(), strict=False):
-        for note in [note for note in run if note.meta["doc_id"] == chosen][:1]:
-            axes.plot(live_curve(note), label=name, color=style["color"], linewidth=1.2)
-    axes.set_title(f"problem {chosen}", fontsize=9)
+        for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
+            axes.plot(live_curve(note), label=name, **style, linewidth=1.2)
+    axes.set_title(f"problem {doc_id}", fontsize=9)
     axes.set_ylim(bottom=0)
     return _with_legend(figure, axes)
 
 
-def _most_pruned(notes: Iterable[Note]) -> Any:
+def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
+    """Returns the doc_id of the response with most prunes in any of the runs; the longest of equal ones."""
+
     def prunes_and_length(note: Note) -> tuple[int, int]:
         return sum(isinstance(event, Prune) for event in note.events), len(note.token_ids)
 
-    return max(notes, key=prunes_and_length).meta["doc_id"]
+    return max((note for run in runs for note in run), key=prunes_and_length).meta["doc_id"]
 
 
 def blocks(notes: Mapping[str, Sequence[Note]]) -> Figure:
     """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
-    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
     titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
     for style, (name, run) in zip(_styles(), notes.items(), strict=False):
         found = BlockLengths.joined(block_lengths(note) for note in run)
@@ -156,18 +168,16 @@ def blocks(notes: Mapping[str, Sequence[Note]]) -> Figure:
             continue
         for axes, values in zip(panels, (found.thoughts, found.solutions, found.depths), strict=True):
             x = np.sort(values)
-            axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, color=style["color"])
+            axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, **style)
     for axes, title in zip(panels, titles, strict=True):
         _dress(axes, title, "% of blocks, at most")
     panels[0].set_xscale("symlog", base=2, linthresh=8)
+    panels[0].xaxis.set_major_locator(LogLocator(base=4))
     panels[0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for axes in panels[1:]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
+    return _with_legend(figure, panels[0])
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -193,13 +203,18 @@ def _dress(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _styles() -> Iterable[dict[str, Any]]:
-    while True:
-        yield from ({"color": c, "marker": m} for c, m in zip(COLOURS, MARKS, strict=True))
+def _styles(*, marked: bool = False) -> Iterator[dict[str, Any]]:
+    """Endless; the first seven runs differ in colour, the next seven have the same colours and other lines."""
+    looks = itertools.product(LINES, zip(COLOURS, MARKS, strict=True))
+    return itertools.cycle(
+        {"color": colour, "linestyle": line} | ({"marker": mark} if marked else {}) for line, (colour, mark) in looks
+    )
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LEGEND_ROW * math.ceil(len(handles) / 2))
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
