@@ -401,7 +401,11 @@ def test_interrupt_ends_lm_eval_too(tmp_path, starts, monkeypatch):
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
         "time.sleep(600)"
     )
-    process = subprocess.Popen(driver(tmp_path / "out", (sys.executable, str(forever))), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        driver(tmp_path / "out", (sys.executable, str(forever))),
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
