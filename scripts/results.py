@@ -32,8 +32,8 @@ PLOTS = {
 HEAD = """# Results of the bundled models
 
 Made by `make results` ({machine}; {versions}); the grid is
-[compare-results.yaml](../../scripts/configs/compare-results.yaml), every number is defined below its table. Times are of a
-machine that had other work too, so small differences between them mean nothing.
+[compare-results.yaml](../../scripts/configs/compare-results.yaml), every number is defined below its table. Times are
+of a machine that had other work too, so small differences between them mean nothing.
 
 `tiny-hcot` and `tiny-evict` were trained on hierarchical traces under the policies recompute and evict, `tiny-flat` on
 the same steps written flat ([training.md](../training.md)). With pruning off, and under the four ablations, `tiny-hcot`
