@@ -1,0 +1,295 @@
+"""Where the blocks of a trace are, apart from its words: an outline over numbered sentences.
+
+    pieces = split_sentences(text)                       # "".join(pieces) == text
+    outline = Outline(len(pieces), (Block(1, 4, split=3), Block(4, 6, solution="So x = 3.")))
+    trace = assemble(pieces, outline, markup)            # 0[THOUGHT]1 2[SOLUTION]3[RETURN][THOUGHT]4 5[SOLUTION]So x
+    assert strip_additions(trace, outline, markup) == text                                           # = 3.[RETURN]6
+
+Whoever finds the blocks, a teacher or `prepare.segmenter`, only ever names numbers, so that the words cannot change.
+What is added is the markers and the solutions of those blocks that have none of their own in the text.
+
+An `Outline` is valid or does not exist; faults are an `OutlineError` with one of the codes in `CODES`. This module
+imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from hcot_lmeval.markup import PRESETS, Markup
+
+T = TypeVar("T")
+
+KINDS = ("subproblem", "backtrack")
+"""A part of the way; a dead end or redundant branch that was wrapped afterwards."""
+
+CODES = {
+    "not_an_outline": "the data is no outline: a key is missing or unknown, or a value has another type",
+    "unknown_kind": "a block is of another kind than " + " and ".join(KINDS),
+    "out_of_range": "a block or its split lies outside of the sentences, or outside of the block",
+    "empty_block": "a block has no sentence in it, or no thought before its solution",
+    "empty_solution": "a block has no solution, or one that is blank",
+    "both_solutions": "a block has a solution in the text and another one that is added",
+    "overlap": "two blocks overlap and neither is within the thought or within the solution of the other",
+    "too_deep": "blocks are nested deeper than is allowed",
+    "marker_in_solution": "an added solution spells a marker",
+    "marker_in_source": "the text spells a marker",
+    "other_pieces": "the outline is for another number of sentences",
+    "not_assembled": "a trace was not assembled by this outline",
+}
+"""Code of an `OutlineError` -> what it means."""
+
+
+class OutlineError(ValueError):
+    """An outline that cannot be; `code` is a key of `CODES`, the message says what and where."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{CODES[code]}: {detail}")
+        self.code = code
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[OutlineError], tuple[str, str]]:
+        return type(self), (self.code, self.detail)  # or a worker process could not hand it back
+
+
+@dataclass(frozen=True)
+class Block:
+    """A thought over sentences, and what came out of it.
+
+    Attributes:
+        start: index of the first sentence of the thought.
+        stop: one past the last sentence of the block.
+        solution: words that are added because the text has none. The thought is then [start, stop).
+        split: first sentence of the solution where it stands in the text, [split, stop). The thought is then
+            [start, split). Exactly one of `solution` and `split` is given.
+        kind: one of `KINDS`.
+
+    Raises:
+        OutlineError: the block makes no sense, whatever it is over.
+    """
+
+    start: int
+    stop: int
+    solution: str | None = None
+    split: int | None = None
+    kind: str = "subproblem"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise OutlineError("unknown_kind", f"{self} in place of {' or '.join(KINDS)}")
+        if self.start < 0:
+            raise OutlineError("out_of_range", f"{self} begins before sentence 0")
+        if self.start >= self.stop or self.split == self.start:
+            raise OutlineError("empty_block", f"{self}")
+        if self.solution is not None and self.split is not None:
+            raise OutlineError("both_solutions", f"{self}")
+        if (self.split is None and not (self.solution or "").strip()) or self.split == self.stop:
+            raise OutlineError("empty_solution", f"{self}")
+        if self.split is not None and not self.start < self.split < self.stop:
+            raise OutlineError("out_of_range", f"{self} is split outside of itself")
+        if found := spelled_markers(self.solution or ""):
+            raise OutlineError("marker_in_solution", f"{', '.join(found)} in {self}")
+
+    def __str__(self) -> str:
+        return f"the block over sentences {self.start} to {self.stop - 1}"
+
+    @property
+    def thought(self) -> range:
+        """The sentences of the thought."""
+        return range(self.start, self.stop if self.split is None else self.split)
+
+    def holds(self, other: Block) -> bool:
+        """Whether `other` lies within the thought, or within the solution."""
+        parts = (self.start, len(self.thought) + self.start, self.stop)
+        return any(low <= other.start and other.stop <= high for low, high in pairwise(parts))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Properly nested blocks over sentences.
+
+    Attributes:
+        sentences: how many there are.
+        blocks: in the order in which they open. They may be given in any order; of two over the same sentences the
+            one that comes first is the outer one.
+
+    Raises:
+        OutlineError: a block ends behind the last sentence, or two blocks overlap.
+    """
+
+    sentences: int
+    blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.blocks, key=lambda block: (block.start, -block.stop)))
+        object.__setattr__(self, "blocks", ordered)
+        for block in ordered:
+            if block.stop > self.sentences:
+                raise OutlineError("out_of_range", f"{block}, of which there are {self.sentences}")
+        for _ in self._stacks():
+            pass
+
+    @property
+    def depth(self) -> int:
+        """The largest number of blocks within each other; 0 without blocks."""
+        return max((len(stack) for stack in self._stacks()), default=0)
+
+    def require_depth(self, limit: int) -> None:
+        """Raises an `OutlineError` (``too_deep``) where blocks are nested deeper than `limit`."""
+        for stack in self._stacks():
+            if len(stack) > limit:
+                raise OutlineError("too_deep", f"{stack[-1]} has depth {len(stack)}, allowed is {limit}")
+
+    def _stacks(self) -> Iterator[list[Block]]:
+        """Yields for each block those that are open when it opens, itself the last."""
+        stack: list[Block] = []
+        for block in self.blocks:
+            while stack and stack[-1].stop <= block.start:
+                stack.pop()
+            if stack and not stack[-1].holds(block):
+                raise OutlineError("overlap", f"{stack[-1]} and {block}")
+            stack.append(block)
+            yield stack
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values; defaults are left out."""
+        optional = {"split": None, "solution": None, "kind": KINDS[0]}
+        blocks = [
+            {"start": block.start, "stop": block.stop}
+            | {key: getattr(block, key) for key, default in optional.items() if getattr(block, key) != default}
+            for block in self.blocks
+        ]
+        return {"sentences": self.sentences, "blocks": blocks}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Outline:
+        """Reads what `to_json` has written, or what a teacher has.
+
+        Raises:
+            OutlineError: ``not_an_outline``, or what the blocks amount to.
+        """
+        found = _checked(data, {"sentences": int, "blocks": list}, {}, "an outline")
+        return cls(found["sentences"], tuple(_block(block) for block in found["blocks"]))
+
+
+def _block(data: Any) -> Block:
+    return Block(**_checked(data, {"start": int, "stop": int}, {"solution": str, "split": int, "kind": str}, "a block"))
+
+
+def _checked(data: Any, required: Mapping[str, type], optional: Mapping[str, type], what: str) -> dict[str, Any]:
+    """The entries of a JSON object that are not null, or an `OutlineError`."""
+    if not isinstance(data, Mapping):
+        raise OutlineError("not_an_outline", f"{what} is {type(data).__name__} in place of an object")
+    found = {key: value for key, value in data.items() if value is not None}
+    known = {**required, **optional}
+    missing, unknown = required.keys() - found.keys(), found.keys() - known.keys()
+    wrong = [key for key in found if key in known and type(found[key]) is not known[key]]  # True is no sentence number
+    if missing or unknown or wrong:
+        parts = {"lacks": missing, "has unknown": unknown, "has another type for": wrong}
+        faults = "; ".join(f"{verb} {', '.join(sorted(map(str, keys)))}" for verb, keys in parts.items() if keys)
+        raise OutlineError("not_an_outline", f"{what} {faults}")
+    return found
+
+
+def spelled_markers(text: str, markup: Markup | None = None) -> list[str]:
+    """Returns the markers and thinking tokens that a text spells: of `markup`, or of any preset."""
+    markups = PRESETS.values() if markup is None else (markup,)
+    return [mark for mark in dict.fromkeys(m for each in markups for m in _marks(each)) if mark in text]
+
+
+def _marks(markup: Markup) -> tuple[str, ...]:
+    return (*markup.markers, *markup.think)
+
+
+def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
+    """Writes the trace: every piece untouched, markers and added solutions between them.
+
+    Raises:
+        OutlineError: ``other_pieces``, ``too_deep`` for a notation without nesting, ``marker_in_source``,
+            ``marker_in_solution`` (for a notation that is no preset).
+    """
+    if len(pieces) != outline.sentences:
+        raise OutlineError("other_pieces", f"{len(pieces)} in place of {outline.sentences}")
+    if not markup.nested:
+        outline.require_depth(1)
+    _refuse_markers("".join(pieces), outline, markup)
+    out: list[str] = []
+    opening = list(reversed(outline.blocks))
+    stack: list[Block] = []
+    for index in range(len(pieces) + 1):
+        while stack and stack[-1].stop == index:
+            out += _ending(stack.pop(), markup)
+        if stack and stack[-1].split == index:
+            out.append(_split(markup))
+        while opening and opening[-1].start == index:
+            stack.append(opening.pop())
+            out.append(markup.open)
+        out += pieces[index : index + 1]
+    trace = "".join(out)
+    if strip_additions(trace, outline, markup) != "".join(pieces):  # a marker that text and marker spell together
+        raise OutlineError("marker_in_source", "where a marker meets the words around it")
+    return trace
+
+
+def _ending(block: Block, markup: Markup) -> tuple[str, ...]:
+    if block.solution is None:
+        return (markup.close,)
+    return _split(markup), block.solution, markup.close
+
+
+def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
+    if found := spelled_markers(text, markup):
+        raise OutlineError("marker_in_source", f"{', '.join(found)} at character {text.find(found[0])}")
+    for block in outline.blocks:
+        if found := spelled_markers(block.solution or "", markup):
+            raise OutlineError("marker_in_solution", f"{', '.join(found)} in {block}")
+
+
+def strip_additions(trace: str, outline: Outline, markup: Markup) -> str:
+    """Returns the words of the source: the way back from `assemble`, from the trace alone.
+
+    Raises:
+        OutlineError: ``not_assembled``: the markers or the added solutions are not those of `outline`.
+    """
+    words: list[str] = []
+    blocks = iter(outline.blocks)
+    stack: list[tuple[Block, list[int]]] = []  # each with where its solution begins in `words`, once it has
+    for part in _parts(trace, markup):
+        if part == markup.open:
+            stack.append((_known(next(blocks, None), "a block is too many"), []))
+        elif part == _split(markup):
+            _known(stack and not stack[-1][1], f"a {part} comes where it cannot")
+            stack[-1][1].append(len(words))
+        elif part == markup.close:
+            _known(stack and stack[-1][1], f"a {part} comes where it cannot")
+            _strip_solution(words, *stack.pop())
+        else:
+            words.append(part)
+    _known(not stack and next(blocks, None) is None, "a block is missing or left open")
+    return "".join(words)
+
+
+def _strip_solution(words: list[str], block: Block, split: list[int]) -> None:
+    if block.solution is not None:
+        _known("".join(words[split[0] :]) == block.solution, f"{block} has another solution")
+        del words[split[0] :]
+
+
+def _known(found: T | None, otherwise: str) -> T:
+    if not found:
+        raise OutlineError("not_assembled", otherwise)
+    return found
+
+
+def _split(markup: Markup) -> str:
+    return markup.split + (markup.lead or "")
+
+
+def _parts(trace: str, markup: Markup) -> list[str]:
+    """Markers and the text between them."""
+    marks = sorted((markup.open, _split(markup), markup.close), key=len, reverse=True)
+    return [part for part in re.split(f"({'|'.join(map(re.escape, marks))})", trace) if part]

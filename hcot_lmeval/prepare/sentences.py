@@ -1,0 +1,167 @@
+r"""Where a text can be cut: sentences, lines, items of lists; never within mathematics, code or a table.
+
+Cutting loses nothing: ``"".join(split_sentences(text)) == text``. White space stays with the sentence before it, so a
+block that begins with a sentence begins with a word.
+
+A cut is only ever made
+    * at a line break, unless a hard-wrapped line goes on behind it;
+    * behind ``.``, ``!``, ``?`` and what closes with them, in front of white space and of what can begin a sentence;
+    * behind the full stops of scripts that write no space there (``。``) or no capital (``।``, ``؟``);
+and never inside of a span that `whole_spans` names. Where a full stop might end an abbreviation, no cut is made: two
+sentences in one piece do little harm.
+
+A splitter made for prose (`sentencex`) was tried and not used: it cuts ``$f(x) = 1. \text{Next}$``, ``3! = 6`` and
+``1. First``, asks for the language, and drops white space. This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import pairwise
+
+Span = tuple[int, int]
+
+_CLOSERS = r"""["'”’»」』）】)\]}*_`]*"""
+_MATH_CLOSERS = r"(?:[ \t]*(?:\$\$?|\\\)|\\\]))?"
+_BREAK = r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]"
+_END = re.compile(
+    rf"(?P<line>[^\S\n\r\x0b\x0c\x85\u2028\u2029]*(?:{_BREAK})\s*)"
+    rf"|(?P<stop>(?:\.{{3,}}|…|[.!?]+){_MATH_CLOSERS}{_CLOSERS})(?P<space>[^\S\n\r\x0b\x0c\x85\u2028\u2029]+)(?=\S)"
+    rf"|(?P<wide>[。！？｡।॥؟۔։።។။]+[”’」』）】\"')\]*]*\s*)"
+)
+"""The candidates: a line break, a full stop with white space behind it, a full stop that needs none."""
+
+_ITEM = re.compile(r"(?:[-*+•–]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]|#{1,6}|\|)(?=\s)")
+_ITEM_ALONE = re.compile(r"[\s*_#>(]*(?:[-*+•–]|(?:\d{1,3}|[A-Za-z]|[ivx]{2,4})[.)])[\s*_]*")
+_WRAPPED = 60
+"""Characters that a line has at least when the line break behind it comes from hard wrapping."""
+
+_ABBREVIATIONS = frozenset(
+    "approx ca cf col cor ch dept eg ex fig figs gen ie incl lem max min mr mrs ms prof resp rev sec sect st thm "
+    "viz vol vs dr jr sr abb bzw bspw evtl ggf inkl nr vgl zb dh pág pag núm num sr sra dra cfr рис "
+    "им см стр".split()
+)
+"""Words before a full stop that ends no sentence, lower case, without their own full stops."""
+_REFERENCES = frozenset("eq eqs eqn eqns no nos fig figs prop props p pp art def alg ex ch sec thm lem cor".split())
+"""The same, but only where a number follows: "Eq. (3)", but "The answer is no. So ..."."""
+_LAST_WORD = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]+$")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cuts a text into sentences, lines and items of lists.
+
+    Returns:
+        Pieces that give the text when joined. Each but the only piece of a blank text holds something to read; an
+        empty text has none.
+    """
+    cuts = [0, *_cuts(text), len(text)]
+    return [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+
+
+def _cuts(text: str) -> Iterator[int]:
+    """Yields positions, ascending, at which a new piece begins."""
+    whole = list(whole_spans(text))
+    starts = [start for start, _ in whole]
+    begin = 0
+    for end in _END.finditer(text):
+        at = end.end()
+        inside = bisect_left(starts, at) - 1
+        if at >= len(text) or (inside >= 0 and at < whole[inside][1]):
+            continue
+        piece = text[begin : end.start()]
+        if not piece.strip() or _ITEM_ALONE.fullmatch(text, begin, at):
+            continue
+        if end["wide"] or (_ends_line(text, piece, end) if end["line"] else _ends_sentence(text, end)):
+            yield at
+            begin = at
+
+
+def _ends_line(text: str, piece: str, end: re.Match[str]) -> bool:
+    """Whether a line break is more than hard wrapping, judged by the lines around it."""
+    at, last = end.end(), re.split(_BREAK, piece)[-1]
+    breaks = re.findall(_BREAK, end["line"])
+    goes_on = text[at].islower() and last[-1:] not in ".!?:;" and not _ITEM.match(text, at)
+    return len(breaks) > 1 or len(last) < _WRAPPED or not goes_on
+
+
+def _ends_sentence(text: str, end: re.Match[str]) -> bool:
+    """Whether a full stop with white space behind it ends a sentence, judged by the words around it."""
+    stop, after = end["stop"], text[end.end() : end.end() + 2]
+    word = _LAST_WORD.search(text, max(0, end.start() - 24), end.start())
+    before = word[0].replace(".", "").casefold() if word else ""
+    name = after[0].islower() and not after[1:2].isalpha()  # a variable, which may begin a sentence
+    if (
+        not (after[0].isalnum() or after[0] in "\\$([{*_\"'“‘«「#-√∠∆≈¿¡")
+        or text[end.start() - 1 : end.start()].isspace()
+    ):
+        return False  # "1 + ... + 9", "4! = 24"
+    if stop.startswith("?"):
+        return True
+    if stop.startswith("!"):
+        return len(before) > 1 or after[0].isupper()  # "n! ways"
+    if stop.startswith(("..", "…")):
+        return after[0].isupper()
+    if before in _ABBREVIATIONS or (word and "." in word[0]):
+        return False
+    if before in _REFERENCES and (after[0].isdigit() or after[0] in "([$\\"):
+        return False
+    return name or not after[0].islower()
+
+
+_WHOLE = re.compile(
+    r"(?P<skip>\\\\|\\\$|\\`)"
+    r"|(?P<fence>^[ \t]*(?P<tick>```+|~~~+)[^\n]*\n(?:.*?\n)??[ \t]*(?P=tick)[ \t]*$)"
+    r"|(?P<table>^[ \t]*\|[^\n]*\|[ \t]*$(?:\n[ \t]*\|[^\n]*\|[ \t]*$)+)"
+    r"|(?P<environment>\\begin\{(?P<name>[A-Za-z]+\*?)\})"
+    r"|(?P<display>\\\[(?:(?!\\\[).)*?\\\])"
+    r"|(?P<inline>\\\((?:(?!\\\(|\n[ \t]*\n).)*?\\\))"
+    r"|(?P<dollars>\$\$(?:(?!\$\$|\n[ \t]*\n).)+\$\$)"
+    r"|(?P<dollar>\$(?=[^\s$])(?:\\.|(?!\n[ \t]*\n)[^$\\])*(?<!\s)\$(?!\d))"
+    r"|(?P<code>(?<!`)`[^`\n]+`(?!`))"
+    r"|(?P<group>\\[A-Za-z]+\*?\s*(?:\[[^\]\n]*\])?\{)"
+    r"|(?P<aside>\((?=[^\s()])[^()\n]{0,300}\))",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def whole_spans(text: str) -> Iterator[Span]:
+    r"""Yields the spans [start, stop) that are never cut, ascending and apart from each other.
+
+    They are fenced and inline code, tables, ``\begin{x}...\end{x}``, ``\[...\]``, ``\(...\)``, ``$$...$$``,
+    ``$...$``, the braces behind a command, and asides in parentheses. What is never closed is no span: a stray dollar
+    keeps nothing together. Inline mathematics and ``$$`` end with their paragraph.
+    """
+    at = 0
+    while found := _WHOLE.search(text, at):
+        stop = found.end()
+        if found["environment"]:
+            stop = _environment_end(text, found["name"], stop) or stop
+        elif found["group"]:
+            stop = _group_end(text, stop) or stop
+        if not found["skip"]:
+            yield found.start(), stop
+        at = stop
+
+
+def _environment_end(text: str, name: str, at: int) -> int | None:
+    """Where the environment ends whose beginning ends at `at`; None where it is left open."""
+    depth = 1
+    for found in re.compile(rf"\\(begin|end)\{{{re.escape(name)}\}}").finditer(text, at):
+        depth += 1 if found[1] == "begin" else -1
+        if not depth:
+            return found.end()
+    return None
+
+
+def _group_end(text: str, at: int) -> int | None:
+    """Where the group ends whose brace opens right before `at`; None where its paragraph leaves it open."""
+    depth = 1
+    for found in re.compile(r"\\.|[{}]|\n[ \t]*\n").finditer(text, at):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth:
+            return found.end()
+        if "\n" in found[0]:
+            return None
+    return None
