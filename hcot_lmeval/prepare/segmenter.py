@@ -1,0 +1,290 @@
+"""Blocks without a teacher: where a chain of thought turns, steps on or concludes, a block ends.
+
+Every place between two sentences gets a score from paragraph breaks, words such as "Now", "Wait" and "Therefore"
+(`prepare.discourse`), and whether a result stands right before it. Blocks are the segmentation with the best sum of
+
+    score of the place where a block ends  -  (log(length / target))²  -  price of a block
+
+found exactly by dynamic programming. The solution of a block is the result that ends it, where the text has one, or
+else a short quotation (`prepare.solutions`). Where the text is long, blocks in a row become the thought of a larger
+block, whose solution comes from theirs, for those are what a reader still sees. What follows the last block, the
+conclusion, stays as it is; so does a span from which nothing short can be quoted.
+
+The same sentences and options give the same outline. This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+
+from hcot_lmeval.prepare.discourse import read_sentences
+from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, spelled_markers
+from hcot_lmeval.prepare.solutions import Material, Span, quotation, quote, trailing_result
+
+Surprise = Callable[[Sequence[str]], list[float]]
+"""Gives each sentence how little it was expected, as a language model's mean negative log-likelihood."""
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """How long blocks are, in the tokens of `measure`.
+
+    Raises:
+        ValueError: the numbers make no sense together; every fault in one message.
+    """
+
+    target_tokens: int = field(default=200, metadata={"help": "length that a block should have"})
+    min_tokens: int = field(default=80, metadata={"help": "shorter blocks are avoided; a shorter trace gets none"})
+    max_tokens: int = field(default=500, metadata={"help": "longer blocks are avoided"})
+    solution_tokens: int = field(default=80, metadata={"help": "length that a solution should not exceed"})
+    solution_share: float = field(
+        default=0.4, metadata={"help": "nor this share of its block, when it is several sentences"}
+    )
+    conclusion_tokens: int = field(
+        default=100, metadata={"help": "length that the part behind the last block may have"}
+    )
+    max_depth: int = field(default=2, metadata={"help": "blocks within each other; 0 finds none"})
+    group: int = field(default=4, metadata={"help": "blocks in a row that become a larger one, about"})
+    surprise_weight: float = field(default=0.5, metadata={"help": "score of one standard deviation of surprise"})
+
+    def __post_init__(self) -> None:
+        faults = [f"{f.name}={getattr(self, f.name)} is negative" for f in fields(self) if getattr(self, f.name) < 0]
+        if not 0 < self.min_tokens <= self.target_tokens <= self.max_tokens:
+            faults.append(
+                f"min_tokens={self.min_tokens}, target_tokens={self.target_tokens}, max_tokens={self.max_tokens} "
+                "are not in ascending order from 1"
+            )
+        if not 0 < self.solution_share < 1:
+            faults.append(f"solution_share={self.solution_share} is not between 0 and 1")
+        if self.solution_tokens < 1 or self.group < 2:
+            faults.append(f"solution_tokens={self.solution_tokens} is below 1 or group={self.group} below 2")
+        if faults:
+            raise ValueError("these options cannot be used: " + "; ".join(faults))
+
+
+_TOKEN = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\?[^\W\d_]+|\d|(?:[^\w\s]|_){1,2}")
+
+
+def count_tokens(text: str) -> int:
+    """Returns about how many tokens a text has: words, digits, pairs of signs, characters of scripts without spaces."""
+    return sum(1 for _ in _TOKEN.finditer(text))
+
+
+def segment(
+    pieces: Sequence[str],
+    *,
+    options: SegmenterOptions = SegmenterOptions(),
+    measure: Callable[[str], int] = count_tokens,
+    surprise: Surprise | None = None,
+) -> Outline:
+    """Finds the blocks of a trace.
+
+    Args:
+        pieces: its sentences.
+        options: how long blocks should be, how deep.
+        measure: the length of a text; a tokenizer gives better figures than the default.
+        surprise: where given, a sentence that a model did not expect tends to begin a block.
+
+    Returns:
+        An outline no deeper than `options.max_depth`. Every solution is shorter than its thought, in tokens and in
+        characters.
+
+    Raises:
+        OutlineError: ``marker_in_source``.
+        ValueError: `surprise` gives another number of scores than there are pieces.
+    """
+    if found := spelled_markers("".join(pieces)):
+        raise OutlineError("marker_in_source", f"{', '.join(found)} cannot be told from a marker of the trace")
+    material = Material(read_sentences(pieces), [measure(piece) for piece in pieces], measure)
+    scores = _boundary_scores(material)
+    if surprise is not None:
+        scores = _add_surprise(scores, surprise(pieces), options.surprise_weight)
+    search = _Segmenter(material, scores, options)
+    return Outline(len(pieces), tuple(block for node in search.nodes() for block in node.blocks))
+
+
+def _boundary_scores(material: Material) -> list[float]:
+    """How good it is to begin a block with each sentence."""
+    sentences = material.sentences
+    inside = {i for start, stop in material.units(0, len(sentences)) for i in range(start + 1, stop)}
+    scores = [0.0]
+    for index, (before, sentence) in enumerate(pairwise(sentences), 1):
+        score = (-1.0, 0.2, 1.0)[min(before.breaks, 2)]
+        score += 1.5 * sentence.plays("turn") + 1.0 * sentence.plays("step") + 0.3 * sentence.plays("shift")
+        score += 2.0 * sentence.is_header + 0.5 * min(3.0, max(0.0, before.result))
+        score -= 1.2 * sentence.plays("conclude") + 1.0 * sentence.plays("hold")
+        score -= 1.5 * (sentence.is_item and (before.is_item or before.announces))
+        score -= 1.5 * (sentence.is_display and before.is_display) + 1.0 * sentence.goes_on + 2.0 * before.breaks_off
+        score -= 3.0 * (index in inside) + 1.0 * before.asks + 1.0 * before.plays("plan")
+        scores.append(score)
+    return scores
+
+
+def _add_surprise(scores: Sequence[float], surprise: Sequence[float], weight: float) -> list[float]:
+    if len(surprise) != len(scores):
+        raise ValueError(f"surprise gave {len(surprise)} scores for {len(scores)} sentences")
+    mean, spread = statistics.fmean(surprise or [0]), statistics.pstdev(surprise or [0]) or 1.0
+    return [
+        score + weight * max(-2.0, min(2.0, (value - mean) / spread))
+        for score, value in zip(scores, surprise, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Sentences [start, stop) that stay together.
+
+    Attributes:
+        start: the first one.
+        stop: one past the last one.
+        top: the block over them, or None where they are left as they are.
+        inner: the blocks within `top`.
+        units: what of them is still seen behind them and can be quoted.
+    """
+
+    start: int
+    stop: int
+    top: Block | None
+    inner: tuple[Block, ...]
+    units: tuple[Span, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.inner if self.top is None else (self.top, *self.inner)
+
+
+_PRICE = 2.0
+"""What a block costs, so that a cut is only made where it is better than this."""
+_STEEPNESS = 2.0
+"""Of the quadratic loss in log(length / target): blocks of e times the target lose this much."""
+
+_LENIENCE = 0.75
+"""How much less than the best result before it a last result may be worth, and still end a larger block."""
+
+
+class _Segmenter:
+    """One trace that is being segmented."""
+
+    def __init__(self, material: Material, scores: Sequence[float], options: SegmenterOptions) -> None:
+        self.material = material
+        self.scores = scores
+        self.options = options
+
+    def nodes(self) -> list[_Node]:
+        """Returns the trace's nodes in order, larger blocks made of smaller ones as often as allowed."""
+        stop, options = self._conclusion(), self.options
+        if options.max_depth == 0 or self.material.length(0, stop) < options.min_tokens:
+            return []
+        nodes = [self._leaf(*span) for span in self._cut([(i, i + 1) for i in range(stop)], 1)]
+        for level in range(1, options.max_depth):
+            scale = options.group**level
+            if self.material.length(0, stop) < 2 * scale * options.target_tokens:
+                break
+            spans = self._cut([(node.start, node.stop) for node in nodes], scale)
+            nodes = [node for span in spans for node in self._group([n for n in nodes if _within(n, span)])]
+        return nodes
+
+    def _conclusion(self) -> int:
+        """Where the last part begins, which stays outside of blocks; it has at least the last sentence."""
+        sentences = self.material.sentences
+        room = min(self.options.conclusion_tokens, sum(self.material.tokens) // 4)
+        first = last = len(sentences) - 1
+        while first > 0 and self.material.length(first - 1, len(sentences)) <= room:
+            first -= 1
+        start = next((i for i in range(max(0, first), last) if sentences[i].plays("final")), max(0, last))
+        while start > first and (
+            sentences[start - 1].announces
+            or (sentences[start].breaks == 0 and sentences[start].plays("hold"))
+            or (sentences[start - 1].plays("conclude") and sentences[start - 1].result >= 2)
+        ):
+            start -= 1
+        return start
+
+    def _cut(self, items: Sequence[Span], scale: int) -> list[Span]:
+        """Returns the best segmentation of items in a row into spans of about `scale` times the target."""
+        best: list[tuple[float, int]] = [(0.0, 0)]
+        for stop in range(1, len(items) + 1):
+            gain = 0.0 if stop == len(items) else self.scores[items[stop][0]]
+            best.append(max((best[start][0] + gain - loss, start) for start, loss in self._starts(items, stop, scale)))
+        spans, stop = [], len(items)
+        while stop:
+            start = best[stop][1]
+            spans.append((items[start][0], items[stop - 1][1]))
+            stop = start
+        return spans[::-1]
+
+    def _starts(self, items: Sequence[Span], stop: int, scale: int) -> list[tuple[int, float]]:
+        """Where a span that ends before item `stop` may start, and what its length costs."""
+        options, length, found = self.options, 0, list[tuple[int, float]]()
+        for start in range(stop - 1, -1, -1):
+            length += self.material.length(*items[start])
+            if found and length > 2 * scale * options.max_tokens:
+                break
+            found.append((start, self._loss(max(1, length) / scale)))
+        return found
+
+    def _loss(self, length: float) -> float:
+        options = self.options
+        beyond = max(0.0, math.log(options.min_tokens / length), math.log(length / options.max_tokens))
+        return _PRICE + _STEEPNESS * math.log(length / options.target_tokens) ** 2 + 8 * beyond
+
+    def _leaf(self, start: int, stop: int) -> _Node:
+        """A block over sentences without blocks, or what they are where no short solution can be had."""
+        units, length = self.material.units(start, stop), self.material.length(start, stop)
+        split = trailing_result(self.material, start, stop, self._limit(length))
+        fits = split is not None and self.material.length(split, stop) <= self.options.solution_tokens
+        if split is not None and fits and self._is_shorter(self.material.text(split, stop), (start, split)):
+            kept = tuple(unit for unit in units if unit[0] >= split)
+            return _Node(start, stop, Block(start, stop, split=split), (), kept)
+        chosen = self._quote(units, length)
+        solution = quotation(self.material, chosen)
+        if not solution or not self._is_shorter(solution, (start, stop)):
+            return _Node(start, stop, None, (), tuple(units))
+        return _Node(start, stop, Block(start, stop, solution=solution), (), chosen)
+
+    def _group(self, nodes: Sequence[_Node]) -> list[_Node]:
+        """One node around several, or those themselves where that gains nothing."""
+        if len(nodes) < 2:
+            return list(nodes)
+        start, stop, last = nodes[0].start, nodes[-1].stop, nodes[-1]
+        if self._ends_group(nodes):
+            split = None if last.top is None else last.top.split
+            inner = (*(block for node in nodes[:-1] for block in node.blocks), *last.inner)
+            return [_Node(start, stop, Block(start, stop, split=split), inner, last.units)]
+        units = [unit for node in nodes for unit in node.units]
+        live = sum(self.material.length(*unit) for unit in units)
+        chosen = self._quote(units, live)
+        solution = quotation(self.material, chosen)
+        if not solution or not self._is_shorter(solution, *units):
+            return list(nodes)
+        inner = tuple(block for node in nodes for block in node.blocks)
+        return [_Node(start, stop, Block(start, stop, solution=solution), inner, chosen)]
+
+    def _ends_group(self, nodes: Sequence[_Node]) -> bool:
+        """Whether the result that ends the last node can end them all: it is about as good as the best before it."""
+        *before, last = nodes
+        if last.top is None or last.top.split is None:
+            return False
+        worth, units = self.material.worth, [unit for node in before for unit in node.units]
+        return max(map(worth, last.units)) + _LENIENCE >= max(map(worth, units))
+
+    def _quote(self, units: Sequence[Span], length: int) -> tuple[Span, ...]:
+        single = min(self.options.solution_tokens, 0.6 * length)
+        return tuple(quote(self.material, units, self._limit(length), max(single, self._limit(length))))
+
+    def _limit(self, length: int) -> float:
+        return min(self.options.solution_tokens, self.options.solution_share * length)
+
+    def _is_shorter(self, solution: str, *spans: Span) -> bool:
+        """Whether a solution is shorter than spans together, in tokens as in characters."""
+        thought = "".join(self.material.text(*span).strip() for span in spans)
+        return len(solution.strip()) < len(thought) and self.material.measure(solution) < self.material.measure(thought)
+
+
+def _within(node: _Node, span: Span) -> bool:
+    return span[0] <= node.start and node.stop <= span[1]
