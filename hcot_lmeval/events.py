@@ -97,8 +97,44 @@ class Fault(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Illegal(Event):
+    """The token `id` at `index` came where the grammar (`hcot_lmeval.grammar`) forbids it, in the state `state`."""
+
+    index: int
+    id: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forced(Event):
+    """The token `id` at `index` is not the one that the model would have written there, which is `wanted`.
+
+    Attributes:
+        cause: the option that changed it, a `hcot_lmeval.control.Cause`.
+    """
+
+    index: int
+    id: int
+    cause: str
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loop(Event):
+    """The trace was found to repeat itself, with the token at `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish(Event):
-    """The row ended. `reason` is eos, stop, length (max_gen_toks) or context (max_context); `stop` is what matched."""
+    """The row ended.
+
+    Attributes:
+        reason: eos, stop, length (max_gen_toks), context (max_context) or loop.
+        stop: what matched.
+        unclosed: blocks still open.
+    """
 
     reason: str
     stop: str | int | None
@@ -106,7 +142,7 @@ class Finish(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    e.__name__: e for e in (Prefill, Tokens, Open, Split, Close, Prune, Sweep, Fault, Finish)
+    e.__name__: e for e in (Prefill, Tokens, Open, Split, Close, Prune, Sweep, Fault, Illegal, Forced, Loop, Finish)
 }
 
 
@@ -126,7 +162,11 @@ class Statistics:
         blocks: blocks closed, with or without a prune.
         max_depth: most blocks open at once.
         malformed: `Malformed` kind to count; kinds that did not occur are absent.
-        finish_reason: eos, stop, length or context.
+        illegal_tokens: tokens that the grammar forbids at their place; besides malformed markers those are ends and
+            ``</think>`` within a block, and markers behind ``</think>``.
+        forced: cause (the name of an option) to the number of tokens that came out otherwise than the model wanted.
+        loops: times at which the trace was found to repeat itself.
+        finish_reason: eos, stop, length, context or loop.
         wall_seconds: from admission to the batch until the end.
         tokens_per_second: generated_tokens / wall_seconds of this row alone; rows run side by side.
     """
@@ -142,6 +182,9 @@ class Statistics:
     blocks: int = 0
     max_depth: int = 0
     malformed: dict[str, int] = field(default_factory=dict)
+    illegal_tokens: int = 0
+    forced: dict[str, int] = field(default_factory=dict)
+    loops: int = 0
     finish_reason: str = ""
     wall_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -157,6 +200,7 @@ class _Tally:
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.malformed: Counter[str] = Counter()
+        self.causes: Counter[str] = Counter()
         self.live = self.peak = self.depth = 0
         self.reason, self.wall = "", 0.0
 
@@ -202,6 +246,15 @@ class _Tally:
     def fault(self, event: Fault) -> None:
         self.malformed[event.kind] += 1
 
+    def illegal(self, event: Illegal) -> None:
+        self.count["illegal"] += 1
+
+    def forced(self, event: Forced) -> None:
+        self.causes[event.cause] += 1
+
+    def loop(self, event: Loop) -> None:
+        self.count["loops"] += 1
+
     def finish(self, event: Finish) -> None:
         self.reason, self.wall = event.reason, event.time
         if event.unclosed:
@@ -226,6 +279,9 @@ def statistics(events: Sequence[Event]) -> Statistics:
         blocks=count["blocks"],
         max_depth=tally.depth,
         malformed=dict(tally.malformed),
+        illegal_tokens=count["illegal"],
+        forced=dict(tally.causes),
+        loops=count["loops"],
         finish_reason=tally.reason,
         wall_seconds=tally.wall,
         tokens_per_second=count["generated"] / tally.wall if tally.wall > 0 else 0.0,
@@ -257,6 +313,21 @@ class Recorder:
             return
         self._flush()
         self.events.append(self._marker(index, token, step, live))
+
+    def illegal(self, index: int, token: int, state: str) -> None:
+        """The token about to be told of came where the grammar forbids it."""
+        self._flush()
+        self.events.append(Illegal(self._now(), index, token, state))
+
+    def forced(self, index: int, token: int, cause: str, wanted: int) -> None:
+        """The token about to be told of is not the one that the model wanted."""
+        self._flush()
+        self.events.append(Forced(self._now(), index, token, cause, wanted))
+
+    def loop(self, index: int) -> None:
+        """With the token at `index`, the last one told of, the trace repeats itself."""
+        self._flush()
+        self.events.append(Loop(self._now(), index))
 
     def finish(self, reason: str, stop: str | int | None, unclosed: int) -> None:
         """The row ended with `unclosed` blocks open."""

@@ -142,6 +142,18 @@ class Cursor:
         return self._blocks.depth
 
     @property
+    def in_solution(self) -> bool:
+        """Whether the innermost open block has its ``[split]`` behind it."""
+        return self._blocks.in_solution
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Opens the blocks that an acting prompt leaves open. Before the first token."""
+        for token in prompt_ids:
+            self._blocks.push(token)
+        if self._blocks.depth:
+            self.state = State.SOLUTION if self._blocks.in_solution else State.THOUGHT
+
+    @property
     def illegal(self) -> frozenset[int]:
         """The ids that may not come next (in state `LEAD` only the lead token may: see `Grammar.illegal`)."""
         return self.grammar.illegal(self.state)

@@ -24,9 +24,11 @@ def recount(folder: Path) -> dict[str, dict[str, float]]:
     for request in requests:
         faults.update(request["malformed"])
     return {
-        "endings": {"responses": len(requests), **{key: ends[key] for key in ("eos", "stop", "length", "context")}}
+        "endings": {"responses": len(requests)}
+        | {key: ends[key] for key in ("eos", "stop", "length", "context", "loop")}
         | {"blocks": mean["blocks"], "max_depth": max(r["max_depth"] for r in requests)}
-        | {"malformed": faults.total() / len(requests), **faults},
+        | {"malformed": faults.total() / len(requests), **faults, "illegal_tokens": mean["illegal_tokens"]}
+        | {"illegal_responses": 100 * sum(r["illegal_tokens"] > 0 for r in requests) / len(requests)},
         "accuracy": {"all": sum(right) / len(right)} | {str(d): sum(s) / len(s) for d, s in by_depth.items()},
         "completion": {"all": sum(ended) / len(ended)},
         "tokens": {k: mean[k] for k in ("prompt_tokens", "generated_tokens", "pruned_tokens", "reforwarded_tokens")}

@@ -158,15 +158,21 @@ def models(request):
 
 @pytest.mark.parametrize("policy", PRUNING)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_engine_equals_the_slow_twin(models, variant: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_equals_the_slow_twin(models, variant: str, policy: Policy) -> None:
     model, twin = models
     markers = MARKERS["hcot"]
-    monkeypatch.setattr(Engine, "_think_end", lambda self: SWEEP)
     traces = [random_trace(seed, markers, random.Random(seed).randint(30, 70)) for seed in range(12)]
     for ids, _ in traces:
         ids[-12] = SWEEP
     requests = [forced(str(i), *trace, seed=i) for i, trace in enumerate(traces)]
-    options = {"slots": 5, "eos_ids": (EOS,), "poison": True, "self_check": False, "ablation": variant}
+    options = {
+        "slots": 5,
+        "eos_ids": (EOS,),
+        "poison": True,
+        "self_check": False,
+        "ablation": variant,
+        "think_ids": (None, SWEEP),
+    }
     engine = Engine(model, markup="hcot", markers=markers, policy=policy, **options)
     done, logits = run(engine, requests)
     pruned = 0
@@ -180,13 +186,14 @@ def test_the_engine_equals_the_slow_twin(models, variant: str, policy: Policy, m
     assert pruned > 30
 
 
-def test_a_sweep_is_counted_as_a_prune_and_not_as_a_block(models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_counted_as_a_prune_and_not_as_a_block(models) -> None:
     model, _ = models
     m = MARKERS["hcot"]
-    monkeypatch.setattr(Engine, "_think_end", lambda self: SWEEP)
     block = [m.open, 20, 21, 22, m.split, 23, m.close]
     ids = [10, 11, *block, 30, *block, SWEEP, 31]
-    engine = Engine(model, markup="hcot", markers=m, policy="recompute", eos_ids=(EOS,), ablation="oracle")
+    engine = Engine(
+        model, markup="hcot", markers=m, policy="recompute", eos_ids=(EOS,), ablation="oracle", think_ids=(None, SWEEP)
+    )
     [completion] = engine.generate([forced("a", ids, 2)])
     events = completion.note.events
     assert [type(e) for e in events if isinstance(e, (Close, Prune))] == [Close, Close, Sweep]

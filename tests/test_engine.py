@@ -233,7 +233,7 @@ def test_the_pool_is_as_large_as_planned(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"polcy": "off"}, "unknown engine option polcy; known are policy"),
+        ({"polcy": "off"}, "unknown engine option polcy; known are .*policy, markup"),
         ({"pruning": "off"}, "is policy here"),
         ({"policy": "prune"}, "choose one of off, recompute, evict"),
         ({"markup": "hcott"}, "Did you mean 'hcot'"),

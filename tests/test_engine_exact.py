@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.grammar import Grammar, label_tokens
 from hcot_lmeval.trace import LiveContext, compile_trace, push_all
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS, POLICIES, as_reference, pruned, reference_logits, rewrite
@@ -269,6 +270,8 @@ def test_statistics_follow_the_rule(notation, policy):
         for token in request.prompt_ids:
             context.push_inert(token)
         depths = [step.depth for step in push_all(context, request.forced_ids)]
+        labels = label_tokens(ids, start, Grammar(markers, (None, None), frozenset({EOS})))
+        illegal = sum(not label.legal for label in labels)
         assert found.prompt_tokens + found.generated_tokens - found.pruned_tokens == found.live_tokens == live[-1]
         assert found.as_dict() == {
             "prompt_tokens": start,
@@ -282,6 +285,9 @@ def test_statistics_follow_the_rule(notation, policy):
             "blocks": len(twin.blocks) + twin.faults["unsplit_close"],
             "max_depth": max(depths),
             "malformed": dict(twin.faults),
+            "illegal_tokens": illegal,
+            "forced": {},
+            "loops": 0,
             "finish_reason": "length",
             "wall_seconds": found.wall_seconds,
             "tokens_per_second": found.tokens_per_second,

@@ -16,6 +16,7 @@ from hcot_lmeval.report import render
 from hcot_lmeval.report.columns import FAULTS
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
+from hcot_lmeval.report.integrity import check_integrity
 from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.statistics import Estimate
 from hcot_lmeval.report.tables import Head, Table
@@ -64,7 +65,7 @@ def test_every_number_equals_a_recount_from_the_raw_samples(folders) -> None:
             assert {k: v for k, v in row.items() if k != "run"} == pytest.approx(kinds | expected[key])
             assert kinds.keys() <= kinds_of_faults
             checked += len(expected[key].keys() - kinds_of_faults)
-    assert checked == 2 * (5 + 1 + 6 + 6 + 8)
+    assert checked == 2 * (5 + 1 + 6 + 6 + 11)
 
 
 def test_pruned_and_unpruned_runs_differ(folders) -> None:
@@ -219,9 +220,43 @@ def test_ends_and_kinds_of_faults_are_counted(tmp_path: Path) -> None:
     [task] = compare(read_runs(tmp_path)).tasks
     table = next(table for table in task.tables if table.key == "endings")
     names = [head.key for head in table.heads[1:]]
-    assert names[:5] == ["responses", "eos", "stop", "length", "context"]
-    assert names[5:] == ["blocks", "max_depth", "malformed", "stray_close", "unclosed"]
-    assert table.rows[0][1:] == (3, 1, 0, 1, 1, 4, 2, pytest.approx(4 / 3), 1, 3)
+    assert names[:6] == ["responses", "eos", "stop", "length", "context", "loop"]
+    assert names[6:] == [
+        "blocks",
+        "max_depth",
+        "malformed",
+        "illegal_tokens",
+        "illegal_responses",
+        "stray_close",
+        "unclosed",
+    ]
+    assert table.rows[0][1:] == (3, 1, 0, 1, 1, 0, 4, 2, pytest.approx(4 / 3), 0, 0, 1, 3)
+
+
+def test_what_was_illegal_forced_and_repeated_is_counted(tmp_path: Path) -> None:
+    found = [
+        {"illegal_tokens": 3},
+        {"forced": {"constraints": 2, "max_block_tokens": 1}},
+        {"forced": {"constraints": 1}, "loops": 2, "finish_reason": "loop"},
+        {},
+    ]
+    build_run(tmp_path, [0, 1, 0, 1], statistics=lambda i: found[i])
+    [task] = compare(read_runs(tmp_path)).tasks
+    table = next(table for table in task.tables if table.key == "endings")
+    row = dict(zip([head.key for head in table.heads], table.rows[0], strict=True))
+    assert (row["illegal_tokens"], row["illegal_responses"]) == (0.75, 25)
+    assert (row["forced_constraints"], row["forced_max_block_tokens"]) == (0.75, 0.25)
+    assert (row["loop"], row["loops"]) == (1, 1)
+    assert "forced_force_answer" not in row  # nothing was
+
+
+def test_statistics_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    build_run(tmp_path, [0, 1], statistics=lambda i: {})
+    [file] = tmp_path.rglob("samples_*.jsonl")
+    file.write_text(file.read_text().replace('"illegal_tokens": 0, ', ""))
+    [run] = read_runs(tmp_path)
+    with pytest.raises(ResultsError, match="lack illegal_tokens, so an older version made them; run it again"):
+        check_integrity(run)
 
 
 def test_every_kind_of_fault_has_a_meaning() -> None:

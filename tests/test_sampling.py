@@ -114,9 +114,9 @@ def test_logprobs_are_of_the_scaled_distribution(temperature):
 
 def test_forced_tokens_get_the_models_logprob():
     draw = Draw(SamplingParams(temperature=1.0, logprobs=True), 5, 2, forced=17)
-    token, logprob = sample(scores(1), [draw])[0]
-    assert token == 17
-    assert logprob == pytest.approx(scores(1).log_softmax(-1)[0, 17].item(), abs=1e-12)
+    choice = sample(scores(1), [draw])[0]
+    assert choice.token == 17
+    assert choice.logprob == choice.legal_logprob == pytest.approx(scores(1).log_softmax(-1)[0, 17].item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ SYNTHETIC = {
 """Group -> its tasks."""
 MADE = ["hcot_arith", *(name for names in SYNTHETIC.values() for name in names)]
 GROUPS = ["polymath", "polymath_avg", *(f"polymath_{level}" for level in LEVELS)]
-MEASURED = {"completed", "generated_tokens", "pruned_share", "peak_live_tokens", "requests"}
+STRUCTURE = {"illegal_tokens", "unclosed_blocks", "forced_tokens", "loops"}
+MEASURED = {"completed", "generated_tokens", "pruned_share", "peak_live_tokens", "requests", *STRUCTURE}
 """The metrics that only a model with statistics has."""
 
 
@@ -312,6 +313,7 @@ def test_a_model_with_statistics(manager: TaskManager) -> None:
     expected |= {
         "pruned_share": 0.4,
         "peak_live_tokens": 80.0,
+        **dict.fromkeys(STRUCTURE, 0.0),
         "requests": 8,
         "lang_answer": 1.0,
         "lang_thinking": 0.0,

@@ -88,10 +88,20 @@ def test_a_right_answer_with_statistics() -> None:
         "generated_tokens": 100.0,
         "pruned_share": 0.4,
         "peak_live_tokens": 80.0,
+        "illegal_tokens": 0.0,
+        "unclosed_blocks": 0.0,
+        "forced_tokens": 0.0,
+        "loops": 0.0,
         "lang_answer": 1.0,
         "lang_thinking": 1.0,
         "requests": [stats],
     }
+
+
+def test_structure_is_counted() -> None:
+    stats = {"illegal_tokens": 3, "malformed": {"unclosed": 2, "stray_close": 3}, "loops": 4}
+    metrics = process.boxed(DOC, [response("", **stats, forced={"constraints": 2, "force_answer": 5})])
+    assert [metrics[name] for name in ("illegal_tokens", "unclosed_blocks", "forced_tokens", "loops")] == [3, 2, 7, 1]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,7 @@ def test_unchecked_is_told_from_wrong() -> None:
     assert records.judgement(grade) == {"acc": 0.0, "unchecked": 1.0, "boxed": 1.0}
 
 
-@pytest.mark.parametrize(("reason", "completed"), [("eos", 1.0), ("stop", 1.0), ("length", 0.0), ("context", 0.0)])
+@pytest.mark.parametrize(("reason", "completed"), [("eos", 1.0), ("stop", 1.0), ("length", 0.0), ("context", 0.0), ("loop", 0.0)])
 def test_completed(reason: str, completed: float) -> None:
     assert records.statistics(response("", finish_reason=reason))["completed"] == completed
 

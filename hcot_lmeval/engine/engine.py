@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hcot_lmeval.ablation import Ablation
+from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
@@ -27,6 +28,8 @@ from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.events import statistics
+from hcot_lmeval.grammar import Grammar
+from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
@@ -84,7 +87,10 @@ class Engine:
         self.policy, self.markup = settle(record, given.policy, given.markup, allow=given.any_policy)
         self.think = self.markup.think if self.options.think == "markup" else self.options.think
         self.markers = self._find_markers()
+        self._think_ids = self._find_think_ids()
+        self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
+        self._check_controls()
         self.decoder = Decoder(model, check=self.options.self_check)
         self.limits = self._find_limits()
         self.live = Progress()
@@ -199,20 +205,50 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("stop_strings need a tokenizer; pass one to Engine, or use stop_ids")
             stops = StopStrings(request.params.stop_strings, self.decode, self.think, request.thinking)
-        row = Row(request, number, slot, self._context(request, number), self.limits, stops)
+        row = Row(
+            request,
+            number,
+            slot,
+            self._context(request, number),
+            self.limits,
+            stops=stops,
+            controller=self._controller(request),
+            loops=None if self.options.loop_tokens is None else LoopDetector(self.options.loop_tokens),
+        )
         row.load_prompt(acts=self.options.prompt_acts)
         return row
 
     def _context(self, request: Request, number: int) -> LiveContext:
         if self.ablation is None:
             return LiveContext(self.markers, self.policy)
-        seed, end = derive_seed(request.params.seed, number), self._think_end()
+        seed, end = derive_seed(request.params.seed, number), self._think_ids[1]
         prompt_len = len(request.prompt_ids)
         return self.ablation.context(self.markers, self.policy, prompt_len=prompt_len, think_end=end, seed=seed)
+
+    def _controller(self, request: Request) -> Controller | None:
+        """What follows the trace by the grammar, whether it changes anything or only counts."""
+        if self.markers is None:
+            return None
+        ends = self.limits.eos_ids.union(request.params.stop_ids)
+        grammar = self._grammars.setdefault(ends, Grammar(self.markers, self._think_ids, ends))
+        prunes = self.policy is not Policy.OFF
+        return Controller(self.options, grammar, thinking=request.thinking, prunes=prunes)
+
+    def _check_controls(self) -> None:
+        """What cannot be done is refused here, not at the first request."""
+        if self.options.steers and self.markers is None:
+            wanted = ", ".join(f"{name}={value}" for name, value in self.options.controls.items())
+            raise ValueError(f"{wanted} needs the markers, which the tokenizer lacks; leave it out, or add the markers")
+        if self.options.force_answer and self.think is not None and self._think_ids[1] is None:
+            raise ValueError(
+                f"force_answer={self.options.force_answer} has to write {self.think[1]!r}, which is not a single token "
+                "of the vocabulary; leave it out, or name another end of thinking"
+            )
 
     def _completion(self, row: Row) -> Completion:
         note = row.note()
         cut = row.stop_at is not None and row.stops is not None
+        asked = row.request.params.logprobs
         return Completion(
             request=row.request,
             sample=row.sample,
@@ -221,7 +257,8 @@ class Engine:
             finish_reason=row.finished,
             stop=row.stop,
             text=row.stops.text[: row.stop_at] if cut else self.decode(row.generated),  # type: ignore[union-attr]
-            logprobs=tuple(row.logprobs) if row.request.params.logprobs else None,
+            logprobs=tuple(c.logprob for c in row.choices) if asked else None,
+            legal_logprobs=tuple(c.legal_logprob for c in row.choices) if asked else None,
             note=note,
             statistics=statistics(note.events),
         )
@@ -243,13 +280,15 @@ class Engine:
         given = self.options.ablation
         ablation = Ablation.parse(given) if isinstance(given, str) else given
         if ablation is not None:  # so that what cannot be done is refused here, not at the first request
-            ablation.context(self.markers, self.policy, prompt_len=0, think_end=self._think_end(), seed=0)
+            ablation.context(self.markers, self.policy, prompt_len=0, think_end=self._think_ids[1], seed=0)
         return ablation
 
-    def _think_end(self) -> int | None:
+    def _find_think_ids(self) -> tuple[int | None, int | None]:
+        if self.options.think_ids is not None:
+            return self.options.think_ids
         if self.think is None or self.tokenizer is None:
-            return None
-        return token_id(self.tokenizer, self.think[1])
+            return None, None
+        return token_id(self.tokenizer, self.think[0]), token_id(self.tokenizer, self.think[1])
 
     def _find_limits(self) -> Limits:
         model_limit = _model_context(self.decoder.config)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hcot_lmeval.ablation import Ablation
+from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """How the engine runs.
+class EngineOptions(ControlOptions):
+    """How the engine runs; what it does beside the model's wish is in `ControlOptions`.
 
     Attributes:
         policy: what a closing marker does: off, recompute or evict; by default what the model was trained for, and
@@ -29,6 +30,7 @@ class EngineOptions:
         max_slots: upper bound for "auto".
         eos_ids: token ids that end a row; by default those of the generation config and the tokenizer.
         think: the strings around the thinking section, "markup" for those of the markup, or None for a model without.
+        think_ids: ids of these strings; looked up in the tokenizer by default, None for a string that is not one token.
         prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
         step_tokens: prompt tokens forwarded in one step.
         self_check: compare slots with a plain forward when the model is loaded.
@@ -46,12 +48,14 @@ class EngineOptions:
     max_slots: int = 64
     eos_ids: Sequence[int] | None = None
     think: tuple[str, str] | Literal["markup"] | None = "markup"
+    think_ids: tuple[int | None, int | None] | None = None
     prompt_acts: bool = False
     step_tokens: int | None = None
     self_check: bool = True
     poison: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.policy is not None and self.policy not in list(Policy):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
         if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):

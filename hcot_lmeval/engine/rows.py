@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hcot_lmeval.control import FREE, Budget, Controller
 from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.events import Recorder, Statistics
+from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.notes import Note
 from hcot_lmeval.trace import LiveContext, Policy, Step
 
@@ -62,11 +64,12 @@ class Completion:
         sample: which of its samples, from 0.
         token_ids: every generated token, those pruned later and the end token included.
         live_ids: the live context at the end, prompt included.
-        finish_reason: eos, stop (a stop string or stop id), length (max_gen_toks) or context (the next token did not
-            fit into max_context; it is not part of `token_ids`).
+        finish_reason: eos, stop (a stop string or stop id), length (max_gen_toks), context (the next token did not fit
+            into max_context; it is not part of `token_ids`) or loop (the trace repeats itself).
         stop: the stop string or id that matched.
         text: the generated text without special tokens other than markers and thinking tokens, cut at a stop string.
         logprobs: of each generated token, if asked for (see `SamplingParams.logprobs`).
+        legal_logprobs: the same under the distribution that constraints and forced tokens leave; without any, equal.
         note: all events.
     """
 
@@ -78,6 +81,7 @@ class Completion:
     stop: str | int | None
     text: str
     logprobs: tuple[float, ...] | None
+    legal_logprobs: tuple[float, ...] | None
     note: Note
     statistics: Statistics
 
@@ -110,26 +114,39 @@ class Row:
     """
 
     def __init__(
-        self, request: Request, sample: int, slot: int, context: LiveContext, limits: Limits, stops: StopStrings | None
+        self,
+        request: Request,
+        sample: int,
+        slot: int,
+        context: LiveContext,
+        limits: Limits,
+        *,
+        stops: StopStrings | None = None,
+        controller: Controller | None = None,
+        loops: LoopDetector | None = None,
     ) -> None:
         self.request, self.sample, self.slot = request, sample, slot
         self.context, self.limits, self.stops = context, limits, stops
+        self.controller, self.loops = controller, loops
         self.recorder = Recorder()
         self.positions: list[int] = []
         self.shared = 0
         self.generated: list[int] = []
-        self.logprobs: list[float] = []
+        self.choices: list[Choice] = []
         self.finished = ""
         self.stop: str | int | None = None
         self.stop_at: int | None = None
         self._seed = derive_seed(request.params.seed, sample)
         self._steps: deque[Step] = deque()
         self._done = 0  # tokens of the first step that are in the pool
+        self._directive = FREE
 
     def load_prompt(self, *, acts: bool) -> None:
         """Queues the prompt; `acts` lets its markers open and close blocks."""
         push = self.context.push if acts else self.context.push_inert
         self._steps.extend(_merged([push(token) for token in self.request.prompt_ids]))
+        if acts and self.controller is not None:
+            self.controller.begin(self.request.prompt_ids)
         if self.context.peak > self.limits.context:
             self._note_prefill()
             self._end(NO_ROOM)
@@ -181,7 +198,16 @@ class Row:
         banned = tuple(self.limits.eos_ids.union(params.stop_ids)) if count < params.min_gen_toks else ()
         seen = (*self.request.prompt_ids, *self.generated) if params.repetition_penalty != 1 else ()
         forced = self.request.forced_ids[count] if count < len(self.request.forced_ids) else None
-        return Draw(params, self._seed, count, banned, seen, forced)
+        if self.controller is not None:
+            self._directive = self.controller.directive(self._budget())
+        illegal, only, _ = self._directive
+        return Draw(params, self._seed, count, banned, seen, forced, illegal, only)
+
+    def _budget(self) -> Budget:
+        tokens = self.request.params.max_gen_toks - len(self.generated)
+        if self.context.policy is Policy.EVICT:
+            tokens = min(tokens, self.limits.position - self.context.length)
+        return Budget(tokens, self.limits.context - len(self.context.live))
 
     def accept(self, choice: Choice) -> Step | None:
         """Appends the sampled token and returns its step, or ends the row and returns None because it does not fit."""
@@ -191,9 +217,11 @@ class Row:
             self._end(NO_ROOM)
             return None
         index = self.context.length
+        self._note_control(index, choice)
         step = self.context.push(choice.token)
         self.generated.append(choice.token)
-        self.logprobs.append(choice.logprob)
+        if self.request.params.logprobs:
+            self.choices.append(choice)
         self.recorder.step(index, choice.token, step, len(self.context.live))
         reason = self._reason_to_end(choice.token)
         if reason:
@@ -201,6 +229,18 @@ class Row:
         else:
             self._steps.append(step)
         return step
+
+    def _note_control(self, index: int, choice: Choice) -> None:
+        """Tells the controller of the token, and the recorder of what the controller did or found."""
+        if self.controller is None:
+            return
+        token, wanted, directive = choice.token, choice.wanted, self._directive
+        if wanted is not None and wanted != token and token not in self.request.forced_ids[len(self.generated) :][:1]:
+            cause = directive.cause or self.controller.cause(wanted)
+            self.recorder.forced(index, token, cause.value, wanted)
+        state = self.controller.cursor.state
+        if not self.controller.push(token):
+            self.recorder.illegal(index, token, state.name.lower())
 
     def _note_prefill(self) -> None:
         self.recorder.prefill(len(self.request.prompt_ids), len(self.context.live), self.shared)
@@ -224,7 +264,17 @@ class Row:
             if hit is not None:
                 self.stop, self.stop_at = hit
                 return "stop"
+        if self._repeats_itself(token):
+            return "loop"
         return "length" if len(self.generated) >= params.max_gen_toks else ""
+
+    def _repeats_itself(self, token: int) -> bool:
+        """Whether the row has to end for it; if its answer can be forced, it goes on with that."""
+        if self.loops is None or not self.loops.push(token, self.context.depth):
+            return False
+        self.recorder.loop(self.context.length - 1)
+        self.loops.forget()
+        return self.controller is None or not self.controller.end()
 
     def _end(self, reason: str) -> None:
         self.finished = reason

@@ -8,7 +8,7 @@ of (seed, tokens generated, token id), so that it exists for any row at any time
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,10 +75,19 @@ class SamplingParams:
 
 
 class Choice(NamedTuple):
-    """A sampled token and its log-probability (see `SamplingParams.logprobs`; NaN when not asked for)."""
+    """A sampled token.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability (see `SamplingParams.logprobs`; NaN when not asked for).
+        legal_logprob: the same, given that no illegal token may come: 0 where only this one may.
+        wanted: the token that would have come had all been legal and none forced.
+    """
 
     token: int
-    logprob: float
+    logprob: float = math.nan
+    legal_logprob: float = math.nan
+    wanted: int | None = None
 
 
 class Draw(NamedTuple):
@@ -88,9 +97,11 @@ class Draw(NamedTuple):
         params: of its request.
         seed: of this sample.
         generated: tokens the row has generated so far.
-        banned: ids that may not be chosen now.
+        banned: ids that may not be chosen now; to the model's distribution they do not belong.
         seen: ids of the prompt and the trace so far; needed with a repetition penalty only.
         forced: the token to take whatever the scores, or None.
+        illegal: ids that may not be chosen though the distribution holds them.
+        only: the one id that is legal, or None.
     """
 
     params: SamplingParams
@@ -99,10 +110,15 @@ class Draw(NamedTuple):
     banned: tuple[int, ...] = ()
     seen: Sequence[int] = ()
     forced: int | None = None
+    illegal: Collection[int] = ()
+    only: int | None = None
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Chooses one token a row.
+
+    Illegal tokens are left out last, behind top-k, top-p, min-p and the noise: where the free choice is legal, it is
+    the choice. If nothing legal is left among the most likely tokens, the choice is made among all legal ones.
 
     Args:
         logits: [rows, vocabulary], float32 or float64.
@@ -111,24 +127,85 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     logits = _penalised(logits, draws)
     temperatures = torch.tensor([d.params.temperature or 1.0 for d in draws], device=logits.device, dtype=logits.dtype)
     scaled = logits / temperatures[:, None]
-    tokens = scaled.argmax(-1)
+    tokens, wanted = _choose(scaled, draws)
+    for row, draw in enumerate(draws):
+        if draw.forced is not None or draw.only is not None:
+            tokens[row] = draw.only if draw.forced is None else draw.forced  # type: ignore[assignment]
+    if not any(draw.params.logprobs for draw in draws):
+        return [Choice(token, wanted=free) for token, free in zip(tokens, wanted, strict=True)]
+    logprobs = zip(_logprobs(scaled, tokens), _legal_logprobs(scaled, tokens, draws), strict=True)
+    return [Choice(token, *pair, free) for token, pair, free in zip(tokens, logprobs, wanted, strict=True)]
+
+
+def _choose(scaled: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
+    """Returns the best legal token of each row, and the best one whether legal or not."""
+    tokens, wanted = _best(scaled, [() if d.params.temperature > 0 else d.illegal for d in draws])
     sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if sampled:
-        rows = torch.tensor(sampled, device=logits.device)
         chosen = [draws[row] for row in sampled]
-        noise = gumbel([d.seed for d in chosen], [d.generated for d in chosen], logits.shape[-1], logits.device)
-        tokens[rows] = (_truncated(scaled[rows], [d.params for d in chosen]) + noise).argmax(-1)
-    for row, draw in enumerate(draws):
-        if draw.forced is not None:
-            tokens[row] = draw.forced
-    return _choices(tokens, scaled, draws)
+        some = scaled[torch.tensor(sampled, device=scaled.device)]
+        noise = gumbel([d.seed for d in chosen], [d.generated for d in chosen], some.shape[-1], some.device)
+        illegal = [d.illegal for d in chosen]
+        found = _best(_truncated(some, [d.params for d in chosen]) + noise, illegal, lambda rows: (some + noise)[rows])
+        for row, token, free in zip(sampled, *found, strict=True):
+            tokens[row], wanted[row] = token, free
+    return tokens, wanted
 
 
-def _choices(tokens: torch.Tensor, scaled: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
-    logprobs = [math.nan] * len(draws)
-    if any(draw.params.logprobs for draw in draws):
-        logprobs = scaled.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-    return [Choice(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+Untruncated = Callable[[list[int]], torch.Tensor]
+
+
+def _best(
+    scores: torch.Tensor, illegal: Sequence[Collection[int]], untruncated: Untruncated | None = None
+) -> tuple[list[int], list[int]]:
+    """Returns for each row the index of the highest score, without its illegal ids and with them.
+
+    Args:
+        scores: [rows, vocabulary]; removed entries are -inf.
+        illegal: ids of each row.
+        untruncated: returns the scores of some rows with nothing removed, for rows where only illegal ids are left.
+    """
+    if not any(illegal):
+        tokens = scores.argmax(-1).tolist()
+        return tokens, list(tokens)
+    rows, ids = _places(illegal, scores.device)
+    before = scores[rows, ids]
+    legal = scores.index_put((rows, ids), scores.new_tensor(-math.inf))
+    highest, found = legal.max(-1)
+    tokens, wanted = found.tolist(), found.tolist()
+    top = highest.tolist()
+    for row, token, score in zip(rows.tolist(), ids.tolist(), before.tolist(), strict=True):
+        if score > top[row]:
+            top[row], wanted[row] = score, token
+    stuck = [row for row, score in enumerate(highest.tolist()) if score == -math.inf]
+    if stuck and untruncated is not None:
+        again, _ = _best(untruncated(stuck), [illegal[row] for row in stuck])
+        for row, token in zip(stuck, again, strict=True):
+            tokens[row] = token
+    return tokens, wanted
+
+
+def _places(ids: Sequence[Collection[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of every id of every row."""
+    rows = [row for row, some in enumerate(ids) for _ in some]
+    columns = [i for some in ids for i in some]
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+
+def _logprobs(scaled: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    chosen = torch.tensor(tokens, device=scaled.device)[:, None]
+    return scaled.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+
+
+def _legal_logprobs(scaled: torch.Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[float]:
+    """Log-probabilities under the distribution without the illegal tokens."""
+    if any(draw.illegal for draw in draws):
+        scaled = scaled.index_put(_places([d.illegal for d in draws], scaled.device), scaled.new_tensor(-math.inf))
+    found = _logprobs(scaled, tokens)
+    for row, (token, draw) in enumerate(zip(tokens, draws, strict=True)):
+        if draw.only is not None:
+            found[row] = 0.0 if token == draw.only else -math.inf
+    return found
 
 
 def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

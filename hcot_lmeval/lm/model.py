@@ -112,6 +112,7 @@ class HcotLM(HFLM):
             chat=self.options.apply_chat_template,
             render=super().apply_chat_template,
             add_bos_token=self.add_bos_token,
+            inert=self.options.prompt_markers == "text",
         )
         self._statistics = RunStatistics()
         self._other_ranks: list[RunStatistics] = []
@@ -275,6 +276,8 @@ class HcotLM(HFLM):
             slots=slots,
             max_slots=self.max_batch_size,
             think=self.think,
+            prompt_acts=self.options.prompt_markers == "acting",
+            **self.options.controls,
         )
 
     @cached_property
@@ -285,6 +288,8 @@ class HcotLM(HFLM):
             ours["ablation"] = str(self.options.ablation)
         return {
             **ours,
+            **self.options.controls,
+            "prompt_markers": self.options.prompt_markers,
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
@@ -364,6 +369,8 @@ class HcotLM(HFLM):
             "pruning": self.policy.value,
             "ablation": None if self.options.ablation is None else str(self.options.ablation),
             "markup": self.markup.name,
+            "controls": self.options.controls,
+            "prompt_markers": self.options.prompt_markers,
             "seed": self.options.seed,
             "chat_template": self._prompts.chat,
             "max_context": self.max_context,

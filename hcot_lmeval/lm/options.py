@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.ablation import Ablation
+from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -40,9 +41,12 @@ REFUSED = {
 """Arguments of lm-eval's ``hf`` that have no meaning here, and what to do instead."""
 
 
+PROMPT_MARKERS = ("text", "tokens", "acting")
+
+
 @dataclass(frozen=True)
-class Options:
-    """What ``hcot`` takes beyond lm-eval's ``hf``.
+class Options(ControlOptions):
+    """What ``hcot`` takes beyond lm-eval's ``hf``; what it does beside the model's wish is in `ControlOptions`.
 
     Attributes:
         pruning: ``off``, ``recompute`` or ``evict``: what the closing marker of a block does; None: what the model was
@@ -58,6 +62,10 @@ class Options:
         apply_chat_template: True, False, or None (``auto``): whether the prompt becomes a user message, which it does
             under ``auto`` if the tokenizer has a template and lm-eval did not apply it already.
         seed: of all sampling; a request's own seed is derived from it.
+        prompt_markers: what becomes of text in a prompt that spells a marker. ``text``: it stays text, so that no
+            problem and no few-shot example can act. ``tokens``: it becomes the control token, as in the traces of
+            few-shot examples that are given on purpose, and opens and closes nothing. ``acting``: it does that too, so
+            that the blocks of few-shot traces are pruned as the model's own.
     """
 
     pruning: Policy | None = None
@@ -70,6 +78,7 @@ class Options:
     journal: Path | None = None
     apply_chat_template: bool | None = None
     seed: int = 0
+    prompt_markers: str = "text"
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Options:
@@ -92,6 +101,8 @@ class Options:
             journal=_directory("journal", values.get("journal", default_root())),
             apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
             seed=_integer("seed", values.get("seed", 0)),
+            prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
+            **_controls(values),
         )
 
 
@@ -161,6 +172,19 @@ def _policy(value: Any) -> Policy | None:
 
 def _ablation(value: Any) -> Ablation | None:
     return None if value is None else Ablation.parse(str(value))
+
+
+def _controls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ControlOptions`, which checks them; ``off`` is None for each."""
+    found = {field.name: values.get(field.name) for field in fields(ControlOptions)}
+    found = {name: None if value is False or value == "off" else value for name, value in found.items()}
+    return found | {"closing_tokens": CLOSING_TOKENS if found["closing_tokens"] is None else found["closing_tokens"]}
+
+
+def _prompt_markers(value: Any) -> str:
+    if value not in PROMPT_MARKERS:
+        raise ValueError(f"prompt_markers={value!r} is not one of {', '.join(PROMPT_MARKERS)}")
+    return str(value)
 
 
 def _integer(name: str, value: Any) -> int:

@@ -23,7 +23,7 @@ class Prompt(NamedTuple):
 
     Attributes:
         text: with the chat template.
-        ids: token ids; no text becomes a marker.
+        ids: token ids; no text becomes a marker, unless it was asked for.
         thinking: whether it ends inside a thinking section.
     """
 
@@ -58,6 +58,7 @@ class PromptEncoder:
         chat: whether a prompt becomes the user's message of a chat; None: if the tokenizer has a template.
         render: applies the chat template to a list of messages.
         add_bos_token: whether the tokenizer adds its special tokens; None: as the tokenizer does by default.
+        inert: whether text that spells a marker stays text.
 
     Raises:
         ValueError: `chat` is True and the tokenizer has no chat template.
@@ -72,13 +73,14 @@ class PromptEncoder:
         chat: bool | None,
         render: Callable[[list[dict[str, str]]], str],
         add_bos_token: bool | None = None,
+        inert: bool = True,
     ) -> None:
         has_template = bool(tokenizer.chat_template)
         if chat and not has_template:
             raise ValueError("apply_chat_template=true, but the tokenizer has no chat template; use auto or false")
         self.tokenizer, self.markup, self.think = tokenizer, markup, think
         self.chat = has_template if chat is None else chat
-        self._render, self._add_bos_token = render, add_bos_token
+        self._render, self._add_bos_token, self._inert = render, add_bos_token, inert
         self._rendered: set[int] = set()
 
     def note_rendered(self, text: str) -> None:
@@ -119,7 +121,7 @@ class PromptEncoder:
 
     def _encode(self, text: str) -> list[int]:
         kwargs: dict[str, Any] = {"add_special_tokens": self._adds_special_tokens(text)}
-        if any(token_id(self.tokenizer, marker) is not None for marker in self.markup.markers):
+        if self._inert and any(token_id(self.tokenizer, marker) is not None for marker in self.markup.markers):
             return encode_prompt(self.tokenizer, text, self.markup, **kwargs)
         return list(self.tokenizer.encode(text, **kwargs))
 

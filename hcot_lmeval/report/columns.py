@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from hcot_lmeval.control import Cause
 from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.trace import Malformed
 
@@ -65,6 +66,21 @@ def ended_by(reason: str) -> Callable[[Entry], Value]:
 def faults_of(kind: str) -> Callable[[Entry], Value]:
     """Faults of notation of one kind, summed over responses."""
     return lambda entry: sum(s["malformed"].get(kind, 0) for s in entry.requests) if entry.requests else None
+
+
+def loops(entry: Entry) -> Value:
+    """Responses in which a loop was found."""
+    return sum(stats["loops"] > 0 for stats in entry.requests) if entry.requests else None
+
+
+def illegal_share(entry: Entry) -> Value:
+    """Percent of the responses with anything that the grammar forbids; a cut response may have open blocks."""
+    return 100 * fmean(stats["illegal_tokens"] > 0 for stats in entry.requests) if entry.requests else None
+
+
+def forced_by(cause: str) -> Callable[[Entry], Value]:
+    """Tokens that one cause changed, per response."""
+    return lambda entry: fmean(s["forced"].get(cause, 0) for s in entry.requests) if entry.requests else None
 
 
 def token_bytes(entry: Entry) -> int | None:
@@ -166,6 +182,7 @@ ENDS = (
     Column("stop", "stop", "responses that ended at a stop string of the task", ended_by("stop")),
     Column("length", "length", "responses cut at the limit of generated tokens", ended_by("length")),
     Column("context", "context", "responses cut at the window, the limit of live tokens", ended_by("context")),
+    Column("loop", "loop", "responses cut because they repeated themselves (loop_tokens)", ended_by("loop")),
     Column("blocks", "blocks", "blocks closed, with a prune or without, mean", mean_of("blocks"), 1),
     Column("max_depth", "depth", "most blocks open at once, largest of all responses", largest_of("max_depth")),
     Column(
@@ -175,7 +192,22 @@ ENDS = (
         malformed,
         2,
     ),
+    Column(
+        "illegal_tokens",
+        "illegal",
+        "tokens that the grammar forbids at their place, ends and </think> within a block included, mean",
+        mean_of("illegal_tokens"),
+        2,
+    ),
+    Column("illegal_responses", "illegal %", "percent of the responses with at least one such token", illegal_share, 1),
 )
+FORCED = {
+    Cause.GRAMMAR: "tokens that the grammar changed, since the model wanted an illegal one",
+    Cause.DEPTH: "openings of blocks that max_depth forbade",
+    Cause.THOUGHT: "thoughts ended by max_block_tokens",
+    Cause.SOLUTION: "solutions ended by max_solution_tokens",
+    Cause.ENDING: "tokens that force_answer changed or forced",
+}
 FAULTS = {
     Malformed.STRAY_SPLIT: "splitting markers outside any block",
     Malformed.STRAY_CLOSE: "closing markers outside any block",
@@ -188,11 +220,18 @@ FAULTS = {
 
 
 def endings(entries: Sequence[Entry]) -> tuple[Column, ...]:
-    """Returns columns of how responses ended and were written, one for each kind of fault that occurs among them."""
-    seen = {kind for entry in entries for stats in entry.requests or () for kind in stats["malformed"]}
+    """Returns columns of how responses ended and were written, one for each fault and each force that occurs."""
+    requests = [stats for entry in entries for stats in entry.requests or ()]
+    seen = {kind for stats in requests for kind in (*stats["malformed"], *stats["forced"])}
+    looped = (Column("loops", "loops", "responses in which a repetition was found (loop_tokens)", loops),)
+    forced = (
+        Column(f"forced_{cause.value}", f"forced: {cause.value}", f"{meaning}, mean", forced_by(cause.value), 2)
+        for cause, meaning in FORCED.items()
+        if cause.value in seen
+    )
     faults = (
         Column(kind.value, kind.value.replace("_", " "), meaning, faults_of(kind.value))
         for kind, meaning in FAULTS.items()
         if kind.value in seen
     )
-    return (*ENDS, *faults)
+    return (*ENDS, *(looped if any(stats["loops"] for stats in requests) else ()), *forced, *faults)

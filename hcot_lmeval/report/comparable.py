@@ -1,10 +1,10 @@
 """Whether runs may stand in one table. What differs on purpose may differ; anything else is refused, with the reason.
 
-May differ: the model, the policy and its ablation, the context window, the seed. Between *different* checkpoints the
-chat template may differ too, since it belongs to the model as its tokenizer does; `remarks` says so. Must agree within
-a task: its version and configuration, the documents and their targets, the metric and filter, the number of responses,
-few-shot examples, system instruction, sampling, the budget of generated tokens (`recorded.Budget`), and the versions of
-lm-eval, transformers and torch.
+May differ: the model, the policy and its ablation, the controls, the context window, the seed. Between *different*
+checkpoints the chat template may differ too, since it belongs to the model as its tokenizer does; `remarks` says so.
+Must agree within a task: its version and configuration, the documents and their targets, the metric and filter, the
+number of responses, few-shot examples, system instruction, sampling, the budget of generated tokens
+(`recorded.Budget`), and the versions of lm-eval, transformers and torch.
 
 This module imports the standard library alone.
 """
@@ -22,8 +22,9 @@ from hcot_lmeval.report.integrity import Incomparable, check_integrity, document
 from hcot_lmeval.report.results import Run
 
 ANY_DIFFERENCE = frozenset(
-    """ablation any_policy batch_size delta device journal max_batch_size max_context max_gen_toks max_length
-    max_model_len model notes peft pretrained pruning revision seed""".split()
+    """ablation any_policy batch_size closing_tokens constraints delta device force_answer journal loop_tokens
+    max_batch_size max_block_tokens max_context max_depth max_gen_toks max_length max_model_len max_solution_tokens
+    model notes peft pretrained pruning revision seed""".split()
 )
 """Model arguments that need no remark: they differ on purpose, are compared elsewhere, or do not change results."""
 

@@ -94,7 +94,7 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 def _check_alike(runs: Sequence[Run]) -> None:
     """A name that was given to different settings must not make seeds of them."""
-    settings = {(run.model, run.policy, run.ablation, run.max_context): label(run) for run in runs}
+    settings = {(run.model, run.policy, run.ablation, run.controls, run.max_context): label(run) for run in runs}
     if len(settings) > 1:
         told = "; ".join(settings.values())
         raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")

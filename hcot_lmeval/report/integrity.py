@@ -13,9 +13,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from statistics import fmean
 from typing import Any
 
+from hcot_lmeval.events import Statistics
 from hcot_lmeval.report.recorded import model_args, task_config
 from hcot_lmeval.report.results import ResultsError, Run
 
@@ -46,11 +48,12 @@ def check_integrity(run: Run) -> None:
     """Refuses a run whose files contradict themselves or its name.
 
     Raises:
-        Incomparable: documents are missing or there twice; a document or its target is not the one that was hashed when
-            the run was made; a target is not the answer in its document; a score lies outside 0..1; the scores do not
-            have the mean of the results file; the name says another policy or window than was used.
+        Incomparable: documents are missing or there twice; statistics of responses are missing; a document or its
+            target is not the one that was hashed when the run was made; a target is not the answer in its document; a
+            score lies outside 0..1; the scores do not have the mean of the results file; the name says another policy
+            or window than was used.
     """
-    for check in (_check_complete, _check_hashes, _check_targets, _check_scores, check_name):
+    for check in (_check_complete, _check_statistics, _check_hashes, _check_targets, _check_scores, check_name):
         check(run)
 
 
@@ -63,6 +66,15 @@ def _check_complete(run: Run) -> None:
     if expected not in (None, len(counts)):
         told = f"the samples file holds {len(counts)} documents, the results file was made from {expected}"
         raise _fault(run, told, "a part was cut off or removed: run it again")
+
+
+def _check_statistics(run: Run) -> None:
+    """An older version of this package counted less; what it did not count is not 0."""
+    wanted = {field.name for field in fields(Statistics)}
+    missing = sorted({name for stats in run.requests or () for name in wanted - stats.keys()})
+    if missing:
+        told = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
+        raise _fault(run, told, "run it again")
 
 
 def _check_hashes(run: Run) -> None:

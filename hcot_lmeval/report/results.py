@@ -76,6 +76,12 @@ class Run:
         return self.totals.get("ablation") if self.totals else None
 
     @property
+    def controls(self) -> str | None:
+        """What was done beside the model's wish (`hcot_lmeval.control`), as ``name=value``; None for nothing."""
+        found = self.totals.get("controls") if self.totals else None
+        return " ".join(f"{name}={value}" for name, value in found.items()) if found else None
+
+    @property
     def max_context(self) -> int | None:
         """Most live tokens of a request, or None for a model that is not ours."""
         return self.totals["max_context"] if self.totals else None
@@ -174,10 +180,10 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 
 def label(run: Run) -> str:
-    """Returns the name of a run that was given none: checkpoint, policy, variant of the rule, and window."""
+    """Returns the name of a run that was given none: checkpoint, policy, variant of the rule, controls, and window."""
     if run.totals is None:
         return f"{run.model} ({run.config['model']})"
-    parts = (run.model, run.policy, run.ablation, run.max_context)
+    parts = (run.model, run.policy, run.ablation, run.controls, run.max_context)
     return ", ".join(str(part) for part in parts if part is not None)
 
 

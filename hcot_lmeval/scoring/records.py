@@ -11,10 +11,14 @@ completed         1 if the model ended by itself (end token or stop string) and 
 generated_tokens  tokens generated, pruned ones included
 pruned_share      pruned tokens / generated tokens
 peak_live_tokens  the most tokens the model saw at once, prompt included
+illegal_tokens    tokens that the grammar of the notation forbids at their place
+unclosed_blocks   blocks still open at the end
+forced_tokens     tokens that constraints, caps or a forced answer changed
+loops             1 if the response was found to repeat itself (only looked for with loop_tokens)
 ================= ======================================================================================
 
-The last four come from the statistics that a `hcot_lmeval.response.Response` carries. A model of another kind returns
-plain strings: these four are then absent, for every document alike.
+The last eight come from the statistics that a `hcot_lmeval.response.Response` carries. A model of another kind returns
+plain strings: these are then absent, for every document alike.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import Any
 from hcot_lmeval import answers
 
 COMPLETE = frozenset({"eos", "stop"})
-"""The finish reasons with which a model ends by itself; the others (length, context) are exhausted budgets."""
+"""The finish reasons with which a model ends by itself; the others (length, context, loop) are not its own."""
 
 
 def gold_of(doc: Mapping[str, Any]) -> str:
@@ -61,6 +65,10 @@ def statistics(response: str) -> dict[str, float]:
         "generated_tokens": float(generated),
         "pruned_share": stats["pruned_tokens"] / generated if generated else 0.0,
         "peak_live_tokens": float(stats["peak_live_tokens"]),
+        "illegal_tokens": float(stats["illegal_tokens"]),
+        "unclosed_blocks": float(stats["malformed"].get("unclosed", 0)),
+        "forced_tokens": float(sum(stats["forced"].values())),
+        "loops": float(stats["loops"] > 0),
     }
 
 

@@ -34,6 +34,10 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "generated_tokens": None,
     "pruned_share": None,
     "peak_live_tokens": False,
+    "illegal_tokens": False,
+    "unclosed_blocks": False,
+    "forced_tokens": False,
+    "loops": False,
     "requests": None,
     "lang_answer": True,
     "lang_thinking": True,
@@ -46,6 +50,7 @@ AGGREGATION: dict[str, Callable[..., Any]] = {
     "dw_acc_stderr": aggregate.difficulty_weighted_stderr,
 }
 GENERATION = ("completed", "generated_tokens", "pruned_share", "peak_live_tokens")
+STRUCTURE = ("illegal_tokens", "unclosed_blocks", "forced_tokens", "loops")
 CHECK = ("unchecked", "boxed")
 
 
@@ -83,7 +88,7 @@ class BoxedTask(ConfigurableTask):
 
     def metrics(self, config: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names of the metrics, in the order in which they are reported."""
-        return ("acc", *CHECK, *GENERATION, "requests")
+        return ("acc", *CHECK, *GENERATION, *STRUCTURE, "requests")
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Loads `dataset_path` from the hub or from a local directory and adds the columns of this class."""
