@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, TypeVar
 
 from hcot_lmeval.markup import PRESETS, Markup
@@ -229,10 +229,9 @@ def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
             stack.append(opening.pop())
             out.append(markup.open)
         out += pieces[index : index + 1]
-    trace = "".join(out)
-    if strip_additions(trace, outline, markup) != "".join(pieces):  # a marker that text and marker spell together
+    if _parts("".join(out), markup) != _joined(out, markup):  # what text and marker spell together
         raise OutlineError("marker_in_source", "where a marker meets the words around it")
-    return trace
+    return "".join(out)
 
 
 def _ending(block: Block, markup: Markup) -> tuple[str, ...]:
@@ -287,6 +286,13 @@ def _known(found: T | None, otherwise: str) -> T:
 
 def _split(markup: Markup) -> str:
     return markup.split + (markup.lead or "")
+
+
+def _joined(parts: Sequence[str], markup: Markup) -> list[str]:
+    """Parts of a trace, none of which spells a marker, with the text between two markers as one."""
+    marks = (markup.open, _split(markup), markup.close)
+    groups = groupby(filter(None, parts), key=lambda part: part in marks)
+    return [part for is_mark, group in groups for part in (group if is_mark else ["".join(group)])]
 
 
 def _parts(trace: str, markup: Markup) -> list[str]:

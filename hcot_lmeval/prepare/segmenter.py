@@ -193,10 +193,10 @@ class _Segmenter:
         """Where the last part begins, which stays outside of blocks; it has at least the last sentence."""
         sentences = self.material.sentences
         room = min(self.options.conclusion_tokens, sum(self.material.tokens) // 4)
-        first = last = len(sentences) - 1
+        first = last = max(0, len(sentences) - 1)
         while first > 0 and self.material.length(first - 1, len(sentences)) <= room:
             first -= 1
-        start = next((i for i in range(max(0, first), last) if sentences[i].plays("final")), max(0, last))
+        start = next((i for i in range(first, last) if sentences[i].plays("final")), last)
         while start > first and (
             sentences[start - 1].announces
             or (sentences[start].breaks == 0 and sentences[start].plays("hold"))

@@ -100,7 +100,7 @@ def _ends_sentence(text: str, end: re.Match[str]) -> bool:
     if stop.startswith("?"):
         return True
     if stop.startswith("!"):
-        return len(before) > 1 or after[0].isupper()  # "n! ways"
+        return len(before) > 1 or (after[0].isupper() and after[1:].islower())  # "n! ways", "5! C(5, 2)"
     if stop.startswith(("..", "…")):
         return after[0].isupper()
     if before in _ABBREVIATIONS or (word and "." in word[0]):
@@ -114,7 +114,7 @@ _WHOLE = re.compile(
     r"(?P<skip>\\\\|\\\$|\\`)"
     r"|(?P<fence>^[ \t]*(?P<tick>```+|~~~+)[^\n]*\n(?:.*?\n)??[ \t]*(?P=tick)[ \t]*$)"
     r"|(?P<table>^[ \t]*\|[^\n]*\|[ \t]*$(?:\n[ \t]*\|[^\n]*\|[ \t]*$)+)"
-    r"|(?P<environment>\\begin\{(?P<name>[A-Za-z]+\*?)\})"
+    r"|(?P<environment>\\begin\{[A-Za-z]+\*?\})"
     r"|(?P<display>\\\[(?:(?!\\\[).)*?\\\])"
     r"|(?P<inline>\\\((?:(?!\\\(|\n[ \t]*\n).)*?\\\))"
     r"|(?P<dollars>\$\$(?:(?!\$\$|\n[ \t]*\n).)+\$\$)"
@@ -125,6 +125,9 @@ _WHOLE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 
+_ENVIRONMENT = re.compile(r"\\(begin|end)\{([A-Za-z]+\*?)\}")
+_BRACE = re.compile(r"\\[^\n]|[{}]|\n[ \t]*\n")
+
 
 def whole_spans(text: str) -> Iterator[Span]:
     r"""Yields the spans [start, stop) that are never cut, ascending and apart from each other.
@@ -133,35 +136,35 @@ def whole_spans(text: str) -> Iterator[Span]:
     ``$...$``, the braces behind a command, and asides in parentheses. What is never closed is no span: a stray dollar
     keeps nothing together. Inline mathematics and ``$$`` end with their paragraph.
     """
-    at = 0
+    at, ends = 0, _environment_ends(text) | _group_ends(text)
     while found := _WHOLE.search(text, at):
-        stop = found.end()
-        if found["environment"]:
-            stop = _environment_end(text, found["name"], stop) or stop
-        elif found["group"]:
-            stop = _group_end(text, stop) or stop
+        at = ends.get(found.end(), found.end())
         if not found["skip"]:
-            yield found.start(), stop
-        at = stop
+            yield found.start(), at
 
 
-def _environment_end(text: str, name: str, at: int) -> int | None:
-    """Where the environment ends whose beginning ends at `at`; None where it is left open."""
-    depth = 1
-    for found in re.compile(rf"\\(begin|end)\{{{re.escape(name)}\}}").finditer(text, at):
-        depth += 1 if found[1] == "begin" else -1
-        if not depth:
-            return found.end()
-    return None
+def _environment_ends(text: str) -> dict[int, int]:
+    """Where the beginning of an environment ends -> where the environment does; only for those that are closed."""
+    ends: dict[int, int] = {}
+    waiting: dict[str, list[int]] = {}
+    for found in _ENVIRONMENT.finditer(text):
+        begun = waiting.setdefault(found[2], [])
+        if found[1] == "begin":
+            begun.append(found.end())
+        elif begun:
+            ends[begun.pop()] = found.end()
+    return ends
 
 
-def _group_end(text: str, at: int) -> int | None:
-    """Where the group ends whose brace opens right before `at`; None where its paragraph leaves it open."""
-    depth = 1
-    for found in re.compile(r"\\.|[{}]|\n[ \t]*\n").finditer(text, at):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if not depth:
-            return found.end()
-        if "\n" in found[0]:
-            return None
-    return None
+def _group_ends(text: str) -> dict[int, int]:
+    """Behind the brace that opens a group -> behind the one that closes it, if that is in the same paragraph."""
+    ends: dict[int, int] = {}
+    waiting: list[int] = []
+    for found in _BRACE.finditer(text):
+        if found[0] == "{":
+            waiting.append(found.end())
+        elif found[0] == "}" and waiting:
+            ends[waiting.pop()] = found.end()
+        elif "\n" in found[0]:
+            waiting.clear()
+    return ends

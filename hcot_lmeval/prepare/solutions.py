@@ -131,7 +131,7 @@ def _says_something(material: Material, unit: Span) -> bool:
 
 
 def _repeats(material: Material, unit: Span, chosen: Sequence[Span]) -> bool:
-    """Whether most words of a unit are in those that were chosen."""
+    """Whether two thirds of the words of a unit are in those that were chosen."""
     words = set(re.findall(r"\w+", material.text(*unit)))
     known = set(re.findall(r"\w+", quotation(material, chosen)))
-    return len(words & known) > 0.8 * len(words)
+    return 3 * len(words & known) >= 2 * len(words)
