@@ -17,7 +17,10 @@ HEADER = "# Written by scripts/make_polymath_tasks.py; change that script instea
 GROUP_REPEATS = tuple(2**i for i in range(7))
 """The k for which a group averages avg@k, pass@k and maj@k; names that no task reports are left out by lm-eval."""
 
-GENERATION = ("unchecked", "boxed", "completed", "generated_tokens", "pruned_share", "peak_live_tokens")
+GENERATION = (
+    *("unchecked", "boxed", "completed", "generated_tokens", "pruned_share", "peak_live_tokens"),
+    *("illegal_tokens", "unclosed_blocks", "forced_tokens", "loops"),
+)
 LANGUAGE = ("lang_answer", "lang_thinking")
 
 
