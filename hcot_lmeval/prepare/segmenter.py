@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -174,6 +175,7 @@ class _Segmenter:
         self.material = material
         self.scores = scores
         self.options = options
+        self._losses: dict[int, dict[int, float]] = defaultdict(dict)  # scale -> length -> loss
 
     def nodes(self) -> list[_Node]:
         """Returns the trace's nodes in order, larger blocks made of smaller ones as often as allowed."""
@@ -210,7 +212,8 @@ class _Segmenter:
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(items) + 1):
             gain = 0.0 if stop == len(items) else self.scores[items[stop][0]]
-            best.append(max((best[start][0] + gain - loss, start) for start, loss in self._starts(items, stop, scale)))
+            total, start = max((best[start][0] - loss, start) for start, loss in self._starts(items, stop, scale))
+            best.append((total + gain, start))
         spans, stop = [], len(items)
         while stop:
             start = best[stop][1]
@@ -220,12 +223,14 @@ class _Segmenter:
 
     def _starts(self, items: Sequence[Span], stop: int, scale: int) -> list[tuple[int, float]]:
         """Where a span that ends before item `stop` may start, and what its length costs."""
-        options, length, found = self.options, 0, list[tuple[int, float]]()
+        end, reach, found = items[stop - 1][1], 1.5 * scale * self.options.max_tokens, list[tuple[int, float]]()
         for start in range(stop - 1, -1, -1):
-            length += self.material.length(*items[start])
-            if found and length > 2 * scale * options.max_tokens:
+            length = max(1, self.material.length(items[start][0], end))
+            if found and length > reach:
                 break
-            found.append((start, self._loss(max(1, length) / scale)))
+            if length not in self._losses[scale]:
+                self._losses[scale][length] = self._loss(length / scale)
+            found.append((start, self._losses[scale][length]))
         return found
 
     def _loss(self, length: float) -> float:

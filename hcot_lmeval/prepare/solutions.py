@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from hcot_lmeval.prepare.discourse import Sentence
 
@@ -38,8 +40,13 @@ class Material:
     tokens: Sequence[int]
     measure: Callable[[str], int]
 
+    @cached_property
+    def _before(self) -> list[int]:
+        """Tokens before each sentence, and of all."""
+        return [0, *accumulate(self.tokens)]
+
     def length(self, start: int, stop: int) -> int:
-        return sum(self.tokens[start:stop])
+        return self._before[stop] - self._before[start]
 
     def text(self, start: int, stop: int) -> str:
         return "".join(sentence.text for sentence in self.sentences[start:stop])
