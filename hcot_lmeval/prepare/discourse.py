@@ -143,7 +143,6 @@ def read_sentences(pieces: Sequence[str]) -> list[Sentence]:
 
 def guess_language(pieces: Sequence[str]) -> str:
     """Returns the language of `discourse.json` whose words begin most of up to 200 pieces; English where none does."""
-
     sample = pieces[:: max(1, len(pieces) // 100)]
 
     def hits(language: str) -> int:
