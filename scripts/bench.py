@@ -5,8 +5,9 @@
     python scripts/bench.py --json bench.json
 
 Weights are random and every engine is forced to generate the same trace, which opens and closes blocks at scripted
-places; so only speed differs. `generate` and `off` keep the whole trace, `recompute` and `evict` prune it. A figure is
-the median over the repeats, prefill included.
+places; so only speed differs. `generate` and `off` keep the whole trace, `recompute` and `evict` prune it, and
+`recompute+grammar` does so with the grammar's mask at every step. A figure is the median over the repeats, prefill
+included.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ SHAPES: dict[str, dict[str, int]] = {
 """Hidden sizes and heads; 0.5B and 1.5B are those of Qwen2.5."""
 
 OPEN, SPLIT, CLOSE, FIRST_TEXT = 1, 2, 3, 10
-POLICIES = ("off", "recompute", "evict")
+ENGINES: dict[str, dict[str, str]] = {
+    "off": {"policy": "off"},
+    "recompute": {"policy": "recompute"},
+    "recompute+grammar": {"policy": "recompute", "constraints": "grammar"},
+    "evict": {"policy": "evict"},
+}
 
 
 def main() -> None:
@@ -111,7 +117,7 @@ def measure(model: Any, args: argparse.Namespace, batch: int) -> list[dict[str, 
     """Times all engines at one batch size, taking turns so that drifts of the machine hit all alike."""
     rng = random.Random(1)
     prompts, trace = [words(rng, args.prompt) for _ in range(batch)], script(args)
-    engines = {"generate": run_generate, **{policy: run_engine(policy) for policy in POLICIES}}
+    engines = {"generate": run_generate, **{name: run_engine(options) for name, options in ENGINES.items()}}
     times: dict[str, list[float]] = {name: [] for name in engines}
     peaks: dict[str, int] = {}
     for _ in range(args.repeats + 1):
@@ -157,7 +163,7 @@ def run_generate(model: Any, prompts: list[list[int]], trace: list[int]) -> int:
     return int(out.shape[1])
 
 
-def run_engine(policy: str) -> Callable[[Any, list[list[int]], list[int]], int]:
+def run_engine(options: dict[str, str]) -> Callable[[Any, list[list[int]], list[int]], int]:
     def run(model: Any, prompts: list[list[int]], trace: list[int]) -> int:
         from hcot_lmeval.engine import Engine, Request, SamplingParams
         from hcot_lmeval.markup import MarkerIds
@@ -165,7 +171,7 @@ def run_engine(policy: str) -> Callable[[Any, list[list[int]], list[int]], int]:
         engine = Engine(
             model,
             markers=MarkerIds(OPEN, SPLIT, CLOSE),
-            policy=policy,
+            **options,
             slots=len(prompts),
             eos_ids=(),
             self_check=False,
@@ -180,10 +186,10 @@ def run_engine(policy: str) -> Callable[[Any, list[list[int]], list[int]], int]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["batch  engine     tokens/s  x generate  peak live tokens a row"]
+    lines = ["batch  engine             tokens/s  x generate  peak live tokens a row"]
     for row in rows:
         lines.append(
-            f"{row['batch']:5d}  {row['engine']:9s}  {row['tokens_per_second']:8.1f}  {row['ratio_to_generate']:10.2f}"
+            f"{row['batch']:5d}  {row['engine']:17s}  {row['tokens_per_second']:8.1f}  {row['ratio_to_generate']:10.2f}"
             f"  {row['peak_live_tokens']:22d}"
         )
     return "\n".join(lines)
