@@ -151,6 +151,16 @@ def test_real_traces(depth):
     assert live < (0.4, 0.25)[depth - 1] * full
 
 
+def test_a_result_that_is_too_long_is_not_the_solution():
+    """It stays in the thought, and a shorter sentence is quoted."""
+    pieces = ["Thus, n = 41. ", *["There are more of them to come. "] * 14, "So, x = 1" + " + 1" * 20 + ". ", "Done."]
+    wide = {**vars(SMALL), "target_tokens": 150, "max_tokens": 400}
+    blocks = [
+        segment(pieces, options=SegmenterOptions(**{**wide, "solution_tokens": room})).blocks for room in (25, 100)
+    ]
+    assert blocks == [(Block(0, 16, "Thus, n = 41."),), (Block(0, 16, split=15),)]
+
+
 def test_text_that_spells_a_marker_is_refused():
     with pytest.raises(OutlineError) as fault:
         segment(["So [RETURN] it is. ", "Done."])
