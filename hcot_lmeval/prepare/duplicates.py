@@ -1,0 +1,186 @@
+"""Rows that say the same, or nearly: exact by a digest, near ones by MinHash.
+
+The fingerprint of a row is made of its words alone, folded as in `prepare.contamination`, so that it can be computed in
+any process; which row is whose duplicate is decided in the order of the rows, and the first one stays.
+
+A MinHash signature estimates the Jaccard similarity of two sets of 5-grams: each of its `HASHES` numbers is the least
+hash of a set under one hash function, and two sets have the same least one with a probability that is their similarity
+(Broder 1997). The estimate has a standard error of at most 0.5 / sqrt(HASHES), here 0.044. Only rows are compared that
+agree on a whole band of numbers; how wide a band is follows from the threshold. The index lies in a temporary SQLite
+file, so that memory does not grow with the rows.
+
+This module imports the standard library alone; `numpy` comes when the first signature is made.
+"""
+
+from __future__ import annotations
+
+import base64
+import sqlite3
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hcot_lmeval.prepare.contamination import ngrams, words
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HASHES = 128
+SHINGLE = 5
+"""Words of an n-gram."""
+MISSED = 0.02
+"""At most so large is the probability that two rows exactly at the threshold are not compared."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of a row.
+
+    Attributes:
+        digest: of all its words.
+        signature: `HASHES` numbers of 32 bits; empty where near duplicates are not looked for.
+    """
+
+    digest: bytes
+    signature: bytes = b""
+
+    def to_json(self) -> list[str]:
+        return [base64.b64encode(part).decode("ascii") for part in (self.digest, self.signature)]
+
+    @classmethod
+    def from_json(cls, parts: Sequence[str]) -> Fingerprint:
+        return cls(*(base64.b64decode(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Twin:
+    """An earlier row with the same words, or nearly.
+
+    Attributes:
+        name: what it was called when it was added.
+        similarity: 1 for the same words, else the estimate.
+        exact: whether the words are the same.
+    """
+
+    name: str
+    similarity: float
+    exact: bool
+
+
+def fingerprint(text: str, *, near: bool = True) -> Fingerprint:
+    """Returns the fingerprint of a text; without a signature unless `near`."""
+    found = words(text)
+    digest = blake2b("\0".join(found).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return Fingerprint(digest, _signature(found) if near and found else b"")
+
+
+def _signature(found: Sequence[str]) -> bytes:
+    import numpy as np
+
+    grams = ngrams(found, SHINGLE, whole=True)
+    hashes = np.array([_hash(gram) for gram in grams], dtype=np.uint64)
+    factors, offsets = _functions()
+    least = np.full(HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
+    for start in range(0, len(hashes), 1024):  # 1 MiB at once
+        products = hashes[start : start + 1024, None] * factors + offsets  # modulo 2^64
+        least = np.minimum(least, products.min(axis=0))
+    return (least >> np.uint64(32)).astype("<u4").tobytes()
+
+
+def _hash(gram: tuple[str, ...]) -> int:
+    data = "\0".join(gram).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+@lru_cache(maxsize=1)
+def _functions() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Factors and offsets of the hash functions, drawn once and for all: ``(factor · x + offset) mod 2^64``."""
+    import numpy as np
+
+    draw = np.random.default_rng(7)
+    top = np.iinfo(np.uint64).max
+    factors = draw.integers(0, top, HASHES, dtype=np.uint64, endpoint=True) | np.uint64(1)
+    return factors, draw.integers(0, top, HASHES, dtype=np.uint64, endpoint=True)
+
+
+def band_width(threshold: float) -> int:
+    """Returns how many numbers a band has, so that rows at the threshold are compared but with probability `MISSED`.
+
+    With bands of r numbers, rows of similarity s agree on one of them with probability 1 - (1 - s^r)^(HASHES / r).
+    """
+    widths = [r for r in (32, 16, 8, 4, 2, 1) if (1 - threshold**r) ** (HASHES // r) <= MISSED]
+    return widths[0] if widths else 1
+
+
+class Twins:
+    """The rows seen so far; `find_or_add` tells of an earlier one.
+
+    Args:
+        threshold: from which similarity on rows are near duplicates; 1: only the same words count.
+    """
+
+    def __init__(self, threshold: float = 0.8) -> None:
+        self.threshold = threshold
+        self._width = band_width(threshold)
+        self._rows = sqlite3.connect("")  # a temporary file, gone when it is closed
+        self._rows.executescript(
+            """
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+            CREATE TABLE row (number INTEGER PRIMARY KEY, name TEXT, signature BLOB);
+            CREATE TABLE digest (digest BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
+            CREATE TABLE band (key BLOB, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID;
+            """
+        )
+
+    def __enter__(self) -> Twins:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rows.close()
+
+    def find_or_add(self, name: str, print_: Fingerprint) -> Twin | None:
+        """Returns an earlier row that has the words of this one or, without any, keeps this one."""
+        same = self._rows.execute(
+            "SELECT name FROM digest JOIN row USING (number) WHERE digest = ?", (print_.digest,)
+        ).fetchone()
+        if same:
+            return Twin(same[0], 1.0, True)
+        bands = self._bands(print_.signature) if self.threshold < 1 else []
+        near = self._near(print_.signature, bands)
+        if near is None:
+            self._add(name, print_, bands)
+        return near
+
+    def _bands(self, signature: bytes) -> list[bytes]:
+        size = 4 * self._width
+        starts = range(0, len(signature), size)
+        return [bytes([start // size]) + signature[start : start + size] for start in starts]
+
+    def _near(self, signature: bytes, bands: Sequence[bytes]) -> Twin | None:
+        marks = ",".join("?" * len(bands))
+        query = (
+            "SELECT name, signature FROM row WHERE number IN "
+            f"(SELECT number FROM band WHERE key IN ({marks})) ORDER BY number"
+        )
+        candidates = self._rows.execute(query, bands)
+        best = max(((similarity(signature, other), name) for name, other in candidates), default=(0.0, ""))
+        return Twin(best[1], best[0], False) if best[0] >= self.threshold else None
+
+    def _add(self, name: str, print_: Fingerprint, bands: Sequence[bytes]) -> None:
+        number = self._rows.execute(
+            "INSERT INTO row (name, signature) VALUES (?, ?)", (name, print_.signature)
+        ).lastrowid
+        self._rows.execute("INSERT INTO digest VALUES (?, ?)", (print_.digest, number))
+        self._rows.executemany("INSERT INTO band VALUES (?, ?)", ((band, number) for band in bands))
+
+
+def similarity(one: bytes, other: bytes) -> float:
+    """Returns the estimated Jaccard similarity of two signatures."""
+    numbers = f"<{HASHES}I"
+    return sum(a == b for a, b in zip(struct.unpack(numbers, one), struct.unpack(numbers, other), strict=True)) / HASHES

@@ -1,0 +1,222 @@
+"""Prepared rows in the form in which they are trained on: JSONL or parquet, as columns or as chats, or to the hub.
+
+    columns   id, question, hierarchical_cot, expected_answer
+    chat      id, messages (the question, the trace), expected_answer
+
+Training reads both as they are (`hcot_lmeval.training.data.sources`). Rows pass through one at a time.
+
+This module imports the standard library alone; `pyarrow` and `datasets` come when they are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.prepare.rows import TAGS, PreparedRow
+
+FORMATS = ("jsonl", "parquet")
+FORMS = ("columns", "chat")
+EXTRAS = ("original", "outline", "sentences", "made_by", "meta")
+"""Further columns of a prepared row."""
+BATCH = 256
+"""Rows of a row group in parquet files; so many are in memory."""
+
+ANSWER = "\n\n\\boxed{{{}}}"
+"""What ends a message of a row without a response; training puts the same behind a bare trace."""
+
+CARD = """\
+
+{rows} chains of thought with blocks `[THOUGHT] thought [SOLUTION] solution [RETURN]`, made with
+`scripts/prepare_data.py` of hcot_lmeval. Columns: {columns}.
+
+Steps, with their arguments and the digests of their inputs:
+
+```json
+{history}
+```
+"""
+"""README of the data set on the hub."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written.
+
+    Raises:
+        ValueError: an option has no such value, or two do not go together.
+    """
+
+    format: str = field(default="jsonl", metadata={"help": "of the file", "choices": FORMATS})
+    form: str = field(
+        default="columns", metadata={"help": "a column for each part, or a conversation", "choices": FORMS}
+    )
+    extras: tuple[str, ...] = field(default=(), metadata={"help": f"further columns: {' '.join(EXTRAS)}"})
+    push: str | None = field(default=None, metadata={"help": "data set on the hub (owner/name) to push to"})
+    public: bool = field(default=False, metadata={"help": "make the data set on the hub public, if it is new"})
+    split: str = field(default="train", metadata={"help": "name of the split on the hub"})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("format", FORMATS), ("form", FORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        unknown = [name for name in self.extras if name not in EXTRAS]
+        if unknown:
+            raise ValueError(f"extras={unknown[0]!r} is unknown; choose among {', '.join(EXTRAS)}")
+        if self.push is not None and self.push.count("/") != 1:
+            raise ValueError(f"push={self.push!r} is no data set on the hub; give owner/name")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are written, in their order."""
+        main = ("question", "hierarchical_cot") if self.form == "columns" else ("messages",)
+        return ("id", *main, "expected_answer", *self.extras)
+
+
+def exported(row: PreparedRow, options: ExportOptions) -> dict[str, Any]:
+    """Returns the record that is written for a row."""
+    record = row.record()
+    begin, end = TAGS[0]
+    if options.form == "chat":  # whole: nothing but the message says where the thinking ends, and what the answer is
+        answer = ANSWER.format(row.source.answer) if row.source.answer else ""
+        said = record["hierarchical_cot"] if row.source.response else f"{begin}{row.trace}{end}{answer}"
+        record["messages"] = [
+            {"role": "user", "content": row.source.question},
+            {"role": "assistant", "content": said},
+        ]
+    return {name: record[name] for name in options.columns}
+
+
+def write_export(rows: Iterable[PreparedRow], path: Path, options: ExportOptions, tick: Callable[[], Any]) -> int:
+    """Writes rows as one file, which is there as a whole or not at all, and returns their number.
+
+    Args:
+        rows: what is exported.
+        path: the file.
+        options: the form.
+        tick: is called after each row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    count = 0
+    try:
+        with ExitStack() as stack:
+            write = (_jsonl if options.format == "jsonl" else _parquet)(draft, options, stack)
+            for row in rows:
+                write(exported(row, options))
+                count += 1
+                tick()
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return count
+
+
+Write = Callable[[Mapping[str, Any]], None]
+
+
+def _jsonl(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
+    file = stack.enter_context(path.open("w", encoding="utf-8", errors="surrogateescape"))
+
+    def write(record: Mapping[str, Any]) -> None:
+        file.write(_json(record) + "\n")
+
+    return write
+
+
+def _parquet(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = _schema(options)
+    writer = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema, compression="zstd"))
+    batch: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        if batch:
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+            batch.clear()
+
+    def write(record: Mapping[str, Any]) -> None:
+        batch.append({key: _json(value) if key in _AS_JSON else value for key, value in record.items()})
+        if len(batch) == BATCH:
+            flush()
+
+    stack.callback(flush)
+    return write
+
+
+_AS_JSON = frozenset({"outline", "sentences", "made_by", "meta"})
+"""Columns that parquet keeps as JSON texts, since their keys differ from row to row."""
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _encodes(text) else json.dumps(value)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _schema(options: ExportOptions) -> Any:
+    import pyarrow
+
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    kinds = {"messages": pyarrow.list_(message)}
+    return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in options.columns])
+
+
+def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]]) -> str:
+    """Pushes an exported file to the hub and returns where it is. The token is that of `huggingface_hub`.
+
+    Args:
+        path: the file.
+        options: where to.
+        history: manifests of the steps that made the rows; they go on the card.
+
+    Raises:
+        ValueError: the hub refuses; the message never holds the token.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import DatasetCard
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    assert options.push is not None, "there is nowhere to push to"
+    rows = load_dataset("json" if options.format == "jsonl" else "parquet", data_files=str(path), split="train")
+    told = json.dumps([_told(manifest) for manifest in history], indent=1)
+    card = CARD.format(rows=len(rows), columns=", ".join(options.columns), history=told)
+    try:
+        rows.push_to_hub(options.push, split=options.split, private=not options.public)
+        found = DatasetCard.load(options.push)  # with what push_to_hub has written about columns and splits
+        found.text = card
+        found.push_to_hub(options.push)
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", "no token")
+        raise ValueError(
+            f"the hub refuses to take {options.push} ({type(error).__name__}, {status}); log in with `hf auth login` "
+            "or set HF_TOKEN to a token that may write there"
+        ) from None
+    return f"https://huggingface.co/datasets/{options.push}"
+
+
+def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: manifest[key] for key in ("step", "identity", "versions", "summary")}
+
+
+def only_rows(rows: Iterable[Any], passed_over: list[Any]) -> Iterator[PreparedRow]:
+    """Yields the rows that could be read; the others are added to `passed_over`."""
+    for row in rows:
+        if isinstance(row, PreparedRow):
+            yield row
+        else:
+            passed_over.append(row)

@@ -1,0 +1,228 @@
+"""What a trace costs under each policy, counted from the lengths of its parts instead of token by token.
+
+A trace of 10,000 tokens has some dozens of markers, and text cannot act: between two markers the live context grows by
+one with each token. So it is enough to know how long each stretch of text is. `costs` does what
+`hcot_lmeval.trace.LiveContext` does, a stretch at a time; traces that are no well-formed ones are replayed in it,
+token by token.
+
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from hcot_lmeval.grammar import Grammar, is_legal_trace
+from hcot_lmeval.markup import Markup, resolve_markers
+from hcot_lmeval.prepare.segmenter import count_tokens
+from hcot_lmeval.trace import LiveContext, Malformed, Policy
+
+Counter = Callable[[Sequence[str]], list[int]]
+"""Gives each text its number of tokens."""
+PIECES = "pieces"
+"""Name of the count without a tokenizer."""
+TEXT = ""
+"""The mark of a stretch of text."""
+
+
+class Stretch(NamedTuple):
+    """A marker or thinking token, or a text between them.
+
+    Attributes:
+        mark: the marker; `TEXT` for a text.
+        text: as written.
+        tokens: how many; 1 for a mark.
+    """
+
+    mark: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a decoder does for one trace under one policy; tokens, those of the prompt included.
+
+    Attributes:
+        peak: largest live context, the memory needed.
+        forwarded: tokens that go through the model, again ones included.
+        live: live context at the end.
+    """
+
+    peak: int
+    forwarded: int
+    live: int
+
+
+class BlockSize(NamedTuple):
+    """Tokens of a block as written, blocks within included, its own markers excluded.
+
+    Attributes:
+        depth: blocks open within it, 1 for an outermost block.
+        thought: tokens before the solution.
+        solution: tokens of the solution.
+        thinks: whether the thought is more than space.
+        solves: whether the solution is.
+    """
+
+    depth: int
+    thought: int
+    solution: int
+    thinks: bool
+    solves: bool
+
+
+@dataclass(frozen=True)
+class Markers:
+    """A notation in ids of a small vocabulary of its own: the marks, and one id for all text."""
+
+    markup: Markup
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Mark -> id."""
+        return _ids(self.markup)
+
+    @property
+    def grammar(self) -> Grammar:
+        """The grammar over these ids; no id ends a trace."""
+        return _grammar(self.markup)
+
+
+@lru_cache(maxsize=16)
+def _ids(markup: Markup) -> dict[str, int]:
+    return {mark: number for number, mark in enumerate((TEXT, *markup.markers, *markup.think))}
+
+
+@lru_cache(maxsize=16)
+def _grammar(markup: Markup) -> Grammar:
+    ids = _ids(markup)
+    begin, end = markup.think
+    return Grammar(resolve_markers(markup, ids.get), (ids[begin], ids[end]), frozenset())
+
+
+def make_counter(tokenizer: str | None) -> Counter:
+    """Returns a count of tokens: of a tokenizer of transformers, by name or path; None: `segmenter.count_tokens`."""
+    if tokenizer is None:
+        return lambda texts: [count_tokens(text) for text in texts]
+
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+
+    def count(texts: Sequence[str]) -> list[int]:
+        filled = [text for text in texts if text]
+        encoded = iter(loaded(filled, add_special_tokens=False, verbose=False)["input_ids"] if filled else ())
+        return [len(next(encoded)) if text else 0 for text in texts]
+
+    return count
+
+
+def counter_name(tokenizer: str | None) -> str:
+    """Returns what the counts are called."""
+    if tokenizer is not None:
+        return f"tokens of {tokenizer}"
+    return f"{PIECES} (words, digits, pairs of signs; about the tokens of a model, but of none)"
+
+
+def cut(text: str, markup: Markup, count: Counter) -> list[Stretch]:
+    """Cuts a text into marks and the texts between them; joined again they are the text."""
+    marks = (*markup.markers, *markup.think)
+    parts = [part for part in re.split(f"({'|'.join(map(re.escape, marks))})", text) if part]
+    counts = iter(count([part for part in parts if part not in marks]))
+    return [Stretch(part, part, 1) if part in marks else Stretch(TEXT, part, next(counts)) for part in parts]
+
+
+def is_legal(stretches: Sequence[Stretch], markup: Markup) -> bool:
+    """Whether a well-formed trace could look so."""
+    ids = Markers(markup).ids
+    return is_legal_trace([ids[stretch.mark] for stretch in stretches if stretch.tokens], 0, Markers(markup).grammar)
+
+
+def faults_of(stretches: Sequence[Stretch], markup: Markup) -> Iterator[str]:
+    """Yields the `Malformed` kinds of a trace in their order, ``unclosed`` for each block left open."""
+    context = LiveContext(Markers(markup).grammar.markers, Policy.OFF)
+    ids = Markers(markup).ids
+    for stretch in stretches:
+        step = context.push(ids[stretch.mark]) if stretch.tokens else None
+        if step is not None and step.malformed is not None:
+            yield step.malformed.value
+    yield from (Malformed.UNCLOSED.value for _ in range(context.depth))
+
+
+def block_sizes(stretches: Sequence[Stretch], markup: Markup) -> list[BlockSize]:
+    """Returns the sizes of the blocks of a well-formed trace, in the order in which they open."""
+    found: list[BlockSize | None] = []
+    open_: list[tuple[int, list[tuple[int, int]]]] = []  # of each open block its number, its start and its split
+    at = said = 0  # tokens, and stretches that are more than space
+    for mark, text, tokens in stretches:
+        at += tokens
+        said += mark == TEXT and not text.isspace()
+        if mark == markup.open:
+            open_.append((len(found), [(at, said)]))
+            found.append(None)
+        elif mark == markup.split:
+            open_[-1][1].append((at, said))
+        elif mark == markup.close:
+            number, [(begin, said_before), (split, said_then)] = open_.pop()
+            solution = at - 1 - split - (1 if markup.lead else 0)
+            found[number] = BlockSize(
+                len(open_) + 1, split - 1 - begin, solution, said_then > said_before, said > said_then
+            )
+    return [size for size in found if size is not None]
+
+
+def costs(stretches: Sequence[Stretch], prompt: int, markup: Markup) -> dict[Policy, Cost]:
+    """Returns what a trace costs under each policy.
+
+    Args:
+        stretches: the trace.
+        prompt: tokens before it, at least 1.
+        markup: its notation.
+    """
+    one = _walk if is_legal(stretches, markup) else _replay
+    return {policy: one(stretches, max(1, prompt), markup, policy) for policy in Policy}
+
+
+def _replay(stretches: Sequence[Stretch], prompt: int, markup: Markup, policy: Policy) -> Cost:
+    """The slow way, for any trace."""
+    context = LiveContext(Markers(markup).grammar.markers, policy)
+    ids = Markers(markup).ids
+    for _ in range(prompt):
+        context.push_inert(0)
+    forwarded = prompt
+    for stretch in stretches:
+        for _ in range(stretch.tokens):
+            forwarded += len(context.push(ids[stretch.mark]).forward)
+    return Cost(context.peak, forwarded, len(context.live))
+
+
+def _walk(stretches: Sequence[Stretch], prompt: int, markup: Markup, policy: Policy) -> Cost:
+    """The fast way, for well-formed traces."""
+    live = peak = forwarded = prompt
+    open_: list[list[int]] = []  # of each open block the live indices of its first two markers
+    for mark, _, tokens in stretches:
+        if mark == markup.open:
+            open_.append([live, live])
+        elif mark == markup.split:
+            open_[-1][1] = live
+        elif mark == markup.close:
+            begin, split = open_.pop()
+            start, stop = begin + ("open" in markup.keep), split + ("split" not in markup.keep)
+            if policy is Policy.RECOMPUTE and stop > start:
+                tail = live - stop + (1 if "close" in markup.keep or (start == 0 and live == stop) else 0)
+                forwarded += max(1, tail)  # where nothing survives, the token before is read again
+                live = start + tail
+                continue
+            if policy is Policy.EVICT and stop > start:
+                peak, forwarded = max(peak, live + 1), forwarded + 1
+                live += ("close" in markup.keep) - (stop - start)
+                continue
+        live += tokens
+        forwarded += tokens
+        peak = max(peak, live)
+    return Cost(peak, forwarded, live)

@@ -1,0 +1,147 @@
+"""Repairs of common faults. Words of the source are never touched: blocks are opened up, stray markers taken out.
+
+A row that came from an outline is assembled anew, without the blocks at fault. Of any other row the markers are taken
+out; what a dissolved block had as its solution stays in the trace, so that the check of the words decides again.
+
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from hcot_lmeval.markup import Markup
+from hcot_lmeval.prepare.checks import Checker, Fault
+from hcot_lmeval.prepare.measure import Stretch, cut
+from hcot_lmeval.prepare.outline import Outline, OutlineError, assemble
+from hcot_lmeval.prepare.rows import PreparedRow
+
+OF_BLOCKS = frozenset({"too_deep", "empty_thought", "empty_solution", "solution_not_shorter", "solution_insufficient"})
+"""Codes that are mended by opening a block up."""
+OF_MARKERS = frozenset({"malformed"})
+ROUNDS = 4
+"""Opening up a block may leave another one at fault; so many times it is tried."""
+
+
+def check_and_repair(
+    row: PreparedRow, check: Checker, judged: Sequence[Fault] = ()
+) -> tuple[PreparedRow, list[Fault], list[str]]:
+    """Checks a row and repairs what can be repaired.
+
+    Args:
+        row: the row.
+        check: what is allowed.
+        judged: faults that were found elsewhere, of the row as it is.
+
+    Returns:
+        The row, its faults, and what was repaired; where nothing helped, the row as it came.
+    """
+    faults = [*check(row), *judged]
+    if not check.options.repair:
+        return row, faults, []
+    mended, left, done = row, faults, list[str]()
+    for _ in range(ROUNDS):
+        step = _repair(mended, left, check.markup)
+        if step is None:
+            break
+        mended, did = step
+        done += did
+        left = check(mended)
+    if not done or _weight(left, check) >= _weight(faults, check):
+        return row, faults, []
+    return replace(mended, made_by={**mended.made_by, "repairs": done}), left, done
+
+
+def _weight(faults: Sequence[Fault], check: Checker) -> int:
+    return sum(fault.code not in check.options.tolerated for fault in faults)
+
+
+def _repair(row: PreparedRow, faults: Sequence[Fault], markup: Markup) -> tuple[PreparedRow, list[str]] | None:
+    """One round; None where there is nothing to do."""
+    codes = {fault.code for fault in faults}
+    bad = {fault.block: fault.code for fault in faults if fault.code in OF_BLOCKS and fault.block is not None}
+    if row.outline is not None and row.pieces is not None:
+        return _reassembled(row, row.outline, row.pieces, bad, codes, markup)
+    if codes & OF_MARKERS:
+        return _without_strays(row, markup)
+    if bad:
+        trace = _cut(row.trace, markup)
+        return replace(row, trace=_joined(trace, _marks_of(trace, bad, markup))), _told(bad)
+    return None
+
+
+def _reassembled(
+    row: PreparedRow, outline: Outline, pieces: tuple[str, ...], bad: dict[int, str], codes: set[str], markup: Markup
+) -> tuple[PreparedRow, list[str]] | None:
+    broken = codes & {"malformed", "words_changed"} and "".join(pieces) == row.source.reasoning
+    if not bad and not broken:
+        return None
+    kept = tuple(block for number, block in enumerate(outline.blocks) if number not in bad)
+    try:
+        left = Outline(outline.sentences, kept)
+        trace = assemble(pieces, left, markup)
+    except OutlineError:
+        return None
+    if trace == row.trace:
+        return None
+    did = _told(bad) if bad else ["assembled anew"]
+    return replace(row, trace=trace, outline=left), did
+
+
+def _told(bad: dict[int, str]) -> list[str]:
+    return [f"opened block {number}: {code}" for number, code in sorted(bad.items())]
+
+
+def _cut(trace: str, markup: Markup) -> list[Stretch]:
+    count: Callable[[Sequence[str]], list[int]] = lambda texts: [1] * len(texts)  # noqa: E731
+    return cut(trace, markup, count)
+
+
+def _joined(trace: Sequence[Stretch], without: set[int]) -> str:
+    return "".join(stretch.text for place, stretch in enumerate(trace) if place not in without)
+
+
+def _marks_of(trace: Sequence[Stretch], bad: dict[int, str], markup: Markup) -> set[int]:
+    """The places of the markers of some blocks of a well-formed trace."""
+    open_: list[int] = []
+    places: set[int] = set()
+    number = 0
+    for place, stretch in enumerate(trace):
+        if stretch.mark == markup.open:
+            open_.append(number)
+            number += 1
+        if stretch.mark in markup.markers and open_ and open_[-1] in bad:
+            places.add(place)
+        if stretch.mark == markup.close:
+            open_.pop()
+    return places
+
+
+def _without_strays(row: PreparedRow, markup: Markup) -> tuple[PreparedRow, list[str]] | None:
+    """Takes out the markers that belong to no whole block, and thinking tokens."""
+    trace = _cut(row.trace, markup)
+    whole = _whole_blocks(trace, markup)
+    strays = {place for place, stretch in enumerate(trace) if stretch.mark and place not in whole}
+    if not strays:
+        return None
+    told = [f"took out {trace[place].mark}" for place in sorted(strays)]
+    return replace(row, trace=_joined(trace, strays)), told
+
+
+def _whole_blocks(trace: Sequence[Stretch], markup: Markup) -> set[int]:
+    """The places of markers that form whole blocks: one opens, the last split counts, one closes."""
+    whole: set[int] = set()
+    open_: list[list[int]] = []
+    for place, stretch in enumerate(trace):
+        if stretch.mark == markup.open and (markup.nested or not open_):
+            open_.append([place])
+        elif stretch.mark == markup.split and open_:
+            lead = place + 1 < len(trace) and trace[place + 1].mark == markup.lead
+            if markup.lead is None or lead:
+                open_[-1][1:] = [place, place + 1] if lead else [place]
+        elif stretch.mark == markup.close and open_:
+            block = open_.pop()
+            if len(block) > 1:
+                whole |= {*block, place}
+    return whole

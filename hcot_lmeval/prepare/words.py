@@ -1,0 +1,100 @@
+"""Are the words of the source still there? Markers and solutions may be added; nothing else may change.
+
+A trace that came from an outline is taken apart again, exactly. Any other one, such as a rewriting, is compared word by
+word: what is missing from the original counts as changed, and so does what was added outside of solutions.
+
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from hcot_lmeval.markup import Markup
+from hcot_lmeval.prepare.measure import TEXT, Stretch
+
+WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d]+|[^\w\s]|_")
+"""A number, a word, or a sign; a marker may stand between any two."""
+FORMULA = re.compile(r"[\d\\^_=+*/<>≤≥≠×÷√∑∫−-]")
+"""What a word or sign of a formula holds."""
+EXACT_WORDS = 20_000
+"""Longer texts are aligned without words that are very frequent, which could take minutes otherwise."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs between the original and a trace.
+
+    Attributes:
+        words: of the original.
+        lost: words of the original that are missing.
+        added: words that are new, outside of solutions.
+    """
+
+    words: int
+    lost: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Changed words, over the words of the original."""
+        return max(len(self.lost), len(self.added)) / max(1, self.words)
+
+    @property
+    def formulas(self) -> list[str]:
+        """Numbers and parts of formulas that are lost or added, and not merely at another place."""
+        lost, added = (Counter(word for word in side if FORMULA.search(word)) for side in (self.lost, self.added))
+        return sorted(((lost - added) + (added - lost)).elements())
+
+
+def compare(original: str, stretches: Sequence[Stretch], markup: Markup) -> Changes:
+    """Compares a trace with the words that it was made of.
+
+    A solution is either words of the original, which stand there next, or added as a whole; where that explains the
+    trace, nothing was changed. Otherwise the two are aligned.
+    """
+    before, parts = WORD.findall(original), _parts(stretches, markup)
+    if _explained(before, parts):
+        return Changes(len(before))
+    after = [(word, inside) for words, inside in parts for word in words]
+    matcher = SequenceMatcher(
+        None, before, [word for word, _ in after], autojunk=len(before) + len(after) > EXACT_WORDS
+    )
+    lost: list[str] = []
+    added: list[str] = []
+    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
+        if kind != "equal":
+            lost += before[i1:i2]
+            added += [word for word, inside in after[j1:j2] if not inside]
+    return Changes(len(before), tuple(lost), tuple(added))
+
+
+def _parts(stretches: Sequence[Stretch], markup: Markup) -> list[tuple[list[str], bool]]:
+    """The words of each text, and whether it is part of a solution."""
+    parts: list[tuple[list[str], bool]] = []
+    solving: list[bool] = []
+    for mark, text, _ in stretches:
+        if mark == markup.open:
+            solving.append(False)
+        elif mark == markup.split and solving:
+            solving[-1] = True
+        elif mark == markup.close and solving:
+            solving.pop()
+        elif mark == TEXT:
+            parts.append((WORD.findall(text), any(solving)))
+    return parts
+
+
+def _explained(before: Sequence[str], parts: Sequence[tuple[list[str], bool]]) -> bool:
+    """Whether the texts, less some that are solutions, are the original."""
+    at = 0
+    for words, inside in parts:
+        if before[at : at + len(words)] == words:
+            at += len(words)
+        elif not inside:
+            return False
+    return at == len(before)
