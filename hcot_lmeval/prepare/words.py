@@ -55,12 +55,12 @@ def compare(original: str, stretches: Sequence[Stretch], markup: Markup) -> Chan
     """Compares a trace with the words that it was made of.
 
     A solution is either words of the original, which stand there next, or added as a whole; where that explains the
-    trace, nothing was changed. Otherwise the two are aligned.
+    trace, nothing was changed. Otherwise the two are aligned. Space does not count.
     """
     before, parts = WORD.findall(original), _parts(stretches, markup)
-    if _explained(before, parts):
+    if _explained(original, parts):
         return Changes(len(before))
-    after = [(word, inside) for words, inside in parts for word in words]
+    after = [(word, inside) for text, inside in parts for word in WORD.findall(text)]
     matcher = SequenceMatcher(
         None, before, [word for word, _ in after], autojunk=len(before) + len(after) > EXACT_WORDS
     )
@@ -73,9 +73,9 @@ def compare(original: str, stretches: Sequence[Stretch], markup: Markup) -> Chan
     return Changes(len(before), tuple(lost), tuple(added))
 
 
-def _parts(stretches: Sequence[Stretch], markup: Markup) -> list[tuple[list[str], bool]]:
-    """The words of each text, and whether it is part of a solution."""
-    parts: list[tuple[list[str], bool]] = []
+def _parts(stretches: Sequence[Stretch], markup: Markup) -> list[tuple[str, bool]]:
+    """The texts, and whether each is part of a solution."""
+    parts: list[tuple[str, bool]] = []
     solving: list[bool] = []
     for mark, text, _ in stretches:
         if mark == markup.open:
@@ -85,16 +85,16 @@ def _parts(stretches: Sequence[Stretch], markup: Markup) -> list[tuple[list[str]
         elif mark == markup.close and solving:
             solving.pop()
         elif mark == TEXT:
-            parts.append((WORD.findall(text), any(solving)))
+            parts.append((text, any(solving)))
     return parts
 
 
-def _explained(before: Sequence[str], parts: Sequence[tuple[list[str], bool]]) -> bool:
+def _explained(original: str, parts: Sequence[tuple[str, bool]]) -> bool:
     """Whether the texts, less some that are solutions, are the original."""
-    at = 0
-    for words, inside in parts:
-        if before[at : at + len(words)] == words:
-            at += len(words)
-        elif not inside:
-            return False
-    return at == len(before)
+    letters = "".join(original.split())
+    ways = {0}  # how much of the original the texts so far may have used
+    for text, inside in parts:
+        said = "".join(text.split())
+        used = {at + len(said) for at in ways if letters.startswith(said, at)}
+        ways = ways | used if inside else used
+    return len(letters) in ways
