@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return int(args.action(args))
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        sys.stderr.close()
+        return 0
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -188,7 +188,7 @@ def _number(line: bytes) -> int | None:
         return None
     try:
         return int(json.loads(line)["n"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

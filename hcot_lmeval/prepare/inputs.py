@@ -156,7 +156,7 @@ def _lines(path: Path) -> Iterator[Record]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _parsed(f"{path}, line {number}", line.decode(errors="replace"))
+                yield _parsed(f"{path}, line {number}", line.decode(errors="replace").removeprefix("\ufeff"))
 
 
 def _parsed(where: str, line: str) -> Record:

@@ -1,0 +1,41 @@
+"""Flat rows that look like what models write, for tests of the preparation of data."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+STARTS = ("Now, ", "So ", "Wait, ", "Next, ", "Therefore ", "Let me check: ", "")
+WORDS = "we take the sum of all terms and then look at what is left over in this case for each number".split()
+
+
+def flat_row(number: int, sentences: int = 40) -> dict[str, Any]:
+    """A row in the columns of OpenMathReasoning; its answer is its number."""
+    rng = random.Random(number)
+    said = []
+    for place in range(sentences):
+        words = " ".join(rng.choices(WORDS, k=rng.randint(6, 16)))
+        end = f" $x_{place} = {rng.randint(1, 99)}$." if rng.random() < 0.4 else "."
+        said.append(f"{rng.choice(STARTS)}{words}{end}" + ("\n\n" if rng.random() < 0.2 else " "))
+    return {
+        "id": f"row-{number}",
+        "problem": f"What is {number} + 0, written as a number?",
+        "generated_solution": f"<think>\n{''.join(said)}\n</think>\n\nIt is $\\boxed{{{number}}}$.",
+        "expected_answer": str(number),
+    }
+
+
+def write_flat(path: Path, numbers: range, **changes: Any) -> Path:
+    """Writes rows as JSONL."""
+    return write_rows(path, [{**flat_row(number), **changes} for number in numbers])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

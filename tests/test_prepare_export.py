@@ -1,0 +1,187 @@
+"""What is exported is trained on as it is: the same text, form by form, a few steps, and generation by the engine."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.prepare.export import ExportOptions, exported, push, write_export
+from hcot_lmeval.prepare.inputs import Record, find_inputs
+from hcot_lmeval.prepare.outline import assemble
+from hcot_lmeval.prepare.rows import PreparedRow, read_prepared, read_row
+from hcot_lmeval.prepare.segmenter import SegmenterOptions, segment
+from hcot_lmeval.prepare.sentences import split_sentences
+from tests.prepare_files import flat_row, read_jsonl
+
+FORMS = [(format_, form) for format_ in ("jsonl", "parquet") for form in ("columns", "chat")]
+
+
+def prepared(record: dict) -> PreparedRow:
+    """The row of a flat record, segmented."""
+    row = read_row(Record("here", record))
+    pieces = tuple(split_sentences(row.reasoning))
+    outline = segment(pieces, options=SegmenterOptions(target_tokens=60, min_tokens=30, max_tokens=120))
+    return PreparedRow(row, assemble(pieces, outline, PRESETS["hcot"]), outline, pieces, {"method": "segmenter"})
+
+
+def rows(count: int = 5, response: bool = True) -> list[PreparedRow]:
+    records = [flat_row(number) for number in range(count)]
+    if not response:
+        for record in records:
+            record["generated_solution"] = record["generated_solution"].partition("</think>")[0] + "</think>"
+    return [prepared(record) for record in records]
+
+
+def write(path, found, **options):
+    ticks = []
+    count = write_export(found, path, ExportOptions(**options), lambda: ticks.append(1))
+    assert count == len(found) == len(ticks)
+    return path
+
+
+@pytest.mark.parametrize("response", [True, False])
+@pytest.mark.parametrize(("format_", "form"), FORMS)
+def test_training_reads_every_form_as_the_same_text(tmp_path, format_, form, response):
+    from hcot_lmeval.training.config import SourceConfig
+    from hcot_lmeval.training.data.sources import load_source
+    from hcot_lmeval.training.data.text import TextForm
+    from tests.tiny import tiny_tokenizer
+
+    found = rows(response=response)
+    path = write(tmp_path / f"train.{format_}", found, format=format_, form=form)
+    text = TextForm(tiny_tokenizer(), PRESETS["hcot"])
+    loaded = load_source(SourceConfig(path=str(path)))
+    assert len(loaded) == len(found)
+    for read, row in zip(loaded, found, strict=True):
+        prompt = text.prompt_text(read)
+        assert prompt == text.prompt_text({"messages": None, "question": row.source.question})
+        end = row.source.response or f"\n\n\\boxed{{{row.source.answer}}}"
+        assert text.completion_text(read["trace"], read["answer"], prompt) == f"<think>{row.trace}</think>{end}"
+        assert read["answer"] == row.source.answer
+
+
+def test_extra_columns_lead_back_to_the_row(tmp_path):
+    extras = ("original", "outline", "sentences", "made_by", "meta")
+    for format_ in ("jsonl", "parquet"):
+        path = write(tmp_path / f"all.{format_}", rows(), format=format_, extras=extras)
+        assert list(read_prepared(find_inputs([path]))) == rows()
+
+
+def test_an_export_is_whole_or_not_there(tmp_path):
+    def torn():
+        yield rows(1)[0]
+        raise RuntimeError("killed")
+
+    for format_ in ("jsonl", "parquet"):
+        path = write(tmp_path / f"a.{format_}", rows(2), format=format_)
+        before = path.read_bytes()
+        with pytest.raises(RuntimeError):
+            write_export(torn(), path, ExportOptions(format=format_), lambda: None)
+        assert path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
+
+
+def test_text_that_utf8_has_no_bytes_for_is_exported(tmp_path):
+    one = rows(1)[0]
+    record = {**one.record(), "question": "lone \ud800 half"}
+    path = write(tmp_path / "a.jsonl", [PreparedRow.from_record(record)])
+    assert read_jsonl(path)[0]["question"] == "lone \ud800 half"
+
+
+def test_options_name_what_is_allowed():
+    with pytest.raises(ValueError, match="format='csv' is unknown; choose one of jsonl, parquet"):
+        ExportOptions(format="csv")
+    with pytest.raises(ValueError, match="extras='x' is unknown; choose among original, outline"):
+        ExportOptions(extras=("x",))
+    with pytest.raises(ValueError, match="give owner/name"):
+        ExportOptions(push="name")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything and remembers it."""
+    import datasets
+    import huggingface_hub
+
+    taken = SimpleNamespace(rows=None, options=None, card=None)
+
+    def push_to_hub(self, name, **options):
+        taken.rows, taken.options = list(self), {"name": name, **options}
+
+    card = SimpleNamespace(text="", push_to_hub=lambda name: setattr(taken, "card", card.text))
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", push_to_hub)
+    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name: card)
+    return taken
+
+
+def test_pushes_rows_and_a_card(tmp_path, hub):
+    options = ExportOptions(format="parquet", push="me/traces")
+    path = write(tmp_path / "a.parquet", rows(3), format="parquet")
+    history = [
+        {"step": "segment", "identity": {"arguments": {}}, "versions": {}, "summary": {"rows": 3}, "state": "done"}
+    ]
+    assert push(path, options, history) == "https://huggingface.co/datasets/me/traces"
+    assert hub.rows == [exported(row, options) for row in rows(3)]
+    assert hub.options == {"name": "me/traces", "split": "train", "private": True}
+    assert hub.card.strip().startswith("3 chains of thought") and '"segment"' in hub.card
+
+
+def test_a_refusal_of_the_hub_tells_no_token(tmp_path, monkeypatch):
+    import datasets
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(self, name, **options):
+        request = httpx.Request("POST", "https://hub", headers={"authorization": "Bearer hf_secret"})
+        raise HfHubHTTPError("401 hf_secret", response=httpx.Response(401, request=request))
+
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", refuse)
+    with pytest.raises(ValueError, match=r"refuses to take me/traces \(HfHubHTTPError, 401\); log in") as caught:
+        push(write(tmp_path / "a.jsonl", rows(1)), ExportOptions(push="me/traces"), [])
+    assert "secret" not in str(caught.value)
+
+
+def test_a_few_steps_of_training_and_generation_by_the_engine(tmp_path):
+    """From flat rows to a model that runs: the script of training on the file as it was exported."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hcot_lmeval.engine import Engine, Request, SamplingParams
+    from hcot_lmeval.record import read_record
+    from hcot_lmeval.tokens import encode_prompt
+    from hcot_lmeval.training.config_file import load_config
+    from hcot_lmeval.training.sft import train
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    records = [flat_row(number, sentences=15) for number in range(9)]
+    paths = [
+        write(tmp_path / f"{name}.jsonl", [prepared(record) for record in part])
+        for name, part in (("train", records[:6]), ("held-out", records[6:]))
+    ]
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {
+        "model": str(tmp_path / "base"),
+        "output": str(tmp_path / "run"),
+        "data": {
+            "train": [{"path": str(paths[0])}],
+            "held_out": [{"path": str(paths[1])}],
+            "row_length": 2048,
+            "too_long": "drop",
+        },
+        "phases": [{"policy": "recompute", "steps": 3}],
+        "evaluation": {"every": 3, "problems": 1, "max_context": 256, "max_gen_toks": 8},
+        "trainer": {"per_device_train_batch_size": 1, "logging_steps": 1},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    train(load_config(tmp_path / "config.yaml", []), restart=False, command="test")
+    assert (tmp_path / "run" / "rejected.jsonl").read_text() == ""  # every row was trained on
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert read_record(model.config) is not None
+    prompt = encode_prompt(tokenizer, "What is 1 + 0?")
+    engine = Engine(model, tokenizer, policy="recompute", max_context=256)
+    (done,) = engine.stream([Request("1", tuple(prompt), SamplingParams(max_gen_toks=24, temperature=1.0, seed=1))])
+    assert 1 <= done.statistics.generated_tokens <= 24
