@@ -92,6 +92,19 @@ def test_the_same_again_does_nothing_and_other_settings_are_refused(tmp_path, ca
     assert len(read_jsonl(out / "segment" / "rows.jsonl")) == 3
 
 
+def test_an_error_in_the_settings_leaves_nothing_that_refuses_the_right_ones(tmp_path, capsys):
+    path = write_rows(tmp_path / "flat.jsonl", [{"task": flat_row(1)["problem"], **flat_row(1)}])
+    assert run("segment", path, "--out", tmp_path / "run", "--column", "question=tusk") == 1
+    assert "no column for question=tusk. Present: task, id" in capsys.readouterr().err
+    assert run("segment", path, "--out", tmp_path / "run", "--column", "question=task", *BLOCKS) == 0
+
+
+def test_an_error_in_a_worker_process_is_said_plainly(tmp_path, capsys):
+    out = segmented(tmp_path)
+    assert run("check", out, "--tokenizer", str(tmp_path / "none"), "--max-tokens", 9, "--workers", 2) == 1
+    assert "none" in capsys.readouterr().err
+
+
 def test_several_processes_write_the_same(tmp_path):
     out = segmented(tmp_path, range(30))
     for workers in (1, 3):

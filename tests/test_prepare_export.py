@@ -11,7 +11,8 @@ from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.export import ExportOptions, exported, push, write_export
 from hcot_lmeval.prepare.inputs import Record, find_inputs
 from hcot_lmeval.prepare.outline import assemble
-from hcot_lmeval.prepare.rows import PreparedRow, read_prepared, read_row
+from hcot_lmeval.prepare.reading import read_prepared, read_row
+from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions, segment
 from hcot_lmeval.prepare.sentences import split_sentences
 from tests.prepare_files import flat_row, read_jsonl

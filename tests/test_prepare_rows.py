@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
-from hcot_lmeval.prepare.rows import (
-    READING,
-    PreparedRow,
-    SourceRow,
-    Unreadable,
-    read_prepared,
-    read_rows,
-    row_id,
-    split_thinking,
-)
+from hcot_lmeval.prepare.reading import read_prepared, read_rows, split_thinking
+from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable, row_id
 
 SAID = "<think>\nFirst.\nThen 2.\n</think>\nIt is \\boxed{2}."
 REASONING, RESPONSE = "\nFirst.\nThen 2.\n", "\nIt is \\boxed{2}."

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads what is printed has seen enough
         sys.stderr.close()
         return 0
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
@@ -68,8 +68,9 @@ def kinds() -> dict[str, list[tuple[type, str]]]:
     from hcot_lmeval.prepare.export import ExportOptions
     from hcot_lmeval.prepare.inputs import InputOptions
     from hcot_lmeval.prepare.segmenter import SegmenterOptions
+    from hcot_lmeval.prepare.segmenting import FormOptions
     from hcot_lmeval.prepare.stats import StatsOptions
-    from hcot_lmeval.prepare.steps import FormOptions, Work
+    from hcot_lmeval.prepare.steps import Work
 
     read, work = (InputOptions, "input"), (Work, "work")
     return {
@@ -197,39 +198,41 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 def run_segment(args: argparse.Namespace) -> int:
     """Segments flat traces; returns the exit status."""
-    from hcot_lmeval.prepare import steps
+    from hcot_lmeval.prepare import segmenting
     from hcot_lmeval.prepare.folder import StepFolder
     from hcot_lmeval.prepare.inputs import InputOptions, find_inputs
-    from hcot_lmeval.prepare.rows import check_roles
+    from hcot_lmeval.prepare.reading import check_roles
     from hcot_lmeval.prepare.segmenter import SegmenterOptions
+    from hcot_lmeval.prepare.steps import Work
 
     given, columns = _given(args), check_roles(_pairs(args.column))
-    read, work = _read(InputOptions, given), _read(steps.Work, given)
-    form = _read(steps.FormOptions, given)
-    make = steps.Segmenting(_read(SegmenterOptions, given), form)
+    read, work = _read(InputOptions, given), _read(Work, given)
+    form = _read(segmenting.FormOptions, given)
+    make = segmenting.Segmenting(_read(SegmenterOptions, given), form)
     inputs = find_inputs(args.sources, read)
     arguments = {"method": "segmenter", "columns": columns, "limit": read.limit, **asdict(make)}
     folder = StepFolder(args.out, "segment", arguments, [each.identity() for each in inputs])
-    return _report(steps.run_segment(folder, inputs, columns, read.limit, make, work))
+    return _report(segmenting.run_segment(folder, inputs, columns, read.limit, make, work))
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Checks prepared rows; returns the exit status."""
-    from hcot_lmeval.prepare import steps
+    from hcot_lmeval.prepare import checking
     from hcot_lmeval.prepare.checks import REASONS, CheckOptions
+    from hcot_lmeval.prepare.contamination import identities
     from hcot_lmeval.prepare.folder import StepFolder
     from hcot_lmeval.prepare.inputs import find_inputs
+    from hcot_lmeval.prepare.steps import Work
 
     if args.reasons:
         print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
         return 0
     given = _given(args)
-    options, work = _read(CheckOptions, given), _read(steps.Work, given)
+    options, work = _read(CheckOptions, given), _read(Work, given)
     inputs = find_inputs(_rows_of(args.sources, "check"))
-    folder = StepFolder(
-        _out(args), "check", {"limit": args.limit, **asdict(options)}, [each.identity() for each in inputs]
-    )
-    return _report(steps.run_check(folder, inputs, args.limit, options, work))
+    arguments = {"limit": args.limit, **asdict(options), "problems": identities(options.against)}
+    folder = StepFolder(_out(args), "check", arguments, [each.identity() for each in inputs])
+    return _report(checking.run_check(folder, inputs, args.limit, options, work))
 
 
 def run_stats(args: argparse.Namespace) -> int:
@@ -237,7 +240,7 @@ def run_stats(args: argparse.Namespace) -> int:
     from hcot_lmeval.prepare import stats as statistics
     from hcot_lmeval.prepare.folder import manifests
     from hcot_lmeval.prepare.inputs import count_records, find_inputs
-    from hcot_lmeval.prepare.rows import read_prepared
+    from hcot_lmeval.prepare.reading import read_prepared
     from hcot_lmeval.prepare.steps import Progress, Work
     from hcot_lmeval.report import render
 
@@ -261,7 +264,8 @@ def run_export(args: argparse.Namespace) -> int:
     from hcot_lmeval.prepare.export import ExportOptions, only_rows, push, write_export
     from hcot_lmeval.prepare.folder import manifests, write_json
     from hcot_lmeval.prepare.inputs import count_records, find_inputs
-    from hcot_lmeval.prepare.rows import Unreadable, read_prepared
+    from hcot_lmeval.prepare.reading import read_prepared
+    from hcot_lmeval.prepare.rows import Unreadable
     from hcot_lmeval.prepare.steps import Progress, Work
 
     given, out = _given(args), _out(args)

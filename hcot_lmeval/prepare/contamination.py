@@ -96,6 +96,23 @@ def ngrams(found: Sequence[str], size: int, *, whole: bool = False) -> set[tuple
     return set(zip(*(found[i:] for i in range(size)), strict=False))
 
 
+def identities(names: Sequence[str]) -> dict[str, str]:
+    """Returns what tells evaluation problems from others: the data set of a task, the digest of a file.
+
+    Raises:
+        ValueError: a name is neither a task nor a file.
+    """
+    from hcot_lmeval.prepare.inputs import file_digest
+
+    return {name: TASKS[name] if name in TASKS else file_digest(_file(name)) for name in names}
+
+
+def _file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise ValueError(f"against={name!r} is neither a file nor a task; choose one of {', '.join(TASKS)}, or a file")
+    return Path(name)
+
+
 def load_problems(names: Sequence[str]) -> list[tuple[str, str]]:
     """Reads evaluation problems; returns pairs of a name and a problem.
 
@@ -113,9 +130,7 @@ def load_problems(names: Sequence[str]) -> list[tuple[str, str]]:
 def _problems(name: str) -> Iterator[tuple[str, str]]:
     if name in TASKS:
         return _task_problems(name)
-    if Path(name).exists():
-        return _file_problems(name)
-    raise ValueError(f"against={name!r} is neither a file nor a task; choose one of {', '.join(TASKS)}, or a file")
+    return _file_problems(str(_file(name)))
 
 
 def _task_problems(task: str) -> Iterator[tuple[str, str]]:

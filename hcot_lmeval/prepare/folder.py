@@ -80,6 +80,8 @@ class StepFolder:
             FolderError: it holds the step with other arguments or inputs, and `restart` is not set.
         """
         found = None if restart else read_manifest(self.path)
+        if found is not None and found["state"] == "working" and not _size(self.path / "journal.jsonl"):
+            found = None  # it was stopped before the first row, perhaps by an error in the settings
         if found is not None and found["identity"] != self.identity:
             told = differences(found["identity"], self.identity)
             raise FolderError(
@@ -181,6 +183,10 @@ class Journal:
                 return
             self._index(number, at)
             at += len(line)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _number(line: bytes) -> int | None:

@@ -41,6 +41,7 @@ def _in_processes(
 ) -> Iterator[tuple[Item, Result]]:
     import multiprocessing
     from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()
     context = multiprocessing.get_context("spawn")  # safe beside threads
@@ -53,10 +54,15 @@ def _in_processes(
                 return
             done, future = waiting.popleft()
             yield from zip(done, future.result(), strict=True)
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process has died, perhaps for want of memory; start the same command again, with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+_make: Callable[[], Callable[[Any], Any]] | None = None
 _work: Callable[[Any], Any] | None = None
 
 
@@ -64,10 +70,12 @@ def _start(make: Callable[[], Callable[[Any], Any]]) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    global _work
-    _work = make()
+    global _make
+    _make = make  # called with the first chunk: an error there reaches the parent, one here would not
 
 
 def _work_on(chunk: list[Any]) -> list[Any]:
-    assert _work is not None, "a process works before it has started"
+    global _work
+    assert _make is not None, "a process works before it has started"
+    _work = _work or _make()
     return [_work(item) for item in chunk]
