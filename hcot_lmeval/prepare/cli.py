@@ -149,7 +149,7 @@ examples:
   %(prog)s run --against aime24 aime25 polymath --drop-contaminated
   %(prog)s traces.jsonl --out run --max-tokens 16384 --tokenizer Qwen/Qwen2.5-1.5B
   %(prog)s run --tolerate answer_missing near_duplicate  report these, reject for the others
-  %(prog)s any --reasons                                 every code and what it means
+  %(prog)s --reasons                                     every code and what it means
 
 Written to OUT/check: rows.jsonl, rejected.jsonl (with reasons), manifest.json. With HCOT_LMEVAL_DATA the evaluation
 tasks are read from a local folder in place of the hub.
@@ -157,7 +157,17 @@ tasks are read from a local folder in place of the hub.
     )  # fmt: skip
     _add_out(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
-    parser.add_argument("--reasons", action="store_true", help="print every code with its meaning, and stop")
+    parser.add_argument("--reasons", action=_Reasons, nargs=0, help="print every code with its meaning, and stop")
+
+
+class _Reasons(argparse.Action):
+    """Needs no rows, as ``--help`` does not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from hcot_lmeval.prepare.checks import REASONS
+
+        print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
+        parser.exit()
 
 
 def _stats(commands: Any) -> None:
@@ -218,15 +228,12 @@ def run_segment(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Checks prepared rows; returns the exit status."""
     from hcot_lmeval.prepare import checking
-    from hcot_lmeval.prepare.checks import REASONS, CheckOptions
+    from hcot_lmeval.prepare.checks import CheckOptions
     from hcot_lmeval.prepare.contamination import identities
     from hcot_lmeval.prepare.folder import StepFolder
     from hcot_lmeval.prepare.inputs import find_inputs
     from hcot_lmeval.prepare.steps import Work
 
-    if args.reasons:
-        print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
-        return 0
     given = _given(args)
     options, work = _read(CheckOptions, given), _read(Work, given)
     inputs = find_inputs(_rows_of(args.sources, "check"))
