@@ -180,6 +180,28 @@ def test_help_is_instant_and_imports_nothing_heavy(command):
     assert "examples:" in done.stdout
 
 
+DATA = os.environ.get("HCOT_LMEVAL_TEST_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="set HCOT_LMEVAL_TEST_DATA to a folder with traces/ and aime25/")
+def test_real_traces_pass_with_their_words_and_the_evaluation_problem_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCOT_LMEVAL_DATA", str(DATA))
+    source, out = Path(str(DATA)) / "traces" / "reasoning_traces.jsonl", tmp_path / "run"
+    assert run("segment", source, "--out", out) == 0
+    assert run("check", out, "--against", "aime24", "aime25", "--max-depth", 2) == 0
+    assert run("stats", out, "--no-plots") == 0
+    rows = {row["id"]: row for row in read_jsonl(out / "check" / "rows.jsonl")}
+    flat = read_jsonl(source)
+    assert len(rows) == len(flat) == 26
+    for row in flat:
+        text = rows[row["id"]]["original"]
+        assert row["generated_solution"].removesuffix("</think>") == (text if "</think>" in text else f"<think>{text}")
+    remarks = {name: row["remarks"] for name, row in rows.items() if "remarks" in row}
+    assert [(name, remark["code"]) for name, [remark] in remarks.items()] == [("nemotron7b-aime25-0", "contaminated")]
+    numbers = json.loads((out / "stats" / "stats.json").read_text())["numbers"]
+    assert numbers["recompute peak"]["sum"] < 0.3 * numbers["off peak"]["sum"]
+
+
 # --- killed runs go on ------------------------------------------------------------------------------------------------
 
 
