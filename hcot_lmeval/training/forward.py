@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,22 @@ def token_logprobs(model: Any, batch: Batch, chunk: int = 1024) -> torch.Tensor:
     return result
 
 
+def column_logprobs(model: Any, batch: Batch, ids: Sequence[int], chunk: int = 1024) -> torch.Tensor:
+    """Returns the log-probabilities of some tokens at each target of `batch`, in nats, 0 where there is no target.
+
+    Args:
+        model: the model that `install` was called on, or any wrapper around it.
+        batch: packed rows [B, T].
+        ids: token ids.
+        chunk: rows of logits that exist at a time.
+
+    Returns:
+        [B, T, len(ids)].
+    """
+    result: torch.Tensor = _run(model, batch, functools.partial(_columns, ids=list(ids), chunk=chunk))["logprobs"]
+    return result
+
+
 def check_head(inner: Any) -> None:
     """Compares our way to the logits with the model's own on a few tokens.
 
@@ -162,18 +178,31 @@ def _sums(hidden: torch.Tensor, batch: Batch, head: Any, settings: LossSettings)
 
 def _logprobs(hidden: torch.Tensor, batch: Batch, head: Any, chunk: int) -> dict[str, torch.Tensor]:
     targets = batch["shift_labels"].flatten()
-    rows = (targets != IGNORE).nonzero()[:, 0]
-    found = [_chosen(head(hidden.flatten(0, 1)[some]), targets[some]) for some in rows.split(chunk)]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    values = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
-    if found:
-        values = values.index_put((rows,), torch.cat(found))
+    values = _at_targets(hidden, targets[:, None], targets, head, chunk)
     return {"logprobs": values.view_as(batch["shift_labels"])}
 
 
-def _chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _columns(hidden: torch.Tensor, batch: Batch, head: Any, ids: list[int], chunk: int) -> dict[str, torch.Tensor]:
+    targets = batch["shift_labels"].flatten()
+    wanted = torch.tensor(ids, device=targets.device).expand(len(targets), -1)
+    values = _at_targets(hidden, wanted, targets, head, chunk)
+    return {"logprobs": values.view(*batch["shift_labels"].shape, len(ids))}
+
+
+def _at_targets(
+    hidden: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, head: Any, chunk: int
+) -> torch.Tensor:
+    """Log-probabilities of the ids `wanted` [rows, k] in the rows that have a target; 0 in the others."""
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    found = [_chosen(head(hidden.flatten(0, 1)[some]), wanted[some]) for some in rows.split(chunk)]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    values = torch.zeros(wanted.shape, dtype=dtype, device=hidden.device)
+    return values.index_put((rows,), torch.cat(found)) if found else values
+
+
+def _chosen(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(-1, wanted)
 
 
 def _head(inner: Any) -> Callable[[torch.Tensor], torch.Tensor]:

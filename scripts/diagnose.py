@@ -1,0 +1,8 @@
+"""Says why a checkpoint loops, breaks the notation or never ends; see `hcot_lmeval.diagnosis.cli`, or ``--help``."""
+
+import sys
+
+from hcot_lmeval.diagnosis.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Diagnosis: scores against the engine, each verdict from figures made for it, and the bundled model from outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hcot_lmeval.diagnosis import cli, subject
+from hcot_lmeval.diagnosis.findings import AS_RENDERED, Code, Kind, find_all, trained_policy
+from hcot_lmeval.diagnosis.measure import FirstFault, FreeWriting, Measurements, Problem, opens_thinking
+from hcot_lmeval.diagnosis.report import as_dict, table, verdict
+from hcot_lmeval.diagnosis.scores import Scored, prompt_nats, score_traces
+from hcot_lmeval.engine import Engine, Request, SamplingParams
+from hcot_lmeval.trace import Policy
+from hcot_lmeval.training.data.documents import Example
+from tests.random_traces import nested
+from tests.reference import CLOSE, EOS, MARKERS, OPEN, SPLIT
+from tests.test_grammar import GRAMMARS, THINK_END
+from tests.tiny import tiny_model
+
+GRAMMAR = GRAMMARS["hcot"]
+NAMES = {OPEN: "[THOUGHT]", SPLIT: "[SOLUTION]", CLOSE: "[RETURN]", EOS: "<eos>", THINK_END: "</think>"}
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
+def model(request: pytest.FixtureRequest):
+    return tiny_model(request.param, torch.float64, vocab_size=64)
+
+
+def gold(count: int) -> list[Example]:
+    rng = random.Random(3)
+    return [Example((10, 11, 12), (*nested(rng, MARKERS["hcot"], 30), EOS)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_scores_are_the_engines_log_probabilities(model, policy: Policy) -> None:
+    """The engine reads the same traces token by token, in the contexts that it prunes itself."""
+    examples = gold(4)
+    engine = Engine(model, markers=MARKERS["hcot"], policy=policy, eos_ids=(EOS,), self_check=False)
+    requests = [
+        Request(
+            str(n), e.prompt_ids, SamplingParams(max_gen_toks=99, logprobs=True), forced_ids=e.completion_ids
+        )
+        for n, e in enumerate(examples)
+    ]  # fmt: skip
+    pruned = 0
+    for scored, done in zip(
+        score_traces(model, examples, GRAMMAR, policy, 999), engine.generate(requests), strict=True
+    ):
+        assert scored.ids == done.token_ids
+        assert scored.logprobs == pytest.approx(done.logprobs, abs=1e-9)
+        for token, values in scored.controls.items():
+            assert [values[i] for i, t in enumerate(scored.ids) if t == token] == scored.where_due(token)
+        pruned += done.statistics.prune_events
+    assert pruned > 0 or policy is Policy.OFF
+
+
+def test_control_probabilities_are_those_of_a_plain_forward(model) -> None:
+    [example, *_] = gold(1)
+    [scored] = score_traces(model, [example], GRAMMAR, Policy.OFF, 999)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+    for token, values in scored.controls.items():
+        expected = logits[2:-1, token]
+        assert torch.tensor(values, dtype=torch.float64) == pytest.approx(expected.numpy(), abs=1e-9)
+
+
+def test_the_loss_of_prompts(model) -> None:
+    prompts = [(10, 11, 12, 13), (20, 21), (9,)]
+    expected = []
+    for ids in prompts[:2]:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected += [-logprobs[i, token].item() for i, token in enumerate(ids[1:])]
+    assert prompt_nats(model, prompts, GRAMMAR) == pytest.approx(sum(expected) / 4, abs=1e-9)
+    assert math.isnan(prompt_nats(model, [], GRAMMAR))
+
+
+def test_a_trace_that_fits_nowhere_is_passed_over(model) -> None:
+    assert list(score_traces(model, gold(2), GRAMMAR, Policy.RECOMPUTE, 3)) == []
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def trace(nats: float, **due: float) -> Scored:
+    """A trace of a given loss in which every control token comes once, with a given probability."""
+    controls = {"open": OPEN, "split": SPLIT, "close": CLOSE, "end": THINK_END, "eos": EOS}
+    logprobs = [math.log(due.get(name, 0.99)) for name in controls]
+    rest = -nats * 10 - sum(logprobs)
+    return Scored((*controls.values(), *range(20, 25)), (*logprobs, *[rest / 5] * 5), {})
+
+
+def traces(nats: float, spread: float = 0.01, **due: float) -> list[Scored]:
+    return [trace(nats + spread * (n % 3 - 1), **due) for n in range(12)]
+
+
+def writing(right: int = 20, faults: Sequence[FirstFault] = (), looped: int = 0, cut: int = 0) -> FreeWriting:
+    ends = Counter({"eos": 20 - cut, "length": cut})
+    return FreeWriting(ends, right, looped, [*faults, *[None] * (20 - len(faults))], [100] * 20)
+
+
+def measured(**changes: Any) -> Measurements:
+    """A model without fault, trained with recompute."""
+    facts: dict[str, Any] = {
+        "intended": Policy.RECOMPUTE,
+        "recorded": Policy.RECOMPUTE,
+        "scores": {Policy.OFF: traces(1.5), Policy.RECOMPUTE: traces(0.1), Policy.EVICT: traces(1.2)},
+        "writing": {policy: writing() for policy in Policy},
+        "prompts": 9.0,
+        "unigram": 3.0,
+        "beginnings": {AS_RENDERED: [0.1, 0.11, 0.12], "one more newline": [0.2, 0.3, 0.25]},
+        "names": NAMES,
+        "grammar": GRAMMAR,
+    }
+    return Measurements(**facts | changes)
+
+
+def codes(found: Measurements, kind: Kind | None = None) -> list[str]:
+    return [finding.code.value for finding in find_all(found) if kind in (None, finding.kind)]
+
+
+def test_nothing_is_found_in_a_model_without_fault() -> None:
+    assert find_all(measured()) == []
+    assert verdict([]).startswith("Nothing is wrong")
+
+
+def test_another_policy_than_the_training() -> None:
+    found = measured(intended=Policy.EVICT)
+    assert codes(found, Kind.CAUSE) == [Code.WRONG_POLICY]
+    assert "Run it with pruning=recompute" in find_all(found)[0].text
+    found = measured(intended=Policy.EVICT, recorded=Policy.EVICT)
+    assert codes(found, Kind.CAUSE) == [Code.WRONG_POLICY, Code.WRONG_RECORD]
+
+
+def test_a_small_or_uncertain_difference_says_nothing_about_the_policy() -> None:
+    near = {Policy.OFF: traces(0.11), Policy.RECOMPUTE: traces(0.1), Policy.EVICT: traces(0.12)}
+    assert codes(measured(intended=Policy.OFF, recorded=None, scores=near)) == []
+    assert trained_policy(measured(intended=Policy.OFF, scores=near)) is Policy.OFF
+    uncertain = [trace(0.4 + 0.3 * (-1) ** n) for n in range(12)]
+    noisy = near | {Policy.RECOMPUTE: traces(0.35), Policy.OFF: uncertain, Policy.EVICT: traces(2.0)}
+    assert codes(measured(intended=Policy.OFF, recorded=None, scores=noisy)) == []
+
+
+@pytest.mark.parametrize("name", ["open", "split", "close", "end"])
+def test_a_marker_that_was_never_learned(name: str) -> None:
+    scores = {policy: traces(nats, **{name: 1e-5}) for policy, nats in zip(Policy, (1.5, 1.2, 2.0), strict=True)}
+    found = measured(scores=scores)
+    assert codes(found) == [Code.NEVER_LEARNED]
+    token = {"open": "[THOUGHT]", "split": "[SOLUTION]", "close": "[RETURN]", "end": "</think>"}[name]
+    assert f"{token} has probability 1.0e-05" in find_all(found)[0].text
+
+
+def test_opening_a_block_is_a_choice() -> None:
+    scores = {policy: traces(nats, open=0.01) for policy, nats in zip(Policy, (1.5, 0.6, 2.0), strict=True)}
+    assert codes(measured(scores=scores)) == []
+
+
+def test_an_end_that_was_never_learned() -> None:
+    scores = {policy: traces(nats, eos=1e-6) for policy, nats in zip(Policy, (2.5, 1.5, 3.0), strict=True)}
+    assert codes(measured(scores=scores)) == [Code.END_NEVER_LEARNED]
+
+
+def test_an_end_that_needs_the_pruned_context() -> None:
+    scores = measured().scores | {Policy.OFF: traces(1.5, end=0.001)}
+    found = measured(scores=scores)
+    assert codes(found, Kind.NOTE) == codes(found) == [Code.END_NEEDS_CONTEXT]
+    assert codes(measured(scores=scores, intended=Policy.OFF), Kind.SYMPTOM) == [Code.END_NEEDS_CONTEXT]
+    assert verdict(find_all(found)).startswith("Nothing is wrong")
+
+
+def test_prompts_that_were_in_the_loss() -> None:
+    assert codes(measured(prompts=1.5)) == [Code.PROMPT_IN_LOSS]
+    assert codes(measured(prompts=math.nan)) == []
+
+
+def test_another_template_than_that_of_the_training() -> None:
+    better = {AS_RENDERED: [0.5, 0.6, 0.55], "one more newline": [0.1, 0.2, 0.12], "one newline less": [0.4, 0.5, 0.4]}
+    found = measured(beginnings=better)
+    assert codes(found) == [Code.TEMPLATE]
+    assert "with one more newline (0.140 nats per token)" in find_all(found)[0].text
+    assert codes(measured(beginnings={AS_RENDERED: [0.5, 0.6]})) == []
+
+
+def test_symptoms() -> None:
+    faults = [FirstFault(30 + n, SPLIT, "outside") for n in range(5)] + [FirstFault(7, CLOSE, "thought")]
+    found = measured(writing={policy: writing(3, faults, looped=4, cut=8) for policy in Policy})
+    assert codes(found, Kind.SYMPTOM) == [Code.ILLEGAL, Code.LOOPS, Code.CUT]
+    assert "first by [SOLUTION] in state outside (5 of 6), at generated token 32" in find_all(found)[0].text.replace(
+        "31 in", "32 in"
+    )
+    rare = {policy: writing(18, faults[:1], looped=1, cut=1) for policy in Policy}
+    assert codes(measured(writing=rare)) == []
+
+
+def test_causes_come_before_symptoms_and_all_is_told() -> None:
+    found = measured(prompts=1.0, writing={policy: writing(cut=20) for policy in Policy})
+    assert [f.kind for f in find_all(found)] == [Kind.CAUSE, Kind.SYMPTOM]
+    told = as_dict(found, find_all(found))
+    assert json.loads(json.dumps(told))["policies"]["recompute"]["due"]["<eos>"] == pytest.approx(0.99)
+    assert "due [THOUGHT]" in table(found) and "recompute" in table(found)
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+def diagnose(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main([*arguments, "--quiet"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_bundled_model_is_sound(capsys, tmp_path: Path) -> None:
+    code, out, _ = diagnose(capsys, "tiny-hcot", "--problems", "6", "--out", str(tmp_path))
+    assert code == 0
+    assert "Nothing is wrong" in out and "With pruning=off the model goes on" in out
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert found["policies"]["recompute"]["written"]["accuracy"] == 1
+    assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
+
+
+def test_the_wrong_policy_is_named(capsys) -> None:
+    """Malformed traces under the mask: the model was trained with renumbered contexts."""
+    _, out, _ = diagnose(capsys, "tiny-hcot", "--problems", "6", "--pruning", "evict", "--max-gen-toks", "200")
+    assert "the model was trained with it, and not with evict" in " ".join(out.split())
+    assert "break the notation" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-model"], "no gold traces are known for no-such-model; name some with --data"),
+        (["tiny-hcot", "--problems", "1"], "--problems 1 is too few"),
+        (["tiny-hcot", "--data", "no-such.jsonl"], "no-such.jsonl"),
+        (["tiny-hcot", "--data", "{path: synthetic:arith, splitt: test}"], "splitt is unknown; did you mean split"),
+        (["no-such-model", "--data", "synthetic:arith"], "no-such-model"),
+    ],
+)
+def test_wrong_input(capsys, arguments: list[str], message: str) -> None:
+    code, _, err = diagnose(capsys, *arguments)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("diagnose: ") and message in err
+
+
+def test_the_held_out_data_of_the_training_run_are_found(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {held_out: [{path: 'synthetic:qbf', split: validation}]}\n")
+    assert subject.source_of(str(tmp_path / "model"), None).path == "synthetic:qbf"
+
+
+def test_questions_are_asked_once() -> None:
+    examined = subject.load("tiny-hcot", policy=None, markup=None, device="cpu", dtype="auto")
+    source = subject.source_of("tiny-hcot", "{path: 'synthetic:arith', options: {size: 30, depths: [1]}}")
+    problems = subject.problems_of(examined, source, 100)
+    assert len({p.prompt for p in problems}) == len(problems) > 5
+    assert all(isinstance(p, Problem) for p in problems)
+
+
+def test_a_prompt_that_opens_the_thinking() -> None:
+    think = ("<think>", "</think>")
+    assert opens_thinking("question\n<think>\n", think)
+    assert not opens_thinking("<think> question", think)
+    assert not opens_thinking("question<think>", None)
