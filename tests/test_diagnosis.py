@@ -106,6 +106,12 @@ def traces(nats: float, spread: float = 0.01, **due: float) -> list[Scored]:
     return [trace(nats + spread * (n % 3 - 1), **due) for n in range(12)]
 
 
+def beginnings(**losses: float) -> dict[str, list[Scored]]:
+    return {
+        name.replace("_", " "): [Scored((20,), (-x,), {}) for x in (nats, nats + 0.01)] for name, nats in losses.items()
+    }
+
+
 def writing(right: int = 20, faults: Sequence[FirstFault] = (), looped: int = 0, cut: int = 0) -> FreeWriting:
     ends = Counter({"eos": 20 - cut, "length": cut})
     return FreeWriting(ends, right, looped, [*faults, *[None] * (20 - len(faults))], [100] * 20)
@@ -120,7 +126,7 @@ def measured(**changes: Any) -> Measurements:
         "writing": {policy: writing() for policy in Policy},
         "prompts": 9.0,
         "unigram": 3.0,
-        "beginnings": {AS_RENDERED: [0.1, 0.11, 0.12], "one more newline": [0.2, 0.3, 0.25]},
+        "beginnings": beginnings(as_rendered=0.1, one_more_newline=0.2),
         "names": NAMES,
         "grammar": GRAMMAR,
     }
@@ -186,11 +192,17 @@ def test_prompts_that_were_in_the_loss() -> None:
 
 
 def test_another_template_than_that_of_the_training() -> None:
-    better = {AS_RENDERED: [0.5, 0.6, 0.55], "one more newline": [0.1, 0.2, 0.12], "one newline less": [0.4, 0.5, 0.4]}
+    better = beginnings(as_rendered=0.5, one_more_newline=0.1, one_newline_less=0.4)
     found = measured(beginnings=better)
     assert codes(found) == [Code.TEMPLATE]
-    assert "with one more newline (0.140 nats per token)" in find_all(found)[0].text
-    assert codes(measured(beginnings={AS_RENDERED: [0.5, 0.6]})) == []
+    assert "with one more newline (0.105 nats per token)" in find_all(found)[0].text
+    assert codes(measured(beginnings=beginnings(as_rendered=0.5))) == []
+
+
+def test_a_marker_that_the_wrong_template_suppresses_was_learned() -> None:
+    scores = {policy: traces(nats, split=0.001) for policy, nats in zip(Policy, (1.5, 1.2, 2.0), strict=True)}
+    behind = {AS_RENDERED: [trace(1, split=0.001)] * 3, "one more newline": [trace(0.9, split=0.9)] * 3}
+    assert codes(measured(scores=scores, beginnings=behind)) == [Code.TEMPLATE]
 
 
 def test_symptoms() -> None:

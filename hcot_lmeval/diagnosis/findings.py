@@ -17,6 +17,7 @@ from hcot_lmeval.trace import Policy
 
 if TYPE_CHECKING:
     from hcot_lmeval.diagnosis.measure import Measurements
+    from hcot_lmeval.diagnosis.scores import Scored
 
 SIGNIFICANT = 3.0
 """Standard errors that a mean difference has to exceed: a few comparisons are made, and none should be luck."""
@@ -99,9 +100,13 @@ def losses_of(measured: Measurements) -> dict[Policy, list[float]]:
 
 def where_due(measured: Measurements, policy: Policy) -> dict[int, float]:
     """Control id -> geometric mean of its probability where the gold traces have it; without those they lack."""
+    return _due(measured, measured.scores[policy])
+
+
+def _due(measured: Measurements, traces: Sequence[Scored]) -> dict[int, float]:
     found: dict[int, float] = {}
     for token in sorted(measured.names):
-        values = [value for scored in measured.scores[policy] for value in scored.where_due(token)]
+        values = [value for scored in traces for value in scored.where_due(token)]
         if values:
             found[token] = math.exp(fmean(values))
     return found
@@ -137,10 +142,12 @@ def _policy(measured: Measurements) -> Iterator[Finding]:
 
 
 def _markers(measured: Measurements) -> Iterator[Finding]:
-    """Markers and ends that the model does not write where they are due, though its context is right."""
+    """Markers and ends that come in no context, neither under the best policy nor behind the best prompt."""
     best, grammar = trained_policy(measured), measured.grammar
+    others = [_due(measured, traces) for traces in measured.beginnings.values()]
     for token, probability in where_due(measured, best).items():
-        if probability >= (CHOICE if token == grammar.markers.open else LEARNED):
+        highest = max(probability, *(due.get(token, 0.0) for due in others), 0.0)
+        if highest >= (CHOICE if token == grammar.markers.open else LEARNED):
             continue
         code, what, why = _END if token in grammar.eos_ids else _MARKER
         yield Finding(
@@ -175,7 +182,7 @@ def _prompt(measured: Measurements) -> Iterator[Finding]:
 
 
 def _template(measured: Measurements) -> Iterator[Finding]:
-    others = dict(measured.beginnings)
+    others = {name: [scored.nats for scored in traces] for name, traces in measured.beginnings.items()}
     rendered = others.pop(AS_RENDERED, None)
     if rendered is None or not others:
         return

@@ -111,8 +111,8 @@ class Measurements:
         writing: policy to what the model writes.
         prompts: mean loss on the tokens of prompts, in nats.
         unigram: the same of a model that knows how often each token occurs in these prompts, and nothing else.
-        beginnings: variant of the prompt's end to the mean loss of each trace on its first tokens; the prompt as
-            rendered is under ``as rendered``.
+        beginnings: variant of the prompt's end to the first tokens of each trace behind it; the prompt as rendered is
+            under ``as rendered``.
         names: control id to its text.
         grammar: of the notation.
     """
@@ -123,7 +123,7 @@ class Measurements:
     writing: dict[Policy, FreeWriting]
     prompts: float
     unigram: float
-    beginnings: dict[str, list[float]]
+    beginnings: dict[str, list[Scored]]
     names: dict[int, str]
     grammar: Grammar
 
@@ -189,12 +189,12 @@ def compare_prompts(
     encode: Callable[[str], Sequence[int]],
     *,
     show: bool,
-) -> dict[str, list[float]]:
-    """Returns for each end of the prompt the mean loss of every trace on its first `BEGINNING` tokens.
+) -> dict[str, list[Scored]]:
+    """Scores the first `BEGINNING` tokens of every trace behind each end of its prompt.
 
     Variants that change no token of any prompt are left out.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Scored]] = {}
     for name, change in VARIANTS.items():
         prompts = [tuple(encode(change(p.prompt))) for p in problems]
         if name != AS_RENDERED and all(ids == p.example.prompt_ids for ids, p in zip(prompts, problems, strict=True)):
@@ -204,7 +204,7 @@ def compare_prompts(
             for ids, p in zip(prompts, problems, strict=True)
         ]
         bar = tqdm(some, f"prompts: {name}", disable=not show, leave=False)
-        found[name] = [scored.nats for scored in score_traces(model, bar, grammar, policy, 10**6)]
+        found[name] = list(score_traces(model, bar, grammar, policy, 10**6))
     return found
 
 

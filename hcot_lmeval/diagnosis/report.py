@@ -31,7 +31,7 @@ def as_dict(measured: Measurements, findings: Sequence[Finding]) -> dict[str, An
         "policies": {policy.value: _policy(measured, policy) for policy in measured.scores},
         "prompt_nats": measured.prompts,
         "prompt_unigram_nats": measured.unigram,
-        "prompt_ends": {name: fmean(values) for name, values in measured.beginnings.items()},
+        "prompt_ends": {name: fmean(s.nats for s in traces) for name, traces in measured.beginnings.items()},
         "findings": [{"code": f.code.value, "kind": f.kind.value, "text": f.text} for f in findings],
     }
 
