@@ -1,4 +1,4 @@
-"""Questions and replies find back to their rows, in any order, shared or many to a row, and no more wait than needed."""
+"""Questions and replies find back to their rows, in any order, shared or many to a row; no more wait than needed."""
 
 from __future__ import annotations
 

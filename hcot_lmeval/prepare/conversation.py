@@ -1,7 +1,7 @@
 """Rows to questions for a teacher, and replies back to rows, as they come.
 
-A row may need several questions (a long trace goes in windows) or none; replies come in any order. A row is finished when
-its last reply is there. Only rows that wait for a reply are in memory: questions are made as the teacher takes them.
+A row may need several questions (a long trace goes in windows) or none; replies come in any order. A row is finished
+when its last reply is there. Only rows that wait for a reply are in memory: questions are made as the teacher takes them.
 
 This module imports the standard library alone.
 """
@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
 
 Finish = Callable[[Any, Sequence[Any]], dict[str, Any]]
 """A row and its replies -> the entry of the journal."""
