@@ -124,9 +124,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
         logits: [rows, vocabulary], float32 or float64.
         draws: one for each row.
     """
-    logits = _penalised(logits, draws)
-    temperatures = torch.tensor([d.params.temperature or 1.0 for d in draws], device=logits.device, dtype=logits.dtype)
-    scaled = logits / temperatures[:, None]
+    scaled = _cooled(_penalised(logits, draws), [draw.params.temperature or 1.0 for draw in draws])
     tokens, wanted = _choose(scaled, draws)
     for row, draw in enumerate(draws):
         if draw.forced is not None or draw.only is not None:
@@ -135,6 +133,13 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
         return [Choice(token, wanted=free) for token, free in zip(tokens, wanted, strict=True)]
     logprobs = zip(_logprobs(scaled, tokens), _legal_logprobs(scaled, tokens, draws), strict=True)
     return [Choice(token, *pair, free) for token, pair, free in zip(tokens, logprobs, wanted, strict=True)]
+
+
+def _cooled(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """Divides by the temperatures; no copy is made if all are 1."""
+    if all(temperature == 1 for temperature in temperatures):
+        return logits
+    return logits / torch.tensor(temperatures, device=logits.device, dtype=logits.dtype)[:, None]
 
 
 def _choose(scaled: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
@@ -161,7 +166,8 @@ def _best(
     """Returns for each row the index of the highest score, without its illegal ids and with them.
 
     Args:
-        scores: [rows, vocabulary]; removed entries are -inf.
+        scores: [rows, vocabulary]; removed entries are -inf. They are changed, and put back before this returns: a copy
+            would cost as much as all the rest.
         illegal: ids of each row.
         untruncated: returns the scores of some rows with nothing removed, for rows where only illegal ids are left.
     """
@@ -170,14 +176,15 @@ def _best(
         return tokens, list(tokens)
     rows, ids = _places(illegal, scores.device)
     before = scores[rows, ids]
-    legal = scores.index_put((rows, ids), scores.new_tensor(-math.inf))
-    highest, found = legal.max(-1)
-    tokens, wanted = found.tolist(), found.tolist()
-    top = highest.tolist()
+    scores[rows, ids] = -math.inf
+    found = scores.argmax(-1)
+    highest = scores.gather(1, found[:, None])[:, 0].tolist()
+    scores[rows, ids] = before
+    tokens, wanted, top = found.tolist(), found.tolist(), list(highest)
     for row, token, score in zip(rows.tolist(), ids.tolist(), before.tolist(), strict=True):
         if score > top[row]:
             top[row], wanted[row] = score, token
-    stuck = [row for row, score in enumerate(highest.tolist()) if score == -math.inf]
+    stuck = [row for row, score in enumerate(highest) if score == -math.inf]
     if stuck and untruncated is not None:
         again, _ = _best(untruncated(stuck), [illegal[row] for row in stuck])
         for row, token in zip(stuck, again, strict=True):
