@@ -16,7 +16,6 @@ SUMMARY = """\
 Prepares training data: flat chains of thought in, checked hierarchical traces out.
 
   segment   find blocks in flat traces; add solutions where the text has none
-  refine    let a teacher wrap dead ends and redundant branches as blocks
   check     sort rows into good ones and rejected ones, with reasons; repair common faults
   stats     count blocks, lengths, live context and forwarded tokens; tables, plots, a page
   export    write what training reads: JSONL, parquet, chats, a data set on the hub
@@ -37,7 +36,7 @@ Columns are recognised by name (OpenMathReasoning, OpenThoughts, DeepSeek-R1 sty
 """
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
-COMMANDS = ("segment", "refine", "check", "stats", "export")
+COMMANDS = ("segment", "check", "stats", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +144,7 @@ def _check(commands: Any) -> None:
         commands, "check", "sort rows into good ones and rejected ones, with reasons", "ROWS", run_check,
         """\
 examples:
-  %(prog)s run                                           after segment or refine
+  %(prog)s run                                           after segment
   %(prog)s run --against aime24 aime25 polymath --drop-contaminated
   %(prog)s traces.jsonl --out run --max-tokens 16384 --tokenizer Qwen/Qwen2.5-1.5B
   %(prog)s run --tolerate answer_missing near_duplicate  report these, reject for the others

@@ -1,7 +1,8 @@
 """Rows to questions for a teacher, and replies back to rows, as they come.
 
 A row may need several questions (a long trace goes in windows) or none; replies come in any order. A row is finished
-when its last reply is there. Only rows that wait for a reply are in memory: questions are made as the teacher takes them.
+when its last reply is there. Only rows that wait for a reply are in memory: questions are made as the teacher takes
+them.
 
 This module imports the standard library alone.
 """
