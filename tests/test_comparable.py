@@ -378,6 +378,16 @@ def test_budgets_of_two_later_runs(run):
 # --- remarks ----------------------------------------------------------------------------------------------------------
 
 
+def test_prompts_that_leave_no_room_are_told(run):
+    full = {"finish_reason": "context", "generated_tokens": 0, "prompt_tokens": 68}
+    cut = {"finish_reason": "context", "generated_tokens": 5, "prompt_tokens": 99}
+    found = remarks([run([1, 0, 0], max_context=64, statistics=lambda i: [{}, cut, full][i])])
+    assert found == [
+        "1 of 3 prompts of 'model, recompute, 64' (toy) left no room in its window, so that their responses are empty; "
+        "the longest has 68 tokens: choose a window well above that"
+    ]
+
+
 def test_remarks_on_what_a_reader_should_know(run):
     slow = run(policy="off", model_args={"dtype": "bfloat16"}, change=lambda r, s: r["config"].update(device="cuda"))
     runs = [run(), slow]

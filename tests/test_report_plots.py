@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from matplotlib.axes import Axes
 
 from hcot_lmeval.events import Recorder
 from hcot_lmeval.notes import Note, NoteTaker
+from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.lengths import block_lengths, live_curve
-from hcot_lmeval.report.plots import _styles, budget_curve, most_pruned, plot_task, roomiest
+from hcot_lmeval.report.plots import _styles, budget_curve, live_context, most_pruned, plot_task, roomiest
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.trace import LiveContext, Policy
 from tests.random_traces import random_trace
@@ -110,7 +112,8 @@ def test_the_saw_tooth_shows_the_rule_and_not_an_ablation(tmp_path: Path) -> Non
         patch.setattr(Axes, "set_title", lambda self, title, **settings: titles.append(title))
         plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)
     [title] = titles
-    assert title in {f"problem {note.meta['doc_id']}" for note in rule if note.statistics.prune_events == most}
+    most_often = [note.meta["doc_id"] for note in rule if note.statistics.prune_events == most]
+    assert title in {f"problem {doc_id}, that of the response with most prunes" for doc_id in most_often}
 
 
 def test_what_there_is_no_data_for_is_not_drawn(tmp_path: Path) -> None:
@@ -119,6 +122,45 @@ def test_what_there_is_no_data_for_is_not_drawn(tmp_path: Path) -> None:
     build_run(tmp_path / "b", [1, 0])
     drawn = {path.name for path in plot_task("toy", entries_of(read_runs(tmp_path)), tmp_path) if path.suffix == ".png"}
     assert drawn == {f"toy-{name}.png" for name in ("accuracy", "completion", "accuracy-live", "accuracy-generated")}
+
+
+def write_run(folder: Path, notes: list[Note], statistics: dict[str, Any], **settings: Any) -> None:
+    """A run with notes, one problem each."""
+    with NoteTaker(folder / "notes" / "n.jsonl") as taker:
+        for note in notes:
+            taker.add(note)
+    arguments = {"notes": str(folder / "notes")}
+    build_run(folder, [0] * len(notes), model_args=arguments, statistics=lambda i: statistics, **settings)
+
+
+EMPTY = {"generated_tokens": 0, "peak_live_tokens": 20, "finish_reason": "context"}
+
+
+def empty_note(doc_id: int) -> Note:
+    recorder = Recorder()
+    recorder.prefill(1, 1, 0)
+    recorder.finish("context", None, 0)
+    return Note(str(doc_id), 0, (1,), (), tuple(recorder.events), {"task": "toy", "doc_id": doc_id})
+
+
+def test_prompts_that_all_fill_the_window_leave_tables_and_the_plots_that_can_be_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [empty_note(0), empty_note(1)], EMPTY)
+    written = {path.name for path in compare(read_runs(tmp_path / "a")).write(tmp_path / "out")}
+    assert {"comparison.md", "toy-costs.csv"} <= written
+    drawn = {name for name in written if name.endswith(".png")}
+    assert drawn == {f"toy-{name}.png" for name in ("accuracy", "completion", "accuracy-live")}
+    write_run(tmp_path / "b", [noted(1, "off")[0]] * 2, {}, policy="off")  # one run that can be drawn brings them back
+    both = {path.name for path in compare(read_runs(tmp_path)).write(tmp_path / "out")}
+    assert {"toy-accuracy-generated.png", "toy-live-context.png"} <= both
+
+
+def test_runs_that_coincide_both_show(tmp_path: Path) -> None:
+    note = noted(1, "off")[0]
+    axes = live_context({"one": [note], "other": [note]}, 0).axes[0]
+    one, other = axes.lines
+    assert list(one.get_ydata()) == list(other.get_ydata())
+    assert one.get_linestyle() != other.get_linestyle()
+    assert axes.get_title() == "problem 0, that of the longest response"
 
 
 def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:

@@ -83,13 +83,26 @@ def test_every_format_is_written(folders, tmp_path: Path) -> None:
     for plot in plots:
         assert (tmp_path / f"hcot_arith-{plot}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"hcot_arith-{plot}.svg").read_text()[:1000]
-    assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(comparison.as_dict()))
+    index = json.loads((tmp_path / "comparison.json").read_text())
+    assert set(index.pop("files")) == written
+    assert index == json.loads(json.dumps(comparison.as_dict()))
     for table in comparison.tasks[0].tables:
         assert all(line in comparison.text() for line in render.terminal(table).splitlines()[:6])
     again = tmp_path / "again"
     compare(runs_of(*folders.values())).write(again)
     for path in tmp_path.glob("comparison.*"):
         assert path.read_bytes() == (again / path.name).read_bytes(), "the same runs give the same files"
+
+
+def test_files_of_tasks_that_are_gone_are_removed_and_no_others(tmp_path: Path) -> None:
+    for task in ("one", "other"):
+        build_run(tmp_path / "runs", [1, 0], task=task)
+    runs, out = read_runs(tmp_path / "runs"), tmp_path / "out"
+    compare(runs).write(out)
+    (out / "other-mine.csv").write_text("kept")
+    written = compare(runs[:1]).write(out, plots=False)
+    assert {path.name for path in out.iterdir()} == {*(path.name for path in written), "other-mine.csv"}
+    assert not any(path.name.startswith("other") or path.suffix == ".png" for path in written)
 
 
 # --- constructed runs -------------------------------------------------------------------------------------------------

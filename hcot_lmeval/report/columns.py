@@ -147,7 +147,8 @@ COSTS = (
     Column(
         "peak_live_tokens",
         "peak live",
-        "most tokens that the model saw at once in a response, prompt included, mean",
+        "most tokens that the model saw at once in a response, prompt included, mean; a prompt that leaves no room in "
+        "the window counts with its length, though it was not read",
         mean_of("peak_live_tokens"),
     ),
     Column("peak_live_tokens_largest", "largest", "the same, largest of all responses", largest_of("peak_live_tokens")),

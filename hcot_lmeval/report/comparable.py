@@ -238,8 +238,11 @@ def _prompts(run: Run) -> dict[int, str | None]:
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
-    """Returns what differs between runs that may be compared, and is not plain from their names; a sentence each."""
-    found = []
+    """Returns what a reader of the tables should know and does not see in them, a sentence each.
+
+    That is: prompts that no run could read, and what differs between runs and is not plain from their names.
+    """
+    found = [text for run in runs for text in _room_remarks(run)]
     if len({recorded.is_templated(run) for run in runs}) > 1:
         without = ", ".join(dict.fromkeys(run.name for run in runs if not recorded.is_templated(run)))
         found.append(f"no chat template was applied to the prompts of {without}; it was to the others")
@@ -252,6 +255,17 @@ def remarks(runs: Sequence[Run]) -> list[str]:
         if len(values) > 1:
             found.append(f"{what} differs ({', '.join(sorted(values))}), so speeds are not comparable")
     return found + [text for alike in _by_checkpoint(runs) for text in _argument_remarks(alike)]
+
+
+def _room_remarks(run: Run) -> Iterator[str]:
+    """A prompt that fills the window ends its response before the first token (`hcot_lmeval.lm.model`)."""
+    full = [s for s in run.requests or () if s["finish_reason"] == "context" and not s["generated_tokens"]]
+    if full:
+        count, longest = len(run.requests or ()), max(stats["prompt_tokens"] for stats in full)
+        yield (
+            f"{len(full)} of {count} prompts of {run.name!r} ({run.task}) left no room in its window, so that their "
+            f"responses are empty; the longest has {longest} tokens: choose a window well above that"
+        )
 
 
 def _by_checkpoint(runs: Sequence[Run]) -> Iterator[list[Run]]:

@@ -30,6 +30,9 @@ from hcot_lmeval.report.tables import (
     weighted_table,
 )
 
+INDEX = "comparison.json"
+"""The file that names all others."""
+
 
 @dataclass(frozen=True)
 class TaskComparison:
@@ -72,17 +75,33 @@ class Comparison:
         """Writes the comparison below `directory` and returns the files.
 
         ``comparison.md``, ``.tex`` and ``.json`` hold all tables; ``TASK-TABLE.csv`` one each; the plots are
-        ``TASK-PLOT.png`` and ``.svg``.
+        ``TASK-PLOT.png`` and ``.svg``. What an earlier comparison has written there, of other tasks perhaps, and this
+        one does not, is removed.
         """
         directory.mkdir(parents=True, exist_ok=True)
+        earlier = _files_of(directory / INDEX)
+        written = self._write_tables(directory)
+        for path in earlier - set(written):
+            path.unlink(missing_ok=True)
+        if plots:
+            written += self._plot(directory)
+            self._write_index(directory, written)
+        return written
+
+    def _write_tables(self, directory: Path) -> list[Path]:
         texts = {"comparison.md": self._markdown(), "comparison.tex": self._latex()}
-        texts["comparison.json"] = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
         for part in self.tasks:
             texts |= {f"{part.task}-{table.key}.csv": render.csv_text(table) for table in part.tables}
-        written = [directory / name for name in texts]
-        for path, text in zip(written, texts.values(), strict=True):
-            path.write_text(text, encoding="utf-8")
-        return [*written, *(self._plot(directory) if plots else [])]
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        written = [directory / name for name in (*texts, INDEX)]
+        self._write_index(directory, written)
+        return written
+
+    def _write_index(self, directory: Path, written: Sequence[Path]) -> None:
+        """Writes everything unrounded, and which files there are."""
+        index = self.as_dict() | {"files": [path.name for path in written]}
+        (directory / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as JSON values, unrounded."""
@@ -154,6 +173,15 @@ def _tables(
     if tests:
         tables.append(tests_table(tests))
     return [table for table in tables if table is not None]
+
+
+def _files_of(index: Path) -> set[Path]:
+    """The files of the comparison that wrote this index."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8")).get("files", [])
+    except (FileNotFoundError, json.JSONDecodeError):  # there is none, or its writer was killed
+        return set()
+    return {index.with_name(Path(name).name) for name in names}
 
 
 def _task_dict(part: TaskComparison) -> dict[str, Any]:

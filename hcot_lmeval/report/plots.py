@@ -40,6 +40,11 @@ LEGEND_ROW = 0.18
 DODGE = 0.025
 """Between lines of a plot by window, of the distance between two windows: equal values lie side by side."""
 RESAMPLES = 2_000
+BUDGETS = (
+    ("accuracy-live", "peak_live_tokens", "live tokens allowed (peak of a response)"),
+    ("accuracy-generated", "generated_tokens", "generated tokens allowed"),
+)
+"""Name of a plot, the statistic of a response that is its budget, and the label of that."""
 
 
 def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path]:
@@ -50,14 +55,17 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
         if any(entry.completed for entry in entries):
             drawn["completion"] = by_window(entries, "completed by itself", lambda entry: entry.completed)
     ours = roomiest([entry for entry in entries if entry.requests])
-    if ours:
-        drawn["accuracy-live"] = within(ours, "peak_live_tokens", "live tokens allowed (peak of a response)")
-        drawn["accuracy-generated"] = within(ours, "generated_tokens", "generated tokens allowed")
-    notes = {entry.name: found for entry in ours if (found := notes_of(entry))}
+    for name, statistic, label in BUDGETS:
+        if any(stats[statistic] for entry in ours for stats in entry.requests or ()):  # 0 has no place on a log scale
+            drawn[name] = within(ours, statistic, label)
+    read = {entry.name: notes_of(entry) for entry in ours}
+    notes = {name: run for name, run in read.items() if any(note.token_ids for note in run)}
     if notes:
         rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].ablation is None]
         drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
-        drawn["blocks"] = blocks(notes)
+    lengths = {name: BlockLengths.joined(map(block_lengths, run)) for name, run in notes.items()}
+    if any(found.depths for found in lengths.values()):
+        drawn["blocks"] = blocks(lengths)
     return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
 
 
@@ -136,34 +144,39 @@ def notes_of(entry: Entry) -> list[Note]:
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     """Live tokens over generated tokens for one problem, a curve for each run: the saw-tooth.
 
+    Runs without pruning may coincide for a long way. Each curve is broken in its own way, so that the one below shows.
+
     Args:
         notes: name of a run -> its notes.
-        doc_id: the problem, such as `most_pruned`.
+        doc_id: the problem: `most_pruned`, as the title says.
     """
     figure, axes = _figure("generated tokens", "live tokens")
-    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
+    for style, line, (name, run) in zip(_styles(), itertools.cycle(LINES), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
-            axes.plot(live_curve(note), label=name, **style, linewidth=1.2)
-    axes.set_title(f"problem {doc_id}", fontsize=9)
+            axes.plot(live_curve(note), label=name, **style | {"linestyle": line}, linewidth=1.2)
+    shown = [note for run in notes.values() for note in run if note.meta["doc_id"] == doc_id]
+    why = "of the response with most prunes" if any(map(prunes, shown)) else "of the longest response"
+    axes.set_title(f"problem {doc_id}, that {why}", fontsize=9)
     axes.set_ylim(bottom=0)
     return _with_legend(figure, axes)
 
 
 def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
     """Returns the doc_id of the response with most prunes in any of the runs; the longest of equal ones."""
-
-    def prunes_and_length(note: Note) -> tuple[int, int]:
-        return sum(isinstance(event, Prune) for event in note.events), len(note.token_ids)
-
-    return max((note for run in runs for note in run), key=prunes_and_length).meta["doc_id"]
+    every = (note for run in runs for note in run)
+    return max(every, key=lambda note: (prunes(note), len(note.token_ids))).meta["doc_id"]
 
 
-def blocks(notes: Mapping[str, Sequence[Note]]) -> Figure:
+def prunes(note: Note) -> int:
+    """Returns how often something was thrown away."""
+    return sum(isinstance(event, Prune) for event in note.events)
+
+
+def blocks(lengths: Mapping[str, BlockLengths]) -> Figure:
     """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
     titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
-    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
-        found = BlockLengths.joined(block_lengths(note) for note in run)
+    for style, (name, found) in zip(_styles(), lengths.items(), strict=False):
         if not found.depths:
             continue
         for axes, values in zip(panels, (found.thoughts, found.solutions, found.depths), strict=True):
