@@ -147,7 +147,9 @@ class DeferredContext(_VariantContext):
 
 
 class MovedContext(_VariantContext):
-    """A return throws away as many tokens as the rule would, from another place.
+    """A return throws away as many tokens as the rule does with the same trace, from another place.
+
+    The rule is followed beside it, so that at every moment as many tokens are alive as under the rule.
 
     Args:
         markers: the marker ids.
@@ -159,11 +161,20 @@ class MovedContext(_VariantContext):
     def __init__(self, markers: MarkerIds | None, policy: Policy, prompt_len: int, seed: int | None) -> None:
         super().__init__(markers, policy)
         self._prompt_len, self._seed = prompt_len, seed
+        self._rule = LiveContext(markers, policy)
+
+    def push_inert(self, token: int) -> Step:
+        self._rule.push_inert(token)
+        return super().push_inert(token)
+
+    def push(self, token: int) -> Step:
+        step = super().push(token)
+        self._rule.push(token)
+        return step
 
     def _doomed(self, token: int) -> Spans:
-        spans = super()._doomed(token)
         first = bisect_left(self.source, self._prompt_len)
-        size = min(sum(stop - start for start, stop in spans), len(self.live) - first)
+        size = min(sum(stop - start for start, stop in self._rule._doomed(token)), len(self.live) - first)
         if size <= 0:
             return ()
         start = first

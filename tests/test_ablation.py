@@ -50,15 +50,12 @@ def alive(ids: Sequence[int], inert: int, markers: MarkerIds, variant: str) -> l
 
 
 def sliding(ids: Sequence[int], inert: int, markers: MarkerIds) -> list[int]:
-    """The live context of ``oldest``: at each close as many of the oldest generated tokens go as thoughts are there."""
+    """The live context of ``oldest``: at each close as many of the oldest generated tokens go as the rule prunes."""
     live: list[int] = []
     closing = {block.close: block for block in rewrite(ids, inert, markers).blocks}
     for index in range(len(ids)):
         block = closing.get(index)
-        size = 0
-        if block:
-            thought = range(block.open + ("open" in markers.keep), block.split + ("split" not in markers.keep))
-            size = sum(i in thought for i in live)
+        size = sum(i < index for i in block.removed) if block else 0
         generated = [i for i in live if i >= inert]
         live = [i for i in live if i not in generated[:size]]
         if not size or "close" in markers.keep:
@@ -123,9 +120,24 @@ def test_random_removes_as_much_as_the_rule_at_the_same_moments(seed: int, lengt
     for block in rewrite(ids, inert, markers).blocks:
         before, after = history[block.close - 1], history[block.close]
         gone = [place for place, i in enumerate(before) if i not in after]
-        assert len(gone) == sum(block.open < i <= block.split for i in before)  # the thought that is still there
+        assert len(gone) == len(block.removed)
         assert gone == list(range(gone[0], gone[0] + len(gone))) if gone else True
         assert all(before[place] >= inert for place in gone)
+
+
+@pytest.mark.parametrize("variant", ["random", "oldest"])
+def test_as_many_tokens_are_alive_as_under_the_rule(variant: str) -> None:
+    """Nested thoughts too: what an inner block has thrown away is not thrown away again with the outer one."""
+    markers, pruned = MARKERS["hcot"], 0
+    for policy, seed in itertools.product(PRUNING, range(60)):
+        ids, inert = random_trace(seed, markers, 90)
+        rule, moved_one = LiveContext(markers, policy), make(variant, markers, policy, inert)
+        for index, token in enumerate(ids):
+            push = "push_inert" if index < inert else "push"
+            pruned += len(getattr(rule, push)(token).pruned)
+            getattr(moved_one, push)(token)
+            assert len(rule.live) == len(moved_one.live)
+    assert pruned > 500
 
 
 def test_random_depends_on_its_seed() -> None:

@@ -64,7 +64,7 @@ def estimate(scores: Sequence[float], *, resamples: int = 10_000, seed: int = 0)
     """
     values = _checked(scores)
     mean = float(values.mean())
-    if np.ptp(values) == 0:
+    if _all_equal(values):
         from statsmodels.stats.proportion import proportion_confint
 
         low, high = proportion_confint(mean * len(values), len(values), alpha=LEVEL, method="beta")
@@ -100,7 +100,7 @@ def paired(
     b = _checked([second[key] for key in sorted(first)])
     change = b - a
     means = _resampled_means(change, resamples, seed)
-    low, high = _interval_of_equal(change) if np.ptp(change) == 0 else np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    low, high = _interval_of_equal(change) if _all_equal(change) else np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     once = bool(np.isin([a, b], [0.0, 1.0]).all())
     p = mcnemar_exact(better, worse) if once else max(_bootstrap_p(means), min(1.0, 2.0 ** (1 - better - worse)))
@@ -177,12 +177,17 @@ def _checked(scores: Sequence[float]) -> np.ndarray:
 
 def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means of resampled problems, [resamples]; the same seed draws the same problems for every run."""
-    if np.ptp(values) == 0:
+    if _all_equal(values):
         return np.full(resamples, values[0])
     from scipy.stats import bootstrap
 
     drawn = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
     return np.asarray(drawn.bootstrap_distribution)
+
+
+def _all_equal(values: np.ndarray) -> bool:
+    """Whether values are equal but for rounding: 1 - 2/3 and 1/3 are the same change."""
+    return bool(np.ptp(values) < 1e-9)
 
 
 def _interval_of_equal(change: np.ndarray) -> tuple[float, float]:
