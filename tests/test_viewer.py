@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcot_lmeval.ablation import Ablation
+from hcot_lmeval.lm.journal import Journal
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.report.viewer import mathml as math_module
 from hcot_lmeval.report.viewer.build import write_page
@@ -225,7 +226,7 @@ def test_missing_columns_and_files_are_named(tmp_path):
     with pytest.raises(ViewerError, match="given twice"):
         find_sources([path, tmp_path])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ViewerError, match=r"holds no \.jsonl"):
+    with pytest.raises(ViewerError, match=r"no notes in .*empty; run lm_eval with the model argument notes=DIR"):
         find_sources([tmp_path / "empty"])
 
 
@@ -236,6 +237,25 @@ def test_sources_have_names_that_tell_them_apart(tmp_path):
     paths = [tmp_path / name for name in "abc"]
     assert [s.name for s in find_sources(paths[:2])] == ["off, 1024", "recompute, 1024"]
     assert [s.name for s in find_sources(paths)] == ["off, 1024 (a)", "recompute, 1024 (b)", "recompute, 1024 (c)"]
+
+
+def test_sources_are_named_by_their_models_too(tmp_path):
+    for name in ("tiny-flat", "tiny-hcot"):
+        write_notes(tmp_path / "notes" / f"{name}.jsonl", [([9, 10], 1)], policy="off", run={"name": name})
+    assert [s.name for s in find_sources([tmp_path])] == ["tiny-flat, off, 1024", "tiny-hcot, off, 1024"]
+
+
+def test_notes_are_found_in_the_folder_of_a_cell(tmp_path):
+    cell = tmp_path / "cells" / "toy--tiny-hcot"
+    build_run(cell / "results", [1])
+    journal = Journal(cell / "journal", {})
+    journal.add("key", {"text": "[THOUGHT]"})
+    with pytest.raises(ViewerError, match=r"no notes in .*toy--tiny-hcot; run lm_eval with .* notes=DIR"):
+        find_sources([cell])
+    notes = write_notes(cell / "notes" / "n.jsonl", [([9, 10], 1)])
+    for folder in (cell, tmp_path):
+        (source,) = find_sources([folder])
+        assert source.is_notes and source.paths == (notes,)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -267,8 +287,33 @@ def test_samples_of_another_run_are_refused(tmp_path):
     build_run(tmp_path / "b", [1], task="other")
     verdicts = read_verdicts([source], [tmp_path / "b"])
     assert verdicts.of(trace, 2).score is None
-    with pytest.raises(ViewerError, match="no evaluation with the pruning, max_context and tasks"):
+    with pytest.raises(ViewerError, match="no evaluation with the model, pruning, max_context and tasks"):
         verdicts.check_used()
+
+
+def test_samples_of_another_model_or_window_are_refused_at_once(tmp_path):
+    (source,) = find_sources([write_notes(tmp_path / "n.jsonl", [([9, 10, 11], 1)], run={"name": "mine"})])
+    two = {"generated_tokens": 2}
+    build_run(tmp_path / "a", [0], model="org/other", statistics=lambda i: two)
+    build_run(tmp_path / "b", [0], model="org/mine", max_context=64, statistics=lambda i: two)
+    for folder in ("a", "b"):
+        with pytest.raises(ViewerError, match="no evaluation with the model, pruning and max_context of the notes"):
+            read_verdicts([source], [tmp_path / folder])
+    build_run(tmp_path / "a", [1], model="org/mine", statistics=lambda i: two)
+    (trace,) = note_traces(source)
+    assert read_verdicts([source], [tmp_path / "a"]).of(trace, 2).score == 1.0
+
+
+@pytest.mark.parametrize("options", [[], ["--terminal"]])
+def test_traces_that_are_not_in_the_samples_are_counted(tmp_path, capsys, options):
+    notes = write_notes(tmp_path / "n.jsonl", [([9, 10, 11], 1)] * 3)
+    build_run(tmp_path / "one", [1], statistics=lambda i: {"generated_tokens": 2})
+    command = [str(notes), "--out", str(tmp_path / "p.html"), *options, "--samples"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert "note: 2 of 3 traces are not in --samples" in capsys.readouterr().err
+    build_run(tmp_path / "other", [1], task="other")
+    assert main([*command, str(tmp_path / "other")]) == 1
+    assert "error: --samples holds no evaluation" in capsys.readouterr().err
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -463,10 +508,11 @@ def printed(tmp_path, ids, expand=False, width=60, colors=False):
 def test_terminal_folds_what_was_pruned(tmp_path):
     ids = [9, 20, OPEN, 21, OPEN, 22, SPLIT, 23, CLOSE, SPLIT, 24, CLOSE, 25, CLOSE]
     folded = printed(tmp_path / "a", ids)
-    assert "▸ thought 6 tokens → solution 1 tokens" in folded and "w24" in folded and "⚠ stray_close" in folded
+    assert "▸ thought 6 tokens → solution 1 token  depth 1, from 2, pruned 5 (2 before, with blocks within)" in folded
+    assert "w24" in folded and "⚠ stray_close" in folded
     assert "w22" not in folded and "depth 2" not in folded
     expanded = printed(tmp_path / "b", ids, expand=True)
-    assert "w22" in expanded and "depth 2, from 4, pruned 2" in expanded
+    assert "w22" in expanded and "depth 2, from 4, pruned 2\n" in expanded
 
 
 def test_terminal_shows_controls_and_keeps_its_width(tmp_path):

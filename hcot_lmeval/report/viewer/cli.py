@@ -26,6 +26,7 @@ from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
 from hcot_lmeval.report.viewer.reading import Columns, Source, Trace, ViewerError, find_sources
 from hcot_lmeval.report.viewer.terminal import Style, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
+from hcot_lmeval.report.viewer.visible import plural
 from hcot_lmeval.trace import Policy
 
 
@@ -37,21 +38,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdicts = _verdicts(args, sources)
         read = _reader(args)
         traces = chain.from_iterable(_chosen(args, read(source)) for source in sources)
-        return _print(args, traces, verdicts) if args.terminal else _write(args, traces, verdicts, sources)
+        if args.terminal:
+            _print(args, traces, verdicts)
+        else:
+            _write(args, traces, verdicts, sources)
     except (ViewerError, ResultsError, OSError) as error:
-        print(f"view_traces: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("view_traces: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    remark = verdicts.remark()
+    if remark:
+        print(f"note: {remark}", file=sys.stderr)
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser; it needs no heavy import."""
-    parse = argparse.ArgumentParser(
-        prog="view_traces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parse.add_argument("notes", nargs="+", type=Path, metavar="NOTES", help="files or folders of notes or plain traces")
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument(
+        "notes", nargs="+", type=Path, metavar="NOTES",
+        help="files of notes or plain traces, or folders that hold any, such as that of a grid or of one of its cells",
+    )  # fmt: skip
     parse.add_argument("--out", type=Path, default=Path("traces.html"), help="the page to write (%(default)s)")
     parse.add_argument("--title", help="title of the page (the names of the runs)")
     parse.add_argument(
@@ -121,7 +130,7 @@ def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace
             yield trace
 
 
-def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts) -> int:
+def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts) -> None:
     style = Style.of(sys.stdout, args.width, args.color)
     printed = False
     for trace in traces:
@@ -129,13 +138,12 @@ def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts
         printed = True
     if not printed:
         raise ViewerError("no trace fits --task, --doc; leave them out to see all")
-    return 0
+    verdicts.check_used()
 
 
-def _write(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts, sources: Sequence[Source]) -> int:
+def _write(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts, sources: Sequence[Source]) -> None:
     start = time.perf_counter()
     title = args.title or " · ".join(source.name for source in sources)
     count = write_page(args.out, traces, sources, verdicts, title, progress=sys.stderr.isatty())
     size, seconds = args.out.stat().st_size, time.perf_counter() - start
-    print(f"{args.out}: {count} traces, {size / 1e6:.1f} MB, {seconds:.1f} s")
-    return 0
+    print(f"{args.out}: {plural(count, 'trace')}, {size / 1e6:.1f} MB, {seconds:.1f} s")

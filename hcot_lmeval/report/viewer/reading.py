@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.notes import SCHEMA
+from hcot_lmeval.report.results import STAMP
 from hcot_lmeval.trace import LiveContext
 
 FACTS = ("pruning", "ablation", "markup", "max_context")
@@ -124,6 +125,8 @@ class Columns:
 def find_sources(paths: Sequence[Path]) -> list[Source]:
     """Returns what the files hold, or the ``.jsonl`` files below folders, as sources with names of their own.
 
+    Journals and lm-eval's samples, which lie beside notes in the folder of a cell, are neither notes nor traces.
+
     Raises:
         ViewerError: a path does not exist, holds no traces, or is given twice.
     """
@@ -141,12 +144,13 @@ def _sources_of(path: Path) -> list[Source]:
     if not path.exists():
         raise ViewerError(f"{path} does not exist; give a file or folder of notes (model argument notes=DIR)")
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise ViewerError(f"{path} holds no .jsonl files; give a folder of notes (model argument notes=DIR)")
+    firsts = {file: first_record(file) for file in files if not is_samples(file)}
+    firsts = {file: first for file, first in firsts.items() if first.get("schema") in (None, SCHEMA)}
+    if not firsts:
+        raise ViewerError(f"no notes in {path}; run lm_eval with the model argument notes=DIR and give DIR")
     grouped: dict[str, list[Path]] = {}
     headers: dict[str, Mapping[str, Any]] = {}
-    for file in files:
-        header = first_record(file)
+    for file, header in firsts.items():
         is_notes = header.get("schema") == SCHEMA
         key = json.dumps(header, sort_keys=True) if is_notes else str(file)
         grouped.setdefault(key, []).append(file)
@@ -157,7 +161,7 @@ def _sources_of(path: Path) -> list[Source]:
 
 
 def _named(sources: Sequence[Source]) -> list[Source]:
-    """Gives sources names that tell them apart: by policy and window where that does, else with a number."""
+    """Gives sources names that tell them apart: by model, policy and window where that does, else with a number."""
     labels = [_label(source) for source in sources]
     if len(set(labels)) < len(labels):
         labels = [f"{label} ({source.name})" for label, source in zip(labels, sources, strict=True)]
@@ -169,9 +173,13 @@ def _named(sources: Sequence[Source]) -> list[Source]:
 
 
 def _label(source: Source) -> str:
-    facts = source.facts
-    told = [facts.get("pruning"), facts.get("ablation"), facts.get("max_context")]
+    told = [source.run.get(key) for key in ("name", "pruning", "ablation", "max_context")]
     return ", ".join(str(fact) for fact in told if fact is not None) or source.name
+
+
+def is_samples(path: Path) -> bool:
+    """Whether a file has the name of samples that lm-eval logged."""
+    return path.name.startswith("samples_") and STAMP.search(path.stem) is not None
 
 
 def first_record(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TextIO
@@ -14,7 +14,7 @@ from hcot_lmeval.report.viewer.payload import live_over_time
 from hcot_lmeval.report.viewer.reading import Trace
 from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdict, Verdicts
-from hcot_lmeval.report.viewer.visible import visible
+from hcot_lmeval.report.viewer.visible import plural, visible
 from hcot_lmeval.trace import Kind
 
 COLORS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35"}
@@ -71,11 +71,10 @@ def _head(trace: Trace, outline: Outline, verdict: Verdict, style: Style) -> Non
     style.line(style.paint(visible(name), "bold"))
     style.line(" · ".join(visible(text) if text != told[0] else text for text in told if text))
     count = outline.statistics
-    unit = f"{trace.unit}s"
     style.line(
         f"prompt {count.prompt_tokens} · generated {count.generated_tokens} · pruned {count.pruned_tokens} · "
         f"re-forwarded {count.reforwarded_tokens} · peak live {count.peak_live_tokens} · "
-        f"live at the end {count.live_tokens} {unit}"
+        f"live at the end {plural(count.live_tokens, trace.unit)}"
     )
     if count.malformed:
         faults = ", ".join(f"{kind} × {number}" for kind, number in count.malformed.items())
@@ -109,17 +108,28 @@ def _body(trace: Trace, outline: Outline, style: Style, expand: bool) -> None:
             block = blocks[place]
             folds = not expand and block.split is not None and outline.segments[block.split].gone is not None
             hidden_until = block.split if folds and block.split is not None else -1
-            _opened(segment, block, trace.unit, style, folds)
+            _opened(block, outline.segments, trace.unit, style, folds)
         else:
             _line(segment, text, style)
 
 
-def _opened(segment: Segment, block: Block, unit: str, style: Style, folded: bool) -> None:
-    solution = "no solution" if block.split is None else f"solution {block.solution} {unit}s"
-    fate = "unclosed" if block.close is None else f"pruned {block.pruned}" if block.pruned else "kept"
-    told = f"{'▸' if folded else '▾'} thought {block.thought} {unit}s → {solution}"
-    rest = f"  depth {block.depth}, from {segment.start}, {fate}"
+def _opened(block: Block, segments: Sequence[Segment], unit: str, style: Style, folded: bool) -> None:
+    segment = segments[block.open]
+    solution = "no solution" if block.split is None else f"solution {plural(block.solution, unit)}"
+    told = f"{'▸' if folded else '▾'} thought {plural(block.thought, unit)} → {solution}"
+    rest = f"  depth {block.depth}, from {segment.start}, {_fate(block, segments)}"
     style.line(_indent(segment.depth - 1) + style.paint(told, "magenta") + style.paint(rest, "dim"))
+
+
+def _fate(block: Block, segments: Sequence[Segment]) -> str:
+    """What became of a block when it closed, and of what stands in it before that."""
+    if block.close is None:
+        return "unclosed"
+    if not block.pruned:
+        return "kept"
+    inner, end = segments[block.open + 1 : block.close], segments[block.close].start
+    before = sum(segment.count for segment in inner if segment.gone is not None and segment.gone < end)
+    return f"pruned {block.pruned}" + (f" ({before} before, with blocks within)" if before else "")
 
 
 def _line(segment: Segment, text: str, style: Style) -> None:

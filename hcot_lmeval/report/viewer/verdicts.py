@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.report.recorded import checkpoint
 from hcot_lmeval.report.results import Run, read_runs
 from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 
@@ -38,7 +39,7 @@ class Verdicts:
     def __init__(self, runs: dict[str, list[Run]] | None = None) -> None:
         self._runs = runs or {}
         self._samples: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
-        self._known = 0
+        self._asked = self._known = 0
 
     def of(self, trace: Trace, generated: int) -> Verdict:
         """Returns what is known about a trace of `generated` tokens.
@@ -46,6 +47,7 @@ class Verdicts:
         Raises:
             ViewerError: several evaluations could be meant, or the one found had another response.
         """
+        self._asked += 1
         run = self._run_of(trace)
         if run is None:
             return Verdict(gold=trace.gold)
@@ -64,10 +66,14 @@ class Verdicts:
             ViewerError: there are evaluations, and none of the traces was in them.
         """
         if self._runs and not self._known:
-            raise ViewerError(
-                "--samples holds no evaluation with the pruning, max_context and tasks of the notes; "
-                "give the --output_path of the run that wrote them"
-            )
+            raise _unfitting("model, pruning, max_context and tasks")
+
+    def remark(self) -> str | None:
+        """Returns how many of the traces were not in the evaluations, if some were; call it after `check_used`."""
+        if not self._runs or self._known == self._asked:
+            return None
+        unknown = self._asked - self._known
+        return f"{unknown} of {self._asked} traces are not in --samples and are shown without right or wrong"
 
     def _run_of(self, trace: Trace) -> Run | None:
         fitting = [run for run in self._runs.get(trace.source.name, []) if run.task == trace.task]
@@ -91,18 +97,31 @@ def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdict
 
     Raises:
         ResultsError: a folder holds no evaluation.
+        ViewerError: none of the evaluations was made with the model and the settings of the notes.
     """
     notes = [source for source in sources if source.is_notes]
     each = [read_runs(folder) for folder in folders]
-    if len(each) == len(notes):
-        return Verdicts({source.name: _fitting(source, runs) for source, runs in zip(notes, each, strict=True)})
-    return Verdicts({source.name: _fitting(source, [run for runs in each for run in runs]) for source in notes})
+    if len(each) != len(notes):
+        each = [[run for runs in each for run in runs]] * len(notes)
+    fitting = {
+        source.name: [run for run in runs if _fits(source, run)] for source, runs in zip(notes, each, strict=True)
+    }
+    if not any(fitting.values()):
+        raise _unfitting("model, pruning and max_context")
+    return Verdicts(fitting)
 
 
-def _fitting(source: Source, runs: Iterable[Run]) -> list[Run]:
-    """The evaluations made with the settings of the notes."""
+def _unfitting(what: str) -> ViewerError:
+    told = f"--samples holds no evaluation with the {what} of the notes"
+    return ViewerError(f"{told}; give the --output_path of the run that wrote them")
+
+
+def _fits(source: Source, run: Run) -> bool:
+    """Whether an evaluation was made with the settings of the notes, and with their model where both name it."""
     wanted = [source.run.get(key) for key in ("pruning", "max_context", "ablation")]
-    return [run for run in runs if wanted == [run.policy, run.max_context, (run.totals or {}).get("ablation")]]
+    made = checkpoint(run)
+    names = {source.run.get("name"), Path(made.peft or made.name).name} - {None, ""}
+    return wanted == [run.policy, run.max_context, run.ablation] and len(names) < 2
 
 
 def _check_same(trace: Trace, sample: dict[str, Any], generated: int) -> None:

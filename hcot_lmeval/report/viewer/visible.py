@@ -1,4 +1,4 @@
-"""Characters that one cannot see or that act on a terminal, replaced by something to look at."""
+"""Text for readers: characters that one cannot see or that act on a terminal, and numbers of things."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ surrogate pairs. Joiners and direction marks, which ordinary text in many langua
 def visible(text: str) -> str:
     r"""Returns the text with every acting character as ``⟨U+001B⟩``, so that it can be printed whatever it holds."""
     return ACTING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns ``1 token`` or ``3 tokens``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
