@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from hcot_lmeval.lm import HcotLM
 from hcot_lmeval.lm.options import LOADING_KWARGS, QUANTIZATION_KWARGS, Options, known_names, split_model_args
 from hcot_lmeval.lm.requests import GEN_KWARGS, GenerationSettings, repeat_indices, request_seed
+from hcot_lmeval.notes import NotesFile
 from hcot_lmeval.trace import Policy
 from tests.lm_tasks import instances
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -38,6 +39,7 @@ class TestModelArguments:
             ({"apply_chat_template": True}, {"apply_chat_template": True}),
             ({"apply_chat_template": "False"}, {"apply_chat_template": False}),
             ({"max_context": 4096, "max_gen_toks": 9}, {"max_context": 4096, "max_gen_toks": 9}),
+            ({"seed": -1.0}, {"seed": -1}),  # as lm-eval reads -1
         ],
         ids=str,
     )
@@ -52,7 +54,10 @@ class TestModelArguments:
             ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
             ({"any_policy": "yes"}, "any_policy='yes' is not one of true, false"),
             ({"markup": "hcott"}, "Did you mean 'hcot'"),
-            ({"max_context": 0}, "max_context=0 is not positive"),
+            ({"max_context": 0}, "max_context=0 is too small: it has to be 1 or more"),
+            ({"max_context": -4.0}, "max_context=-4 is too small: it has to be 1 or more"),  # as lm-eval reads -4
+            ({"batch_size": "0"}, "batch_size='0' is neither a number of rows, 1 or more, nor 'auto'"),
+            ({"batch_size": "many"}, "batch_size='many' is neither a number"),
             ({"max_context": "4k"}, "max_context='4k' is not an integer"),
             ({"max_gen_toks": True}, "max_gen_toks=True is not an integer"),
             ({"apply_chat_template": "yes"}, "'yes' is not one of auto, true, false"),
@@ -120,6 +125,18 @@ class TestModelArguments:
         assert by_id.think == ("<think>", "<|im_end|>")
         assert HcotLM(pretrained=checkpoint, tokenizer=bare, device="cpu").think is None
         assert HcotLM(pretrained=checkpoint, device="cpu").think == ("<think>", "</think>")
+
+    def test_notes_that_cannot_be_written_are_named(self, checkpoint, tmp_path):
+        (tmp_path / "file").touch()
+        lm = HcotLM(pretrained=checkpoint, device="cpu", journal="off", notes=str(tmp_path / "file" / "notes"))
+        with pytest.raises(OSError, match=r"notes=.*/file/notes cannot be written to: .*Not a directory"):
+            lm.generate_until(instances(), disable_tqdm=True)
+
+    def test_notes_say_the_name_of_the_checkpoint(self, checkpoint, tmp_path):
+        lm = HcotLM(pretrained=checkpoint, device="cpu", journal="off", notes=str(tmp_path))
+        lm.generate_until(instances(max_gen_toks=1), disable_tqdm=True)
+        [path] = tmp_path.iterdir()
+        assert NotesFile(path).run["name"] == "model"
 
     def test_a_chat_template_that_is_asked_for_has_to_exist(self, checkpoint):
         with pytest.raises(ValueError, match="no chat template; use auto or false"):

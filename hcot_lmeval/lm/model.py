@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -312,7 +313,12 @@ class HcotLM(HFLM):
         if self.options.notes is None:
             return None
         name = f"notes-{digest(self.run_facts)[:12]}-rank{self.rank}.jsonl"
-        return NoteTaker(self.options.notes / name, self.engine.decode, self.run_facts)
+        checkpoint = self.peft or self.pretrained  # its name tells a reader more than its digests
+        called = {"name": Path(checkpoint).name} if isinstance(checkpoint, str) else {}
+        try:
+            return NoteTaker(self.options.notes / name, self.engine.decode, called | self.run_facts)
+        except OSError as error:
+            raise OSError(f"notes={self.options.notes} cannot be written to: {error}") from error
 
     @cached_property
     def _settings(self) -> GenerationSettings:

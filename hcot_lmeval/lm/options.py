@@ -128,8 +128,9 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 def _check_batch_size(value: Any) -> None:
     """lm-eval takes a number or ``auto``, for its log-likelihoods also ``auto:N``."""
-    if not str(value).isdecimal() and str(value).partition(":")[0] != "auto":
-        raise ValueError(f"batch_size={value!r} is neither a number of rows nor 'auto'")
+    rows = int(value) if str(value).isdecimal() else None
+    if rows == 0 or (rows is None and str(value).partition(":")[0] != "auto"):
+        raise ValueError(f"batch_size={value!r} is neither a number of rows, 1 or more, nor 'auto'")
 
 
 def known_names() -> frozenset[str]:
@@ -188,6 +189,9 @@ def _prompt_markers(value: Any) -> str:
 
 
 def _integer(name: str, value: Any) -> int:
+    """lm-eval reads a negative number as a float."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r} is not an integer")
     return value
@@ -196,9 +200,10 @@ def _integer(name: str, value: Any) -> int:
 def _positive(name: str, value: Any) -> int | None:
     if value is None:
         return None
-    if _integer(name, value) < 1:
-        raise ValueError(f"{name}={value!r} is not positive; leave it out for the default")
-    return value
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name}={number} is too small: it has to be 1 or more; leave it out for the default")
+    return number
 
 
 def _flag(name: str, value: Any) -> bool:
