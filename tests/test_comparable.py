@@ -107,6 +107,21 @@ def test_name_that_says_another_window(run, name):
     assert "its results file says max_context=1024; the labels were swapped" in refused(run(name=name))
 
 
+@pytest.mark.parametrize("name", ["tiny-evict, recompute, 1024", "trade-off", "one-off-tuned", "unpruned-base"])
+def test_a_word_within_the_name_of_a_checkpoint_claims_nothing(run, name):
+    check_integrity(run(name=name))
+
+
+def test_a_target_that_lm_eval_reads_as_a_literal(run):
+    def change(results, samples):
+        results["configs"]["toy"]["doc_to_target"] = "{{answer}}"
+        for sample in samples:
+            sample["doc"], sample["target"] = {**sample["doc"], "answer": "[-2,7]"}, "[-2, 7]"
+            del sample["doc_hash"], sample["target_hash"]
+
+    check_integrity(run(change=change))
+
+
 @pytest.mark.parametrize("name", ["a, recompute, 1024", "pruned 1.5B", "Qwen 2, seed 128", "offline", "window 1024"])
 def test_name_that_agrees(run, name):
     check_integrity(run(name=name))

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from hcot_lmeval.report import provenance
-from hcot_lmeval.report.folder import CellFolder, arguments, is_complete, with_other_versions
+from hcot_lmeval.report.folder import CellFolder, arguments, is_complete, with_other_versions, write_json
 from hcot_lmeval.report.grid import GridConfig
 from hcot_lmeval.report.progress import Progress
 from hcot_lmeval.report.reading import Reader
-from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.runner import Failure, run_cells
 from hcot_lmeval.settings import describe_settings, parse_settings
 from tests.fake_evaluation import arguments_of
@@ -210,14 +210,54 @@ def test_versions_code_checkpoint_and_environment_are_in_the_settings(tmp_path, 
 
 
 def test_code_that_takes_part_counts_and_no_other(monkeypatch):
-    digest = provenance.code_digest.__wrapped__
+    digest = provenance.code_digest
     assert digest() == digest()
     hashed: set[str] = set()
     monkeypatch.setattr(provenance, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
     digest()
     names = {Path(path).relative_to(ROOT).as_posix() for path in hashed}
     assert {"hcot_lmeval/trace.py", "hcot_lmeval/engine/engine.py", "tasks/synthetic/hcot_arith.yaml"} <= names
+    assert {"hcot_lmeval/scoring/instructions.json", "hcot_lmeval/templates/plain.jinja"} <= names
     assert not any(name.startswith(("hcot_lmeval/report/", "hcot_lmeval/training/", "tests/")) for name in names)
+
+
+@pytest.mark.parametrize("name", ["HCOT_LMEVAL_DATA", "HCOT_LMEVAL_INSTRUCTIONS"])
+def test_data_and_instructions_count_by_content(tmp_path, monkeypatch, name):
+    place = tmp_path / "place"
+    if name == "HCOT_LMEVAL_DATA":
+        place.mkdir()
+    file = place / "rows.parquet" if place.is_dir() else place
+    file.write_text("one")
+    monkeypatch.setenv(name, str(place))
+    before = folders(tmp_path)[0].settings
+    file.write_text("two")
+    assert folders(tmp_path)[0].settings != before
+
+
+def test_a_checkpoint_that_changes_while_the_grid_runs_is_noticed(tmp_path):
+    (tmp_path / "model").mkdir()
+    config = tmp_path / "model" / "config.json"
+    config.write_text("{}")
+    folder = folders(tmp_path, models=[str(tmp_path / "model")])[0]
+    assert folder.path
+    config.write_text('{"a": 1}')
+    with pytest.raises(ResultsError, match="checkpoints changed since the grid was planned; start it again"):
+        folder.prepare()
+
+
+def test_many_processes_may_write_one_file(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_json(tmp_path / "grid.json", {"n": n}), range(200)))
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]
+
+
+def test_the_adapter_of_the_whole_grid_says_what_it_was_trained_for(tmp_path):
+    args = {"models": ["tiny-flat"], "policies": ["trained"]}
+    own = {"models": [{"pretrained": "tiny-flat", "model_args": {"peft": "tiny-evict"}}], "policies": ["trained"]}
+    for settings in (own, {**args, "model_args": {"peft": "tiny-evict"}}):
+        assert {folder.cell.policy for folder in folders(tmp_path, **settings)} == {"evict"}
 
 
 def test_folder_of_tasks_counts_by_its_files(tmp_path):

@@ -173,3 +173,11 @@ def test_what_cannot_be_tested_is_refused() -> None:
         estimate([0, 55])
     with pytest.raises(ValueError, match="doc_id 1, 2"):
         paired({0: 1, 1: 0}, {0: 1, 2: 0})
+
+
+def test_changes_that_are_equal_but_for_rounding() -> None:
+    """0 -> 1/3 and 2/3 -> 1 are the same change; the bootstrap would give it an interval of no width."""
+    first = {n: (n % 3) / 3 for n in range(12)}
+    found = paired(first, {n: (n % 3 + 1) / 3 for n in range(12)})
+    assert found.high - found.low > 0.3 and found.low < found.difference < found.high
+    assert estimate([1 / 3, 1 - 2 / 3, 0.1 + 0.7 / 3]).high > 0.4

@@ -127,7 +127,9 @@ def test_unchecked_is_told_from_wrong() -> None:
     assert records.judgement(grade) == {"acc": 0.0, "unchecked": 1.0, "boxed": 1.0}
 
 
-@pytest.mark.parametrize(("reason", "completed"), [("eos", 1.0), ("stop", 1.0), ("length", 0.0), ("context", 0.0), ("loop", 0.0)])
+@pytest.mark.parametrize(
+    ("reason", "completed"), [("eos", 1.0), ("stop", 1.0), ("length", 0.0), ("context", 0.0), ("loop", 0.0)]
+)
 def test_completed(reason: str, completed: float) -> None:
     assert records.statistics(response("", finish_reason=reason))["completed"] == completed
 

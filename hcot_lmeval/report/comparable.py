@@ -46,9 +46,16 @@ SETTINGS = (
     Setting("metrics", lambda run: run.metric, "name one with --metric"),
     Setting("filters", lambda run: run.samples[0]["filter"], "name one with --filter"),
     Setting("numbers of few-shot examples", lambda run: run.results.get("n-shot", {}).get(run.task), SAME_COMMAND),
+    Setting("seeds of the choice of few-shot examples", lambda run: _few_shot(run, "fewshot_seed"), SAME_COMMAND),
+    Setting("forms of few-shot examples", lambda run: run.results.get("fewshot_as_multiturn"), SAME_COMMAND),
     Setting("system instructions", lambda run: run.results.get("system_instruction"), SAME_COMMAND),
     Setting("numbers of responses to a problem", lambda run: recorded.task_config(run).get("repeats", 1), SAME_COMMAND),
 )
+
+
+def _few_shot(run: Run, key: str) -> Any:
+    """A setting of the choice of examples, which matters only where there are any."""
+    return run.config.get(key) if run.results.get("n-shot", {}).get(run.task) else None
 
 
 def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> None:

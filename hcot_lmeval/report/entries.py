@@ -10,6 +10,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from hcot_lmeval.report.recorded import checkpoint, model_args
 from hcot_lmeval.report.results import ResultsError, Run, label
 from hcot_lmeval.scoring.aggregate import LEVELS
 
@@ -93,11 +94,21 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 
 def _check_alike(runs: Sequence[Run]) -> None:
-    """A name that was given to different settings must not make seeds of them."""
-    settings = {(run.model, run.policy, run.ablation, run.controls, run.max_context): label(run) for run in runs}
+    """A name that was given to different settings must not make seeds of them, nor one seed count twice."""
+    settings = {repr((label(run), checkpoint(run), _arguments(run))): run for run in runs}
     if len(settings) > 1:
-        told = "; ".join(settings.values())
+        told = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
         raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
+    for seed, count in Counter(run.seed for run in runs).items():
+        if count > 1 and seed is not None:
+            paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
+            raise ResultsError(f"{count} runs of {runs[0].name!r} have seed {seed} ({paths}); read one of them")
+
+
+def _arguments(run: Run) -> list[tuple[str, str]]:
+    """The model arguments that a seed leaves as they are."""
+    given = model_args(run).items()
+    return sorted((name, str(value)) for name, value in given if name not in ("seed", "notes", "journal"))
 
 
 def _place(entry: Entry) -> tuple[str, str, int | None]:

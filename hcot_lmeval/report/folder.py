@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,7 +56,7 @@ class CellFolder:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result, speed included, as far as it is known before; JSON values."""
         cell, grid = self.cell, self.cell.grid
-        tasks = provenance.tasks_digest(grid.include_path) if grid.include_path else None
+        tasks = provenance.folder_digest(grid.include_path) if grid.include_path else None
         checkpoints = [cell.model_args.get(key) for key in ("pretrained", "peft", "delta", "tokenizer")]
         facts = {
             "task": cell.task,
@@ -128,7 +129,12 @@ class CellFolder:
     # --- its life -----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Makes the folder and throws away the output of an attempt that did not end."""
+        """Makes the folder and throws away the output of an attempt that did not end.
+
+        Raises:
+            ResultsError: the checkpoint, tasks, data or code are not what they were when the folder was named.
+        """
+        self._check_unchanged()
         self.path.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         head = {"schema": SCHEMA, "name": self.cell.name, "model_args": self.cell.model_args}
@@ -136,10 +142,21 @@ class CellFolder:
         write_json(self.path / "cell.json", {**head, "settings": self.settings, "command": command})
 
     def finish(self) -> bool:
-        """Declares the cell done if lm_eval's output is complete; returns whether it is done."""
+        """Declares the cell done if lm_eval's output is complete; returns whether it is done.
+
+        Raises:
+            ResultsError: something that determines the result was changed while lm_eval ran.
+        """
         if not self.is_done and is_complete(self.unfinished):
+            self._check_unchanged()
             self.unfinished.rename(self.results)
         return self.is_done
+
+    def _check_unchanged(self) -> None:
+        now = replace(self).settings
+        if now != self.settings:
+            changed = ", ".join(key for key, value in now.items() if value != self.settings[key])
+            raise ResultsError(f"{self.cell.title}: {changed} changed since the grid was planned; start it again")
 
     def seconds(self) -> float | None:
         """Returns how long lm_eval took; None if the cell is not done or does not tell."""
@@ -174,8 +191,8 @@ def arguments(values: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file as a whole or not at all."""
-    draft = path.with_suffix(".draft")
+    """Writes a file as a whole or not at all, whoever else writes it."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
 

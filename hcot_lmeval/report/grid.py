@@ -222,13 +222,14 @@ def _cells_of(grid: GridConfig, model: ModelConfig, task: str) -> Iterator[Cell]
 def _policies(grid: GridConfig, model: ModelConfig) -> list[str]:
     """The policies of a model, ``trained`` replaced by what its training record says, each one once."""
     wanted = model.policies or grid.policies
-    return list(dict.fromkeys(_trained(model) if policy == "trained" else policy for policy in wanted))
+    given = {**grid.model_args, **model.model_args}
+    return list(dict.fromkeys(_trained(model, given) if policy == "trained" else policy for policy in wanted))
 
 
-def _trained(model: ModelConfig) -> str:
+def _trained(model: ModelConfig, given: dict[str, Any]) -> str:
     """As the engine settles it: an adapter's record before its base's; recompute where none says anything."""
-    for checkpoint in (model.model_args.get("peft"), model.pretrained):
-        record = read_record(resolve(checkpoint), model.model_args.get("revision")) if checkpoint else None
+    for checkpoint in (given.get("peft"), model.pretrained):
+        record = read_record(resolve(checkpoint), given.get("revision")) if checkpoint else None
         if record is not None:
             return record.policy
     return Policy.RECOMPUTE.value

@@ -7,6 +7,7 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
@@ -99,10 +100,20 @@ def _check_targets(run: Run) -> None:
     if found is None:  # a template or a function
         return
     column = found[1]
-    wrong = [s["doc_id"] for s in run.samples if column in s["doc"] and str(s["doc"][column]) != s["target"]]
+    wrong = [s["doc_id"] for s in run.samples if column in s["doc"] and not _is_target(s["doc"][column], s["target"])]
     if wrong:
         told = f"the target of {documents(wrong)} is not the {column} of the document"
         raise _fault(run, told, "the labels were swapped or changed: run it again")
+
+
+def _is_target(answer: Any, target: str) -> bool:
+    """Whether a target is the answer, perhaps read as a Python literal, as lm-eval does with templates."""
+    if str(answer) == target:
+        return True
+    try:
+        return str(ast.literal_eval(str(answer))) == target
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 def _check_scores(run: Run) -> None:
@@ -132,8 +143,8 @@ def check_name(run: Run) -> None:
     """
     if run.totals is None:
         return
-    for word in re.findall(r"[a-z]+", run.name.lower()):
-        if run.policy not in POLICY_WORDS.get(word, {run.policy}):
+    for word in re.split(r"[\s,()=]+", run.name.lower()):  # a part of a word, as in tiny-evict, claims nothing
+        if run.policy not in POLICY_WORDS.get(re.sub(r"-\d+$", "", word), {run.policy}):
             raise _misnamed(run, f"policy {run.policy}")
     windows = {int(number) for number in NAMED_WINDOW.findall(run.name)}
     if windows and run.max_context not in windows:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ LIBRARIES = ("lm_eval", "torch", "transformers", "math-verify", "sympy")
 """What computes logits and scores."""
 ENVIRONMENT = ("HCOT_LMEVAL_DATA", "HCOT_LMEVAL_INSTRUCTIONS")
 """Variables that choose data and prompts."""
-BYSTANDERS = ("report", "training")
+BYSTANDERS = ("report", "training", "diagnosis", "prepare", "assets")
 """Parts of this package that take no part in an evaluation."""
 CHECKPOINT_SUFFIXES = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model", ".txt", ".py", ".jinja")
 )
-TASK_SUFFIXES = frozenset((".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ""))
+CODE_SUFFIXES = frozenset((".py", ".json", ".jinja"))
+"""Code, and what it reads: instructions, templates."""
 SMALL = 2**22
 """Bytes up to which a checkpoint's file is told apart by content; a larger one by size and time of change."""
 
@@ -51,13 +51,18 @@ def versions(model: str) -> dict[str, str]:
     return found
 
 
-@cache
 def code_digest() -> str:
-    """Returns a digest of the code and tasks of this package that take part in an evaluation; read once."""
+    """Returns a digest of the code and tasks of this package that take part in an evaluation."""
     package = Path(__file__).parents[1]
-    code = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in BYSTANDERS]
-    tasks = next((folder for folder in (package / "tasks", package.parent / "tasks") if folder.is_dir()), None)
-    return _contents_digest(package.parent, [*code, *(_files(tasks, TASK_SUFFIXES) if tasks else ())])[:16]
+    code = [p for p in _files(package, CODE_SUFFIXES) if p.relative_to(package).parts[0] not in BYSTANDERS]
+    tasks = tasks_folder()
+    return _contents_digest(package.parent, [*code, *(_files(tasks) if tasks else ())])[:16]
+
+
+def tasks_folder() -> Path | None:
+    """Returns the folder of our tasks: within the package in a wheel, beside it in a checkout; None if it is lost."""
+    package = Path(__file__).parents[1]
+    return next((folder for folder in (package / "tasks", package.parent / "tasks") if folder.is_dir()), None)
 
 
 def checkpoint_facts(name: str) -> Any:
@@ -81,19 +86,21 @@ def _identity(path: Path) -> tuple[Any, ...]:
     return status.st_size, status.st_mtime_ns
 
 
-def tasks_digest(directory: Path) -> str:
-    """Returns a digest of the files of a folder of tasks."""
-    return _contents_digest(directory, _files(directory, TASK_SUFFIXES))
+def folder_digest(place: Path) -> str:
+    """Returns a digest of a file, or of all files of a folder, such as tasks and data."""
+    files = _files(place) if place.is_dir() else [place] if place.is_file() else []
+    return digest([[path.relative_to(place.parent).as_posix(), *_identity(path)] for path in files])
 
 
-def environment() -> dict[str, str]:
-    """Returns those of `ENVIRONMENT` that are set."""
-    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+def environment() -> dict[str, list[str]]:
+    """Returns those of `ENVIRONMENT` that are set, each with a digest of what lies there."""
+    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return {name: [place, folder_digest(Path(place).expanduser())] for name, place in found.items()}
 
 
-def _files(directory: Path, suffixes: Iterable[str]) -> list[Path]:
-    found = (path for path in directory.rglob("*") if path.suffix in suffixes and path.is_file())
-    return sorted(path for path in found if "__pycache__" not in path.parts)
+def _files(directory: Path, suffixes: Collection[str] | None = None) -> list[Path]:
+    found = (path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(path for path in found if suffixes is None or path.suffix in suffixes)
 
 
 def _contents_digest(root: Path, paths: Iterable[Path]) -> str:

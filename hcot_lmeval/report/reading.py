@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hcot_lmeval.report.folder import described
 from hcot_lmeval.report.integrity import check_settings
-from hcot_lmeval.report.recorded import checkpoint
+from hcot_lmeval.report.recorded import checkpoint, generation_kwargs
 from hcot_lmeval.report.results import ResultsError, Run, read_runs
 
 
@@ -51,12 +51,18 @@ class Reader:
         return _named(runs, name, path) if named else runs
 
     def _newest(self, path: Path) -> list[Run]:
-        """The newest run of each label, task and seed."""
+        """The newest run of each label, task and seed.
+
+        Raises:
+            ResultsError: runs that would be taken for the same are of other checkpoints or other sampling.
+        """
         newest: dict[tuple[str, str, int | None], Run] = {}
         older = set()
         for run in self._runs(path):
             key = (run.name, run.task, run.seed)
-            older |= {key} if key in newest else set()
+            if key in newest:
+                _check_same(newest[key], run)
+                older.add(key)
             newest[key] = run
         for name, task, seed in sorted(older, key=str):
             taken = newest[name, task, seed].path
@@ -74,7 +80,12 @@ class Reader:
         if len(done) < len(cells):
             self.said.append(f"{len(cells) - len(done)} of {len(cells)} cells in {out} are not finished")
         for path in done:
-            yield from self.cell(path)
+            if self._holds_wanted(path):
+                yield from self.cell(path)
+
+    def _holds_wanted(self, path: Path) -> bool:
+        """Whether a cell has a task that is to be read; a grid may hold others."""
+        return not self.tasks or any(any(path.rglob(f"samples_{task}_*.jsonl")) for task in self.tasks)
 
     def cell(self, path: Path) -> list[Run]:
         """Returns the runs of a finished cell under the name of the cell, one for each of its tasks.
@@ -99,4 +110,13 @@ def _named(runs: Sequence[Run], name: str, path: Path) -> list[Run]:
         return [run.named(name) for run in runs]
     if len(set(map(checkpoint, runs))) > 1 or any(run.totals is None for run in runs):
         raise ResultsError(f"{path} holds runs of several models ({'; '.join(sorted(labels))}); name a folder of each")
-    return [run.named(f"{name}, {run.policy}, {run.max_context}") for run in runs]
+    parts = ((name, run.policy, run.ablation, run.controls, run.max_context) for run in runs)
+    names = [", ".join(str(part) for part in some if part is not None) for some in parts]
+    return [run.named(full) for run, full in zip(runs, names, strict=True)]
+
+
+def _check_same(one: Run, other: Run) -> None:
+    for what, of in (("checkpoints", checkpoint), ("generation kwargs", generation_kwargs)):
+        if of(one) != of(other):
+            told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
+            raise ResultsError(f"{told}, but their {what} differ: {of(one)} and {of(other)}; give each a folder")
