@@ -16,7 +16,7 @@ from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.lengths import block_lengths, live_curve
-from hcot_lmeval.report.plots import _styles, budget_curve, live_context, most_pruned, plot_task, roomiest
+from hcot_lmeval.report.plots import _styles, budget_curve, live_context, most_pruned, notes_of, plot_task, roomiest
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.trace import LiveContext, Policy
 from tests.random_traces import random_trace
@@ -174,3 +174,16 @@ def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:
     for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path / "again"):
         if path.suffix == ".png":
             assert path.read_bytes() == drawn[path.name].read_bytes(), "the same data gives the same file"
+
+
+def test_notes_of_another_run_in_the_same_folder_are_left_out(tmp_path: Path) -> None:
+    """And of a request that stands there twice, as after a restart, the last one counts."""
+    for policy in ("off", "recompute"):
+        with NoteTaker(tmp_path / "notes" / f"{policy}.jsonl", run={"pruning": policy, "max_context": 1024}) as taker:
+            for note in [noted(seed, policy, doc_id=seed)[0] for seed in (0, 1, 1)]:
+                taker.add(note)
+    build_run(tmp_path / "out", [1, 0], policy="off", model_args={"notes": str(tmp_path / "notes")})
+    [entry] = entries_of(read_runs(tmp_path / "out"))
+    found = notes_of(entry)
+    assert len(found) == 2
+    assert not any(note.statistics.pruned_tokens for note in found)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
+from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.events import Prune
 from hcot_lmeval.notes import Note, NotesFile
 from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.report.lengths import BlockLengths, block_lengths, live_curve
+from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import estimate
 
 matplotlib.use("Agg")
@@ -135,10 +138,30 @@ def budget_curve(entry: Entry, statistic: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def notes_of(entry: Entry) -> list[Note]:
-    """Returns the notes of an entry's first run for its task, if the run took notes and they are still there."""
-    where = (entry.runs[0].config.get("model_args") or {}).get("notes")
-    files = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
-    return [note for file in files for note in NotesFile(file) if note.meta.get("task") == entry.task]
+    """Returns the notes of an entry's first run for its task, if the run took notes and they are still there.
+
+    A folder may hold the notes of several runs, and those of one that was started again hold some requests twice.
+    """
+    run = entry.runs[0]
+    where = (run.config.get("model_args") or {}).get("notes")
+    paths = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
+    files = [file for file in map(NotesFile, paths) if _is_of(run, file.run)]
+    found = {
+        (note.request, note.sample): note for file in files for note in file if note.meta.get("task") == entry.task
+    }
+    return list(found.values())
+
+
+def _is_of(run: Run, facts: Mapping[str, Any]) -> bool:
+    """Whether notes with these facts in their header were taken by a run, as far as both tell."""
+    totals = run.totals or {}
+    said = {"pruning": run.policy, "max_context": run.max_context, "ablation": run.ablation, **_controls(totals)}
+    return "pruning" not in facts or all(facts.get(name) == value for name, value in said.items())
+
+
+def _controls(totals: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name: None for field in fields(ControlOptions)}
+    return names | dict(totals.get("controls") or {})
 
 
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
