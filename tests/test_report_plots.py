@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ def test_notes_of_another_run_in_the_same_folder_are_left_out(tmp_path: Path) ->
     """And of a request that stands there twice, as after a restart, the last one counts."""
     for policy in ("off", "recompute"):
         with NoteTaker(tmp_path / "notes" / f"{policy}.jsonl", run={"pruning": policy, "max_context": 1024}) as taker:
-            for note in [noted(seed, policy, doc_id=seed)[0] for seed in (0, 1, 1)]:
-                taker.add(note)
+            for seed in (0, 1, 1):
+                taker.add(replace(noted(seed, policy, doc_id=seed)[0], request=str(seed)))
     build_run(tmp_path / "out", [1, 0], policy="off", model_args={"notes": str(tmp_path / "notes")})
     [entry] = entries_of(read_runs(tmp_path / "out"))
     found = notes_of(entry)
