@@ -36,6 +36,9 @@ def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        told = f"{path} is no file; give the path of a YAML file with keys and values such as `{example}`"
+        raise FileNotFoundError(f"{told} (--keys lists the keys)") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

@@ -5,6 +5,7 @@ The environment says what it does:
     FAKE_STARTS   file that gets the model arguments of each start, a line each
     FAKE_FAULTS   JSON, part of the model arguments -> a fault:
                   crash       prints, ends with status 3, writes nothing
+                  traceback   ends with an exception
                   silent      ends well, writes nothing
                   wrong       evaluates with another window than it was told to
                   version     evaluates another version of the task
@@ -80,6 +81,8 @@ def before(fault: str) -> None:
     if fault == "crash":
         print("CUDA error: no kernel image\n", file=sys.stderr)
         sys.exit(3)
+    if fault == "traceback":
+        raise ValueError("something is wrong")
     if fault == "silent":
         sys.exit(0)
     if fault == "start":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hcot_lmeval.report import folder
+from hcot_lmeval.report import folder, preflight
 from hcot_lmeval.report.cli import main, make_parser
 from hcot_lmeval.report.reading import Reader
 from hcot_lmeval.report.results import ResultsError, Run
@@ -51,6 +51,7 @@ def fake(tmp_path, monkeypatch) -> Callable[[], int]:
     """Puts the fake lm_eval in the place of the command, and counts its starts."""
     monkeypatch.setattr(folder, "LM_EVAL", FAKE)
     monkeypatch.setattr("hcot_lmeval.report.runner.run_cells.__defaults__", (lambda folder: None, FAKE))
+    monkeypatch.setattr(preflight, "known_tasks", lambda folders, usual: {"toy"})
     monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "starts").touch()
@@ -175,6 +176,35 @@ def test_failing_cell(fake, compared, capsys, monkeypatch):
     assert len(compared[0].names) == 3
 
 
+def test_failures_are_told_by_their_message_and_once(fake, compared, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off": "traceback"}))
+    assert main(["run", "grid.yaml", "--out", "out", "--models", "tiny-hcot", "--windows", "32", "64"]) == 1
+    first, message, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("tiny-hcot, off, 32 (toy) failed: lm_eval ended with status 1; out/cells/toy--")
+    assert message == "    ValueError: something is wrong"
+    assert second.startswith("tiny-hcot, off, 64 (toy) failed like tiny-hcot, off, 32 (toy); out/cells/toy--")
+
+
+def test_a_grid_that_cannot_run_starts_no_cell(fake, compared, capsys):
+    argv = ["run", "--models", "tiny-hcot", "--policies", "evict", "--tasks", "toi", "--out", "out"]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the grid cannot be run:\n  tiny-hcot: policies=evict, but")
+    assert "no task toi; did you mean toy?" in err
+    assert (out, fake(), Path("out").exists()) == ("", 0, False)
+    assert main([*argv, "--dry-run"]) == 0
+
+
+def test_what_is_done_is_neither_checked_nor_run_again(fake, compared, capsys, monkeypatch):
+    main(["run", "grid.yaml", "--out", "out", "--windows", "64"])
+    assert "cells are done" not in capsys.readouterr().out
+    main(["run", "grid.yaml", "--out", "out"])
+    assert capsys.readouterr().out.splitlines()[0] == "3 of 6 cells are done; about 38 s left"
+    monkeypatch.setattr(preflight, "known_tasks", lambda folders, usual: set())
+    assert main(["run", "grid.yaml", "--out", "out"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "6 of 6 cells are done"
+
+
 def test_cell_that_cannot_be_compared_is_told_when_it_ends(fake, compared, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off,max_context=128": "version"}))
     assert main(["run", "grid.yaml", "--out", "out", "--models", "tiny-hcot"]) == 1
@@ -208,7 +238,8 @@ def test_swapped_results_of_cells_are_refused(fake, compared, capsys):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ("run nowhere.yaml", "nowhere.yaml"),
+        ("run nowhere.yaml", "nowhere.yaml is no file; give the path of a YAML file"),
+        ("run .", ". is no file; give the path of a YAML file with keys and values such as `models: [tiny-hcot]`"),
         ("run --models a", "the grid of the command line cannot be used: tasks: Field required"),
         ("run --models a --tasks b --windows x", "windows.0: Input should be a valid integer"),
         ("run --models a --tasks b --policies prune", "Input should be 'off', 'trained', 'recompute' or 'evict'"),
@@ -224,6 +255,15 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, told):
     error = fails(capsys, *argv.split())
     assert told in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "read"])
+def test_unknown_option_is_told_with_the_usage_of_its_command(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "x", "--bogus"])
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert f" {command} [-h]" in usage
+    assert error.endswith(f"{command}: error: unrecognized arguments: --bogus")
 
 
 def test_unknown_key_names_the_nearest(tmp_path, capsys):
@@ -336,7 +376,7 @@ def test_from_two_folders_to_tables(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16.7" in shown and "83.3" in shown  # 5 and 25 of 30
     assert {"comparison.md", "comparison.json"} <= {path.name for path in out.iterdir()}
-    assert "comparison.md" in shown.splitlines()[-1]
+    assert shown.splitlines()[-1] == f"written to {out}: comparison.json, comparison.md, comparison.tex, 6 .csv"
 
 
 def test_unknown_baseline_and_column(tmp_path, capsys):

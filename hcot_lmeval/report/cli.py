@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
-    args = make_parser().parse_args(argv)
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:  # said with the usage of the command, not of the whole
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status = args.action(args)
         sys.stdout.flush()
@@ -91,11 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     run = _parser(
         kinds.add_parser, name="run", help="evaluate what is missing of a grid, then compare", epilog=RUN_EXAMPLES
     )
-    run.set_defaults(action=run_grid)
+    run.set_defaults(action=run_grid, parser=run)
     _add_grid_options(run)
     _add_table_options(run)
     read = _parser(kinds.add_parser, name="read", help="compare results that are there", epilog=READ_EXAMPLES)
-    read.set_defaults(action=read_results)
+    read.set_defaults(action=read_results, parser=read)
     read.add_argument("folders", nargs="+", metavar="[NAME=]DIR", help="output folder of lm_eval, or of a grid")
     read.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     _add_table_options(read)
@@ -159,6 +162,7 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
 def run_grid(args: argparse.Namespace) -> int:
     """Evaluates what is missing of a grid and compares what is there; returns the exit status."""
     from hcot_lmeval.report.grid import GridConfig
+    from hcot_lmeval.report.preflight import check_cells
     from hcot_lmeval.report.reading import Reader
     from hcot_lmeval.settings import describe_settings
 
@@ -169,6 +173,7 @@ def run_grid(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(_listed(folder) for folder in folders))
         return 0
+    check_cells([folder.cell for folder in folders if not folder.is_done])
     failures = _run(folders, args)
     done = [folder for folder in folders if folder.is_done]
     if not done:
@@ -234,6 +239,7 @@ def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failur
     write_json(args.out / "grid.json", {"cells": [folder.path.name for folder in folders]})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
     progress = Progress(folders)
+    progress.begins()
     try:
         return run_cells(folders, progress, lambda folder: _check_early(folder, folders, args, progress))
     finally:
@@ -285,4 +291,11 @@ def _compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
     for line in remarks(runs):
         print(f"note: {line}")
     written = comparison.write(args.out, plots=not args.no_plots)
-    print(f"\nwritten to {args.out}: {', '.join(sorted(path.name for path in written))}")
+    print(f"\nwritten to {args.out}: {_summary(written)}")
+
+
+def _summary(written: Sequence[Path]) -> str:
+    """The files of all tasks by name, those of single tasks by their number."""
+    whole = sorted(path.name for path in written if path.stem == "comparison")
+    parts = Counter(path.suffix for path in written if path.stem != "comparison")
+    return ", ".join([*whole, *(f"{count} {suffix}" for suffix, count in sorted(parts.items()))])

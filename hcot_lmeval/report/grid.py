@@ -15,7 +15,7 @@ Policies and windows are notions of ``--model hcot``: another model is one cell 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from hcot_lmeval.assets import resolve
-from hcot_lmeval.record import read_record
+from hcot_lmeval.record import TrainingRecord, read_record
 from hcot_lmeval.settings import Section
 from hcot_lmeval.trace import Policy
 
@@ -227,9 +227,25 @@ def _policies(grid: GridConfig, model: ModelConfig) -> list[str]:
 
 
 def _trained(model: ModelConfig, given: dict[str, Any]) -> str:
-    """As the engine settles it: an adapter's record before its base's; recompute where none says anything."""
+    record = record_of(model, given)
+    return Policy.RECOMPUTE.value if record is None else record.policy
+
+
+def record_of(model: ModelConfig, given: Mapping[str, Any]) -> TrainingRecord | None:
+    """Returns the training record of a model, as the engine settles it: an adapter's before its base's.
+
+    Args:
+        model: of the grid.
+        given: its model arguments, with those of the grid.
+
+    Returns:
+        None if neither has a record, or is not there at all (see `preflight`).
+    """
     for checkpoint in (given.get("peft"), model.pretrained):
-        record = read_record(resolve(checkpoint), given.get("revision")) if checkpoint else None
+        try:
+            record = read_record(resolve(checkpoint), given.get("revision")) if checkpoint else None
+        except OSError:
+            continue
         if record is not None:
-            return record.policy
-    return Policy.RECOMPUTE.value
+            return record
+    return None

@@ -41,6 +41,12 @@ class Progress:
             dynamic_ncols=True,
         )
 
+    def begins(self) -> None:
+        """Says how much was done before, if anything was."""
+        if self._done:
+            rest = f"; {self._left()}" if self._open else ""
+            self._say(f"{self._done} of {len(self._seconds)} cells are done{rest}")
+
     def ticks(self, folder: CellFolder, words: str) -> None:
         """Says how long the cell has been in work and, if it last printed a bar of its own, what that shows."""
         if folder is not self._current:

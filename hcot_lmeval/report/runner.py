@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +36,7 @@ class Failure:
     Attributes:
         folder: of the cell.
         reason: one line.
-        log: the last lines that lm_eval printed.
+        log: what lm_eval said of it: the message of a traceback, else the last lines that it printed.
     """
 
     folder: CellFolder
@@ -46,7 +47,11 @@ class Failure:
     def title(self) -> str:
         return self.folder.cell.title
 
-    def __str__(self) -> str:
+    def told(self, earlier: Sequence[Failure]) -> str:
+        """Returns the reason and the log; of a failure that is like an earlier one, that."""
+        for other in earlier:
+            if (other.reason, other.log) == (self.reason, self.log):
+                return f"{self.title} failed like {other.title}; {self.folder.log}"
         lines = (f"    {line}" for line in self.log.splitlines())
         return "\n".join([f"{self.title} failed: {self.reason}; {self.folder.log}", *lines])
 
@@ -83,7 +88,7 @@ def run_cells(
                     busy.append(folder)
                     continue
                 failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, lock)
-            progress.ends(folder, str(failure) if failure else None)
+            progress.ends(folder, failure.told(failures) if failure else None)
             if failure is None:
                 after(folder)
             else:
@@ -118,7 +123,7 @@ def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lo
         code = _watched(command, log, lock, lambda: progress.ticks(folder, _last_words(folder.log, start)))
     if folder.finish():
         return None
-    return Failure(folder, _reason(code), "\n".join(_lines(folder.log, start)[-LOG_LINES:]))
+    return Failure(folder, _reason(code), "\n".join(_message(_lines(folder.log, start))))
 
 
 def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Callable[[], None]) -> int:
@@ -158,6 +163,14 @@ def _reason(code: int) -> str:
     if code < 0:
         return f"lm_eval was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     return f"lm_eval ended with status {code}" + (" and without complete results" if code == 0 else "")
+
+
+def _message(lines: Sequence[str]) -> Sequence[str]:
+    """What is behind the calls of the last traceback, if there is one, else the last lines."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return lines[-LOG_LINES:]
+    return [*dropwhile(lambda line: line.startswith(" "), lines[starts[-1] + 1 :])][:LOG_LINES]
 
 
 def _last_words(log: Path, start: int) -> str:

@@ -1,0 +1,105 @@
+"""What is wrong with a grid, as far as it can be seen before the first cell: checkpoints, policies, tasks.
+
+All of it is said at once. What only the loading of a model can tell is left to the cells.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hcot_lmeval.assets import BUNDLED, resolve
+from hcot_lmeval.record import CONFIG_NAME, check_policy
+from hcot_lmeval.report.grid import Cell, record_of
+from hcot_lmeval.report.provenance import tasks_folder
+
+FROM_TRANSFORMERS = ("hcot", "hf")
+"""Models of lm-eval whose checkpoint has a config of transformers."""
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raises `ValueError` with every fault of the cells.
+
+    Raises:
+        ValueError: a checkpoint or a task is not there, or a model was trained under another policy.
+    """
+    faults = dict.fromkeys([*_checkpoint_faults(cells), *_policy_faults(cells), *_task_faults(cells)])
+    if faults:
+        listed = next(iter(faults)) if len(faults) == 1 else "".join(f"\n  {fault}" for fault in faults)
+        raise ValueError(f"the grid cannot be run: {listed}".replace(": \n", ":\n"))
+
+
+def _checkpoint_faults(cells: Sequence[Cell]) -> Iterator[str]:
+    for cell in cells:
+        args = cell.model_args
+        known = cell.model.model not in FROM_TRANSFORMERS or "gguf_file" in args or "pretrained" not in args
+        if not known and not _has_config(resolve(args["pretrained"]), args.get("revision")):
+            name = args["pretrained"]
+            yield (
+                f"{name} is neither a directory with a {CONFIG_NAME}, nor a bundled checkpoint ({', '.join(BUNDLED)}), "
+                f"nor an id on a hub within reach{_near(name, BUNDLED)}"
+            )
+
+
+def _has_config(checkpoint: str, revision: Any) -> bool:
+    if Path(checkpoint).is_dir():
+        return (Path(checkpoint) / CONFIG_NAME).is_file()
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        return cached_file(checkpoint, CONFIG_NAME, revision=revision, **quiet) is not None
+    except OSError:  # no such repository, or not even the form of an id
+        return False
+
+
+def _policy_faults(cells: Sequence[Cell]) -> Iterator[str]:
+    for cell in cells:
+        if cell.policy is None:
+            continue
+        allowed, markup = bool(cell.model_args.get("any_policy")), cell.model_args.get("markup")
+        try:
+            check_policy(
+                record_of(cell.model, cell.model_args), cell.policy, allowed, markup=markup, policy_argument="policies"
+            )
+        except ValueError as error:
+            yield f"{cell.model.name}: {error}"
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _task_faults(cells: Sequence[Cell]) -> Iterator[str]:
+    named = dict.fromkeys(name for cell in cells for name in cell.task.split(","))
+    wanted = [name for name in named if "*" not in name and not Path(name).exists()]  # neither a pattern nor a file
+    if not wanted:
+        return
+    folders = [folder for folder in (tasks_folder(), cells[0].grid.include_path) if folder]
+    if set(wanted) <= known_tasks(folders, usual=False):
+        return
+    known = known_tasks(folders, usual=True)
+    for name in wanted:
+        if name not in known:
+            yield f"there is no task {name}{_near(name, known) or '; `lm_eval ls tasks` lists them'}"
+
+
+def known_tasks(folders: Sequence[Path], *, usual: bool) -> set[str]:
+    """Returns the names of tasks, groups and tags.
+
+    Args:
+        folders: of tasks.
+        usual: lm-eval's own too, which takes seconds.
+    """
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of tasks belongs into the logs of the cells
+    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=usual)
+    return set(manager.all_tasks)
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
