@@ -1,0 +1,269 @@
+"""One request to one server, for all kinds of servers; what goes wrong is a `Trouble` with a code.
+
+`pydantic_ai` speaks the protocols, `genai_prices` knows the prices. Both are imported when a client is made. The
+libraries' own retries are off: `teacher.runner` decides about them.
+
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hcot_lmeval.prepare.teacher.options import Secret, TeacherOptions, find_key
+from hcot_lmeval.prepare.teacher.questions import Message, Task, Usage
+
+if TYPE_CHECKING:
+    from pydantic_ai.messages import ModelMessage, ModelResponse
+    from pydantic_ai.models import Model
+
+DETAIL = 300
+"""Characters of a server's message that are kept."""
+FATAL = frozenset({"auth", "not_found", "quota", "library"})
+"""Codes of troubles that every further request would have."""
+
+
+class Trouble(Exception):
+    """A request that brought no reply.
+
+    Attributes:
+        code: a key of `questions.FAILURES`, or one of `FATAL`.
+        detail: what the server said, without the key.
+        retry: whether another attempt may help.
+        after: seconds that the server asks to wait; None if it does not.
+    """
+
+    def __init__(self, code: str, detail: str, *, retry: bool = False, after: float | None = None) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail, self.retry, self.after = code, detail, retry, after
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request brought.
+
+    Attributes:
+        text: said, thinking left out.
+        code: ``truncated``, ``refused``, or empty.
+        usage: tokens.
+        usd: the cost; None if no price is known.
+    """
+
+    text: str
+    code: str
+    usage: Usage
+    usd: float | None
+
+
+class Client:
+    """A teacher.
+
+    Raises:
+        ValueError: the key is not set.
+    """
+
+    def __init__(self, options: TeacherOptions) -> None:
+        self.options = options
+        self.prices = Prices(options)
+        self._key = find_key(options.provider)
+        _silence()
+        self._model = _make_model(options, self._key)
+        self._native = _takes_schema(self._model, options)
+
+    def __repr__(self) -> str:
+        return f"Client({self.options.teacher})"
+
+    async def complete(self, task: Task) -> Answer:
+        """Sends one request.
+
+        Raises:
+            Trouble: there is no reply. Nothing of the libraries' exceptions hangs on to it.
+        """
+        try:
+            return self._answer(await self._request(task))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            trouble = self._trouble(error)
+        raise trouble  # out here, since the exception that is being handled would be its context, with its words
+
+    async def _request(self, task: Task) -> ModelResponse:
+        from pydantic_ai.direct import model_request
+        from pydantic_ai.models import ModelRequestParameters
+        from pydantic_ai.output import OutputObjectDefinition
+
+        wanted = ModelRequestParameters()
+        if task.schema is not None and self._native:
+            form = OutputObjectDefinition(json_schema=_plain(task.schema), name=task.kind, strict=True)
+            wanted = ModelRequestParameters(output_mode="native", output_object=form)
+        return await model_request(
+            self._model,
+            _messages(task.messages),
+            model_settings=self._settings(),  # type: ignore[arg-type]
+            model_request_parameters=wanted,
+            instrument=False,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        options = self.options
+        found: dict[str, Any] = {
+            "max_tokens": options.output_tokens,
+            "max_retries": 0,
+            "timeout": options.timeout,
+            "request_timeout": options.timeout,
+        }
+        if options.temperature is not None:
+            found["temperature"] = options.temperature
+        if options.thinking is not None:
+            found["thinking"] = False if options.thinking == "off" else options.thinking
+        return found
+
+    def _answer(self, response: ModelResponse) -> Answer:
+        text = self._key.clean_exactly("".join(part.content for part in response.parts if part.part_kind == "text"))
+        code = {"length": "truncated", "content_filter": "refused"}.get(response.finish_reason or "", "")
+        usage = Usage(response.usage.input_tokens, response.usage.output_tokens)
+        return Answer(text, code, usage, self.prices.of(response.usage))
+
+    def _trouble(self, error: Exception) -> Trouble:
+        from pydantic_ai import exceptions
+
+        detail = self._key.clean(_told(error))[:DETAIL]
+        after = getattr(error, "retry_after", None)
+        if isinstance(error, exceptions.ModelQuotaExceededError):
+            return Trouble("quota", detail)
+        if isinstance(error, exceptions.ModelHTTPError):
+            code, retry = _code_of_status(error.status_code)
+            return Trouble(code, f"HTTP {error.status_code}: {detail}", retry=retry, after=after)
+        if isinstance(error, (exceptions.ModelTimeoutError, exceptions.ModelRequestTimeout, TimeoutError)):
+            return Trouble("timeout", f"no reply within {self.options.timeout:g} s", retry=True)
+        if isinstance(error, exceptions.ModelConnectionError):
+            return Trouble("connection", detail, retry=True)
+        if isinstance(error, exceptions.ContentFilterError):
+            return Trouble("refused", detail)
+        if isinstance(error, exceptions.OutputTokenLimitExceeded):
+            return Trouble("truncated", detail)
+        fault_of_ours = isinstance(error, (exceptions.UserError, AssertionError, ImportError))
+        return Trouble(
+            "library" if fault_of_ours else "broken_response", f"{type(error).__name__}: {detail}", retry=True
+        )
+
+
+class Prices:
+    """What tokens cost: as given, else as `genai_prices` knows."""
+
+    def __init__(self, options: TeacherOptions) -> None:
+        self._given = None if options.price_input is None else (options.price_input, options.price_output or 0.0)
+        self._provider, self._model = options.provider.prices, options.model
+
+    @property
+    def known(self) -> bool:
+        return self.at(Usage(1, 1)) is not None
+
+    def at(self, usage: Usage) -> float | None:
+        """Returns the US dollars of so many tokens; None where no price is known."""
+        from genai_prices import Usage as Priced
+
+        return self.of(Priced(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens))
+
+    def of(self, usage: Any) -> float | None:
+        """Returns the US dollars of a usage of `pydantic_ai` or `genai_prices`, which know cached tokens too."""
+        from genai_prices import calc_price
+
+        if self._given is not None:
+            return ((usage.input_tokens or 0) * self._given[0] + (usage.output_tokens or 0) * self._given[1]) / 1e6
+        if self._provider is None:
+            return None
+        try:
+            return float(calc_price(usage, self._model, provider_id=self._provider).total_price)
+        except (LookupError, ValueError):
+            return None
+
+
+def _make_model(options: TeacherOptions, key: Secret) -> Model:
+    """Every client gets its address and its key from here, none from the environment."""
+    url = options.url or ""
+    if options.provider.name == "claude":
+        from pydantic_ai.models.anthropic import AnthropicModel
+        from pydantic_ai.providers.anthropic import AnthropicProvider
+
+        return AnthropicModel(options.model, provider=AnthropicProvider(api_key=key.reveal(), base_url=url))
+    if options.provider.name == "gemini":
+        from pydantic_ai.models.google import GoogleModel
+        from pydantic_ai.providers.google import GoogleProvider
+
+        return GoogleModel(options.model, provider=GoogleProvider(api_key=key.reveal(), base_url=url))
+    from pydantic_ai.models.openai import OpenAIChatModel
+
+    if options.provider.name == "openai":
+        from pydantic_ai.providers.openai import OpenAIProvider
+
+        return OpenAIChatModel(options.model, provider=OpenAIProvider(api_key=key.reveal(), base_url=url))
+    from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
+
+    # `max_tokens` is the name that every such server knows; the schema is theirs to enforce, and ours to check
+    profile: Any = {"openai_chat_supports_max_completion_tokens": False}
+    provider = OpenAICompatibleProvider("local", api_key=key.reveal() or None, base_url=url, profile=profile)
+    return OpenAIChatModel(options.model, provider=provider)
+
+
+def _takes_schema(model: Model, options: TeacherOptions) -> bool:
+    if options.structured != "auto":
+        return options.structured == "schema"
+    return bool(model.profile.get("supports_json_schema_output"))
+
+
+def _messages(messages: tuple[Message, ...]) -> list[ModelMessage]:
+    from pydantic_ai.messages import ModelRequest, ModelResponse, SystemPromptPart, TextPart, UserPromptPart
+
+    made: list[ModelMessage] = []
+    parts: list[Any] = []
+    for role, text in messages:
+        if role == "assistant":
+            made += [ModelRequest(parts=parts), ModelResponse(parts=[TextPart(text)])]
+            parts = []
+        else:
+            parts.append(SystemPromptPart(text) if role == "system" else UserPromptPart(text))
+    return [*made, ModelRequest(parts=parts)]
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as dict and list, which libraries may change."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+RETRIED = frozenset({408, 409, 425, 429})
+
+
+def _code_of_status(status: int) -> tuple[str, bool]:
+    """The code of an HTTP status, and whether another attempt may help."""
+    if status in (401, 403):
+        return "auth", False
+    if status == 402:
+        return "quota", False
+    if status == 404:
+        return "not_found", False
+    if status == 429:
+        return "rate_limited", True
+    return ("server_error", True) if status >= 500 or status in RETRIED else ("bad_request", False)
+
+
+def _told(error: Exception) -> str:
+    body = getattr(error, "body", None)
+    if isinstance(body, Mapping):
+        inner = body.get("error", body)
+        body = inner.get("message", inner) if isinstance(inner, Mapping) else inner
+    return " ".join(str(body if body is not None else error).split())
+
+
+def _silence() -> None:
+    """Libraries that log requests and responses do so at the level of warnings at least."""
+    for name in ("openai", "anthropic", "google_genai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logger = logging.getLogger(name)
+        if logger.getEffectiveLevel() < logging.WARNING:
+            logger.setLevel(logging.WARNING)
