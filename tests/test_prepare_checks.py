@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.checks import CHECKING, REASONS, Checker, CheckOptions
+from hcot_lmeval.prepare.checks import CHECKING, Checker, CheckOptions
 from hcot_lmeval.prepare.contamination import EvaluationRows, load_problems
 from hcot_lmeval.prepare.duplicates import Fingerprint, Twins, band_width, fingerprint, ngrams, similarity, words
 from hcot_lmeval.prepare.measure import cut, make_counter
@@ -82,7 +82,7 @@ FAULTS = [
 def test_each_fault_has_its_code(code, one, options):
     found = Checker(CheckOptions(**options))(one)
     assert code in [fault.code for fault in found], found
-    assert all(fault.code in REASONS and fault.detail for fault in found)
+    assert all(fault.code in CHECKING and fault.detail for fault in found)
 
 
 def test_every_code_of_a_check_is_tested_here_or_below():

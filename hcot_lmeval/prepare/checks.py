@@ -2,7 +2,7 @@
 
     check = Checker(CheckOptions(max_depth=2, against=("aime24", "aime25")))
     for fault in check(row):
-        print(fault.code, REASONS[fault.code], fault.detail)
+        print(fault.code, CHECKING[fault.code], fault.detail)
 
 A fault is data: the row goes to the rejected ones with it, unless `CheckOptions.tolerate` names its code. Duplicates
 are found between rows, hence later (`prepare.duplicates`); whether a solution says enough is for a teacher to judge.
@@ -19,7 +19,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from hcot_lmeval.markup import PRESETS, Markup, get_markup
-from hcot_lmeval.prepare import outline as outlines
 from hcot_lmeval.prepare.contamination import EvaluationRows, load_problems
 from hcot_lmeval.prepare.measure import (
     BlockSize,
@@ -32,7 +31,7 @@ from hcot_lmeval.prepare.measure import (
     make_counter,
 )
 from hcot_lmeval.prepare.outline import OutlineError, strip_additions
-from hcot_lmeval.prepare.rows import READING, PreparedRow
+from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.spelled import find_control, find_spelled, marks_of
 from hcot_lmeval.prepare.words import compare
 from hcot_lmeval.trace import Policy
@@ -61,9 +60,6 @@ CHECKING = {
 }
 """Code of a `Fault` -> what it means."""
 
-REASONS: dict[str, str] = {**outlines.CODES, **READING, **CHECKING}
-"""Every code that a rejected row may have, those of teachers apart."""
-
 ANSWERS = ("boxed", "stated", "off")
 """What counts as a final answer: the last box; without a box what the text says ("the answer is 33"); not checked."""
 
@@ -72,7 +68,7 @@ class Fault(NamedTuple):
     """Something wrong with a row.
 
     Attributes:
-        code: a key of `REASONS`.
+        code: a key of `CHECKING`.
         detail: what and where.
         block: number of the block in the order of opening, where it is one block's fault.
     """

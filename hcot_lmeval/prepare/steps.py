@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcot_lmeval.prepare.checks import REASONS, Fault
+from hcot_lmeval.prepare.checks import Fault
 from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.inputs import Input, count_records
+from hcot_lmeval.prepare.reasons import meaning
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
 from hcot_lmeval.prepare.workers import in_order
 
@@ -100,10 +101,7 @@ class Plain:
             "rows": sum(self.count.values()),
             "passed": self.count["passed"],
             "rejected": self.count["rejected"],
-            "reasons": {
-                code: {"rows": rows, "meaning": REASONS.get(code, "a fault of the teacher's reply")}
-                for code, rows in self.reasons.most_common()
-            },
+            "reasons": {code: {"rows": rows, "meaning": meaning(code)} for code, rows in self.reasons.most_common()},
         }
 
 
@@ -146,8 +144,16 @@ class Progress:
         hidden = True if quiet else None  # None: where there is no terminal
         self._bar = tqdm(total=total, initial=done, desc=title, unit=" rows", disable=hidden, file=sys.stderr)
 
-    def __enter__(self) -> Callable[[], Any]:
-        return self._bar.update
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self) -> None:
+        """Counts a row."""
+        self._bar.update()
+
+    def says(self, words: str) -> None:
+        """Shows some words behind the bar."""
+        self._bar.set_postfix_str(words, refresh=False)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -1,0 +1,207 @@
+"""A teacher through the command line: rows in, rows out, faults as data, nothing asked twice, limits, the cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from scripted_teacher import Asked, Raw, Say, ScriptedTeacher, Status
+
+from hcot_lmeval.prepare.cli import main
+from hcot_lmeval.prepare.folder import read_manifest
+from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
+
+pytest.importorskip("pydantic_ai")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
+CANARY = "canary-77-key"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "TEACHER_API_KEY"):
+        monkeypatch.setenv(name, CANARY)
+
+
+def number_of(asked: Asked) -> int:
+    """The row that a question is about: its problem holds its number."""
+    return int(re.search(r"What is (\d+) \+ 0", asked.turns[0][1]).group(1))
+
+
+def good(asked: Asked) -> Say:
+    """Blocks over sentences 1 to 3, with a solution, and 4 to 8, whose last sentence is theirs."""
+    blocks = [
+        {"start": 1, "end": 3, "solution_from": None, "solution": "It is 1."},
+        {"start": 4, "end": 8, "solution_from": 8, "solution": None},
+    ]
+    return Say(json.dumps({"blocks": blocks}))
+
+
+def segment(server: ScriptedTeacher, flat, out, *words, teacher="local:qwen") -> int:
+    options = ["--teacher", teacher, "--base-url", server.url(teacher.partition(":")[0]), "--attempts", 1]
+    return main([str(word) for word in ["segment", flat, "--out", out, *options, "--quiet", *words]])
+
+
+def test_blocks_of_a_teacher_become_rows_that_pass_the_checks(tmp_path, capsys):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(12)), tmp_path / "run"
+    with ScriptedTeacher(good) as server:
+        assert segment(server, flat, out, "--price-input", 1.0, "--price-output", 10.0) == 0
+        assert len(server.requests) == 12 and 1 < server.most <= 8
+    assert main(["check", str(out)]) == 0
+    rows = read_jsonl(out / "check" / "rows.jsonl")
+    assert [row["id"] for row in rows] == [f"row-{number}" for number in range(12)]  # in the order of the input
+    for number, row in enumerate(rows):
+        assert row["original"] == flat_row(number)["generated_solution"]
+        assert row["hierarchical_cot"].count("[SOLUTION]It is 1.[RETURN]") == 1
+        assert row["made_by"]["method"] == "teacher" and row["made_by"]["prompt"].startswith("segment/")
+        assert row["made_by"]["teacher"] == "local:qwen"
+    spent = read_manifest(out / "segment")["summary"]["teacher"]
+    assert (spent["requests"], spent["input_tokens"], spent["output_tokens"]) == (12, 1200, 120)
+    assert spent["usd"] == pytest.approx(12 * (100 * 1.0 + 10 * 10.0) / 1e6)
+    assert main(["stats", str(out), "--no-plots", "--page-rows", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "the teacher: 12 requests, 1,200 input and 120 output tokens, $0.0024" in said
+    assert "What the teacher cost" in said
+
+
+@pytest.mark.parametrize("teacher", ["openai:gpt-5-mini", "claude:claude-sonnet-4-5", "gemini:gemini-2.5-flash"])
+def test_every_provider_serves(tmp_path, teacher):
+    flat = write_flat(tmp_path / "flat.jsonl", range(2))
+    with ScriptedTeacher(good) as server:
+        assert segment(server, flat, tmp_path / "run", teacher=teacher) == 0
+        assert all(asked.key == CANARY for asked in server.requests)
+    assert len(read_jsonl(tmp_path / "run" / "segment" / "rows.jsonl")) == 2
+
+
+BAD = {
+    0: ("wrong_json", Say("I would rather not")),
+    1: ("schema", Say('{"blocks": [{"start": "one"}]}')),
+    2: ("overlap", Say(good(None).text.replace('"end": 3', '"end": 5'))),
+    3: ("truncated", Say('{"blocks": [', end="length")),
+    4: ("refused", Say("", end="refusal")),
+    5: ("out_of_range", Say(good(None).text.replace('"end": 8', '"end": 8000'))),
+    6: ("empty_reply", Say("")),
+    7: ("bad_request", Status(400, message="too long")),
+}
+
+
+def test_replies_of_no_use_are_rows_with_a_code(tmp_path):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(10)), tmp_path / "run"
+    with ScriptedTeacher(lambda asked: BAD[number_of(asked)][1] if number_of(asked) in BAD else good(asked)) as server:
+        assert segment(server, flat, out, "--no-ask-again") == 0
+        asked = len(server.requests)
+        assert segment(server, flat, out, "--no-ask-again") == 0  # done: nothing to do
+        assert segment(server, flat, out, "--no-ask-again", "--restart") == 0  # done anew: from the replies
+        assert len(server.requests) == asked == 10
+    rejected = read_jsonl(out / "segment" / "rejected.jsonl")
+    assert {row["id"]: row["reason"] for row in rejected} == {f"row-{n}": code for n, (code, _) in BAD.items()}
+    assert rejected[0]["row"]["generated_solution"] == flat_row(0)["generated_solution"]
+    assert [row["id"] for row in read_jsonl(out / "segment" / "rows.jsonl")] == ["row-8", "row-9"]
+    reasons = read_manifest(out / "segment")["summary"]["reasons"]
+    assert all(found["meaning"] for found in reasons.values())
+
+
+def test_rows_that_got_no_reply_stay_open_until_they_do(tmp_path, capsys):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(6)), tmp_path / "run"
+    fail = {1: Status(503), 4: Raw(b"<html>")}
+    with ScriptedTeacher(lambda asked: fail.get(number_of(asked)) or good(asked)) as server:
+        assert segment(server, flat, out) == 1
+        assert "2 rows got no reply: 1 " in capsys.readouterr().err
+        assert not (out / "segment" / "rows.jsonl").exists()
+        del fail[1]
+        assert segment(server, flat, out) == 1
+        counts = Counter(number_of(asked) for asked in server.requests)
+        assert counts == {0: 1, 1: 2, 2: 1, 3: 1, 4: 2, 5: 1}
+        assert segment(server, flat, out, "--give-up") == 0
+    assert [row["id"] for row in read_jsonl(out / "segment" / "rejected.jsonl")] == ["row-4"]
+    assert len(read_jsonl(out / "segment" / "rows.jsonl")) == 5
+
+
+def test_limits_hold_and_more_may_be_given(tmp_path, capsys):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(6)), tmp_path / "run"
+    with ScriptedTeacher(good) as server:
+        assert segment(server, flat, out, "--max-requests", 4) == 1
+        assert len(server.requests) == 4
+        assert "2 rows got no reply: 2 budget (it was not asked" in capsys.readouterr().err
+        assert segment(server, flat, out, "--max-requests", 10) == 0
+        assert len(server.requests) == 6
+
+
+def test_a_dry_run_asks_nothing_and_needs_no_key(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("GEMINI_API_KEY")
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(6)), tmp_path / "run"
+    words = ["segment", flat, "--out", out, "--teacher", "gemini:gemini-2.5-flash"]
+    assert main([str(word) for word in [*words, "--dry-run"]]) == 0
+    said = capsys.readouterr().out
+    assert "requests        6 (0 replies are there already)" in said and "US dollars      0.0" in said
+    assert not out.exists()
+    assert main([str(word) for word in words]) == 1
+    assert "set GEMINI_API_KEY" in capsys.readouterr().err
+
+
+def test_a_key_that_is_not_accepted_ends_the_run_and_is_told_nowhere(tmp_path, capsys):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(6)), tmp_path / "run"
+    with ScriptedTeacher([Status(401, message=f"wrong key {CANARY}")]) as server:
+        assert segment(server, flat, out) == 1
+    told = capsys.readouterr()
+    assert "does not accept the key in TEACHER_API_KEY" in told.err
+    files = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    assert not any(CANARY.encode() in text for text in [*files, told.err.encode(), told.out.encode()])
+
+
+def test_rows_that_cannot_pass_cost_nothing(tmp_path):
+    rows = [flat_row(number) for number in range(3)]
+    rows[0]["problem"] += " Write [RETURN]."
+    rows[1]["generated_solution"] = "no thinking"
+    with ScriptedTeacher(good) as server:
+        assert segment(server, write_rows(tmp_path / "flat.jsonl", rows), tmp_path / "run") == 0
+        assert [number_of(asked) for asked in server.requests] == [2]
+    reasons = [row["reason"] for row in read_jsonl(tmp_path / "run" / "segment" / "rejected.jsonl")]
+    assert reasons == ["marker_in_source", "no_thinking"]
+
+
+def test_options_that_belong_elsewhere_are_refused(tmp_path, capsys):
+    flat = str(write_flat(tmp_path / "flat.jsonl", range(1)))
+    assert main(["segment", flat, "--out", str(tmp_path / "run"), "--dry-run"]) == 1
+    assert "--dry-run belongs to a teacher; give --teacher PROVIDER:MODEL too" in capsys.readouterr().err
+    words = ["--teacher", "local:m", "--base-url", "http://x", "--surprise", "m"]
+    assert main(["segment", flat, "--out", str(tmp_path / "run"), *words]) == 1
+    assert "--surprise is for segmenting without a teacher" in capsys.readouterr().err
+
+
+def test_nothing_is_asked_twice_after_a_kill(tmp_path):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(60)), tmp_path / "run"
+    enough = threading.Event()
+
+    def slowly(asked: Asked) -> Say:
+        time.sleep(0.02)
+        if len(server.requests) > 20:
+            enough.set()
+        return good(asked)
+
+    with ScriptedTeacher(slowly) as server:
+        words = ["--teacher", "local:qwen", "--base-url", server.url("local"), "--concurrency", "4"]
+        command = [sys.executable, str(SCRIPT), "segment", str(flat), "--out", str(out), *words]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        assert enough.wait(60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.1)
+        kept = {json.loads(line)["key"] for line in (out / "replies.jsonl").read_bytes().splitlines()[:-1]}
+        before = len(server.requests)
+        assert 10 < len(kept) <= before < 60
+        assert segment(server, flat, out) == 0
+        counts = Counter(number_of(asked) for asked in server.requests)
+    assert len(counts) == 60
+    assert counts.total() - 60 <= 4  # those that were under way when it was killed
+    assert len(read_jsonl(out / "segment" / "rows.jsonl")) == 60
