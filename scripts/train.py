@@ -1,6 +1,6 @@
 """Trains a model to think in blocks that are pruned, on exactly the contexts that the decoder will see.
 
-    python scripts/train.py sft configs/tiny-hcot.yaml
+    python scripts/train.py sft scripts/configs/first.yaml            # minutes on two CPU cores, no data files
     python scripts/train.py sft CONFIG.yaml --override trainer.learning_rate=1e-4 phases.0.policy=evict
     torchrun --nproc_per_node 8 scripts/train.py sft CONFIG.yaml
 
@@ -14,6 +14,9 @@ import shlex
 import sys
 from pathlib import Path
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 def main() -> None:
     args = parse_args()
@@ -26,6 +29,9 @@ def main() -> None:
         sft(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped before the first step; start the same command again'}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +42,9 @@ def parse_args() -> argparse.Namespace:
     kind.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change")
     kind.add_argument("--restart", action="store_true", help="throw away what an earlier run left in output")
     kind.add_argument("--keys", action="store_true", help="print every setting with default and meaning, and stop")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:  # said with the usage of the command, not of the whole
+        kind.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.config is None and not args.keys:
         kind.error("give a configuration file, or --keys to see what it may hold")
     return args

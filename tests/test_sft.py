@@ -51,7 +51,14 @@ def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *launch, str(SCRIPT), "sft", str(file)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in the background
+    )
 
 
 def run(folder: Path, config: dict, processes: int = 1) -> str:
@@ -117,10 +124,24 @@ def test_killed_and_resumed_it_ends_the_same(finished, tmp_path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "model").exists()
-    run(tmp_path, config)
+    assert run(tmp_path, config).startswith("going on from checkpoint-")
     assert losses(tmp_path / "run") == losses(finished[0])
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", finished[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_is_one_line_that_says_where_it_goes_on(tmp_path) -> None:
+    process = start(tmp_path, settings(tmp_path / "run"))
+    while not (tmp_path / "run" / "checkpoints" / f"checkpoint-{EVERY}" / "trainer_state.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert re.fullmatch(
+        r"stopped at step \d; the same command goes on from step \d \(checkpoint-\d\)", output.splitlines()[-1]
+    )
+    assert "Traceback" not in output and "KeyboardInterrupt" not in output
 
 
 def test_two_processes_train_as_one(finished, tmp_path) -> None:

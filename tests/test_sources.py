@@ -1,5 +1,9 @@
 """Rows from files, directories and generators come out with the same columns, and what is missing is said at once."""
 
+import subprocess
+import sys
+import textwrap
+
 import datasets
 import pytest
 
@@ -199,3 +203,31 @@ def test_problems_come_from_the_cache():
     first = load("synthetic:arith", options={"size": 5})
     assert load("synthetic:arith", options={"size": 5})._fingerprint == first._fingerprint
     assert load("synthetic:arith", options={"size": 5, "seed": 1})._fingerprint != first._fingerprint
+
+
+def test_ctrl_c_while_workers_map_ends_this_process_alone() -> None:
+    """In a process of its own: the data's libraries may have threads, which a fork does not like."""
+    source = """
+        import os, signal
+        from hcot_lmeval.training.data.sources import _interrupted_as_one
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with _interrupted_as_one():
+                worker = os.fork()
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os._exit(7)
+                finally:  # of the parent alone
+                    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+                    raise TimeoutError("as datasets does, which has waited for its workers")
+        except KeyboardInterrupt:
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            print("interrupted")
+        try:
+            with _interrupted_as_one():
+                raise TimeoutError
+        except TimeoutError:
+            print("timed out")
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["interrupted", "timed out", ""]

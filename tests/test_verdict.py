@@ -163,4 +163,5 @@ def test_a_loss_next_to_nothing_has_converged_though_it_falls_on():
     losses = [0.5 * 0.25**i for i in range(10)]
     found = verdict([Point(100 * i, 1.1 * loss, loss) for i, loss in enumerate(losses)])
     assert found.outcome is Outcome.CONVERGED
-    assert "next to nothing" in str(found) and "checkpoint-900" in str(found)
+    level = f"{losses[-2]:.4g} nats per token (median of the last 3 evaluations)"  # not that of the best checkpoint
+    assert f"the held-out loss is {level}, next to nothing" in str(found) and "checkpoint-900" in str(found)

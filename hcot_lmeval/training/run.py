@@ -114,6 +114,14 @@ class RunDirectory:
         found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
+    def stopped_at(self, step: int) -> str:
+        """Returns what somebody who has stopped the run should know."""
+        last = self.last_checkpoint()
+        if last is None:
+            return f"stopped at step {step}, before the first checkpoint; the same command starts anew"
+        number = last.name.rpartition("-")[2]
+        return f"stopped at step {step}; the same command goes on from step {number} ({last.name})"
+
 
 def _identity(settings: Any) -> Any:
     if isinstance(settings, Mapping):

@@ -54,11 +54,13 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         ValueError: a setting cannot be used, nothing is held out, the tokenizer lacks the markers, the adapter is for
             another base, or the directory holds another run.
         FileNotFoundError: a data file does not exist.
+        KeyboardInterrupt: it was stopped within a step; the message says where it will go on.
     """
     check_settings(config)
     run = RunDirectory(config.output)
     if not restart:
         run.check(config)
+        announce(run)
     tokenizer, new = load_tokenizer(config)
     check_model(config, tokenizer)
     with PartialState().main_process_first():  # the others find the data in the cache
@@ -76,9 +78,22 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
         run.write_findings(prepared.report for prepared in data.train)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        console = trainer.pop_callback(Console)
+        if console is not None:
+            console.close()  # or the bar would be drawn once more, below the message
+        raise KeyboardInterrupt(run.stopped_at(trainer.state.global_step)) from None
     finish(config, trainer, tokenizer, run)
     return run
+
+
+def announce(run: RunDirectory) -> None:
+    """Says if the run goes on from a checkpoint."""
+    last = run.last_checkpoint()
+    if last is not None and PartialState().is_main_process:
+        print(f"going on from {last.name}", flush=True)
 
 
 def check_settings(config: SftConfig) -> None:

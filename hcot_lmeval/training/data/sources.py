@@ -17,7 +17,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,9 +129,37 @@ def cached_map(
     name = hashlib.sha256(repr((rows._fingerprint, *identity)).encode()).hexdigest()[:32]
     workers = min(workers, len(rows))
     options |= {"remove_columns": rows.column_names, "num_proc": workers if workers > 1 else None}
-    result = rows.map(function, features=features, new_fingerprint=name, **options)
+    with _interrupted_as_one():
+        result = rows.map(function, features=features, new_fingerprint=name, **options)
     result._fingerprint = name  # a result from the cache has another one, and what is mapped from it would be anew
     return result
+
+
+@contextmanager
+def _interrupted_as_one() -> Iterator[None]:
+    """Lets Ctrl-C, which reaches the workers that are started meanwhile too, be the business of this process alone.
+
+    `datasets` then waits a moment for its workers, and raises that it waited in vain.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # nothing interrupts here, or somebody else sees to it
+        return
+    process = os.getpid()
+
+    def handler(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def code_digest(*files: str | Path) -> str:

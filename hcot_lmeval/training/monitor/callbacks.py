@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from hcot_lmeval.training.monitor.curves import Curves, save_figure
@@ -17,6 +18,17 @@ TOLD = ("loss", "accuracy", "completion", "illegal_traces", "generated_tokens", 
 
 class Console(ProgressCallback):
     """A progress bar with the training loss, and a line for each evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the bar where the run goes on, so that its rate is that of the steps to come."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Shows what matters; `curves.jsonl` has all of it."""

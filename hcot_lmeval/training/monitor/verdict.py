@@ -169,12 +169,13 @@ class Curve:
         levels: running medians; windows are as wide at the ends, so that a steady fall ends on its lowest level.
         lowest: index of the lowest level.
         now: level at the end.
+        width: evaluations in a running median.
     """
 
     def __init__(self, values: Sequence[float]) -> None:
         quads = zip(values, values[1:], values[2:], values[3:], strict=False)
         self.noise = 1.4826 * median(abs(a - 3 * b + 3 * c - d) for a, b, c, d in quads) / math.sqrt(20)
-        width = max(WINDOW, round(len(values) * WINDOW_SHARE))
+        self.width = width = max(WINDOW, round(len(values) * WINDOW_SHARE))
         starts = [min(max(0, i - width // 2), len(values) - width) for i in range(len(values))]
         self.levels = [median(values[start : start + width]) for start in starts]
         self.now = self.levels[-1]
@@ -232,7 +233,7 @@ def _diverged(points: Sequence[Point], train: Curve, facts: dict[str, Any]) -> V
     low = train.levels[train.lowest]
     return Verdict(
         Outcome.DIVERGED,
-        f"the training loss rose from {low:.4g} to {train.now:.4g} nats per token.",
+        f"the training loss rose from {low:.4g} to {train.now:.4g} nats per token (medians of {train.width} logs).",
         f"Lower the learning rate and go on from checkpoint-{facts['best_step']}.",
         since=points[train.lowest].step,
         **facts,
@@ -242,8 +243,8 @@ def _diverged(points: Sequence[Point], train: Curve, facts: dict[str, Any]) -> V
 def _overfitting(points: Sequence[Point], held_out: Curve, facts: dict[str, Any]) -> Verdict:
     low, turn, best = held_out.levels[held_out.lowest], points[held_out.lowest], facts["best_step"]
     reason = (
-        f"the held-out loss turned there at {low:.4g} nats per token and is {facts['rise']:.0%} above it now, "
-        f"{_gap(facts['gap'])}."
+        f"the held-out loss turned there at {low:.4g} nats per token and is {facts['rise']:.0%} above it now "
+        f"(medians of {held_out.width} evaluations), {_gap(facts['gap'])}."
     )
     advice = f"Stop: checkpoint-{best} is the best; for more, train on more data."
     solved = max((p for p in points if p.accuracy is not None), key=lambda p: p.accuracy or 0.0, default=None)
@@ -258,14 +259,14 @@ def _overfitting(points: Sequence[Point], held_out: Curve, facts: dict[str, Any]
 def _learning(held_out: Curve, facts: dict[str, Any]) -> Verdict:
     fall = held_out.recent_fall()
     reason = (
-        f"the held-out loss is {held_out.now:.4g} nats per token and fell by {fall:.2g} of them over the last half of "
-        f"the curve, {_gap(facts['gap'])}."
+        f"the held-out loss is {_now(held_out)} and fell by {fall:.2g} nats over the last half of the curve, "
+        f"{_gap(facts['gap'])}."
     )
     return Verdict(Outcome.LEARNING, reason, "Train longer.", **facts)
 
 
 def _learned(held_out: Curve, facts: dict[str, Any]) -> Verdict:
-    reason = f"the held-out loss is {held_out.now:.2g} nats per token, next to nothing."
+    reason = f"the held-out loss is {_now(held_out)}, next to nothing."
     advice = f"Stop: checkpoint-{facts['best_step']} is the best; these data have nothing left to teach."
     return Verdict(Outcome.CONVERGED, reason, advice, **facts)
 
@@ -273,11 +274,13 @@ def _learned(held_out: Curve, facts: dict[str, Any]) -> Verdict:
 def _converged(held_out: Curve, facts: dict[str, Any]) -> Verdict:
     best, wide = facts["best_step"], facts["gap"] > max(GAP * held_out.now, FLOOR)
     further = "more data would help more than more steps" if wide else "for more, train a larger model"
-    reason = (
-        f"the held-out loss stays at {held_out.now:.4g} nats per token, as far as noise lets one see, "
-        f"{_gap(facts['gap'])}."
-    )
+    reason = f"the held-out loss stays at {_now(held_out)}, as far as noise lets one see, {_gap(facts['gap'])}."
     return Verdict(Outcome.CONVERGED, reason, f"Stop: checkpoint-{best} is the best; {further}.", **facts)
+
+
+def _now(curve: Curve) -> str:
+    """The level at the end, and that it is no single evaluation's."""
+    return f"{curve.now:.4g} nats per token (median of the last {curve.width} evaluations)"
 
 
 def _gap(gap: float) -> str:
