@@ -12,6 +12,7 @@ notes that it took.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -35,9 +36,10 @@ def main() -> int:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")
     print(example(), flush=True)
-    status = compare(args)
-    print(CAVEAT)
-    return status or view(args.out)
+    status = compare(args) or view(args.out)
+    if status == 0:
+        print(headline(args.out), CAVEAT, f"Open {args.out / 'traces.html'} in a browser to read the traces.", sep="\n")
+    return status
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def example() -> str:
-    """Lets the model solve one small problem; returns what it wrote and what of it was left in the end."""
+    """Lets the model solve one small problem; returns what it wrote and what of it was live in the end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hcot_lmeval.assets import resolve
@@ -66,7 +68,7 @@ def example() -> str:
     request = Request("example", tuple(encode_prompt(tokenizer, prompt)), SamplingParams(max_gen_toks=1000))
     engine = Engine(model, tokenizer, max_context=500)
     [completion] = engine.generate([request])
-    return f"\nproblem    {prompt}\ngenerated  {completion.text}\nleft       {engine.decode(completion.live_ids)}\n"
+    return f"\nproblem    {prompt}\ngenerated  {completion.text}\nlive       {engine.decode(completion.live_ids)}\n"
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -75,6 +77,16 @@ def compare(args: argparse.Namespace) -> int:
 
     options = ["--out", str(args.out), "--limit", str(args.limit), "--baseline", BASELINE]
     return compare_main(["run", str(GRID), *options])
+
+
+def headline(out: Path) -> str:
+    """Returns the accuracies over all problems once more; the tables above it are long."""
+    [task] = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["tasks"].values()
+    rows = [row for row in task["tables"]["accuracy"]["rows"] if row["depth"] == "all"]
+    windows = [name for name in rows[0] if name.isdecimal()]
+    lines = [["accuracy, %, at a window of", *windows]]
+    lines += [[row["run"], *(f"{100 * row[window]['value']:.0f}" for window in windows)] for row in rows]
+    return "\n" + "\n".join(f"{name:<28}" + "".join(f"{cell:>6}" for cell in cells) for name, *cells in lines)
 
 
 def view(out: Path) -> int:

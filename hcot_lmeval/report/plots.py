@@ -167,16 +167,18 @@ def _controls(totals: Mapping[str, Any]) -> dict[str, Any]:
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     """Live tokens over generated tokens for one problem, a curve for each run: the saw-tooth.
 
-    Runs without pruning may coincide for a long way. Each curve is broken in its own way, so that the one below shows.
+    Where nothing is pruned, curves coincide for a long way; each of those has a line of its own kind, so that all show.
 
     Args:
         notes: name of a run -> its notes.
         doc_id: the problem: `most_pruned`, as the title says.
     """
     figure, axes = _figure("generated tokens", "live tokens")
-    for style, line, (name, run) in zip(_styles(), itertools.cycle(LINES), notes.items(), strict=False):
+    straight = itertools.cycle(LINES)
+    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
-            axes.plot(live_curve(note), label=name, **style | {"linestyle": line}, linewidth=1.2)
+            line = {} if prunes(note) else {"linestyle": next(straight)}
+            axes.plot(live_curve(note), label=name, **style | line, linewidth=1.2)
     shown = [note for run in notes.values() for note in run if note.meta["doc_id"] == doc_id]
     why = "of the response with most prunes" if any(map(prunes, shown)) else "of the longest response"
     axes.set_title(f"problem {doc_id}, that {why}", fontsize=9)
