@@ -582,3 +582,47 @@ def test_assets_are_those_that_the_page_names():
     for path in folder.iterdir():
         assert "</script" not in path.read_text() or path.name == "page.html"
     assert Kind.TEXT.value[0] + Kind.OPEN.value[0] + Kind.SPLIT.value[0] + Kind.CLOSE.value[0] == "tosc"
+
+
+# --- what the decoder did ---------------------------------------------------------------------------------------------
+
+
+def test_notes_of_a_controlled_run_are_replayed_and_told(tmp_path, capsys):
+    """What was forced, illegal and repeated stands among the events and parts runs of text; no replay can know it."""
+    import torch
+
+    from hcot_lmeval.engine import Engine, Request, SamplingParams
+    from hcot_lmeval.notes import NoteTaker
+    from tests.tiny import favour, tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = favour(tiny_model("qwen2", torch.float64), [3, 4, 5], 4.0)
+    variants = {
+        "free": {},
+        "loops": {"loop_tokens": 8},
+        "all": {"constraints": "grammar", "max_block_tokens": 8, "force_answer": 12, "closing_tokens": 2},
+    }
+    found = {}
+    for name, options in variants.items():
+        engine = Engine(model, tokenizer, policy="recompute", self_check=False, **options)
+        params = SamplingParams(max_gen_toks=80)
+        forced = (40, 41, 42) * 20 if name == "loops" else ()
+        requests = [
+            Request(f"t/{n}", (20 + n, 30), params, forced_ids=forced, meta={"task": "t", "doc_id": n})
+            for n in range(8)
+        ]
+        with NoteTaker(
+            tmp_path / name / "n.jsonl", engine.decode, run={"pruning": "recompute", "markup": "hcot"}
+        ) as notes:
+            done = engine.generate(requests, notes)
+        [source] = find_sources([tmp_path / name / "n.jsonl"])
+        outlines = {trace.doc_id: outline_of(trace) for trace in note_traces(source)}
+        for completion in done:
+            ours, noted = outlines[completion.request.meta["doc_id"]].statistics, completion.statistics
+            assert (ours.illegal_tokens, ours.forced, ours.loops) == (noted.illegal_tokens, noted.forced, noted.loops)
+            assert ours.malformed == noted.malformed
+        found[name] = [completion.statistics for completion in done]
+    assert any(stats.illegal_tokens for stats in found["free"])
+    assert any(stats.forced for stats in found["all"]) and any(stats.loops for stats in found["loops"])
+    assert main([str(tmp_path / "all" / "n.jsonl"), "--terminal", "--limit", "2"]) == 0
+    assert "changed by the decoder: " in capsys.readouterr().out

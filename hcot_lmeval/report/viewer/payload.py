@@ -84,7 +84,7 @@ def index_row(trace: Trace, outline: Outline, verdict: Verdict, source: int) -> 
 
 COUNTS = frozenset(
     """prompt_tokens generated_tokens pruned_tokens reforwarded_tokens live_tokens peak_live_tokens live_token_steps
-    prune_events blocks max_depth malformed""".split()
+    prune_events blocks max_depth malformed illegal_tokens forced loops""".split()
 )
 """Fields of `Statistics` that the page shows."""
 

@@ -79,6 +79,10 @@ def _head(trace: Trace, outline: Outline, verdict: Verdict, style: Style) -> Non
     if count.malformed:
         faults = ", ".join(f"{kind} × {number}" for kind, number in count.malformed.items())
         style.line(style.paint(f"malformed: {faults}", "red"))
+    changed = [f"{kind} × {number}" for kind, number in count.forced.items()]
+    looped = [f"loops × {count.loops}"] if count.loops else []
+    if changed or looped:
+        style.line(style.paint(f"changed by the decoder: {', '.join([*changed, *looped])}", "yellow"))
     for line in _wrapped(trace.prompt, style.width - 2):
         style.line(f"  {style.paint(line, 'dim')}")
 

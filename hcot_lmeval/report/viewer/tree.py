@@ -6,11 +6,12 @@ A trace that the engine wrote down is replayed too, and what the engine noted ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
-from hcot_lmeval.events import Event, Recorder, Statistics, statistics
+from hcot_lmeval.events import Event, Forced, Illegal, Loop, Recorder, Statistics, statistics
 from hcot_lmeval.report.viewer.reading import Trace, ViewerError
 from hcot_lmeval.trace import Kind, LiveContext, Malformed, Step
 
@@ -79,7 +80,8 @@ class Outline:
         started: live tokens after the prompt.
         live: indices in the trace of what is live at the end.
         events: what a `Recorder` tells of this trace, without times.
-        statistics: counted from the events.
+        remarks: what was noted of the decoder's controls, which no replay can know.
+        statistics: counted from events and remarks.
     """
 
     segments: list[Segment]
@@ -88,10 +90,11 @@ class Outline:
     started: int
     live: list[int]
     events: list[Event]
-    statistics: Statistics = field(init=False)
+    remarks: list[Event] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.statistics = statistics(self.events)
+    @cached_property
+    def statistics(self) -> Statistics:
+        return statistics([*self.events, *self.remarks])
 
 
 def outline_of(trace: Trace) -> Outline:
@@ -103,6 +106,7 @@ def outline_of(trace: Trace) -> Outline:
     outline = replay(trace.context(), trace.prompt_ids, trace.ids, trace.finish, trace.prompt_acts)
     if trace.recorded is not None:
         _compare(trace, outline.events)
+        outline.remarks = [_as_event(event) for event in trace.recorded if event["type"] in REMARKS]
     return outline
 
 
@@ -110,8 +114,33 @@ IRRELEVANT = {"time", "shared", "stop", "pruned_text"}
 """Fields of noted events that a replay cannot know."""
 
 
+REMARKS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Illegal, Forced, Loop)}
+"""Events that tell of the decoder and not of the trace."""
+
+
+def _as_event(record: Mapping[str, Any]) -> Event:
+    kind = REMARKS[record["type"]]
+    return kind(**{f.name: record[f.name] for f in fields(kind)})
+
+
+def _without_remarks(noted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Noted events as they would be without remarks, which part runs of text."""
+    kept: list[dict[str, Any]] = []
+    parted = False
+    for event in noted:
+        if event["type"] in REMARKS:
+            parted = True
+        elif parted and kept and kept[-1]["type"] == event["type"] == "Tokens":
+            kept[-1] = {**kept[-1], "ids": [*kept[-1]["ids"], *event["ids"]]}
+            parted = False
+        else:
+            kept.append(event)
+            parted = False
+    return kept
+
+
 def _compare(trace: Trace, events: Sequence[Event]) -> None:
-    noted = [_bare(event) for event in trace.recorded or ()]
+    noted = _without_remarks(_bare(event) for event in trace.recorded or ())
     again = [_bare(_as_record(event)) for event in events]
     if noted == again:
         return

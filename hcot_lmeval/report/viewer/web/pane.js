@@ -84,6 +84,10 @@ class Pane {
       badge.append(count > 1 ? ` × ${number(count)}` : "");
       chips.append(badge);
     }
+    for (const [cause, count] of Object.entries(row.forced)) {
+      chips.append(make("span", { class: "chip warn", text: `${cause} × ${number(count)}`, title: "Tokens that came out otherwise than the model wanted, by this option" }));
+    }
+    if (row.loops) chips.append(make("span", { class: "chip warn", text: "loop", title: "The trace was found to repeat itself" }));
     const totals = make("dl", { class: "totals" });
     for (const [key, word, meaning] of TOTALS) {
       const text = TOKENS.has(key) ? meaning.replace("Tokens", row.unit === "piece" ? "Pieces (words and other signs)" : "Tokens") : meaning;
@@ -256,6 +260,7 @@ const FINISH = {
   stop: "A stop string or stop token matched.",
   length: "The most tokens that may be generated were generated (max_gen_toks).",
   context: "The next token did not fit into the window of live tokens (max_context).",
+  loop: "The trace repeated itself (loop_tokens).",
 };
 
 function chip(word, text) {
