@@ -9,18 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcot_lmeval.prepare.outline import CODES
 from hcot_lmeval.prepare.protocols.prompts import Prompt
 from hcot_lmeval.prepare.protocols.windows import Window, cut_windows
 from hcot_lmeval.prepare.segmenter import count_tokens
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import FAILURES, Message, Reply, Task
+from hcot_lmeval.prepare.teacher.questions import FAILURES, Message, Reply, Task, Unusable
 
 UNUSABLE = {
     "no_outline": "the row has no outline that a teacher could add to",
     "words_differ": "the rewriting changes more words than is allowed",
     "formulas_differ": "the rewriting changes a number or formula",
-    "blocks_differ": "the reply is about other blocks than it was asked about",
+    "blocks_differ": "the judge speaks of other blocks than it was asked about",
 }
 """Code of a reply that a protocol cannot use -> what it means; those of outlines come on top."""
 TEACHING: dict[str, str] = {**FAILURES, **UNUSABLE}
@@ -65,11 +64,10 @@ class Asking:
         """What a row remembers of its making."""
         return {"method": "teacher", "prompt": self.prompt.label, **self.teacher.identity}
 
-    def windows(self, pieces: Sequence[str], *, overlap: int | None = None) -> list[Window]:
+    def windows(self, pieces: Sequence[str]) -> list[Window]:
         """Returns the parts of a trace that get a question each."""
         lengths = [count_tokens(piece) for piece in pieces]
-        overlap = self.options.overlap_tokens if overlap is None else overlap
-        return cut_windows(lengths, self.options.window_tokens, overlap)
+        return cut_windows(lengths, self.options.window_tokens, self.options.overlap_tokens)
 
     def task(
         self,
@@ -103,6 +101,42 @@ def numbered(pieces: Sequence[str], window: Window) -> str:
     return "\n".join(f"[{number}] {pieces[number].strip()}" for number in range(start, stop))
 
 
-def meaning(code: str) -> str:
-    """Returns what a code of a teacher means."""
-    return TEACHING.get(code) or CODES.get(code) or "a fault of the teacher's reply"
+def require_good(reply: Reply, window: Window, windows: int) -> None:
+    """Passes a good reply.
+
+    Args:
+        reply: to the question about a window.
+        window: the sentences it is about, for the message.
+        windows: how many there are of the row.
+
+    Raises:
+        Unusable: the reply has a failure.
+    """
+    if reply.failure is not None:
+        where = f" (sentences {window[0]} to {window[1] - 1})" if windows > 1 else ""
+        raise Unusable(reply.failure.code, reply.failure.detail + where)
+
+
+def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of an object that has exactly these properties."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+NUMBER = {"type": "integer"}
+TEXT = {"type": "string"}
+FLAG = {"type": "boolean"}
+
+
+def many(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a list of such items."""
+    return {"type": "array", "items": dict(items)}
+
+
+def maybe(kind: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of such a value or null, in the one form that all servers take."""
+    return {"anyOf": [dict(kind), {"type": "null"}]}

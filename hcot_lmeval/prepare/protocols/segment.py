@@ -17,29 +17,14 @@ from functools import partial
 from typing import Any
 
 from hcot_lmeval.prepare.outline import Block, Outline, OutlineError
-from hcot_lmeval.prepare.protocols.asking import Asking, numbered
+from hcot_lmeval.prepare.protocols.asking import NUMBER, TEXT, Asking, closed, many, maybe, numbered, require_good
 from hcot_lmeval.prepare.protocols.windows import Window, merge
 from hcot_lmeval.prepare.rows import SourceRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.teacher.questions import Reply, Task, Unusable
 
-NUMBER = {"type": "integer"}
-MAYBE_NUMBER = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
-MAYBE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-
-
-def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of an object that has exactly these properties."""
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-BLOCK = closed({"start": NUMBER, "end": NUMBER, "solution_from": MAYBE_NUMBER, "solution": MAYBE_TEXT})
-SCHEMA = closed({"blocks": {"type": "array", "items": BLOCK}})
+BLOCK = closed({"start": NUMBER, "end": NUMBER, "solution_from": maybe(NUMBER), "solution": maybe(TEXT)})
+SCHEMA = closed({"blocks": many(BLOCK)})
 TOLD = ("max_depth", "target_tokens", "min_tokens", "max_tokens")
 """Options of the blocks that the teacher is told."""
 
@@ -87,9 +72,7 @@ class Segment:
             outline.require_depth(self.blocks.max_depth)
         except OutlineError as error:
             raise Unusable(error.code, error.detail) from None
-        for block in blocks:
-            if block.start < window[0]:
-                raise Unusable("out_of_range", f"{block} begins before sentence {window[0]}, the first one shown")
+        require_inside(blocks, window)
         return outline.blocks
 
     def read(self, replies: Sequence[Reply], pieces: Sequence[str]) -> Outline:
@@ -109,11 +92,11 @@ class Segment:
         return Outline(len(pieces), tuple(merge(windows, found)))
 
 
-def require_good(reply: Reply, window: Window, windows: int) -> None:
-    """Raises an `Unusable` for a reply with a failure."""
-    if reply.failure is not None:
-        where = f" (sentences {window[0]} to {window[1] - 1})" if windows > 1 else ""
-        raise Unusable(reply.failure.code, reply.failure.detail + where)
+def require_inside(blocks: Sequence[Block], window: Window) -> None:
+    """Raises an `Unusable` for a block over sentences that were not shown."""
+    for block in blocks:
+        if block.start < window[0] or block.stop > window[1]:
+            raise Unusable("out_of_range", f"{block}; shown were {window[0]} to {window[1] - 1}")
 
 
 def _block(data: Mapping[str, Any]) -> Block:

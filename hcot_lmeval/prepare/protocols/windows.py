@@ -76,7 +76,7 @@ def merge(windows: Sequence[Window], found: Sequence[Sequence[Block]]) -> list[B
     places = [0]
     for (one, other), (before, after) in zip(pairwise(windows), pairwise(found), strict=True):
         places.append(_handover(other[0], one[1], before, after))
-    places.append(windows[-1][1] if windows else 0)
+    places += [stop for _, stop in windows[-1:]]
     return [
         block
         for (low, high), blocks in zip(pairwise(places), found, strict=True)

@@ -1,0 +1,462 @@
+"""Questions hold what the teacher needs; replies are read strictly; windows become one outline again."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_teacher import Say, ScriptedTeacher
+from teacher_runs import CANARY, KEYS, MODELS, ask_all, options_for
+
+from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.prepare.measure import block_sizes, cut, make_counter
+from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble
+from hcot_lmeval.prepare.protocols.asking import TEACHING, Asking, AskingOptions
+from hcot_lmeval.prepare.protocols.judge import Judge, Verdict, parts
+from hcot_lmeval.prepare.protocols.prompts import load_prompt, parse_prompt
+from hcot_lmeval.prepare.protocols.refine import Refine
+from hcot_lmeval.prepare.protocols.rewrite import Rewrite
+from hcot_lmeval.prepare.protocols.segment import Segment
+from hcot_lmeval.prepare.protocols.windows import cut_windows, merge
+from hcot_lmeval.prepare.reasons import REASONS
+from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
+from hcot_lmeval.prepare.segmenter import SegmenterOptions
+from hcot_lmeval.prepare.sentences import split_sentences
+from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teacher.questions import Failure, Reply, Unusable
+
+HCOT = PRESETS["hcot"]
+TEACHER = TeacherOptions(teacher=MODELS["openai"])
+WHOLE = AskingOptions()
+SMALL = AskingOptions(window_tokens=60, overlap_tokens=25)
+TEXT = "".join(f"Sentence {n} is about x = {n}. " for n in range(40))
+ROW = SourceRow("r", "What is x?", TEXT)
+PIECES = split_sentences(TEXT)
+OTHERS = {"malformed", "solution_insufficient"}
+
+
+def asking(name, options=WHOLE, teacher=TEACHER):
+    return Asking(load_prompt(name), teacher, options)
+
+
+def said(**data):
+    return Reply("k", json.dumps(data), data)
+
+
+def block(start, end, solution="S.", solution_from=None):
+    return {"start": start, "end": end, "solution": solution, "solution_from": solution_from}
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["segment", "refine", "rewrite", "judge"])
+def test_prompts_are_whole(name):
+    prompt = load_prompt(name)
+    assert prompt.label == f"{name}/{prompt.version}" and prompt.version >= 1
+    assert prompt.sections.keys() == {"system", "user", "repair"}
+    assert prompt.sections["repair"].count("{{fault}}") == 1
+    for example in re.findall(r"^\{\".*\}$", prompt.sections["system"], re.MULTILINE):
+        json.loads(example)
+
+
+def test_places_are_filled_once_and_all_of_them():
+    prompt = parse_prompt("p", "version: 3\n\n# user\nA {{a}} and {{b}}.\n# system\nx")
+    assert prompt.render("user", a="{{b}}", b="\\1") == "A {{b}} and \\1."
+    assert (prompt.label, prompt.render("system")) == ("p/3", "x")
+    for wrong in ({"a": 1}, {"a": 1, "b": 2, "c": 3}):
+        with pytest.raises(KeyError):
+            prompt.render("user", **wrong)
+    with pytest.raises(ValueError, match=r"p\.md has to begin with `version: N`"):
+        parse_prompt("p", "# user\nx")
+
+
+def test_the_version_is_part_of_the_key():
+    one, other = (
+        Segment(Asking(parse_prompt("segment", text), TEACHER)).tasks(ROW, PIECES)[0].key
+        for text in ("version: 1\n" + BODY, "version: 2\n" + BODY)
+    )
+    assert one != other
+
+
+BODY = (
+    "# system\n{{max_depth}}{{target_tokens}}{{min_tokens}}{{max_tokens}}\n"
+    "# user\n{{question}}{{first}}{{last}}{{count}}{{sentences}}\n# repair\n{{fault}}"
+)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+lengths = st.lists(st.integers(0, 40), max_size=60)
+
+
+@given(lengths, st.integers(1, 120), st.integers(0, 59))
+def test_windows_cover_everything_and_go_on(sizes, size, overlap):
+    if 2 * overlap >= size:
+        with pytest.raises(ValueError, match="an overlap of"):
+            cut_windows(sizes, size, overlap)
+        return
+    windows = cut_windows(sizes, size, overlap)
+    assert {n for start, stop in windows for n in range(start, stop)} == set(range(len(sizes)))
+    assert all(stop - start == 1 or sum(sizes[start:stop]) <= size for start, stop in windows)
+    for (start, stop), (begin, end) in pairwise(windows):
+        assert start < begin <= stop < end and sum(sizes[begin:stop]) <= overlap
+    for (_, stop), (begin, _) in zip(windows, windows[2:], strict=False):
+        assert stop <= begin  # only neighbours meet
+
+
+@given(st.data())
+def test_merged_blocks_are_an_outline_and_those_of_one_mind_are_all_kept(data):
+    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=40))
+    windows = cut_windows(sizes, 60, 25)
+    found = [data.draw(outlines(start, stop)) for start, stop in windows]
+    merged = merge(windows, found)
+    assert set(Outline(len(sizes), tuple(merged)).blocks) <= {each for blocks in found for each in blocks}
+    whole = data.draw(outlines(0, len(sizes)))
+    alike = [[b for b in whole if start <= b.start and b.stop <= stop] for start, stop in windows]
+    kept = merge(windows, alike)
+    for one in whole:
+        cuts = [stop for _, stop in windows[:-1]] + [start for start, _ in windows[1:]]
+        if not any(one.start < place < one.stop for place in cuts) and not any(
+            begin <= one.stop and one.start <= stop for (_, stop), (begin, _) in pairwise(windows)
+        ):
+            assert one in kept  # far from every seam
+
+
+@st.composite
+def outlines(draw, start, stop):
+    """Properly nested blocks within sentences."""
+    found = []
+
+    def fill(low, high, depth):
+        while low < high and draw(st.booleans()):
+            begin = draw(st.integers(low, high - 1))
+            end = draw(st.integers(begin + 1, high))
+            found.append(Block(begin, end, f"s{len(found)}"))
+            if depth:
+                fill(begin, end, depth - 1)
+            low = end
+
+    fill(start, stop, 2)
+    return list(Outline(stop, tuple(found)).blocks)
+
+
+def test_the_seam_is_where_no_block_is_cut_and_near_the_middle():
+    windows = [(0, 10), (4, 14)]
+    assert merge(windows, [[Block(0, 6, "a")], [Block(6, 9, "b")]]) == [Block(0, 6, "a"), Block(6, 9, "b")]
+    assert merge(windows, [[Block(3, 10, "a")], [Block(10, 12, "b")]]) == [Block(3, 10, "a"), Block(10, 12, "b")]
+    both = [Block(5, 9, "a")], [Block(5, 9, "b")]
+    assert merge(windows, both) == [Block(5, 9, "b")]  # 5 and 9 are as near to 7: ties go to the earlier place
+    assert merge([], []) == [] and merge([(0, 3)], [[Block(0, 2, "a")]]) == [Block(0, 2, "a")]
+
+
+# --- segment ----------------------------------------------------------------------------------------------------------
+
+
+def test_segment_shows_the_numbers_and_says_what_is_wanted():
+    protocol = Segment(asking("segment"), SegmenterOptions(max_depth=3, target_tokens=222))
+    [task] = protocol.tasks(ROW, PIECES)
+    system, user = (message.text for message in task.messages)
+    assert "At most 3 blocks" in system and "222 tokens" in system
+    assert "What is x?" in user and "[0] Sentence 0 is about x = 0.\n[1] Sentence 1" in user
+    assert "Sentences 0 to 39 of a chain of thought of 40 sentences" in user and "{{" not in system + user
+    assert task.kind == "segment" and task.row_id == "r" and task.repair
+    assert Segment(asking("segment", AskingOptions(ask_again=False))).tasks(ROW, PIECES)[0].repair is None
+    made = protocol.made_by
+    assert made["prompt"] == load_prompt("segment").label and made["teacher"] == MODELS["openai"]
+    assert made["options"]["max_depth"] == 3
+
+
+def test_segment_reads_both_kinds_of_solutions_and_nesting():
+    reply = said(blocks=[block(0, 9), block(2, 5, None, 5), block(12, 15, "", 14)])
+    outline = Segment(asking("segment")).read([reply], PIECES)
+    assert outline.blocks == (Block(0, 10, "S."), Block(2, 6, split=5), Block(12, 16, split=14))
+    assert assemble(PIECES, outline, HCOT).count("[THOUGHT]") == 3
+    assert Segment(asking("segment")).read([said(blocks=[])], PIECES) == Outline(40)
+
+
+FAULTS = [
+    ([block(0, 5), block(3, 8)], "overlap"),
+    ([block(0, 40)], "out_of_range"),
+    ([block(-1, 4)], "out_of_range"),
+    ([block(5, 4)], "empty_block"),
+    ([block(0, 4, None)], "empty_solution"),
+    ([block(0, 4, " ")], "empty_solution"),
+    ([block(0, 4, "S.", 3)], "both_solutions"),
+    ([block(0, 4, None, 0)], "empty_block"),
+    ([block(0, 4, None, 9)], "out_of_range"),
+    ([block(0, 4, "so [RETURN]")], "marker_in_solution"),
+    ([block(0, 9), block(0, 8), block(0, 7)], "too_deep"),
+]
+
+
+@pytest.mark.parametrize(("blocks", "code"), FAULTS)
+def test_segment_refuses_what_is_no_outline(blocks, code):
+    protocol = Segment(asking("segment"))
+    with pytest.raises(Unusable) as caught:
+        protocol.read([said(blocks=blocks)], PIECES)
+    assert caught.value.code == code and code in REASONS and caught.value.detail
+    [task] = protocol.tasks(ROW, PIECES)
+    assert task.read(Reply("k", json.dumps({"blocks": blocks}))).failure.code == code
+
+
+def test_a_failure_is_passed_on_with_where_it_happened():
+    protocol = Segment(asking("segment", SMALL))
+    count = len(protocol.tasks(ROW, PIECES))
+    assert count > 3
+    good = [said(blocks=[])] * (count - 1)
+    with pytest.raises(Unusable, match=r"truncated: cut off \(sentences 0 to \d+\)"):
+        protocol.read([Reply("k", failure=Failure("truncated", "cut off")), *good], PIECES)
+
+
+def test_a_block_of_sentences_that_were_not_shown_is_refused():
+    protocol = Segment(asking("segment", SMALL))
+    replies = [said(blocks=[])] * len(protocol.tasks(ROW, PIECES))
+    replies[1] = said(blocks=[block(0, 1)])
+    with pytest.raises(Unusable, match="out_of_range: the block over sentences 0 to 1; shown were"):
+        protocol.read(replies, PIECES)
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    pytest.importorskip("pydantic_ai")
+    for name in KEYS:
+        monkeypatch.setenv(name, CANARY)
+
+
+def teach(asked):
+    """A teacher that makes a block of every five sentences, by their numbers."""
+    numbers = [int(n) for n in re.findall(r"^\[(\d+)\]", asked.turns[0][1], re.MULTILINE)]
+    starts = [n for n in numbers if n % 5 == 0 and n + 4 in numbers]
+    return Say(json.dumps({"blocks": [block(n, n + 4, f"x = {n + 4}") for n in starts]}))
+
+
+@pytest.mark.parametrize("provider", MODELS)
+@pytest.mark.parametrize("options", [WHOLE, AskingOptions(window_tokens=150, overlap_tokens=60)])
+def test_segment_over_the_wire(tmp_path, keys, provider, options):
+    with ScriptedTeacher(teach) as server:
+        protocol = Segment(asking("segment", options, options_for(server, provider)))
+        tasks = protocol.tasks(ROW, PIECES)
+        replies = ask_all(protocol.asking.teacher, tasks, tmp_path)
+    outline = protocol.read([replies[task.key] for task in tasks], PIECES)
+    assert outline.blocks == tuple(Block(n, n + 5, f"x = {n + 4}") for n in range(0, 40, 5))
+    assert len(server.requests) == len(tasks) == (1 if options is WHOLE else 4)
+
+
+def test_a_bad_outline_is_mended_over_the_wire(tmp_path, keys):
+    script = [Say(json.dumps({"blocks": [block(0, 5), block(3, 8)]})), Say(json.dumps({"blocks": [block(0, 5)]}))]
+    with ScriptedTeacher(script) as server:
+        protocol = Segment(asking("segment", WHOLE, options_for(server)))
+        [task] = protocol.tasks(ROW, PIECES)
+        reply = ask_all(protocol.asking.teacher, [task], tmp_path)[task.key]
+    assert protocol.read([reply], PIECES).blocks == (Block(0, 6, "S."),)
+    told = server.requests[1].turns[2][1]
+    assert "overlap: the block over sentences 0 to 5 and the block over sentences 3 to 8" in told
+
+
+# --- refine -----------------------------------------------------------------------------------------------------------
+
+
+OLD = Outline(40, (Block(0, 10, split=8), Block(20, 30, "s")))
+PREPARED = PreparedRow(ROW, assemble(PIECES, OLD, HCOT), OLD, tuple(PIECES))
+
+
+def dead(start, end, solution="It leads nowhere."):
+    return {"start": start, "end": end, "solution": solution}
+
+
+def test_refine_adds_blocks_of_its_own_kind():
+    protocol = Refine(asking("refine"))
+    [task] = protocol.tasks(PREPARED)
+    assert "0 to 7; 8 to 9\n20 to 29" in task.messages[1].text
+    outline = protocol.read([said(backtracks=[dead(12, 15), dead(21, 25), dead(18, 32)])], PREPARED)
+    kinds = {(b.start, b.stop): b.kind for b in outline.blocks}
+    assert kinds == {
+        (0, 10): "subproblem",
+        (12, 16): "backtrack",
+        (18, 33): "backtrack",
+        (20, 30): "subproblem",
+        (21, 26): "backtrack",
+    }
+    assert protocol.read([said(backtracks=[])], PREPARED) == OLD
+    assemble(PIECES, outline, HCOT)
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ([dead(5, 12)], "overlap"),
+        ([dead(7, 8)], "overlap"),
+        ([dead(0, 9)], "overlap"),
+        ([dead(35, 40)], "out_of_range"),
+        ([dead(35, 38, " ")], "empty_solution"),
+        ([dead(12, 19), dead(12, 18), dead(12, 17), dead(12, 16)], "too_deep"),
+    ],
+)
+def test_refine_refuses_what_does_not_fit(found, code):
+    [task] = Refine(asking("refine")).tasks(PREPARED)
+    assert task.read(Reply("k", json.dumps({"backtracks": found}))).failure.code == code
+    with pytest.raises(Unusable, match=code):
+        Refine(asking("refine")).read([said(backtracks=found)], PREPARED)
+
+
+def test_refine_needs_an_outline():
+    bare = PreparedRow(ROW, TEXT)
+    assert Refine(asking("refine")).tasks(bare) == []
+    with pytest.raises(Unusable, match="no_outline"):
+        Refine(asking("refine")).read([], bare)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_refined_outlines_keep_the_old_blocks(data):
+    """Whatever windows reply, the old blocks stay and the new ones lie in them or around them."""
+    old = Outline(40, tuple(data.draw(outlines(0, 40))))
+    row = PreparedRow(ROW, TEXT, old, tuple(PIECES))
+    protocol = Refine(asking("refine", SMALL), max_depth=9)
+    replies = []
+    for start, stop in protocol.asking.windows(PIECES):
+        found = []
+        for one in data.draw(outlines(start, stop)):
+            try:
+                protocol._added(old, [*found, one])
+            except OutlineError:
+                continue
+            found.append(one)
+        replies.append(said(backtracks=[dead(b.start, b.stop - 1) for b in found]))
+    outline = protocol.read(replies, row)
+    assert [b for b in outline.blocks if b.kind == "subproblem"] == list(old.blocks)
+
+
+# --- rewrite ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("markup", PRESETS.values(), ids=lambda markup: markup.name)
+def test_rewrite_gives_back_the_words(markup):
+    protocol = Rewrite(asking("rewrite"), markup)
+    text = "\n " + "\n".join(PIECES[n].strip() for n in range(8)) + "\n\n"
+    [task] = protocol.tasks(SourceRow("r", "q", text), split_sentences(text))
+    assert all(marker in task.messages[0].text for marker in markup.markers) and task.schema is None
+    lead = markup.lead or ""
+    inner = text.strip()
+    trace = f"{markup.open}{inner[:40]}{markup.split}{lead}x = 0{markup.close}{inner[40:]}"
+    assert protocol.read([Reply("k", trace)], split_sentences(text)) == f"\n {trace}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda t: t.replace("x = 7", "x = 8"), "formulas_differ"),
+        (lambda t: t.replace("Sentence 7 is about x = 7. ", ""), "formulas_differ"),
+        (lambda t: t.replace("about", "on"), "words_differ"),
+        (lambda t: t.replace("[RETURN]", "", 1), "malformed"),
+        (lambda t: f"[THOUGHT]a word or two more than there were[SOLUTION]b[RETURN]{t}", "words_differ"),
+        (lambda t: f"[THOUGHT][THOUGHT]{t}[SOLUTION]b[RETURN][SOLUTION]b[RETURN]", "too_deep"),
+    ],
+)
+def test_rewrite_compares_every_word(change, code):
+    protocol = Rewrite(asking("rewrite"), HCOT)
+    good = "[THOUGHT]" + "".join(PIECES[:20]) + "[SOLUTION]x = 19[RETURN]" + "".join(PIECES[20:])
+    [task] = protocol.tasks(ROW, PIECES)
+    assert task.read(Reply("k", good)).failure is None
+    assert task.read(Reply("k", change(good))).failure.code == code and code in REASONS
+
+
+def test_a_few_words_may_change():
+    protocol = Rewrite(asking("rewrite"), HCOT)
+    [task] = protocol.tasks(ROW, PIECES)
+    assert task.read(Reply("k", TEXT.replace("Sentence 3 is", "Sentence 3 was"))).failure is None
+
+
+def test_rewrite_joins_its_parts():
+    protocol = Rewrite(asking("rewrite", SMALL), HCOT)
+    tasks = protocol.tasks(ROW, PIECES)
+    assert len(tasks) > 3 and "Part 2 of" in tasks[1].messages[1].text
+    replies = []
+    for start, stop in protocol.windows(PIECES):
+        replies.append(Reply("k", "[THOUGHT]" + "".join(PIECES[start:stop]).strip() + "[SOLUTION]s[RETURN]"))
+    trace = protocol.read(replies, PIECES)
+    assert trace.count("[THOUGHT]") == len(tasks)
+    assert re.sub(r"\[THOUGHT\]|\[SOLUTION\]s\[RETURN\]", "", trace) == TEXT
+    short = Rewrite(asking("rewrite", WHOLE, TeacherOptions(teacher="openai:m", output_tokens=100)), HCOT)
+    assert len(short.tasks(ROW, PIECES)) > 3  # a part has to fit into a reply
+
+
+# --- judge ------------------------------------------------------------------------------------------------------------
+
+
+TRACE = "A. [THOUGHT]b [THOUGHT]c[SOLUTION]d[RETURN] e[SOLUTION]f[RETURN] G. [THOUGHT]h[SOLUTION]i[RETURN] J."
+JUDGED = PreparedRow(SourceRow("r", "q?", "", "The answer is j."), TRACE)
+
+
+def verdict(number, sufficient=True, reason="fine"):
+    return {"block": number, "sufficient": sufficient, "reason": reason}
+
+
+def test_judge_shows_the_blocks_by_their_numbers():
+    [task] = Judge(asking("judge"), HCOT).tasks(JUDGED)
+    user = task.messages[1].text
+    inner = "<block 1>c<solution 1>d</block 1>"
+    assert f"A. <block 0>b {inner} e<solution 0>f</block 0> G. <block 2>h<solution 2>i</block 2> J." in user
+    assert "The response:\nThe answer is j." in user and "blocks 0, 1, 2." in user
+    assert "[THOUGHT]" not in user
+
+
+def test_judge_gives_a_verdict_for_each_block():
+    reply = said(verdicts=[verdict(2, False, "no i"), verdict(0), verdict(1)])
+    found = Judge(asking("judge"), HCOT).read([reply], JUDGED)
+    assert found == [Verdict(0, True, "fine"), Verdict(1, True, "fine"), Verdict(2, False, "no i")]
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], [0, 1, 2, 3], [0, 1, 1], [0, 0, 1, 2], []])
+def test_judge_must_speak_of_the_blocks_it_was_asked_about(numbers):
+    protocol = Judge(asking("judge"), HCOT)
+    data = {"verdicts": [verdict(n) for n in numbers]}
+    assert protocol.tasks(JUDGED)[0].read(Reply("k", json.dumps(data))).failure.code == "blocks_differ"
+    with pytest.raises(Unusable, match="blocks_differ"):
+        protocol.read([said(**data)], JUDGED)
+
+
+def test_judge_takes_long_traces_part_by_part_and_shows_what_follows():
+    trace = "".join(f"{PIECES[n]}[THOUGHT]{PIECES[n]}[SOLUTION]s{n}[RETURN]" for n in range(12))
+    row = PreparedRow(SourceRow("r", "q?", "", "Done."), trace)
+    protocol = Judge(asking("judge", AskingOptions(window_tokens=80, overlap_tokens=20)), HCOT)
+    tasks = protocol.tasks(row)
+    assert len(tasks) > 2
+    asked = [[int(n) for n in re.findall(r"\d+", t.messages[1].text.rpartition("blocks ")[2])] for t in tasks]
+    assert [n for numbers in asked for n in numbers] == list(range(12))
+    assert "What follows, for your information:\n<block 3>Sentence 3" in tasks[0].messages[1].text
+    assert "The response:\nDone." in tasks[-1].messages[1].text
+    replies = [said(verdicts=[verdict(n) for n in numbers]) for numbers in asked]
+    assert [each.block for each in protocol.read(replies, row)] == list(range(12))
+
+
+@pytest.mark.parametrize("trace", ["no blocks", "[THOUGHT]a[SOLUTION]b", "a[RETURN]"])
+def test_judge_has_nothing_to_say_without_whole_blocks(trace):
+    row = PreparedRow(SourceRow("r", "q?", ""), trace)
+    assert Judge(asking("judge"), HCOT).tasks(row) == []
+    assert Judge(asking("judge"), HCOT).read([], row) == []
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_parts_hold_every_block_once(data):
+    outline = Outline(40, tuple(data.draw(outlines(0, 40))))
+    for markup in (HCOT, PRESETS["pencil"]):
+        stretches = cut(assemble(PIECES, outline, markup), markup, make_counter(None))
+        found = list(parts(stretches, markup))
+        numbers = [number for part in found for number in part.blocks]
+        assert numbers == list(range(len(block_sizes(stretches, markup))))
+        assert sum(part.tokens for part in found) == sum(stretch.tokens for stretch in stretches)
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_code_is_explained():
+    assert TEACHING.keys() | OTHERS <= REASONS.keys()

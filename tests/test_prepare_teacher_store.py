@@ -1,0 +1,331 @@
+"""Nothing is asked twice, whatever happens to the process; no limit is crossed; an estimate asks nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_teacher import Say, ScriptedTeacher, Status
+from teacher_runs import CANARY, KEYS, MODELS, ask_all, make_task, options_for
+
+from hcot_lmeval.prepare.teacher.budget import Amount, Budget, input_tokens
+from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Task, Usage
+from hcot_lmeval.prepare.teacher.runner import ask, estimate
+from hcot_lmeval.prepare.teacher.store import AnswerStore, StoreError
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = '{"a": 1}'
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    pytest.importorskip("pydantic_ai")
+    for name in KEYS:
+        monkeypatch.setenv(name, CANARY)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+replies = st.builds(
+    Reply,
+    key=st.text("abcdef", min_size=1, max_size=3),
+    text=st.text(),
+    failure=st.none() | st.builds(Failure, st.sampled_from(["schema", "truncated", *sorted(TEMPORARY)]), st.text()),
+    usage=st.builds(Usage, st.integers(0, 99), st.integers(0, 99)),
+    usd=st.none() | st.floats(0, 1),
+    attempts=st.integers(1, 5),
+)
+
+
+@given(said=st.lists(replies, unique_by=lambda reply: reply.key), torn=st.binary(max_size=40), seed=st.integers())
+@settings(deadline=None, max_examples=50)
+def test_what_was_kept_is_there_again(tmp_path_factory, said, torn, seed):
+    path = tmp_path_factory.mktemp("store") / "answers.jsonl"
+    with AnswerStore(path) as store:
+        for reply in said:
+            store.add(reply)
+    with path.open("ab") as file:
+        file.write(torn.replace(b"\n", b""))  # as a kill in the middle of a line leaves it
+    random.Random(seed).shuffle(said)
+    with AnswerStore(path) as store:
+        assert len(store) == sum(reply.is_final for reply in said)
+        for reply in said:
+            assert store.get(reply.key) == (reply if reply.is_final else None)
+            assert (reply.key in store) == reply.is_final
+        assert store.requests == sum(reply.attempts for reply in said)
+        assert store.usage.tokens == sum(reply.usage.tokens for reply in said)
+        store.add(Reply("new", "x"))
+    with AnswerStore(path) as store:
+        assert store.get("new") == Reply("new", "x")
+
+
+def test_a_final_reply_is_kept_once_and_a_failure_may_be_followed(tmp_path):
+    with AnswerStore(tmp_path / "a" / "answers.jsonl") as store:
+        store.add(Reply("k", failure=Failure("timeout", ""), attempts=2))
+        assert store.get("k") is None
+        store.add(Reply("k", "said", attempts=1))
+        with pytest.raises(ValueError, match="has a reply to k already"):
+            store.add(Reply("k", "again"))
+        assert store.get("k").text == "said" and store.requests == 3
+
+
+def test_another_file_is_not_cut_off(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"mine": 1}\n{"mine": 2}\n')
+    with pytest.raises(StoreError, match="the line at byte 0 is no reply"):
+        AnswerStore(path)
+    assert path.read_text() == '{"mine": 1}\n{"mine": 2}\n'
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    code = (
+        f"from pathlib import Path\nfrom hcot_lmeval.prepare.teacher.store import *\nAnswerStore(Path({str(path)!r}))"
+    )
+    with AnswerStore(path):
+        with pytest.raises(StoreError, match="is in use by another run"):
+            AnswerStore(path)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert "is in use by another run; wait until that one has ended" in done.stderr
+    AnswerStore(path).__exit__()
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teacher.questions import Message, Task
+from hcot_lmeval.prepare.teacher.runner import ask
+from hcot_lmeval.prepare.teacher.store import AnswerStore
+
+url, path = sys.argv[1:]
+options = TeacherOptions(teacher="local:m", base_url=url, concurrency=3, first_wait=0.01)
+tasks = [Task.make("test", "row", (Message("user", f"question {n}"),), None, options.identity) for n in range(60)]
+with AnswerStore(Path(path)) as store:
+    print(len([reply for reply in ask(tasks, options=options, store=store) if reply.text == "said " + reply.text[5:]]))
+"""
+
+
+def test_after_a_kill_nothing_is_asked_twice_but_what_was_under_way(tmp_path, keys):
+    path = tmp_path / "answers.jsonl"
+
+    def say(asked):
+        return Say(f"said {asked.turns[0][1]}", seconds=0.02)
+
+    with ScriptedTeacher(say) as server:
+        command = [sys.executable, "-c", CHILD, server.url("local"), str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            while not path.exists() or path.read_bytes().count(b"\n") < 12:
+                assert process.poll() is None, "it was over before it could be killed"
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        time.sleep(0.1)
+        kept = path.read_bytes()
+        with path.open("ab") as file:
+            file.write(kept.splitlines()[0][:50])
+        with AnswerStore(path) as store:
+            stored = len(store)
+        before = Counter(asked.turns[0][1] for asked in server.requests)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout == "60\n"
+        asked = Counter(each.turns[0][1] for each in server.requests)
+        again = {question for question, times in asked.items() if times > 1}
+        assert len(asked) == 60 and 12 <= stored < 60
+        assert len(again) == sum(before.values()) - stored <= 3  # under way when it was killed
+        assert path.read_bytes().startswith(kept)
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        assert len(server.requests) == asked.total()
+    assert os.listdir(tmp_path) == ["answers.jsonl"]
+
+
+def test_a_run_that_is_left_keeps_what_it_has(tmp_path, keys):
+    with ScriptedTeacher([Say(GOOD)]) as server:
+        options = options_for(server, concurrency=2)
+        tasks = [make_task(options, str(n)) for n in range(10)]
+        with AnswerStore(tmp_path / "answers.jsonl") as store:
+            found = ask(tasks, options=options, store=store)
+            next(found)
+            found.close()
+        assert len(ask_all(options, tasks, tmp_path)) == 10
+    assert 10 <= len(server.requests) <= 12
+
+
+def test_questions_are_taken_as_there_is_room(tmp_path, keys):
+    taken = []
+
+    def tasks(options):
+        for number in range(100):
+            taken.append(number)
+            yield make_task(options, str(number))
+
+    with ScriptedTeacher([Say(GOOD)]) as server, AnswerStore(tmp_path / "answers.jsonl") as store:
+        options = options_for(server, concurrency=3)
+        found = ask(tasks(options), options=options, store=store)
+        next(found)
+        assert len(taken) <= 6
+        found.close()
+
+
+def test_the_same_question_is_asked_once_in_a_run(tmp_path, keys):
+    with ScriptedTeacher([Say(GOOD)]) as server, AnswerStore(tmp_path / "answers.jsonl") as store:
+        options = options_for(server, concurrency=1)
+        assert len(list(ask([make_task(options)] * 5, options=options, store=store))) == 5
+    assert len(server.requests) == 1
+
+
+def test_the_key_of_a_question_is_all_that_the_reply_depends_on():
+    options = TeacherOptions(teacher=MODELS["openai"])
+    one = make_task(options)
+    assert make_task(TeacherOptions(teacher=MODELS["openai"], concurrency=1, max_usd=3.0)).key == one.key
+    others = [
+        make_task(options, "v"),
+        make_task(TeacherOptions(teacher="openai:gpt-5")),
+        make_task(TeacherOptions(teacher=MODELS["openai"], temperature=0.5)),
+        make_task(TeacherOptions(teacher=MODELS["openai"], base_url="http://localhost/v1")),
+        Task.make("else", "row", one.messages, one.schema, options.identity),
+        Task.make("test", "row", one.messages, None, options.identity),
+    ]
+    assert len({task.key for task in others} | {one.key}) == 7
+    assert Task.make("test", "another", one.messages, one.schema, options.identity).key == one.key
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [
+        ({"max_requests": 7}, 7),
+        ({"max_requests": 0}, 0),
+        ({"max_teacher_tokens": 1000, "output_tokens": 50}, 8),  # 110 each; a ninth may need more than is left
+        ({"max_usd": 0.001, "output_tokens": 50, "price_input": 1.0, "price_output": 2.0}, 7),  # 0.00012 each
+    ],
+)
+def test_it_stops_before_a_limit(tmp_path, keys, limit, most):
+    with ScriptedTeacher(lambda asked: Say(GOOD, usage=(100, 10))) as server:
+        options = options_for(server, **limit)
+        tasks = [make_task(options, str(n)) for n in range(20)]
+        found = ask_all(options, tasks, tmp_path)
+        assert len(found) == 20 and len(server.requests) <= most
+        refused = [reply for reply in found.values() if reply.failure is not None]
+        assert len(refused) == 20 - len(server.requests)
+        name = next(iter(limit))
+        assert all(r.failure.code == "budget" and f"{name}=" in r.failure.detail for r in refused)
+        if most:
+            assert len(server.requests) >= most - 1
+        again = len(server.requests)
+        ask_all(options, tasks, tmp_path)
+        assert len(server.requests) == again  # what was spent earlier counts
+        done = ask_all(options_for(server, output_tokens=options.output_tokens), tasks, tmp_path)
+    assert not any(reply.failure for reply in done.values()) and len(server.requests) == 20
+
+
+def test_failed_attempts_are_requests_too(tmp_path, keys):
+    with ScriptedTeacher([Status(500)]) as server:
+        options = options_for(server, max_requests=4, attempts=3, concurrency=1)
+        found = ask_all(options, [make_task(options, str(n)) for n in range(3)], tmp_path)
+    assert len(server.requests) == 4
+    assert [reply.failure.code for reply in found.values()] == ["server_error", "server_error", "budget"]
+
+
+def test_money_needs_a_price(tmp_path, keys):
+    with ScriptedTeacher([Say(GOOD, usage=(1000, 100))]) as server:
+        options = options_for(server, "local", max_usd=1.0)
+        with pytest.raises(ValueError, match=r"max_usd=1: no price of local:qwen is known; give --price-input"):
+            ask_all(options, [make_task(options)], tmp_path)
+        options = options_for(server, "local", price_input=3.0, price_output=10.0)
+        assert next(iter(ask_all(options, [make_task(options)], tmp_path).values())).usd == pytest.approx(0.004)
+    assert len(server.requests) == 1
+
+
+def test_a_timeout_counts_as_if_it_had_been_answered(tmp_path, keys):
+    with ScriptedTeacher([Say(GOOD, seconds=0.4)]) as server:
+        options = options_for(server, timeout=0.15, attempts=1, output_tokens=500)
+        reply = next(iter(ask_all(options, [make_task(options)], tmp_path).values()))
+    assert reply.failure.code == "timeout" and reply.usage.output_tokens == 500 and reply.usd > 0
+
+
+tasks_and_usage = st.lists(st.tuples(st.integers(0, 3000), st.floats(0, 1), st.floats(0, 1)), max_size=30)
+
+
+@given(tasks_and_usage, st.integers(0, 3000), st.integers(1, 8), st.integers())
+@settings(deadline=None, max_examples=60)
+def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit, width, seed):
+    """The server may use any number of tokens up to what was asked for."""
+    options = TeacherOptions(teacher=MODELS["openai"], output_tokens=100, max_teacher_tokens=limit)
+    rng = random.Random(seed)
+
+    async def one(budget, gate, size, share_in, share_out):
+        task = Task.make("t", "r", (Message("user", "x" * size),), None, {})
+        async with gate:
+            reserved = await budget.reserve(task)
+            if isinstance(reserved, str):
+                assert budget.spent.plus(budget.most(task)).usage.tokens > limit
+                return
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+            usage = Usage(int(share_in * reserved.usage.input_tokens), int(share_out * 100))
+            await budget.settle(reserved, Amount(1, usage), task.size)
+            assert budget.spent.usage.tokens <= limit
+
+    async def everything():
+        budget, gate = Budget(options, lambda usage: None, Amount()), asyncio.Semaphore(width)
+        await asyncio.wait_for(asyncio.gather(*(one(budget, gate, *each) for each in work)), 20)
+        assert budget.spent.usage.tokens <= limit
+
+    asyncio.run(everything())
+
+
+# --- the estimate -----------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_needs_neither_key_nor_network(monkeypatch):
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    pytest.importorskip("genai_prices")
+    options = TeacherOptions(teacher=MODELS["openai"], base_url="http://127.0.0.1:9/v1", output_tokens=1000)
+    tasks = [make_task(options, "u" * 3000 + str(n % 8)) for n in range(10)]
+    found = estimate(tasks, options, {tasks[0].key}, share=0.1)
+    assert (found.requests, found.stored) == (7, 3)
+    assert found.usage.input_tokens == sum(input_tokens(task) for task in tasks[1:8]) >= 7000
+    assert found.usage.output_tokens == 7 * int(0.1 * input_tokens(tasks[1]))
+    assert found.most == Usage(found.usage.input_tokens, 7000)
+    assert 0 < found.usd < found.usd_most < 0.1
+    unknown = estimate(tasks, TeacherOptions(teacher="local:m", base_url="http://x/v1"))
+    assert unknown.usd is None and unknown.usd_most is None
+
+
+def test_the_store_holds_plain_lines(tmp_path, keys):
+    with ScriptedTeacher([Say(GOOD, usage=(7, 3))]) as server:
+        options = options_for(server)
+        task = make_task(options)
+        ask_all(options, [task], tmp_path)
+    [line] = (tmp_path / "answers.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record.pop("seconds") >= 0 and record.pop("usd") > 0
+    assert record == {
+        "key": task.key,
+        "text": GOOD,
+        "failure": None,
+        "usage": {"input_tokens": 7, "output_tokens": 3},
+        "attempts": 1,
+    }
