@@ -45,7 +45,7 @@ def cut_windows(lengths: Sequence[int], size: int, overlap: int) -> list[Window]
         windows.append((start, stop))
         if stop == count:
             break
-        begin = _first(ends, stop, overlap)
+        begin = max(_first(ends, stop, overlap), *(end for _, end in windows[-2:-1]), 0)  # three never meet
         start = begin if begin > start and _last(ends, begin, size) > stop else stop
     return windows
 
