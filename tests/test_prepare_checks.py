@@ -86,7 +86,7 @@ def test_each_fault_has_its_code(code, one, options):
 
 
 def test_every_code_of_a_check_is_tested_here_or_below():
-    elsewhere = {"duplicate", "near_duplicate", "contaminated", "answer_unchecked", "solution_insufficient"}
+    elsewhere = {"duplicate", "near_duplicate", "contaminated", "answer_unchecked", "solution_insufficient", "unjudged"}
     assert {code for code, _, _ in FAULTS} | elsewhere == CHECKING.keys()
 
 

@@ -169,6 +169,118 @@ def test_rows_that_cannot_pass_cost_nothing(tmp_path):
     assert reasons == ["marker_in_source", "no_thinking"]
 
 
+# --- refine, judge, rewrite -------------------------------------------------------------------------------------------
+
+
+def run(step: str, server: ScriptedTeacher, out, *words) -> int:
+    options = ["--teacher", "local:qwen", "--base-url", server.url("local"), "--attempts", 1]
+    return main([str(word) for word in [step, out, *options, "--quiet", *words]])
+
+
+def protocol_of(asked: Asked) -> str:
+    return "refine" if "backtracks" in asked.system else "judge" if "verdicts" in asked.system else "segment"
+
+
+def scripted(**replies):
+    """Good blocks, and what is given for the other protocols."""
+
+    def script(asked: Asked):
+        found = replies.get(protocol_of(asked), good)
+        return found(asked) if callable(found) else found
+
+    return script
+
+
+def backtracks(asked: Asked) -> Say:
+    number = number_of(asked)
+    if number == 2:
+        return Say("no")
+    found = [{"start": 10, "end": 13, "solution": "This leads nowhere."}] if number else []
+    return Say(json.dumps({"backtracks": found}))
+
+
+def test_refine_adds_dead_ends_and_keeps_rows_that_it_cannot_refine(tmp_path, capsys):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(4)), tmp_path / "run"
+    with ScriptedTeacher(scripted(refine=backtracks)) as server:
+        assert segment(server, flat, out) == 0
+        assert run("refine", server, out, "--dry-run") == 0
+        assert "requests        4 (0 replies" in capsys.readouterr().out
+        assert run("refine", server, out, "--no-ask-again") == 0
+    assert "1  wrong_json: reported, not rejected" in capsys.readouterr().out
+    before, after = (read_jsonl(out / step / "rows.jsonl") for step in ("segment", "refine"))
+    added = [len(b["outline"]["blocks"]) - len(a["outline"]["blocks"]) for a, b in zip(before, after, strict=True)]
+    assert added == [0, 1, 0, 1]
+    assert after[1]["outline"]["blocks"][-1] == {
+        "start": 10, "stop": 14, "solution": "This leads nowhere.", "kind": "backtrack",
+    }  # fmt: skip
+    assert "[SOLUTION]This leads nowhere.[RETURN]" in after[1]["hierarchical_cot"]
+    refined = [row["made_by"]["refined"] for row in after]
+    assert [found.get("added") for found in refined] == [0, 1, None, 1]
+    assert refined[2]["failure"]["code"] == "wrong_json" and refined[1]["prompt"].startswith("refine/")
+    assert main(["check", str(out)]) == 0  # after refine, by itself
+    assert [row["hierarchical_cot"] for row in read_jsonl(out / "check" / "rows.jsonl")] == [
+        row["hierarchical_cot"] for row in after
+    ]
+
+
+def verdicts(asked: Asked) -> Say:
+    number = number_of(asked)
+    if number == 3:
+        return Say("{}")
+    found = [{"block": n, "sufficient": (number, n) != (1, 0), "reason": "x is not given"} for n in (0, 1)]
+    return Say(json.dumps({"verdicts": found}))
+
+
+def test_a_judge_opens_blocks_up_or_rejects_their_rows(tmp_path, capsys):
+    rows = [flat_row(number) for number in range(5)]
+    rows[4]["expected_answer"] = "77"
+    flat, out = write_rows(tmp_path / "flat.jsonl", rows), tmp_path / "run"
+    with ScriptedTeacher(scripted(judge=verdicts)) as server:
+        assert segment(server, flat, out) == 0
+        assert run("check", server, out, "--no-ask-again") == 0
+        judged = [number_of(asked) for asked in server.requests if protocol_of(asked) == "judge"]
+        assert sorted(judged) == [0, 1, 2, 3]  # the row with another answer is not worth a question
+        assert run("check", server, out, "--no-ask-again", "--no-repair", "--restart") == 0
+        assert len(server.requests) == 5 + 4
+    found = {row["id"]: row for row in read_jsonl(out / "check" / "rejected.jsonl")}
+    assert {name: row["reason"] for name, row in found.items()} == {
+        "row-1": "solution_insufficient", "row-4": "answer_differs",
+    }  # fmt: skip
+    assert found["row-1"]["detail"] == "block 0: x is not given"
+    assert "1  unjudged: reported, not rejected" in capsys.readouterr().out
+
+
+def test_a_judged_block_is_opened_up_where_repairs_are_wanted(tmp_path):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(3)), tmp_path / "run"
+    with ScriptedTeacher(scripted(judge=verdicts)) as server:
+        assert segment(server, flat, out) == 0
+        assert run("check", server, out) == 0
+    rows = read_jsonl(out / "check" / "rows.jsonl")
+    assert [len(row["outline"]["blocks"]) for row in rows] == [2, 1, 2]
+    assert rows[1]["made_by"]["repairs"] == ["opened block 0: solution_insufficient"]
+    assert read_manifest(out / "check")["summary"]["teacher"]["requests"] == 3
+
+
+def test_rewritten_traces_are_compared_word_by_word(tmp_path):
+    flat, out = write_flat(tmp_path / "flat.jsonl", range(3)), tmp_path / "run"
+
+    def rewrites(asked: Asked) -> Say:
+        number = number_of(asked)
+        text = flat_row(number)["generated_solution"].partition("</think>")[0].removeprefix("<think>").strip()
+        text = text.replace("the", "a") if number == 1 else text
+        cut = text.index(". ", 200) + 1
+        changed = text[:cut] + " $y = 5$" if number == 2 else text[:cut]
+        return Say(f"[THOUGHT]{changed}[SOLUTION]It is 1.[RETURN]{text[cut:]}")
+
+    with ScriptedTeacher(rewrites) as server:
+        assert segment(server, flat, out, "--rewrite", "--no-ask-again") == 0
+    (row,) = read_jsonl(out / "segment" / "rows.jsonl")
+    assert row["id"] == "row-0" and row["outline"] is None and row["made_by"]["prompt"].startswith("rewrite/")
+    reasons = {row["id"]: row["reason"] for row in read_jsonl(out / "segment" / "rejected.jsonl")}
+    assert reasons == {"row-1": "words_differ", "row-2": "formulas_differ"}
+    assert main(["check", str(out)]) == 0
+
+
 def test_options_that_belong_elsewhere_are_refused(tmp_path, capsys):
     flat = str(write_flat(tmp_path / "flat.jsonl", range(1)))
     assert main(["segment", flat, "--out", str(tmp_path / "run"), "--dry-run"]) == 1
@@ -176,6 +288,10 @@ def test_options_that_belong_elsewhere_are_refused(tmp_path, capsys):
     words = ["--teacher", "local:m", "--base-url", "http://x", "--surprise", "m"]
     assert main(["segment", flat, "--out", str(tmp_path / "run"), *words]) == 1
     assert "--surprise is for segmenting without a teacher" in capsys.readouterr().err
+    assert main(["segment", flat, "--out", str(tmp_path / "run"), *words[:4], "--workers", "2"]) == 1
+    assert "how many requests are open, says --concurrency" in capsys.readouterr().err
+    assert main(["refine", flat, "--out", str(tmp_path / "run")]) == 1
+    assert "refine needs a teacher; give --teacher PROVIDER:MODEL" in capsys.readouterr().err
 
 
 def test_nothing_is_asked_twice_after_a_kill(tmp_path):

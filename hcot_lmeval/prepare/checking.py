@@ -18,7 +18,7 @@ from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.inputs import Input
 from hcot_lmeval.prepare.reading import read_prepared
 from hcot_lmeval.prepare.repair import check_and_repair
-from hcot_lmeval.prepare.rows import Unreadable
+from hcot_lmeval.prepare.rows import PreparedRow, Unreadable
 from hcot_lmeval.prepare.steps import Numbered, Plain, Work, rejection, run_rows, unread
 
 
@@ -42,9 +42,13 @@ def _checked(item: Numbered, check: Checker) -> dict[str, Any]:
     row = item[1]
     if isinstance(row, Unreadable):
         return unread(row)
-    row, faults, repairs = check_and_repair(row, check)
+    return checked_entry(check, *check_and_repair(row, check))
+
+
+def checked_entry(check: Checker, row: PreparedRow, faults: Sequence[Fault], repairs: Sequence[str]) -> dict[str, Any]:
+    """Returns the entry of a row that was checked, with the fingerprint by which `Sifting` finds duplicates."""
     options = check.options
-    entry: dict[str, Any] = {"row": row.record(), "faults": [fault[:2] for fault in faults], "repairs": repairs}
+    entry: dict[str, Any] = {"row": row.record(), "faults": [fault[:2] for fault in faults], "repairs": list(repairs)}
     if options.duplicates != "off":
         text = row.source.question
         if options.duplicates == "trace":
@@ -75,12 +79,11 @@ class Sifting(Plain):
     def __init__(self, options: CheckOptions, twins: Twins) -> None:
         super().__init__()
         self._options, self._twins = options, twins
-        self.remarks: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
-    def __call__(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    def _decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         if "reject" in entry:
-            return super().__call__(entry)
+            return super()._decide(entry)
         record, faults = entry["row"], [Fault(*fault) for fault in entry["faults"]]
         grave = [fault for fault in faults if fault.code not in self._options.tolerated]
         if not grave and "print" in entry:
@@ -106,6 +109,5 @@ class Sifting(Plain):
         options = self._options
         return super().summary() | {
             "repaired": {"rows": self.repaired["rows"], "repairs": self.repaired["repairs"]},
-            "remarks": dict(self.remarks.most_common()),
             "contamination": f"looked for {', '.join(options.against)}" if options.against else "not looked for",
         }

@@ -44,6 +44,7 @@ CHECKING = {
     "empty_solution": "a block has no solution, or one that is blank",
     "solution_not_shorter": "a solution is not shorter than its thought",
     "solution_insufficient": "the judge says that a solution leaves out what the rest needs",
+    "unjudged": "the judge's reply was of no use",
     "words_changed": "words of the source are missing, or there are new ones outside of solutions",
     "formulas_changed": "a number or formula of the source is missing, or there is a new one outside of solutions",
     "answer_missing": "the row has no final answer in a box",
@@ -121,7 +122,7 @@ class CheckOptions:
     )
     drop_contaminated: bool = field(default=False, metadata={"help": "reject such rows in place of reporting them"})
     tolerate: tuple[str, ...] = field(
-        default=("answer_unchecked",), metadata={"help": "codes that are reported and do not reject a row"}
+        default=("answer_unchecked", "unjudged"), metadata={"help": "codes that are reported and do not reject a row"}
     )
     repair: bool = field(default=True, metadata={"help": "try to repair common faults", "negative": "--no-repair"})
 

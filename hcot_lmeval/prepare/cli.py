@@ -12,6 +12,7 @@ SUMMARY = """\
 Prepares training data: flat chains of thought in, checked hierarchical traces out.
 
   segment   find blocks in flat traces, with a teacher or without; add solutions where the text has none
+  refine    let a teacher wrap dead ends and redundant branches as blocks
   check     sort rows into good ones and rejected ones, with reasons; repair common faults
   stats     count blocks, lengths, live context and forwarded tokens; tables, plots, a page
   export    write what training reads: JSONL, parquet, chats, a data set on the hub
@@ -32,7 +33,7 @@ Columns are recognised by name (OpenMathReasoning, OpenThoughts, DeepSeek-R1 sty
 """
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
-COMMANDS = ("segment", "check", "stats", "export")
+COMMANDS = ("segment", "refine", "check", "stats", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     _segment(commands)
+    _refine(commands)
     _check(commands)
     _stats(commands)
     _export(commands)
@@ -120,15 +122,32 @@ Written to OUT/segment: rows.jsonl, rejected.jsonl (with reasons), manifest.json
     )  # fmt: skip
 
 
+def _refine(commands: Any) -> None:
+    parser = _command(
+        commands, "refine", "let a teacher wrap dead ends and redundant branches as blocks", "ROWS",
+        """\
+examples:
+  %(prog)s run --teacher claude:claude-sonnet-4-5 --dry-run             what it would cost
+  %(prog)s run --teacher claude:claude-sonnet-4-5 --max-usd 5           the key is in ANTHROPIC_API_KEY
+  %(prog)s run --teacher local:qwen --base-url http://localhost:8000/v1
+
+Rows keep their blocks and may get further ones. Written to OUT/refine: rows.jsonl, rejected.jsonl, manifest.json.
+""",
+    )  # fmt: skip
+    _add_out(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
+
+
 def _check(commands: Any) -> None:
     parser = _command(
         commands, "check", "sort rows into good ones and rejected ones, with reasons", "ROWS",
         """\
 examples:
-  %(prog)s run                                           after segment
+  %(prog)s run                                           after segment or refine
   %(prog)s run --against aime24 aime25 polymath --drop-contaminated
   %(prog)s traces.jsonl --out run --max-tokens 16384 --tokenizer Qwen/Qwen2.5-1.5B
   %(prog)s run --tolerate answer_missing near_duplicate  report these, reject for the others
+  %(prog)s run --teacher gemini:gemini-2.5-flash --max-usd 5        let it judge whether solutions suffice
   %(prog)s --reasons                                     every code and what it means
 
 Written to OUT/check: rows.jsonl, rejected.jsonl (with reasons), manifest.json. With HCOT_LMEVAL_DATA the evaluation

@@ -9,27 +9,32 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare import checking, segmenting, teaching
+from hcot_lmeval.prepare import checking, lessons, segmenting, teaching
 from hcot_lmeval.prepare import stats as statistics
-from hcot_lmeval.prepare.checks import CheckOptions
+from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.config import Options, from_file, read_options
 from hcot_lmeval.prepare.contamination import identities
+from hcot_lmeval.prepare.duplicates import Twins
 from hcot_lmeval.prepare.export import ExportOptions, only_rows, push, write_export
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of, write_json
 from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.prepare.kinds import KINDS
 from hcot_lmeval.prepare.protocols.asking import Asking, AskingOptions
+from hcot_lmeval.prepare.protocols.judge import Judge
 from hcot_lmeval.prepare.protocols.prompts import load_prompt
+from hcot_lmeval.prepare.protocols.refine import Refine
+from hcot_lmeval.prepare.protocols.rewrite import Rewrite
 from hcot_lmeval.prepare.protocols.segment import Segment
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
 from hcot_lmeval.prepare.reasons import meaning
 from hcot_lmeval.prepare.rows import Unreadable
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
-from hcot_lmeval.prepare.steps import Progress, Work
+from hcot_lmeval.prepare.steps import Plain, Progress, Work
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 
 
@@ -51,15 +56,40 @@ def run_segment(args: argparse.Namespace) -> int:
         folder = _folder(args, {"method": "segmenter", **shared, **asdict(make)}, inputs)
         return _report(segmenting.run_segment(folder, inputs, columns, read.limit, make, work))
     _refuse_of_segmenter(given)
-    asking = Asking(load_prompt("segment"), teacher, _read(AskingOptions, given))
-    lesson = teaching.SegmentLesson(Segment(asking, blocks), get_markup(form.markup))
+    protocol = _segmenting(given, teacher, blocks, form.markup)
+    lesson = lessons.SegmentLesson(protocol, get_markup(form.markup))
     folder = _folder(args, {**shared, **lesson.made_by, "blocks": asdict(blocks)}, inputs)
-    return _taught(args, folder, inputs, read.limit, lambda: read_rows(inputs, columns, read.limit), lesson, given)
+    rows = partial(read_rows, inputs, columns, read.limit)
+    return _taught(folder, inputs, read.limit, rows, lesson, given, Plain())
+
+
+def _segmenting(
+    given: Mapping[str, Any], teacher: TeacherOptions, blocks: SegmenterOptions, markup: str
+) -> Segment | Rewrite:
+    asking, rewriting = _read(AskingOptions, given), _read(lessons.RewriteOptions, given)
+    if not rewriting.rewrite:
+        return Segment(Asking(load_prompt("segment"), teacher, asking), blocks)
+    words = Asking(load_prompt("rewrite"), teacher, asking)
+    return Rewrite(words, get_markup(markup), blocks.max_depth, rewriting.rewrite_changed)
+
+
+def run_refine(args: argparse.Namespace) -> int:
+    """Lets a teacher find dead ends in segmented rows; returns the exit status."""
+    given = _given(args)
+    options, teacher = _read(lessons.RefineOptions, given), _read(TeacherOptions, given)
+    if teacher.teacher is None:
+        raise ValueError("refine needs a teacher; give --teacher PROVIDER:MODEL")
+    inputs = find_inputs(_rows_of(args.sources, "refine"))
+    asking = Asking(load_prompt("refine"), teacher, _read(AskingOptions, given))
+    lesson = lessons.RefineLesson(Refine(asking, options.max_depth), get_markup(options.markup))
+    folder = _folder(args, {"limit": args.limit, **lesson.made_by}, inputs)
+    return _taught(folder, inputs, args.limit, partial(read_prepared, inputs, args.limit), lesson, given, Plain())
 
 
 def _refuse_without_teacher(given: Mapping[str, Any]) -> None:
     """Options of a teacher mean nothing without one, and ``--dry-run`` would not be dry."""
-    names = {one.name for kind in (TeacherOptions, AskingOptions, teaching.GivingUp) for one in fields(kind)}
+    kinds = (TeacherOptions, AskingOptions, teaching.GivingUp, lessons.RewriteOptions)
+    names = {one.name for kind in kinds for one in fields(kind)}
     found = sorted(name for name in names & given.keys() if given[name] is not None)
     if found:
         raise ValueError(f"--{found[0].replace('_', '-')} belongs to a teacher; give --teacher PROVIDER:MODEL too")
@@ -72,20 +102,22 @@ def _refuse_of_segmenter(given: Mapping[str, Any]) -> None:
 
 
 def _taught(
-    args: argparse.Namespace,
     folder: StepFolder,
     inputs: Sequence[Input],
     limit: int | None,
     read: Callable[[], Iterable[Any]],
     lesson: teaching.Lesson,
     given: Mapping[str, Any],
+    decide: Plain,
 ) -> int:
     """Asks a teacher about all rows, or estimates what that would take; returns the exit status."""
     teacher, work, giving = _read(TeacherOptions, given), _read(Work, given), _read(teaching.GivingUp, given)
+    if work.workers > 1:
+        raise ValueError("--workers is for steps without a teacher; how many requests are open, says --concurrency")
     if giving.dry_run:
         print(teaching.estimate_text(teaching.estimated(folder.out, lesson, read(), teacher)))
         return 0
-    found = teaching.run_lesson(folder, inputs, limit, read, lesson, teacher, work, giving)
+    found = teaching.run_lesson(folder, inputs, limit, read, lesson, teacher, work, giving, decide)
     if isinstance(found, StepFolder):
         return _report(found)
     reasons = ", ".join(f"{rows} {code} ({meaning(code)})" for code, rows in found.most_common())
@@ -104,11 +136,31 @@ def _folder(args: argparse.Namespace, arguments: dict[str, Any], inputs: Sequenc
 def run_check(args: argparse.Namespace) -> int:
     """Checks prepared rows; returns the exit status."""
     given = _given(args)
-    options, work = _read(CheckOptions, given), _read(Work, given)
+    options, work, teacher = _read(CheckOptions, given), _read(Work, given), _read(TeacherOptions, given)
     inputs = find_inputs(_rows_of(args.sources, "check"))
     arguments = {"limit": args.limit, **asdict(options), "problems": identities(options.against)}
+    if teacher.teacher is not None:
+        return _judge(args, options, arguments, inputs, teacher, given)
+    _refuse_without_teacher(given)
     folder = _folder(args, arguments, inputs)
     return _report(checking.run_check(folder, inputs, args.limit, options, work))
+
+
+def _judge(
+    args: argparse.Namespace,
+    options: CheckOptions,
+    arguments: dict[str, Any],
+    inputs: Sequence[Input],
+    teacher: TeacherOptions,
+    given: Mapping[str, Any],
+) -> int:
+    """Checks rows, and lets a teacher judge those that pass; returns the exit status."""
+    asking = Asking(load_prompt("judge"), teacher, _read(AskingOptions, given))
+    lesson = lessons.CheckLesson(Judge(asking, options.notation), Checker(options))
+    folder = _folder(args, {**arguments, "judge": lesson.made_by}, inputs)
+    with Twins(options.near) as twins:
+        rows = partial(read_prepared, inputs, args.limit)
+        return _taught(folder, inputs, args.limit, rows, lesson, given, checking.Sifting(options, twins))
 
 
 def run_stats(args: argparse.Namespace) -> int:
@@ -212,6 +264,7 @@ def _report(folder: StepFolder) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "segment": run_segment,
+    "refine": run_refine,
     "check": run_check,
     "stats": run_stats,
     "export": run_export,

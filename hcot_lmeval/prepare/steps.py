@@ -73,22 +73,42 @@ def rejection(record: Mapping[str, Any], faults: Sequence[Fault]) -> dict[str, A
     return {"id": record["id"], "reason": faults[0].code, "detail": faults[0].detail, "faults": told, "row": record}
 
 
+SPENT = ("requests", "input_tokens", "output_tokens", "usd", "seconds")
+"""What a teacher took for a row, added up."""
+
+
 class Plain:
     """Decides by the entry alone; counts.
 
     Attributes:
         count: rows by what became of them.
         reasons: rejected rows by reason.
+        remarks: what was reported without rejecting a row.
     """
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
+        self._spent: dict[str, float | None] | None = None
 
     def __call__(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Returns whether a row passes, and the record to write."""
+        self._pay(entry.get("spent"))
+        return self._decide(entry)
+
+    def _decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         passes = "row" in entry
+        if "remark" in entry:
+            self.remarks[entry["remark"]] += 1
         self._counted(passes, "" if passes else entry["reject"]["reason"])
         return passes, entry["row"] if passes else entry["reject"]
+
+    def _pay(self, spent: Mapping[str, float | None] | None) -> None:
+        """Adds up; a sum with an unknown part is unknown."""
+        if spent is not None:
+            before = self._spent or dict.fromkeys(SPENT, 0)
+            self._spent = {key: _plus(before[key], spent[key]) for key in SPENT}
 
     def _counted(self, passes: bool, reason: str) -> None:
         self.count["passed" if passes else "rejected"] += 1
@@ -102,7 +122,13 @@ class Plain:
             "passed": self.count["passed"],
             "rejected": self.count["rejected"],
             "reasons": {code: {"rows": rows, "meaning": meaning(code)} for code, rows in self.reasons.most_common()},
+            "remarks": dict(self.remarks.most_common()),
+            **({} if self._spent is None else {"teacher": self._spent}),
         }
+
+
+def _plus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def run_rows(

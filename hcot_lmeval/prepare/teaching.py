@@ -15,16 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hcot_lmeval.markup import Markup
 from hcot_lmeval.prepare.checks import Fault
 from hcot_lmeval.prepare.conversation import Conversation
 from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.inputs import Input, count_records
-from hcot_lmeval.prepare.outline import OutlineError, assemble
-from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
-from hcot_lmeval.prepare.sentences import split_sentences
-from hcot_lmeval.prepare.spelled import find_spelled, marks_of
-from hcot_lmeval.prepare.steps import Plain, Progress, Work, numbered, refused, unread
+from hcot_lmeval.prepare.outline import OutlineError
+from hcot_lmeval.prepare.steps import Plain, Progress, Work, numbered, refused
 from hcot_lmeval.prepare.teacher.budget import Amount
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Reply, Task, Unusable
@@ -33,8 +29,6 @@ from hcot_lmeval.prepare.teacher.store import AnswerStore
 
 REPLIES = "replies.jsonl"
 """The store of a run."""
-SPENT = ("requests", "input_tokens", "output_tokens", "usd", "seconds")
-"""What is added up of replies."""
 
 
 @dataclass(frozen=True)
@@ -66,47 +60,6 @@ class Lesson(Protocol):
         ...
 
 
-class Outlining(Protocol):
-    """A protocol whose replies amount to an outline."""
-
-    @property
-    def made_by(self) -> dict[str, Any]: ...
-
-    def tasks(self, row: Any, pieces: Sequence[str]) -> list[Task]: ...
-
-    def read(self, replies: Sequence[Reply], pieces: Sequence[str]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class SegmentLesson:
-    """Flat rows get their blocks from the teacher."""
-
-    protocol: Outlining
-    markup: Markup
-
-    @property
-    def made_by(self) -> dict[str, Any]:
-        return {**self.protocol.made_by, "markup": self.markup.name}
-
-    def questions(self, row: SourceRow | Unreadable) -> list[Task]:
-        if isinstance(row, Unreadable) or self._spelled(row):
-            return []  # it will be rejected: not worth a question
-        return self.protocol.tasks(row, split_sentences(row.reasoning))
-
-    def entry(self, row: SourceRow | Unreadable, replies: Sequence[Reply]) -> dict[str, Any]:
-        if isinstance(row, Unreadable):
-            return unread(row)
-        if mark := self._spelled(row):
-            return refused(row, [Fault("marker_in_source", f"{mark} in question, reasoning or response")])
-        pieces = tuple(split_sentences(row.reasoning))
-        outline = self.protocol.read(replies, pieces)
-        trace = assemble(pieces, outline, self.markup)
-        return {"row": PreparedRow(row, trace, outline, pieces, self.made_by).record()}
-
-    def _spelled(self, row: SourceRow) -> str | None:
-        return find_spelled("\n".join((row.question, row.reasoning, row.response)), marks_of(self.markup))
-
-
 def run_lesson(
     folder: StepFolder,
     inputs: Sequence[Input],
@@ -116,8 +69,20 @@ def run_lesson(
     teacher: TeacherOptions,
     work: Work,
     giving: GivingUp,
+    decide: Plain,
 ) -> StepFolder | Counter[str]:
     """Asks about all rows that are not done; goes on where an earlier run stopped.
+
+    Args:
+        folder: of the step.
+        inputs: what is read, for the number of rows.
+        limit: so many are read at most.
+        read: yields all rows.
+        lesson: what is asked, and what is made of it.
+        teacher: who is asked.
+        work: how.
+        giving: what becomes of rows without a reply.
+        decide: what becomes of an entry.
 
     Returns:
         The folder of the finished step; or why rows are still open, code -> rows.
@@ -144,7 +109,6 @@ def run_lesson(
                 bar()
     if open_:
         return open_
-    decide = Taught()
     folder.finish(decide, decide.summary)
     return folder
 
@@ -171,26 +135,6 @@ def spent_on(replies: Sequence[Reply]) -> dict[str, float | None]:
         "usd": None if None in usd else sum(filter(None, usd)),
         "seconds": sum(reply.seconds for reply in replies),
     }
-
-
-class Taught(Plain):
-    """Decides by the entry alone; adds up what the teacher took."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._spent: Counter[str] = Counter()
-        self._unpriced = False
-
-    def __call__(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-        spent = entry.get("spent")
-        if spent:
-            self._unpriced |= spent["usd"] is None
-            self._spent.update({key: spent[key] or 0 for key in SPENT})
-        return super().__call__(entry)
-
-    def summary(self) -> dict[str, Any]:
-        spent = {key: self._spent[key] for key in SPENT}
-        return super().summary() | {"teacher": spent | ({"usd": None} if self._unpriced else {})}
 
 
 def told(spent: Amount) -> str:
