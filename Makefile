@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made once, with Python >= 3.11 (PYTHON=... to choose one).
 #   make test TORCH=torch==2.13.0           another torch than the newest
-#   make test TORCH_INDEX=URL               from another package index, e.g. one of CPU-only builds
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu    without CUDA, which takes 4 GB
 # After `make clean` the environment is made anew.
 TORCH ?= torch
 TORCH_INDEX ?=
