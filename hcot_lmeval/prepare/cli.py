@@ -17,8 +17,8 @@ Prepares training data: flat chains of thought in, checked hierarchical traces o
   stats     count blocks, lengths, live context and forwarded tokens; tables, plots, a page
   export    write what training reads: JSONL, parquet, chats, a data set on the hub
 
-The words of a trace are never changed. Each command works on a run folder (--out) or on files, alone or in a row; one
-that was killed goes on when it is started again.
+The words of a trace are never changed, but for `segment --rewrite`. Each command works on a run folder (--out) or on
+files, alone or in a row; one that was killed goes on when it is started again.
 """
 EXAMPLES = """\
 examples:
