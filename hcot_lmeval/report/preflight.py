@@ -95,9 +95,13 @@ def known_tasks(folders: Sequence[Path], *, usual: bool) -> set[str]:
     """
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of tasks belongs into the logs of the cells
-    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=usual)
-    return set(manager.all_tasks)
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it says of tasks belongs into the logs of the cells
+    try:
+        return set(TaskManager(include_path=[str(folder) for folder in folders], include_defaults=usual).all_tasks)
+    finally:
+        log.setLevel(level)
 
 
 def _near(name: str, known: Collection[str]) -> str:
