@@ -15,7 +15,7 @@ from hcot_lmeval.prepare.teacher.store import AnswerStore
 CANARY = "canary-4be1c0ffee-key"
 MODELS = {
     "openai": "openai:gpt-5-mini",
-    "claude": "claude:claude-sonnet-4-5",
+    "claude": "claude:claude-sonnet-5",
     "gemini": "gemini:gemini-2.5-flash",
     "local": "local:qwen",
 }

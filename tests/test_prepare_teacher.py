@@ -1,12 +1,10 @@
-"""A teacher is asked over HTTP in its own protocol; what goes wrong is told by a code, tried again or not, and the key
-is nowhere to be seen."""
+"""A teacher is asked over HTTP in its own protocol, its reply is read strictly, and the key is nowhere to be seen."""
 
 from __future__ import annotations
 
 import json
 import logging
 import pickle
-import random
 import subprocess
 import sys
 import traceback
@@ -14,13 +12,12 @@ import traceback
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
+from scripted_teacher import Raw, Say, ScriptedTeacher, Status
 from teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 from hcot_lmeval.prepare.teacher.client import Client
 from hcot_lmeval.prepare.teacher.options import ALIASES, PROVIDERS, TeacherOptions, find_key
-from hcot_lmeval.prepare.teacher.questions import FAILURES, Message, Reply, Task, Unusable, mismatches, parse
-from hcot_lmeval.prepare.teacher.retry import LONGEST, PATIENCE, delay
+from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task, mismatches, parse
 from hcot_lmeval.prepare.teacher.runner import TeacherError
 
 pytest.importorskip("pydantic_ai")
@@ -83,6 +80,54 @@ def test_settings_reach_the_server_and_only_those_that_are_given(tmp_path, provi
         assert "max_tokens" in plain.body and "max_completion_tokens" not in plain.body
 
 
+@pytest.mark.parametrize(
+    ("provider", "sent"),
+    [("openai", '"reasoning_effort": "low"'), ("claude", '"thinking": {'), ("gemini", '"thinkingConfig": {')],
+)
+def test_a_teacher_can_be_told_how_much_to_think(tmp_path, provider, sent):
+    with ScriptedTeacher([Say(GOOD)]) as server:
+        assert ask_one(server, tmp_path, provider, thinking="low").data == {"a": 1}
+    assert sent in json.dumps(server.requests[0].body)
+
+
+def test_a_setting_that_would_be_dropped_is_an_error(tmp_path):
+    with ScriptedTeacher([Say(GOOD)]) as server:
+        with pytest.raises(TeacherError, match=r"cannot ask openai:gpt-5-mini like this .*temperature.* not supported"):
+            ask_one(server, tmp_path, temperature=0.5)
+        with pytest.raises(ValueError, match="thinking=low: local:qwen is not known to be told"):
+            ask_one(server, tmp_path, "local", thinking="low")
+    assert server.requests == []
+
+
+def test_the_model_that_answers_is_kept(tmp_path):
+    body = {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "gpt-5-mini-2026-08-07",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": GOOD}, "finish_reason": "stop"}],
+    }
+    with ScriptedTeacher([Raw(json.dumps(body).encode())]) as server:
+        reply = ask_one(server, tmp_path)
+    assert reply.model == "gpt-5-mini-2026-08-07"
+    assert reply.usage.input_tokens > 60 and reply.usage.output_tokens == 3 and reply.usd > 0  # estimated: none told
+
+
+def test_a_refusal_is_one_however_it_is_told(tmp_path):
+    message = {"role": "assistant", "content": None, "refusal": "I will not"}
+    openai = {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
+    gemini = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 5}}
+    for provider, body in (("openai", openai), ("gemini", gemini)):
+        with ScriptedTeacher([Raw(json.dumps(body).encode())]) as server:
+            assert ask_one(server, tmp_path / provider, provider).failure.code == "refused"
+
+
 def test_a_server_without_a_key_gets_none(tmp_path, monkeypatch):
     monkeypatch.delenv("TEACHER_API_KEY")
     with ScriptedTeacher([Say(GOOD)]) as server:
@@ -95,153 +140,6 @@ def test_an_old_model_is_told_the_form_in_words_alone(tmp_path):
         options = TeacherOptions(teacher="claude:claude-3-5-haiku-latest", base_url=server.url("claude"))
         assert ask_all(options, [make_task(options)], tmp_path)
     assert server.requests[0].schema is None
-
-
-# --- what goes wrong --------------------------------------------------------------------------------------------------
-
-
-@providers
-@pytest.mark.parametrize(
-    ("reply", "code"),
-    [
-        (Say(GOOD, "length"), "truncated"),
-        (Say("", "length"), "truncated"),
-        (Say("I cannot", "refusal"), "refused"),
-        (Say(""), "empty_reply"),
-        (Say('{"a": 1'), "wrong_json"),
-        (Say("Sure! " + GOOD), "wrong_json"),
-        (Say('{"a": NaN}'), "wrong_json"),
-        (Say('{"a": 1, "a": 2}'), "wrong_json"),
-        (Say('{"b": 1}'), "schema"),
-        (Say('{"a": true}'), "schema"),
-        (Say("[]"), "schema"),
-        (Status(400), "bad_request"),
-        (Status(422), "bad_request"),
-    ],
-)
-def test_replies_of_no_use_have_a_code_and_are_not_asked_for_again(tmp_path, provider, reply, code):
-    with ScriptedTeacher([reply, Say(GOOD)]) as server:
-        found = ask_one(server, tmp_path, provider)
-        assert (found.failure.code, found.attempts, found.data) == (code, 1, None)
-        assert ask_one(server, tmp_path, provider).failure.code == code
-    assert len(server.requests) == 1 and code in FAILURES
-
-
-@providers
-@pytest.mark.parametrize(
-    ("reply", "code"),
-    [
-        (Status(408), "server_error"),
-        (Status(409), "server_error"),
-        (Status(425), "server_error"),
-        (Status(429), "rate_limited"),
-        (Status(500), "server_error"),
-        (Status(529), "server_error"),
-        (Reset(), "connection"),
-        (Raw(b"<html>", "application/json"), "broken_response"),
-        (Say(GOOD, seconds=0.4), "timeout"),
-    ],
-)
-def test_what_may_pass_is_tried_again(tmp_path, provider, reply, code):
-    quick = {"timeout": 0.2} if code == "timeout" else {}
-    with ScriptedTeacher([reply, reply, Say(GOOD)]) as server:
-        found = ask_one(server, tmp_path, provider, **quick)
-        assert (found.failure, found.attempts, found.data) == (None, 3, {"a": 1})
-    with ScriptedTeacher([reply]) as server:
-        found = ask_one(server, tmp_path / "b", provider, attempts=2, **quick)
-        assert (found.failure.code, found.attempts) == (code, 2)
-        server.script = [Say(GOOD)]
-        assert ask_one(server, tmp_path / "b", provider, **quick).data == {"a": 1}  # the next run asks again
-    assert code in FAILURES
-
-
-def test_a_server_that_is_not_there_is_told(tmp_path):
-    with ScriptedTeacher([]) as server:
-        options = options_for(server, attempts=2)
-    reply = next(iter(ask_all(options, [make_task(options)], tmp_path).values()))
-    assert (reply.failure.code, reply.attempts) == ("connection", 2)
-
-
-@providers
-@pytest.mark.parametrize(("status", "told"), [(401, "does not accept the key in"), (403, "key"), (404, "is not there")])
-def test_what_every_request_would_meet_ends_the_run_at_once(tmp_path, provider, status, told):
-    with ScriptedTeacher([Status(status, message=f"wrong: {CANARY}")]) as server:
-        options = options_for(server, provider, concurrency=2)
-        with pytest.raises(TeacherError, match=told) as caught:
-            ask_all(options, [make_task(options, str(n)) for n in range(50)], tmp_path)
-    assert len(server.requests) <= 2
-    assert "\n" not in str(caught.value) and MODELS[provider] in str(caught.value)
-
-
-def test_an_empty_account_ends_the_run(tmp_path):
-    with (
-        ScriptedTeacher([Status(429, kind="insufficient_quota")]) as server,
-        pytest.raises(TeacherError, match="credit"),
-    ):
-        ask_one(server, tmp_path)
-    assert len(server.requests) == 1
-
-
-# --- waiting ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 50), st.one_of(st.none(), st.floats(0, 2 * PATIENCE)), st.floats(0.01, 5), st.integers())
-def test_waits_double_up_to_a_limit_and_respect_the_server(attempt, after, first, seed):
-    wait = delay(attempt, after, first, random.Random(seed))
-    if after is None:
-        assert min(LONGEST, first * 2**attempt) / 2 <= wait <= min(LONGEST, first * 2**attempt)
-    elif after > PATIENCE:
-        assert wait is None
-    else:
-        assert after <= wait <= after + LONGEST / 10
-
-
-def test_retry_after_holds_for_everybody(tmp_path):
-    """The second question waits too, although nobody turned it away."""
-    with ScriptedTeacher([Status(429, (("Retry-After", "1"),)), Say(GOOD)]) as server:
-        options = options_for(server, concurrency=1)
-        replies = ask_all(options, [make_task(options, "1")], tmp_path)
-    assert all(reply.data and reply.seconds >= 1.0 for reply in replies.values())
-    with ScriptedTeacher([Status(429, (("Retry-After", str(int(PATIENCE) + 1)),))]) as server:
-        reply = ask_one(server, tmp_path / "b")
-    assert reply.attempts == 1 and "more than 600 s" in reply.failure.detail
-
-
-def test_so_many_requests_at_once_and_no_more(tmp_path):
-    with ScriptedTeacher(lambda asked: Say(GOOD, seconds=0.03)) as server:
-        options = options_for(server, concurrency=5)
-        assert len(ask_all(options, [make_task(options, str(n)) for n in range(20)], tmp_path)) == 20
-    assert server.most == 5 and len(server.requests) == 20
-
-
-# --- a reply is mended ------------------------------------------------------------------------------------------------
-
-
-def accept_even(reply):
-    if reply.data["a"] % 2:
-        raise Unusable("odd", f"{reply.data['a']} is odd")
-
-
-def test_the_fault_of_a_reply_is_told_once_and_not_asked_twice(tmp_path):
-    with ScriptedTeacher([Say('{"a": 3}'), Say('{"a": 4}')]) as server:
-        options = options_for(server)
-        task = make_task(options, accept=accept_even, repair="No: {{fault}}")
-        for _ in range(2):
-            reply = ask_all(options, [task], tmp_path)[task.key]
-            assert (reply.data, reply.failure, reply.attempts, reply.usage.tokens) == ({"a": 4}, None, 2, 220)
-    assert [len(asked.turns) for asked in server.requests] == [1, 3]
-    assert server.requests[1].turns[1:] == [("assistant", '{"a": 3}'), ("user", "No: odd: 3 is odd")]
-    with ScriptedTeacher([Say("{}"), Say('{"a": 5}')]) as server:
-        task = make_task(options_for(server), accept=accept_even, repair="No: {{fault}}")
-        reply = ask_all(options_for(server), [task], tmp_path / "b")[task.key]
-    assert reply.failure.code == "odd" and reply.failure.detail.endswith("(asked twice)")
-
-
-def test_what_cannot_be_mended_is_not(tmp_path):
-    with ScriptedTeacher([Say('{"a', "length")]) as server:
-        options = options_for(server)
-        ask_all(options, [make_task(options, accept=accept_even, repair="No: {{fault}}")], tmp_path)
-    assert len(server.requests) == 1
 
 
 # --- reading JSON -----------------------------------------------------------------------------------------------------
@@ -319,6 +217,7 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
         ({"concurrency": 0}, "concurrency=0: give more than 0"),
         ({"max_usd": -1.0}, "max_usd=-1.0: give at least 0"),
         ({"price_input": 1.0}, "belong together"),
+        ({"thinking": "high"}, "leaves no room for thinking=high; give at least 32768"),
         ({"structured": "xml"}, "choose one of auto, schema, text"),
     ],
 )

@@ -157,6 +157,21 @@ def test_after_a_kill_nothing_is_asked_twice_but_what_was_under_way(tmp_path, ke
     assert os.listdir(tmp_path) == ["answers.jsonl"]
 
 
+def test_an_interrupted_run_ends_at_once_and_quietly(tmp_path, keys):
+    path = tmp_path / "answers.jsonl"
+    with ScriptedTeacher(lambda asked: Say("said", seconds=0.05 if len(server.requests) < 9 else 30)) as server:
+        command = [sys.executable, "-c", CHILD, server.url("local"), str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(server.requests) < 11:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=15)[1]
+    assert said.rstrip().endswith("KeyboardInterrupt") and "never retrieved" not in said
+    with AnswerStore(path) as store:
+        assert 6 <= len(store) <= 8
+
+
 def test_a_run_that_is_left_keeps_what_it_has(tmp_path, keys):
     with ScriptedTeacher([Say(GOOD)]) as server:
         options = options_for(server, concurrency=2)
@@ -328,4 +343,5 @@ def test_the_store_holds_plain_lines(tmp_path, keys):
         "failure": None,
         "usage": {"input_tokens": 7, "output_tokens": 3},
         "attempts": 1,
+        "model": "gpt-5-mini",
     }

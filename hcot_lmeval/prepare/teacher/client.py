@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,19 +52,21 @@ class Answer:
         code: ``truncated``, ``refused``, or empty.
         usage: tokens.
         usd: the cost; None if no price is known.
+        model: as the server calls it, often with a date.
     """
 
     text: str
     code: str
     usage: Usage
     usd: float | None
+    model: str = ""
 
 
 class Client:
     """A teacher.
 
     Raises:
-        ValueError: the key is not set.
+        ValueError: the key is not set, or the model is not known to think and is told how much to.
     """
 
     def __init__(self, options: TeacherOptions) -> None:
@@ -73,9 +76,18 @@ class Client:
         _silence()
         self._model = _make_model(options, self._key)
         self._native = _takes_schema(self._model, options)
+        if options.thinking not in (None, "off") and not self._model.profile.get("supports_thinking"):
+            raise ValueError(f"thinking={options.thinking}: {options.teacher} is not known to be told; leave it out")
 
     def __repr__(self) -> str:
         return f"Client({self.options.teacher})"
+
+    async def __aenter__(self) -> Client:
+        await self._model.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._model.__aexit__(None, None, None)
 
     async def complete(self, task: Task) -> Answer:
         """Sends one request.
@@ -126,7 +138,7 @@ class Client:
         text = self._key.clean_exactly("".join(part.content for part in response.parts if part.part_kind == "text"))
         code = {"length": "truncated", "content_filter": "refused"}.get(response.finish_reason or "", "")
         usage = Usage(response.usage.input_tokens, response.usage.output_tokens)
-        return Answer(text, code, usage, self.prices.of(response.usage))
+        return Answer(text, code, usage, self.prices.of(response.usage), response.model_name or "")
 
     def _trouble(self, error: Exception) -> Trouble:
         from pydantic_ai import exceptions
@@ -146,7 +158,7 @@ class Client:
             return Trouble("refused", detail)
         if isinstance(error, exceptions.OutputTokenLimitExceeded):
             return Trouble("truncated", detail)
-        fault_of_ours = isinstance(error, (exceptions.UserError, AssertionError, ImportError))
+        fault_of_ours = isinstance(error, (exceptions.UserError, AssertionError, ImportError, Warning))
         return Trouble(
             "library" if fault_of_ours else "broken_response", f"{type(error).__name__}: {detail}", retry=True
         )
@@ -262,7 +274,9 @@ def _told(error: Exception) -> str:
 
 
 def _silence() -> None:
-    """Libraries that log requests and responses do so at the level of warnings at least."""
+    """Libraries that log requests do so from warnings on; a setting that they would drop with a warning is an error."""
+    told = r"(?s)(Sampling parameters|The `\w+` setting) .*not supported.*ignored"
+    warnings.filterwarnings("error", message=told, category=UserWarning)
     for name in ("openai", "anthropic", "google_genai", "httpx", "httpx2", "httpcore", "httpcore2"):
         logger = logging.getLogger(name)
         if logger.getEffectiveLevel() < logging.WARNING:

@@ -40,6 +40,8 @@ PROVIDERS = {
 }
 """``local`` is any server with OpenAI's chat completions: vLLM, SGLang, llama.cpp, Ollama, a gateway."""
 ALIASES = {"google": "gemini", "anthropic": "claude", "compatible": "local"}
+ROOM = {"low": 4096, "medium": 12288, "high": 32768}
+"""Output tokens that there have to be for so much thinking: what servers set aside for it, and the reply."""
 STRUCTURED = ("auto", "schema", "text")
 THINKING = ("off", "minimal", "low", "medium", "high")
 
@@ -91,6 +93,11 @@ class TeacherOptions:
             if getattr(self, name) not in allowed:
                 told = ", ".join(map(str, filter(None, allowed)))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {told}")
+        if self.output_tokens < ROOM.get(self.thinking or "", 0):
+            room = ROOM[self.thinking or ""]
+            raise ValueError(
+                f"output_tokens={self.output_tokens} leaves no room for thinking={self.thinking}; give at least {room}"
+            )
         if self.teacher is not None:
             _require_url(self.url, self.provider)
 

@@ -57,7 +57,10 @@ class Failure(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens, as the server counts them. Those of an attempt that timed out are an upper bound of ours."""
+    """Tokens, as the server counts them.
+
+    Those of an attempt that timed out are an upper bound, and where a server does not count they are estimated.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -168,6 +171,7 @@ class Reply:
         usd: what they cost; None where no price is known.
         seconds: from the first attempt to the end.
         attempts: requests that were sent.
+        model: that has answered, as the server calls it.
     """
 
     key: str
@@ -178,11 +182,12 @@ class Reply:
     usd: float | None = None
     seconds: float = 0.0
     attempts: int = 0
+    model: str = ""
 
     @property
     def is_final(self) -> bool:
-        """Whether asking again would be a waste."""
-        return self.failure is None or self.failure.code not in TEMPORARY
+        """Whether asking again would be a waste. To be turned away costs nothing, and a server's limits may change."""
+        return self.failure is None or self.failure.code not in TEMPORARY | {"bad_request"}
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values; `data` is read from the text again."""

@@ -19,12 +19,15 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from hcot_lmeval.prepare.teacher.budget import Amount, Budget, input_tokens
+from hcot_lmeval.prepare.teacher.budget import BYTES_PER_TOKEN, Amount, Budget, input_tokens
 from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, Prices, Trouble
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Reply, Task, Usage
 from hcot_lmeval.prepare.teacher.retry import PATIENCE, delay
 from hcot_lmeval.prepare.teacher.store import AnswerStore
+
+REFUSALS = 8
+"""So many questions turned away, and none answered, are the fault of the settings and not of the questions."""
 
 
 class TeacherError(RuntimeError):
@@ -52,23 +55,36 @@ def ask(
     """
     with asyncio.Runner() as runner:
         talk = runner.run(_begin(options, store))
-        waiting = iter(tasks)
-        open_: set[asyncio.Task[Reply]] = set()
-        loop = runner.get_loop()
-        while True:
-            while len(open_) < options.concurrency and (task := next(waiting, None)) is not None:
-                open_.add(loop.create_task(talk.reply(task)))
-            if not open_:
-                return
-            done, open_ = runner.run(_first(open_))
-            _raise_fatal(done, options)
-            if progress is not None:
-                progress(talk.budget.spent)
-            yield from (each.result() for each in done)
+        try:
+            yield from _replies(iter(tasks), talk, runner, options, progress)
+        finally:
+            runner.run(talk.end())
+
+
+def _replies(
+    waiting: Iterator[Task],
+    talk: _Talk,
+    runner: asyncio.Runner,
+    options: TeacherOptions,
+    progress: Callable[[Amount], None] | None,
+) -> Iterator[Reply]:
+    open_: set[asyncio.Task[Reply]] = set()
+    while True:
+        while len(open_) < options.concurrency and (task := next(waiting, None)) is not None:
+            open_.add(runner.get_loop().create_task(talk.reply(task)))
+        if not open_:
+            return
+        done, open_ = runner.run(_first(open_))
+        _raise_fatal(done, options)
+        if progress is not None:
+            progress(talk.budget.spent)
+        yield from (each.result() for each in done)
 
 
 async def _begin(options: TeacherOptions, store: AnswerStore) -> _Talk:
-    return _Talk(options, store)
+    talk = _Talk(options, store)
+    await talk.client.__aenter__()
+    return talk
 
 
 async def _first(open_: set[asyncio.Task[Reply]]) -> tuple[set[asyncio.Task[Reply]], set[asyncio.Task[Reply]]]:
@@ -87,6 +103,7 @@ _ADVICE = {
     "auth": "{teacher} does not accept the key in {key}; nothing further was asked",
     "not_found": "{teacher} is not there; check the name of the model and --base-url",
     "quota": "the account of {teacher} is exhausted; add credit and run the same command again",
+    "settings": f"{{teacher}} turned the first {REFUSALS} questions away, so it may not take such settings",
     "library": "the client library cannot ask {teacher} like this",
 }
 
@@ -100,11 +117,21 @@ class _Talk:
 
     def __init__(self, options: TeacherOptions, store: AnswerStore) -> None:
         self._options, self._store = options, store
-        self._client = Client(options)
+        self.client = Client(options)
         spent = Amount(store.requests, store.usage, store.usd)
-        self.budget = Budget(options, self._client.prices.at, spent)
+        self.budget = Budget(options, self.client.prices.at, spent)
         self._rng = random.Random()
         self._not_before = 0.0  # when the server wants to be asked again, by the loop's clock
+        self._refusals = 0  # questions turned away before any was answered
+        self._answers = False
+
+    async def end(self) -> None:
+        """Gives up what is under way, and closes the connections."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.client.__aexit__()
 
     async def reply(self, task: Task) -> Reply:
         """Returns the reply to a question, mended if possible; from the store, if it is there."""
@@ -134,7 +161,7 @@ class _Talk:
 
     async def _asked(self, task: Task) -> Reply:
         began = time.monotonic()
-        reply = Reply(task.key, usd=0.0 if self._client.prices.known else None)
+        reply = Reply(task.key, usd=0.0 if self.client.prices.known else None)
         for attempt in range(self._options.attempts):
             await self._wait_for_server()
             reserved = await self.budget.reserve(task)
@@ -156,17 +183,28 @@ class _Talk:
         """One request, with what it has cost."""
         spent = Amount(1)
         try:
-            answer = await self._client.complete(task)
+            answer = self._counted(await self.client.complete(task), task)
             spent = Amount(1, answer.usage, answer.usd or 0.0)
             await self.budget.settle(reserved, spent, task.size)
+            self._answers = True
             return answer, spent
         except Trouble as trouble:
             if trouble.code == "timeout":
                 spent = reserved  # it may be charged all the same
             await self.budget.settle(reserved, spent)
+            self._refusals += trouble.code == "bad_request" and not self._answers
             if trouble.code in FATAL:
                 raise
+            if self._refusals == REFUSALS and not self._answers:
+                raise Trouble("settings", trouble.detail) from None
             return trouble, spent
+
+    def _counted(self, answer: Answer, task: Task) -> Answer:
+        """The answer, with an estimate where the server does not count tokens."""
+        if answer.usage.input_tokens:
+            return answer
+        usage = Usage(input_tokens(task), int(len(answer.text.encode()) / BYTES_PER_TOKEN) + 1)
+        return replace(answer, usage=usage, usd=self.client.prices.at(usage))
 
     async def _may_retry(self, trouble: Trouble, attempt: int) -> bool:
         """Waits for the next attempt; False if there is to be none."""
@@ -192,7 +230,7 @@ def _charged(reply: Reply, spent: Amount) -> Reply:
 
 
 def _answered(reply: Reply, answer: Answer) -> Reply:
-    reply = replace(reply, text=answer.text, failure=None)
+    reply = replace(reply, text=answer.text, model=answer.model, failure=None)
     if answer.code:
         return reply.failed(answer.code, f"{answer.usage.output_tokens} output tokens; ends {answer.text[-60:]!r}")
     return reply

@@ -1,0 +1,204 @@
+"""What goes wrong with a teacher is told by a code, tried again or not, mended once, or ends the run."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
+from teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
+
+from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable, parse
+from hcot_lmeval.prepare.teacher.retry import LONGEST, PATIENCE, delay
+from hcot_lmeval.prepare.teacher.runner import REFUSALS, TeacherError
+
+pytest.importorskip("pydantic_ai")
+GOOD = '{"a": 1}'
+providers = pytest.mark.parametrize("provider", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for name in KEYS:
+        monkeypatch.setenv(name, CANARY)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@providers
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (Say(GOOD, "length"), "truncated"),
+        (Say("", "length"), "truncated"),
+        (Say("I cannot", "refusal"), "refused"),
+        (Say(""), "empty_reply"),
+        (Say('{"b": 1}'), "schema"),
+    ],
+)
+def test_replies_of_no_use_have_a_code_and_are_not_asked_for_again(tmp_path, provider, reply, code):
+    with ScriptedTeacher([reply, Say(GOOD)]) as server:
+        found = ask_one(server, tmp_path, provider)
+        assert (found.failure.code, found.attempts, found.data) == (code, 1, None)
+        assert ask_one(server, tmp_path, provider).failure.code == code
+    assert len(server.requests) == 1 and code in FAILURES
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('{"a": 1', "wrong_json"),
+        ("Sure! " + GOOD, "wrong_json"),
+        ('{"a": NaN}', "wrong_json"),
+        ('{"a": 1, "a": 2}', "wrong_json"),
+        ("[" * 100_000, "wrong_json"),
+        ('{"a": true}', "schema"),
+        ('{"a": 1.0}', "schema"),
+        ("[]", "schema"),
+        ("```\n", "wrong_json"),
+    ],
+)
+def test_json_is_read_strictly(text, code):
+    reply = parse(Reply("k", text), SCHEMA)
+    assert (reply.failure.code, reply.data, reply.text) == (code, None, text)
+
+
+@providers
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (Status(408), "server_error"),
+        (Status(409), "server_error"),
+        (Status(425), "server_error"),
+        (Status(429), "rate_limited"),
+        (Status(500), "server_error"),
+        (Status(529), "server_error"),
+        (Reset(), "connection"),
+        (Raw(b"<html>", "application/json"), "broken_response"),
+        (Say(GOOD, seconds=0.4), "timeout"),
+    ],
+)
+def test_what_may_pass_is_tried_again(tmp_path, provider, reply, code):
+    quick = {"timeout": 0.2} if code == "timeout" else {}
+    with ScriptedTeacher([reply, reply, Say(GOOD)]) as server:
+        found = ask_one(server, tmp_path, provider, **quick)
+        assert (found.failure, found.attempts, found.data) == (None, 3, {"a": 1})
+    with ScriptedTeacher([reply]) as server:
+        found = ask_one(server, tmp_path / "b", provider, attempts=2, **quick)
+        assert (found.failure.code, found.attempts) == (code, 2)
+        server.script = [Say(GOOD)]
+        assert ask_one(server, tmp_path / "b", provider, **quick).data == {"a": 1}  # the next run asks again
+    assert code in FAILURES
+
+
+@providers
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_is_turned_away_is_not_tried_again(tmp_path, provider, status):
+    with ScriptedTeacher([Status(status, message="too long"), Say(GOOD)]) as server:
+        found = ask_one(server, tmp_path, provider)
+        assert (found.failure.code, found.attempts) == ("bad_request", 1) and "too long" in found.failure.detail
+        assert ask_one(server, tmp_path, provider).data == {"a": 1}  # a later run may: it cost nothing
+
+
+def test_settings_that_the_server_does_not_take_end_the_run_early(tmp_path):
+    with ScriptedTeacher([Status(400, message="no such parameter")]) as server:
+        options = options_for(server, concurrency=1)
+        tasks = [make_task(options, str(n)) for n in range(30)]
+        with pytest.raises(TeacherError, match=r"turned the first 8 questions away.*no such parameter"):
+            ask_all(options, tasks, tmp_path)
+        assert len(server.requests) == REFUSALS
+        server.script = lambda asked: Say(GOOD) if asked.turns[0][1] == "0" else Status(400)
+        found = ask_all(options, tasks, tmp_path)
+    assert sum(reply.failure is not None for reply in found.values()) == 29  # one was answered: it is the questions
+
+
+def test_a_server_that_is_not_there_is_told(tmp_path):
+    with ScriptedTeacher([]) as server:
+        options = options_for(server, attempts=2)
+    reply = next(iter(ask_all(options, [make_task(options)], tmp_path).values()))
+    assert (reply.failure.code, reply.attempts) == ("connection", 2)
+
+
+@providers
+@pytest.mark.parametrize(("status", "told"), [(401, "does not accept the key in"), (403, "key"), (404, "is not there")])
+def test_what_every_request_would_meet_ends_the_run_at_once(tmp_path, provider, status, told):
+    with ScriptedTeacher([Status(status, message=f"wrong: {CANARY}")]) as server:
+        options = options_for(server, provider, concurrency=2)
+        with pytest.raises(TeacherError, match=told) as caught:
+            ask_all(options, [make_task(options, str(n)) for n in range(50)], tmp_path)
+    assert len(server.requests) <= 2
+    assert "\n" not in str(caught.value) and MODELS[provider] in str(caught.value)
+
+
+def test_an_empty_account_ends_the_run(tmp_path):
+    with (
+        ScriptedTeacher([Status(429, kind="insufficient_quota")]) as server,
+        pytest.raises(TeacherError, match="credit"),
+    ):
+        ask_one(server, tmp_path)
+    assert len(server.requests) == 1
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 50), st.one_of(st.none(), st.floats(0, 2 * PATIENCE)), st.floats(0.01, 5), st.integers())
+def test_waits_double_up_to_a_limit_and_respect_the_server(attempt, after, first, seed):
+    wait = delay(attempt, after, first, random.Random(seed))
+    if after is None:
+        assert min(LONGEST, first * 2**attempt) / 2 <= wait <= min(LONGEST, first * 2**attempt)
+    elif after > PATIENCE:
+        assert wait is None
+    else:
+        assert after <= wait <= after + LONGEST / 10
+
+
+def test_retry_after_holds_for_everybody(tmp_path):
+    """The second question waits too, although nobody turned it away."""
+    with ScriptedTeacher([Status(429, (("Retry-After", "1"),)), Say(GOOD)]) as server:
+        options = options_for(server, concurrency=1)
+        replies = ask_all(options, [make_task(options, "1")], tmp_path)
+    assert all(reply.data and reply.seconds >= 1.0 for reply in replies.values())
+    with ScriptedTeacher([Status(429, (("Retry-After", str(int(PATIENCE) + 1)),))]) as server:
+        reply = ask_one(server, tmp_path / "b")
+    assert reply.attempts == 1 and "more than 600 s" in reply.failure.detail
+
+
+def test_so_many_requests_at_once_and_no_more(tmp_path):
+    with ScriptedTeacher(lambda asked: Say(GOOD, seconds=0.03)) as server:
+        options = options_for(server, concurrency=5)
+        assert len(ask_all(options, [make_task(options, str(n)) for n in range(20)], tmp_path)) == 20
+    assert server.most == 5 and len(server.requests) == 20
+
+
+# --- a reply is mended ------------------------------------------------------------------------------------------------
+
+
+def accept_even(reply):
+    if reply.data["a"] % 2:
+        raise Unusable("odd", f"{reply.data['a']} is odd")
+
+
+def test_the_fault_of_a_reply_is_told_once_and_not_asked_twice(tmp_path):
+    with ScriptedTeacher([Say('{"a": 3}'), Say('{"a": 4}')]) as server:
+        options = options_for(server)
+        task = make_task(options, accept=accept_even, repair="No: {{fault}}")
+        for _ in range(2):
+            reply = ask_all(options, [task], tmp_path)[task.key]
+            assert (reply.data, reply.failure, reply.attempts, reply.usage.tokens) == ({"a": 4}, None, 2, 220)
+    assert [len(asked.turns) for asked in server.requests] == [1, 3]
+    assert server.requests[1].turns[1:] == [("assistant", '{"a": 3}'), ("user", "No: odd: 3 is odd")]
+    with ScriptedTeacher([Say("{}"), Say('{"a": 5}')]) as server:
+        task = make_task(options_for(server), accept=accept_even, repair="No: {{fault}}")
+        reply = ask_all(options_for(server), [task], tmp_path / "b")[task.key]
+    assert reply.failure.code == "odd" and reply.failure.detail.endswith("(asked twice)")
+
+
+def test_what_cannot_be_mended_is_not(tmp_path):
+    with ScriptedTeacher([Say('{"a', "length")]) as server:
+        options = options_for(server)
+        ask_all(options, [make_task(options, accept=accept_even, repair="No: {{fault}}")], tmp_path)
+    assert len(server.requests) == 1
