@@ -1,4 +1,4 @@
-"""``python -m hcot_lmeval COMMAND``: the commands that work on what evaluations left behind."""
+"""``python -m hcot_lmeval COMMAND``: the commands beside lm_eval and training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from importlib import import_module
 
 COMMANDS = {
     "compare": ("hcot_lmeval.report.cli", "compare models with and without pruning: run a grid, make the tables"),
+    "diagnose": ("hcot_lmeval.diagnosis.cli", "why a checkpoint loops, breaks the notation or never ends"),
+    "prepare": ("hcot_lmeval.prepare.cli", "flat chains of thought in, checked hierarchical traces out"),
     "view": ("hcot_lmeval.report.viewer.cli", "look at what was thought and what was thrown away"),
 }
 """Command -> the module whose ``main(argv)`` it is, imported when asked for, and what it does."""
