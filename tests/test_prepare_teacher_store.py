@@ -319,10 +319,10 @@ def test_an_estimate_needs_neither_key_nor_network(monkeypatch):
     pytest.importorskip("genai_prices")
     options = TeacherOptions(teacher=MODELS["openai"], base_url="http://127.0.0.1:9/v1", output_tokens=1000)
     tasks = [make_task(options, "u" * 3000 + str(n % 8)) for n in range(10)]
-    found = estimate(tasks, options, {tasks[0].key}, share=0.1)
+    found = estimate(tasks, options, {tasks[0].key})
     assert (found.requests, found.stored) == (7, 3)
     assert found.usage.input_tokens == sum(input_tokens(task) for task in tasks[1:8]) >= 7000
-    assert found.usage.output_tokens == 7 * int(0.1 * input_tokens(tasks[1]))
+    assert found.usage.output_tokens == 7 * int(0.2 * input_tokens(tasks[1]))
     assert found.most == Usage(found.usage.input_tokens, 7000)
     assert 0 < found.usd < found.usd_most < 0.1
     unknown = estimate(tasks, TeacherOptions(teacher="local:m", base_url="http://x/v1"))

@@ -6,7 +6,7 @@ This module imports the standard library alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hcot_lmeval.prepare.protocols.prompts import Prompt
@@ -76,6 +76,7 @@ class Asking:
         accept: Callable[[Reply], object],
         system: Mapping[str, object],
         user: Mapping[str, object],
+        share: float,
     ) -> Task:
         """Returns a question.
 
@@ -85,6 +86,7 @@ class Asking:
             accept: raises `Unusable` for a reply that is of no use.
             system: what is filled into the section of that name.
             user: the same.
+            share: output tokens to be expected, over those of the input.
         """
         messages = (
             Message("system", self.prompt.render("system", **system)),
@@ -92,7 +94,7 @@ class Asking:
         )
         depends = {"prompt": self.prompt.label, **self.teacher.identity}
         repair = self.prompt.sections["repair"] if self.options.ask_again else None
-        return Task.make(self.prompt.name, row_id, messages, schema, depends, accept, repair)
+        return replace(Task.make(self.prompt.name, row_id, messages, schema, depends, accept, repair), share=share)
 
 
 def numbered(pieces: Sequence[str], window: Window) -> str:

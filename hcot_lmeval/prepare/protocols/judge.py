@@ -112,6 +112,7 @@ class Judge:
                 "following": following,
                 "blocks": ", ".join(map(str, blocks)),
             },
+            share=0.15,
         )
 
     def read(self, replies: Sequence[Reply], row: PreparedRow) -> list[Verdict]:

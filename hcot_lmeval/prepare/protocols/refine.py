@@ -60,6 +60,7 @@ class Refine:
                 "sentences": numbered(pieces, window),
                 "blocks": _listed(outline, window),
             },
+            share=0.05,
         )
 
     def _accept(self, reply: Reply, outline: Outline, window: Window) -> list[Block]:

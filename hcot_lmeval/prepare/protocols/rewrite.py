@@ -70,6 +70,7 @@ class Rewrite:
             partial(self._accept, text=text),
             {**marks, "close": self.markup.close, "max_depth": self._depth},
             {"question": row.question.strip(), "part": part + 1, "parts": len(windows), "text": text.strip()},
+            share=0.8,
         )
 
     @property

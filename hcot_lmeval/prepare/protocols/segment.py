@@ -63,6 +63,7 @@ class Segment:
                 "count": len(pieces),
                 "sentences": numbered(pieces, window),
             },
+            share=0.2,
         )
 
     def _accept(self, reply: Reply, window: Window) -> tuple[Block, ...]:

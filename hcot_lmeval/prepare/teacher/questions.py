@@ -95,6 +95,7 @@ class Task:
         accept: raises `Unusable` for a reply that the protocol cannot use. Not part of the key: a stored reply is read
             anew each time.
         repair: what is said when a reply cannot be used, with ``{{fault}}`` where the fault is to stand; None: nothing.
+        share: output tokens to be expected, over those of the input, thinking apart; for estimates.
     """
 
     key: str
@@ -104,6 +105,7 @@ class Task:
     row_id: str
     accept: Callable[[Reply], object] | None = field(default=None, compare=False, repr=False)
     repair: str | None = field(default=None, compare=False, repr=False)
+    share: float = field(default=0.2, compare=False, repr=False)
 
     @classmethod
     def make(

@@ -243,7 +243,7 @@ class Estimate:
     Attributes:
         requests: questions that the store does not answer.
         stored: questions that it does.
-        usage: tokens that are to be expected.
+        usage: tokens that are to be expected, without thinking and without asking again.
         most: tokens if every reply is as long as is allowed.
         usd: cost of `usage`; None where no price is known.
         usd_most: cost of `most`.
@@ -257,16 +257,13 @@ class Estimate:
     usd_most: float | None
 
 
-def estimate(
-    tasks: Iterable[Task], options: TeacherOptions, known: Container[str] = (), share: float = 0.2
-) -> Estimate:
+def estimate(tasks: Iterable[Task], options: TeacherOptions, known: Container[str] = ()) -> Estimate:
     """Counts without asking; needs no key and no network.
 
     Args:
         tasks: questions.
         options: the teacher.
         known: keys that the store answers.
-        share: output tokens to be expected, over input tokens.
     """
     prices, usage, most, seen, stored = Prices(options), Usage(), Usage(), set[str](), 0
     for task in tasks:
@@ -275,6 +272,6 @@ def estimate(
             continue
         seen.add(task.key)
         size = input_tokens(task)
-        usage = usage.plus(Usage(size, min(options.output_tokens, int(size * share))))
+        usage = usage.plus(Usage(size, min(options.output_tokens, int(size * task.share))))
         most = most.plus(Usage(size, options.output_tokens))
     return Estimate(len(seen), stored, usage, most, prices.at(usage), prices.at(most))
