@@ -193,6 +193,15 @@ def test_the_key_shows_up_nowhere(tmp_path, provider, caplog, capfd):
         pickle.dumps(find_key(options.provider))
 
 
+@pytest.mark.parametrize("key", ["a", "EMPTY", "hunter2"])
+def test_a_placeholder_for_a_key_leaves_replies_alone(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    with ScriptedTeacher([Say(f'"{key}"'), Status(400, message=f"bad key: {key}.")]) as server:
+        assert ask_one(server, tmp_path, "local").text == f'"{key}"'
+        reply = ask_one(server, tmp_path / "b", "local")
+    assert reply.failure.detail == "HTTP 400: bad key: [key]."
+
+
 def test_a_missing_key_is_named(tmp_path, monkeypatch):
     for provider, name in (("openai", "OPENAI_API_KEY"), ("claude", "ANTHROPIC_API_KEY"), ("gemini", "GOOGLE_API_KEY")):
         for key in PROVIDERS[provider].keys:

@@ -135,7 +135,7 @@ class Client:
         return found
 
     def _answer(self, response: ModelResponse) -> Answer:
-        text = self._key.clean_exactly("".join(part.content for part in response.parts if part.part_kind == "text"))
+        text = self._key.clean_reply("".join(part.content for part in response.parts if part.part_kind == "text"))
         code = {"length": "truncated", "content_filter": "refused"}.get(response.finish_reason or "", "")
         usage = Usage(response.usage.input_tokens, response.usage.output_tokens)
         return Answer(text, code, usage, self.prices.of(response.usage), response.model_name or "")

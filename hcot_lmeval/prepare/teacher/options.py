@@ -42,6 +42,8 @@ PROVIDERS = {
 ALIASES = {"google": "gemini", "anthropic": "claude", "compatible": "local"}
 ROOM = {"low": 4096, "medium": 12288, "high": 32768}
 """Output tokens that there have to be for so much thinking: what servers set aside for it, and the reply."""
+SHORTEST = 16
+"""Characters of a key from which on it can only be a key."""
 STRUCTURED = ("auto", "schema", "text")
 THINKING = ("off", "minimal", "low", "medium", "high")
 
@@ -152,14 +154,17 @@ class Secret:
     def __reduce__(self) -> Any:
         raise TypeError("a key is not pickled")
 
-    def clean_exactly(self, text: str) -> str:
-        """Returns `text` without the key."""
+    def clean_reply(self, text: str) -> str:
+        """Returns what a teacher said without the key; a placeholder such as EMPTY stays, for it may be a word."""
         value = self.reveal()
-        return text.replace(value, "[key]") if value else text
+        return text.replace(value, "[key]") if len(value) >= SHORTEST else text
 
     def clean(self, text: str) -> str:
-        """Returns a message without the key, and without what looks like a part of one that a server has masked."""
-        return re.sub(r"[\w-]*\*{3,}[\w-]*", "[key]", self.clean_exactly(text))
+        """Returns a server's message without the key, and without what looks like a part of one that is masked."""
+        if value := self.reveal():
+            alone = re.escape(value) if len(value) >= SHORTEST else rf"(?<![\w-]){re.escape(value)}(?![\w-])"
+            text = re.sub(alone, "[key]", text)
+        return re.sub(r"[\w-]*\*{3,}[\w-]*", "[key]", text)
 
 
 def find_key(provider: Provider) -> Secret:
