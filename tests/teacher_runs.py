@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripted_teacher import ScriptedTeacher
-
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task
 from hcot_lmeval.prepare.teacher.runner import ask
 from hcot_lmeval.prepare.teacher.store import AnswerStore
+from tests.scripted_teacher import ScriptedTeacher
 
 CANARY = "canary-4be1c0ffee-key"
 MODELS = {

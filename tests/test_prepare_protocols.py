@@ -9,8 +9,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_teacher import Say, ScriptedTeacher
-from teacher_runs import CANARY, KEYS, MODELS, ask_all, options_for
 
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.measure import block_sizes, cut, make_counter
@@ -28,6 +26,8 @@ from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.sentences import split_sentences
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import Failure, Reply, Unusable
+from tests.scripted_teacher import Say, ScriptedTeacher
+from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, options_for
 
 HCOT = PRESETS["hcot"]
 TEACHER = TeacherOptions(teacher=MODELS["openai"])

@@ -12,13 +12,13 @@ import traceback
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_teacher import Raw, Say, ScriptedTeacher, Status
-from teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 from hcot_lmeval.prepare.teacher.client import Client
 from hcot_lmeval.prepare.teacher.options import ALIASES, PROVIDERS, TeacherOptions, find_key
 from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task, mismatches, parse
 from hcot_lmeval.prepare.teacher.runner import TeacherError
+from tests.scripted_teacher import Raw, Say, ScriptedTeacher, Status
+from tests.teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 pytest.importorskip("pydantic_ai")
 GOOD = '{"a": 1}'

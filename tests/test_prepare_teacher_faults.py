@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
-from teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable, parse
 from hcot_lmeval.prepare.teacher.retry import LONGEST, PATIENCE, delay
 from hcot_lmeval.prepare.teacher.runner import REFUSALS, TeacherError
+from tests.scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
+from tests.teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 pytest.importorskip("pydantic_ai")
 GOOD = '{"a": 1}'

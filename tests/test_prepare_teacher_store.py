@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_teacher import Say, ScriptedTeacher, Status
-from teacher_runs import CANARY, KEYS, MODELS, ask_all, make_task, options_for
 
 from hcot_lmeval.prepare.teacher.budget import Amount, Budget, input_tokens
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Task, Usage
 from hcot_lmeval.prepare.teacher.runner import ask, estimate
 from hcot_lmeval.prepare.teacher.store import AnswerStore, StoreError
+from tests.scripted_teacher import Say, ScriptedTeacher, Status
+from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, make_task, options_for
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = '{"a": 1}'

@@ -14,11 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from scripted_teacher import Asked, Raw, Say, ScriptedTeacher, Status
 
 from hcot_lmeval.prepare.cli import main
 from hcot_lmeval.prepare.folder import read_manifest
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
+from tests.scripted_teacher import Asked, Raw, Say, ScriptedTeacher, Status
 
 pytest.importorskip("pydantic_ai")
 
@@ -53,7 +53,7 @@ def segment(server: ScriptedTeacher, flat, out, *words, teacher="local:qwen") ->
 
 def test_blocks_of_a_teacher_become_rows_that_pass_the_checks(tmp_path, capsys):
     flat, out = write_flat(tmp_path / "flat.jsonl", range(12)), tmp_path / "run"
-    with ScriptedTeacher(good) as server:
+    with ScriptedTeacher(lambda asked: good(asked)._replace(seconds=0.05)) as server:  # or none would meet another
         assert segment(server, flat, out, "--price-input", 1.0, "--price-output", 10.0) == 0
         assert len(server.requests) == 12 and 1 < server.most <= 8
     assert main(["check", str(out)]) == 0

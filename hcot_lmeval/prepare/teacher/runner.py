@@ -68,13 +68,12 @@ def _replies(
     options: TeacherOptions,
     progress: Callable[[Amount], None] | None,
 ) -> Iterator[Reply]:
-    open_: set[asyncio.Task[Reply]] = set()
     while True:
-        while len(open_) < options.concurrency and (task := next(waiting, None)) is not None:
-            open_.add(runner.get_loop().create_task(talk.reply(task)))
-        if not open_:
+        while len(talk.open) < options.concurrency and (task := next(waiting, None)) is not None:
+            talk.open.add(runner.get_loop().create_task(talk.reply(task)))
+        if not talk.open:
             return
-        done, open_ = runner.run(_first(open_))
+        done, talk.open = runner.run(_first(talk.open))
         _raise_fatal(done, options)
         if progress is not None:
             progress(talk.budget.spent)
@@ -124,13 +123,13 @@ class _Talk:
         self._not_before = 0.0  # when the server wants to be asked again, by the loop's clock
         self._refusals = 0  # questions turned away before any was answered
         self._answers = False
+        self.open: set[asyncio.Task[Reply]] = set()
 
     async def end(self) -> None:
         """Gives up what is under way, and closes the connections."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for other in others:
-            other.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for each in self.open:
+            each.cancel()
+        await asyncio.gather(*self.open, return_exceptions=True)
         await self.client.__aexit__()
 
     async def reply(self, task: Task) -> Reply:
