@@ -225,7 +225,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Returns in words what differs between the settings of two runs."""
-    before, after = old["arguments"], new["arguments"]
+    before, after = flat(old["arguments"]), flat(new["arguments"])
     changed = [
         f"{key} was {json.dumps(before.get(key))[:60]}, is {json.dumps(after.get(key))[:60]}"
         for key in dict.fromkeys((*before, *after))
@@ -234,6 +234,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if old["inputs"] != new["inputs"]:
         changed.append("the inputs have changed" if len(old["inputs"]) == len(new["inputs"]) else "other inputs")
     return "; ".join(changed)
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with those of the sections within them beside the others."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found.update(flat(value) if isinstance(value, Mapping) else {key: value})
+    return found
 
 
 def versions() -> dict[str, str]:
