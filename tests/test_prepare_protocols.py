@@ -305,6 +305,14 @@ def test_refine_refuses_what_does_not_fit(found, code):
         Refine(asking("refine")).read([said(backtracks=found)], PREPARED)
 
 
+def test_refine_takes_no_sentences_that_were_not_shown():
+    protocol = Refine(asking("refine", SMALL))
+    replies = [said(backtracks=[])] * len(protocol.tasks(PREPARED))
+    replies[-1] = said(backtracks=[dead(12, 15)])
+    with pytest.raises(Unusable, match="out_of_range: the block over sentences 12 to 15; shown were"):
+        protocol.read(replies, PREPARED)
+
+
 def test_refine_needs_an_outline():
     bare = PreparedRow(ROW, TEXT)
     assert Refine(asking("refine")).tasks(bare) == []

@@ -169,9 +169,13 @@ def test_waits_double_up_to_a_limit_and_respect_the_server(attempt, after, first
 def test_retry_after_holds_for_everybody(tmp_path):
     """The second question waits too, although nobody turned it away."""
     with ScriptedTeacher([Status(429, (("Retry-After", "1"),)), Say(GOOD)]) as server:
-        options = options_for(server, concurrency=1)
-        replies = ask_all(options, [make_task(options, "1")], tmp_path)
-    assert all(reply.data and reply.seconds >= 1.0 for reply in replies.values())
+        options = options_for(server, concurrency=1, attempts=1)
+        one, other = (make_task(options, said) for said in "12")
+        replies = ask_all(options, [one, other], tmp_path)
+    assert replies[one.key].failure.code == "rate_limited"
+    assert replies[other.key].data == {"a": 1} and replies[other.key].seconds > 0.9
+    with ScriptedTeacher([Status(429, (("Retry-After", "1"),)), Say(GOOD)]) as server:
+        assert ask_one(server, tmp_path / "a").seconds >= 1.0
     with ScriptedTeacher([Status(429, (("Retry-After", str(int(PATIENCE) + 1)),))]) as server:
         reply = ask_one(server, tmp_path / "b")
     assert reply.attempts == 1 and "more than 600 s" in reply.failure.detail

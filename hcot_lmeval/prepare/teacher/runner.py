@@ -207,14 +207,14 @@ class _Talk:
 
     async def _may_retry(self, trouble: Trouble, attempt: int) -> bool:
         """Waits for the next attempt; False if there is to be none."""
-        if not trouble.retry or attempt + 1 == self._options.attempts:
-            return False
         seconds = delay(attempt, trouble.after, self._options.first_wait, self._rng)
         if seconds is None:
             trouble.detail += f"; it asks to wait {trouble.after:g} s, more than {PATIENCE:g} s"
             return False
-        if trouble.after is not None:  # it holds for everybody
+        if trouble.after is not None:  # it holds for everybody, though this question may be given up
             self._not_before = max(self._not_before, asyncio.get_running_loop().time() + trouble.after)
+        if not trouble.retry or attempt + 1 == self._options.attempts:
+            return False
         await asyncio.sleep(seconds)
         return True
 
