@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from tests.scripted_teacher import Raw, Say, ScriptedTeacher, Status
 from tests.teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
 
 pytest.importorskip("pydantic_ai")
+ROOT = Path(__file__).resolve().parents[1]
 GOOD = '{"a": 1}'
 providers = pytest.mark.parametrize("provider", MODELS)
 
@@ -135,6 +138,21 @@ def test_a_server_without_a_key_gets_none(tmp_path, monkeypatch):
     assert CANARY not in str(server.requests)  # that of OpenAI is set, and not meant for others
 
 
+def test_another_server_gets_nothing_that_is_meant_for_openai(tmp_path, monkeypatch):
+    for name, value in (
+        ("CUSTOM_HEADERS", f"X-Gateway: {CANARY}2"),
+        ("ORG_ID", f"{CANARY}2"),
+        ("PROJECT_ID", f"{CANARY}2"),
+    ):
+        monkeypatch.setenv(f"OPENAI_{name}", value)
+    with ScriptedTeacher([Say(GOOD)]) as server:
+        assert ask_one(server, tmp_path, "local").data == {"a": 1}
+        assert ask_one(server, tmp_path / "b", "openai").data == {"a": 1}
+    other, openai = (str(asked.headers) for asked in server.requests)
+    assert f"{CANARY}2" not in other and openai.count(f"{CANARY}2") == 3
+    assert os.environ["OPENAI_ORG_ID"] == f"{CANARY}2"
+
+
 def test_an_old_model_is_told_the_form_in_words_alone(tmp_path):
     with ScriptedTeacher([Say(GOOD)]) as server:
         options = TeacherOptions(teacher="claude:claude-3-5-haiku-latest", base_url=server.url("claude"))
@@ -191,6 +209,26 @@ def test_the_key_shows_up_nowhere(tmp_path, provider, caplog, capfd):
     assert CANARY not in "".join(shown) and "wxyz" not in "".join(shown)
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(find_key(options.provider))
+
+
+LOGGED = """
+import sys
+from pathlib import Path
+from tests.scripted_teacher import Say, ScriptedTeacher
+from tests.teacher_runs import ask_one
+with ScriptedTeacher([Say('{"a": 1}')]) as server:
+    print(ask_one(server, Path(sys.argv[2]), sys.argv[1]).data)
+"""
+
+
+@pytest.mark.parametrize("provider", ["openai", "claude"])
+def test_the_environment_cannot_turn_logging_on(tmp_path, monkeypatch, provider):
+    """In a process of its own, since the libraries look when they are imported."""
+    for name in ("OPENAI_LOG", "ANTHROPIC_LOG"):
+        monkeypatch.setenv(name, "debug")
+    command = [sys.executable, "-c", LOGGED, provider, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{'a': 1}\n", "")
 
 
 @pytest.mark.parametrize("key", ["a", "EMPTY", "hunter2"])

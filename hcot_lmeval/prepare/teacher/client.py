@@ -1,7 +1,7 @@
 """One request to one server, for all kinds of servers; what goes wrong is a `Trouble` with a code.
 
-`pydantic_ai` speaks the protocols, `genai_prices` knows the prices. Both are imported when a client is made. The
-libraries' own retries are off: `teacher.runner` decides about them.
+`pydantic_ai` speaks the protocols; it is imported when a client is made. The libraries' own retries are off:
+`teacher.runner` decides about them.
 
 This module imports the standard library alone.
 """
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hcot_lmeval.prepare.teacher.options import Secret, TeacherOptions, find_key
+from hcot_lmeval.prepare.teacher.prices import Prices
 from hcot_lmeval.prepare.teacher.questions import Message, Task, Usage
 
 if TYPE_CHECKING:
@@ -73,8 +76,8 @@ class Client:
         self.options = options
         self.prices = Prices(options)
         self._key = find_key(options.provider)
-        _silence()
         self._model = _make_model(options, self._key)
+        _silence()  # behind the imports, some of which turn logging on where the environment asks for it
         self._native = _takes_schema(self._model, options)
         if options.thinking not in (None, "off") and not self._model.profile.get("supports_thinking"):
             raise ValueError(f"thinking={options.thinking}: {options.teacher} is not known to be told; leave it out")
@@ -124,7 +127,6 @@ class Client:
         options = self.options
         found: dict[str, Any] = {
             "max_tokens": options.output_tokens,
-            "max_retries": 0,
             "timeout": options.timeout,
             "request_timeout": options.timeout,
         }
@@ -164,62 +166,57 @@ class Client:
         )
 
 
-class Prices:
-    """What tokens cost: as given, else as `genai_prices` knows."""
-
-    def __init__(self, options: TeacherOptions) -> None:
-        self._given = None if options.price_input is None else (options.price_input, options.price_output or 0.0)
-        self._provider, self._model = options.provider.prices, options.model
-
-    @property
-    def known(self) -> bool:
-        return self.at(Usage(1, 1)) is not None
-
-    def at(self, usage: Usage) -> float | None:
-        """Returns the US dollars of so many tokens; None where no price is known."""
-        from genai_prices import Usage as Priced
-
-        return self.of(Priced(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens))
-
-    def of(self, usage: Any) -> float | None:
-        """Returns the US dollars of a usage of `pydantic_ai` or `genai_prices`, which know cached tokens too."""
-        from genai_prices import calc_price
-
-        if self._given is not None:
-            return ((usage.input_tokens or 0) * self._given[0] + (usage.output_tokens or 0) * self._given[1]) / 1e6
-        if self._provider is None:
-            return None
-        try:
-            return float(calc_price(usage, self._model, provider_id=self._provider).total_price)
-        except (LookupError, ValueError):
-            return None
-
-
 def _make_model(options: TeacherOptions, key: Secret) -> Model:
     """Every client gets its address and its key from here, none from the environment."""
-    url = options.url or ""
-    if options.provider.name == "claude":
-        from pydantic_ai.models.anthropic import AnthropicModel
-        from pydantic_ai.providers.anthropic import AnthropicProvider
+    make = {"claude": _make_claude, "gemini": _make_gemini, "openai": _make_openai, "local": _make_local}
+    return make[options.provider.name](options.model, options.url or "", key.reveal())
 
-        return AnthropicModel(options.model, provider=AnthropicProvider(api_key=key.reveal(), base_url=url))
-    if options.provider.name == "gemini":
-        from pydantic_ai.models.google import GoogleModel
-        from pydantic_ai.providers.google import GoogleProvider
 
-        return GoogleModel(options.model, provider=GoogleProvider(api_key=key.reveal(), base_url=url))
+def _make_claude(model: str, url: str, key: str) -> Model:
+    from pydantic_ai.models.anthropic import AnthropicModel
+    from pydantic_ai.providers.anthropic import AnthropicProvider
+
+    provider = AnthropicProvider(api_key=key, base_url=url)
+    provider.client.max_retries = 0
+    return AnthropicModel(model, provider=provider)
+
+
+def _make_gemini(model: str, url: str, key: str) -> Model:
+    from pydantic_ai.models.google import GoogleModel
+    from pydantic_ai.providers.google import GoogleProvider
+
+    return GoogleModel(model, provider=GoogleProvider(api_key=key, base_url=url), settings={"max_retries": 0})
+
+
+def _make_openai(model: str, url: str, key: str) -> Model:
     from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
 
-    if options.provider.name == "openai":
-        from pydantic_ai.providers.openai import OpenAIProvider
+    provider = OpenAIProvider(api_key=key, base_url=url)
+    provider.client.max_retries = 0
+    return OpenAIChatModel(model, provider=provider)
 
-        return OpenAIChatModel(options.model, provider=OpenAIProvider(api_key=key.reveal(), base_url=url))
+
+def _make_local(model: str, url: str, key: str) -> Model:
+    from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
     # `max_tokens` is the name that every such server knows; the schema is theirs to enforce, and ours to check
     profile: Any = {"openai_chat_supports_max_completion_tokens": False}
-    provider = OpenAICompatibleProvider("local", api_key=key.reveal() or None, base_url=url, profile=profile)
-    return OpenAIChatModel(options.model, provider=provider)
+    with _hidden("OPENAI_"):  # headers, organization and project are meant for OpenAI alone
+        provider = OpenAICompatibleProvider("local", api_key=key or None, base_url=url, profile=profile)
+    provider.client.max_retries = 0  # as a setting it would make a client for each request, from the environment
+    return OpenAIChatModel(model, provider=provider)
+
+
+@contextmanager
+def _hidden(prefix: str) -> Iterator[None]:
+    """Takes variables out of the environment for a while."""
+    found = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(prefix)}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def _takes_schema(model: Model, options: TeacherOptions) -> bool:

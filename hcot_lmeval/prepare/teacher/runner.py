@@ -20,8 +20,9 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from hcot_lmeval.prepare.teacher.budget import BYTES_PER_TOKEN, Amount, Budget, input_tokens
-from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, Prices, Trouble
+from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, Trouble
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teacher.prices import Prices
 from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Reply, Task, Usage
 from hcot_lmeval.prepare.teacher.retry import PATIENCE, delay
 from hcot_lmeval.prepare.teacher.store import AnswerStore
