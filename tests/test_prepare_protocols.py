@@ -47,8 +47,8 @@ def said(**data):
     return Reply("k", json.dumps(data), data)
 
 
-def block(start, end, solution="S.", solution_from=None):
-    return {"start": start, "end": end, "solution": solution, "solution_from": solution_from}
+def block(start, end, solution="S.", solution_from=None, kind="subproblem"):
+    return {"start": start, "end": end, "kind": kind, "solution": solution, "solution_from": solution_from}
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -60,8 +60,79 @@ def test_prompts_are_whole(name):
     assert prompt.label == f"{name}/{prompt.version}" and prompt.version >= 1
     assert prompt.sections.keys() == {"system", "user", "repair"}
     assert prompt.sections["repair"].count("{{fault}}") == 1
-    for example in re.findall(r"^\{\".*\}$", prompt.sections["system"], re.MULTILINE):
-        json.loads(example)
+
+
+# --- worked examples: what a teacher is to imitate has to be what we accept -------------------------------------------
+
+
+def example(name):
+    """The sentences of the example, and its reply."""
+    told = load_prompt(name).sections["system"]
+    [reply] = re.findall(r"^\{\".*\}$", told, re.MULTILINE)
+    found = re.findall(r"^\[(\d+)\] (.*)$", told, re.MULTILINE)
+    assert [int(number) for number, _ in found] == list(range(len(found)))
+    return [f"{text} " for _, text in found], Reply("k", reply)
+
+
+def require_short(outline, pieces):
+    trace = assemble(pieces, outline, HCOT)
+    sizes = block_sizes(cut(trace, HCOT, make_counter(None)), HCOT)
+    assert sizes and all(0 < size.solution < size.thought for size in sizes)
+
+
+def test_the_example_of_segment_is_good():
+    pieces, reply = example("segment")
+    protocol = Segment(asking("segment"))
+    [task] = protocol.tasks(SourceRow("r", "q", "".join(pieces)), pieces)
+    reply = task.read(reply)
+    outline = protocol.read([reply], pieces)
+    assert outline.depth == 2 and {block.kind for block in outline.blocks} == {"subproblem", "backtrack"}
+    assert {block.split is None for block in outline.blocks} == {True, False}
+    require_short(outline, pieces)
+
+
+def test_the_example_of_refine_is_good():
+    pieces, reply = example("refine")
+    listed = re.search(
+        r"^Blocks that were found in them:\n(.*?)\n\n", load_prompt("refine").sections["system"], re.M | re.S
+    )
+    old = Outline(len(pieces), (Block(5, 11, split=10), Block(6, 9, split=8)))
+    row = PreparedRow(SourceRow("r", "q", "".join(pieces)), assemble(pieces, old, HCOT), old, tuple(pieces))
+    protocol = Refine(asking("refine"))
+    [task] = protocol.tasks(row)
+    assert listed[1] in task.messages[1].text
+    outline = protocol.read([task.read(reply)], row)
+    assert [(b.start, b.stop) for b in outline.blocks if b.kind == "backtrack"] == [(1, 5), (11, 13)]
+    require_short(outline, pieces)
+
+
+@pytest.mark.parametrize("markup", PRESETS.values(), ids=lambda markup: markup.name)
+def test_the_example_of_rewrite_is_good(markup):
+    source = re.search(r"The text\n(.*)\n\nis written\n", load_prompt("rewrite").sections["system"])[1]
+    protocol = Rewrite(asking("rewrite"), markup)
+    pieces = split_sentences(source)
+    [task] = protocol.tasks(SourceRow("r", "q", source), pieces)
+    written = task.messages[0].text.partition("\n\nis written\n")[2].partition("\n\n")[0]
+    assert task.read(Reply("k", written)).failure is None
+    sizes = block_sizes(cut(written, markup, make_counter(None)), markup)
+    assert len(sizes) == 3 and all(0 < size.solution < size.thought for size in sizes)
+
+
+def test_the_example_of_judge_is_good():
+    told = load_prompt("judge").sections["system"]
+    [line] = re.findall(r"^<block 0>.*$", told, re.MULTILINE)
+    trace = re.sub(
+        r"</block \d>", "[RETURN]", re.sub(r"<solution \d>", "[SOLUTION]", re.sub(r"<block \d>", "[THOUGHT]", line))
+    )
+    row = PreparedRow(SourceRow("r", "q", ""), trace)
+    protocol = Judge(asking("judge"), HCOT)
+    [task] = protocol.tasks(row)
+    assert line in task.messages[1].text
+    verdicts = protocol.read([task.read(example("judge")[1])], row)
+    assert [verdict.sufficient for verdict in verdicts] == [True, False]
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
 
 
 def test_places_are_filled_once_and_all_of_them():
@@ -173,9 +244,9 @@ def test_segment_shows_the_numbers_and_says_what_is_wanted():
 
 
 def test_segment_reads_both_kinds_of_solutions_and_nesting():
-    reply = said(blocks=[block(0, 9), block(2, 5, None, 5), block(12, 15, "", 14)])
+    reply = said(blocks=[block(0, 9), block(2, 5, None, 5, "backtrack"), block(12, 15, "", 14)])
     outline = Segment(asking("segment")).read([reply], PIECES)
-    assert outline.blocks == (Block(0, 10, "S."), Block(2, 6, split=5), Block(12, 16, split=14))
+    assert outline.blocks == (Block(0, 10, "S."), Block(2, 6, split=5, kind="backtrack"), Block(12, 16, split=14))
     assert assemble(PIECES, outline, HCOT).count("[THOUGHT]") == 3
     assert Segment(asking("segment")).read([said(blocks=[])], PIECES) == Outline(40)
 
@@ -203,6 +274,13 @@ def test_segment_refuses_what_is_no_outline(blocks, code):
     assert caught.value.code == code and code in REASONS and caught.value.detail
     [task] = protocol.tasks(ROW, PIECES)
     assert task.read(Reply("k", json.dumps({"blocks": blocks}))).failure.code == code
+
+
+@pytest.mark.parametrize("change", [{"kind": "detour"}, {"kind": None}, {"first": 0}, {"start": "0"}])
+def test_segment_takes_the_form_that_was_asked_for_alone(change):
+    [task] = Segment(asking("segment")).tasks(ROW, PIECES)
+    reply = Reply("k", json.dumps({"blocks": [block(0, 4) | change]}))
+    assert task.read(reply).failure.code == "schema"
 
 
 def test_a_failure_is_passed_on_with_where_it_happened():

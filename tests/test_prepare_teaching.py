@@ -40,8 +40,8 @@ def number_of(asked: Asked) -> int:
 def good(asked: Asked) -> Say:
     """Blocks over sentences 1 to 3, with a solution, and 4 to 8, whose last sentence is theirs."""
     blocks = [
-        {"start": 1, "end": 3, "solution_from": None, "solution": "It is 1."},
-        {"start": 4, "end": 8, "solution_from": 8, "solution": None},
+        {"start": 1, "end": 3, "kind": "subproblem", "solution_from": None, "solution": "It is 1."},
+        {"start": 4, "end": 8, "kind": "subproblem", "solution_from": 8, "solution": None},
     ]
     return Say(json.dumps({"blocks": blocks}))
 

@@ -134,6 +134,11 @@ TEXT = {"type": "string"}
 FLAG = {"type": "boolean"}
 
 
+def one_of(*values: str) -> dict[str, Any]:
+    """Returns the schema of one of some words."""
+    return {"type": "string", "enum": list(values)}
+
+
 def many(items: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the schema of a list of such items."""
     return {"type": "array", "items": dict(items)}

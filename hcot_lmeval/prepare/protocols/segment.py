@@ -16,14 +16,25 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError
-from hcot_lmeval.prepare.protocols.asking import NUMBER, TEXT, Asking, closed, many, maybe, numbered, require_good
+from hcot_lmeval.prepare.outline import KINDS, Block, Outline, OutlineError
+from hcot_lmeval.prepare.protocols.asking import (
+    NUMBER,
+    TEXT,
+    Asking,
+    closed,
+    many,
+    maybe,
+    numbered,
+    one_of,
+    require_good,
+)
 from hcot_lmeval.prepare.protocols.windows import Window, merge
 from hcot_lmeval.prepare.rows import SourceRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.teacher.questions import Reply, Task, Unusable
 
-BLOCK = closed({"start": NUMBER, "end": NUMBER, "solution_from": maybe(NUMBER), "solution": maybe(TEXT)})
+STATED = {"solution_from": maybe(NUMBER), "solution": maybe(TEXT)}
+BLOCK = closed({"start": NUMBER, "end": NUMBER, "kind": one_of(*KINDS), **STATED})
 SCHEMA = closed({"blocks": many(BLOCK)})
 TOLD = ("max_depth", "target_tokens", "min_tokens", "max_tokens")
 """Options of the blocks that the teacher is told."""
@@ -102,4 +113,4 @@ def require_inside(blocks: Sequence[Block], window: Window) -> None:
 
 def _block(data: Mapping[str, Any]) -> Block:
     solution = (data["solution"] or "").strip() or None
-    return Block(data["start"], data["end"] + 1, solution, data["solution_from"])
+    return Block(data["start"], data["end"] + 1, solution, data["solution_from"], data["kind"])
