@@ -15,7 +15,14 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Journals of a test never meet those of the user or of another test."""
+    """Journals of a test never meet those of the user or of another test; compiled kernels serve all."""
     path = tmp_path_factory.mktemp("cache")
+    (path / "kernels").symlink_to(_kernels(tmp_path_factory))
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(path))
+    return path
+
+
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.getbasetemp() / "kernels"
+    path.mkdir(exist_ok=True)
     return path

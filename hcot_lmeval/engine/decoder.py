@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
+from hcot_lmeval.engine.native import Backend, KernelUnavailableError, NativeStep, UnreadableModelError
 from hcot_lmeval.engine.slots import KVPool, LayerShape
 
 logger = logging.getLogger(__name__)
@@ -54,39 +55,79 @@ class Decoder:
     Args:
         model: a `transformers` causal language model, or a PEFT model around one.
         check: run the self-check.
+        backend: who computes a step: ``torch``, the modules of the model with the attention of this package; or
+            ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
+            in float32 and bfloat16.
 
     Attributes:
         layers: layer index to what the layer stores per token.
+        native: the compiled step, or None where PyTorch computes.
 
     Raises:
-        UnsupportedModelError: the model keeps recurrent or convolutional state, does not use the attention registry, or
-            computes something else on slots than in a plain forward.
+        UnsupportedModelError: the model keeps recurrent or convolutional state, does not use the attention registry,
+            computes something else on slots than in a plain forward, or cannot have the backend that was asked for.
     """
 
-    def __init__(self, model: Any, *, check: bool = True) -> None:
+    def __init__(self, model: Any, *, check: bool = True, backend: Backend | str = Backend.AUTO) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
         refuse_recurrent(self.config, self.name)
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.backend = Backend(backend)
+        self.native: NativeStep | None = None
         self.layers = self._layer_shapes()
+        self.native = self._compiled()
         if check:
-            self.self_check()
+            self._check()
 
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
+    def _compiled(self) -> NativeStep | None:
+        """The compiled step, if the backend allows it and there is one for this model."""
+        if self.backend is Backend.TORCH:
+            return None
+        if self.backend is Backend.AUTO and self.model.dtype == torch.float64:
+            self._leave_to_torch("double precision is for comparisons with the model's own modules")
+            return None
+        try:
+            step = NativeStep(self.model)
+        except (KernelUnavailableError, UnreadableModelError) as error:
+            self._leave_to_torch(str(error))
+            return None
+        logger.info("%s: compiled steps, %d threads", self.name, torch.get_num_threads())
+        return step
+
+    def _leave_to_torch(self, reason: str) -> None:
+        """Says why PyTorch computes the steps, or raises if that was not wanted."""
+        if self.backend is Backend.NATIVE:
+            raise UnsupportedModelError(
+                f"backend='native' cannot run {self.name}: {reason}. Use backend='auto', which leaves it to PyTorch."
+            )
+        logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), reason)
+
     @contextmanager
     def attached(self, implementation: str = IMPLEMENTATION) -> Iterator[None]:
         """While it is open the model's attention is ours; afterwards it is what it was (the config is shared state)."""
+        self._refresh()
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(implementation)
         try:
             yield
         finally:
             self.model.set_attn_implementation(before)
+
+    def _refresh(self) -> None:
+        """Parameters may have been replaced since the last step, or adapters put around layers."""
+        if self.native is not None:
+            try:
+                self.native.refresh()
+            except UnreadableModelError as error:
+                self._leave_to_torch(str(error))
+                self.native = None
 
     @property
     def token_bytes(self) -> int:
@@ -100,6 +141,8 @@ class Decoder:
         Returns:
             The logits after the last token of each chunk: [chunks, vocabulary], float32 (float64 for double models).
         """
+        if self.native is not None:
+            return self.native.forward(pool, chunks)
         segments, first = [], 0
         for chunk in chunks:
             segments.append(Segment(chunk.slot, chunk.start, first, len(chunk.ids), chunk.positions))
@@ -138,6 +181,17 @@ class Decoder:
                 "rewound, or belong to a model class that does not use the registry. Use lm-eval's hf model for it."
             )
         return shapes
+
+    def _check(self) -> None:
+        """Runs the self-check; a compiled step that fails it is not used."""
+        try:
+            self.self_check()
+        except UnsupportedModelError as error:
+            if self.native is None or self.backend is Backend.NATIVE:
+                raise
+            logger.warning("the compiled step is not used: %s", error)
+            self.native = None
+            self.self_check()
 
     def self_check(self) -> float:
         """Compares slots with a plain forward on 24 random tokens.

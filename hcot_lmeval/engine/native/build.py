@@ -1,0 +1,103 @@
+"""Compiles the kernel for the processor at hand, once; the result is kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+"""The types of weights that the kernel knows, by the names they have in it."""
+COMPILE_SECONDS = 300
+"""A compiler that takes longer hangs; ordinarily it takes three seconds."""
+
+
+class KernelUnavailableError(RuntimeError):
+    """The kernel cannot be used here; the message says why."""
+
+
+@functools.cache
+def load_kernel(weight: torch.dtype) -> ctypes.CDLL:
+    """Returns the compiled kernel for models with weights of this type.
+
+    The compiler is ``$CXX``, else c++, g++ or clang++. The library is kept in ``$HCOT_LMEVAL_CACHE/kernels``, else
+    ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor.
+
+    Raises:
+        KernelUnavailableError: no kernel for this type, no compiler, or the compiler failed.
+    """
+    if weight not in WEIGHTS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS)
+        raise KernelUnavailableError(f"weights are {str(weight).removeprefix('torch.')}; the kernel knows {known}")
+    compiler = find_compiler()
+    path = kernel_folder() / f"{WEIGHTS[weight]}-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        _compile(compiler, weight, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelUnavailableError(f"{path} cannot be loaded: {error}") from error
+
+
+def find_compiler() -> str:
+    """Returns the C++ compiler.
+
+    Raises:
+        KernelUnavailableError: there is none.
+    """
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise KernelUnavailableError(
+        f"CXX={named} is not on the PATH"
+        if named
+        else "no C++ compiler (c++, g++, clang++) is on the PATH; install one"
+    )
+
+
+def kernel_folder() -> Path:
+    """Returns where compiled kernels are kept."""
+    cache = os.environ.get("HCOT_LMEVAL_CACHE")
+    return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "kernels"
+
+
+def _fingerprint(compiler: str) -> str:
+    about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), about, _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native looks at, so that homes shared between machines do not mix their kernels."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    found = {line for line in lines if line.startswith(wanted)}
+    return "\n".join(sorted(found)) or f"{platform.machine()} {platform.processor()}"
+
+
+def _compile(compiler: str, weight: torch.dtype, path: Path) -> None:
+    """Compiles beside the target and renames, so that of several processes each finds a whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            target = Path(folder) / path.name
+            command = [compiler, *FLAGS, f"-DWEIGHT={WEIGHTS[weight]}", str(SOURCE), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
+            if done.returncode:
+                raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+            target.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelUnavailableError(f"the kernel could not be compiled: {error}") from error

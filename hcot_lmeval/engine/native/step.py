@@ -1,0 +1,194 @@
+"""The compiled step: hands tensors to the kernel by their addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hcot_lmeval.engine.native.build import load_kernel
+from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
+from hcot_lmeval.engine.slots import KVPool
+
+if TYPE_CHECKING:
+    from hcot_lmeval.engine.decoder import Chunk
+
+ANGLES = 4096
+"""Positions by which the table of rotary angles grows."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_int),
+        ("in", ctypes.c_int),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("embedding", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("head", _Matrix),
+        *((name, ctypes.c_int) for name in ("count", "hidden", "inner", "heads", "kv_heads", "dim")),
+        ("eps", ctypes.c_double),
+        ("scaling", ctypes.c_double),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("tokens", "outputs", "threads")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "first", "row", "wanted")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "logits", "scratch")),
+    )
+
+
+class NativeStep:
+    """Forwards packed chunks of a Llama-like model on the CPU, with one call of the kernel.
+
+    Each logit is summed in an order that depends neither on the other tokens of the step nor on the number of threads,
+    so results are the same bit for bit at every batch size.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be compiled here.
+        UnreadableModelError: the model is not of the kind the kernel knows.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._hf_model = model
+        self._kernel = load_kernel(next(model.parameters()).dtype)
+        self._kernel.scratch_bytes.restype = ctypes.c_size_t
+        self._read()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._angles = (torch.empty(0), torch.empty(0))
+
+    def refresh(self) -> None:
+        """Reads the model again if its parameters were replaced or changed."""
+        if self._weights.state != self._state:
+            self._read()
+
+    def _read(self) -> None:
+        self._weights = read_weights(self._hf_model)
+        self._state = self._weights.state
+        self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
+        self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
+        self._layers = (_Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
+        self._model = self._describe(self._weights)
+        self._pool: KVPool | None = None
+
+    @torch.inference_mode()
+    def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Appends the chunks to their slots.
+
+        Returns:
+            The logits after the last token of each chunk: [chunks, vocabulary], float32 (float64 for double models).
+        """
+        self._point_to(pool)
+        ids: list[int] = []
+        positions: list[int] = []
+        first: list[int] = []
+        rows: list[int] = []
+        wanted: list[int] = []
+        for chunk in chunks:
+            count, start = len(chunk.ids), chunk.slot * pool.length
+            ids += chunk.ids
+            positions += chunk.positions[chunk.start :]
+            first += [start] * count
+            rows += range(start + chunk.start, start + chunk.start + count)
+            wanted.append(len(ids) - 1)
+        seen = max(row - start for row, start in zip(rows, first, strict=True)) + 1
+        return self._run(ids, positions, first, rows, wanted, seen)
+
+    def _run(
+        self, ids: list[int], positions: list[int], first: list[int], rows: list[int], wanted: list[int], seen: int
+    ) -> torch.Tensor:
+        tokens, threads = len(ids), torch.get_num_threads()
+        logits = torch.empty(len(wanted), self._model.head.out, dtype=self.dtype)
+        arrays = [(ctypes.c_int64 * len(values))(*values) for values in (ids, positions, first, rows, wanted)]
+        cosine, sine = self._angles_up_to(max(positions))
+        step = _Step(
+            tokens,
+            len(wanted),
+            threads,
+            *map(ctypes.addressof, arrays),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            logits.data_ptr(),
+            self._scratch_for(tokens, seen, threads),
+        )
+        self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
+        return logits
+
+    def _scratch_for(self, tokens: int, seen: int, threads: int) -> int:
+        size = self._kernel.scratch_bytes(ctypes.byref(self._model), tokens, seen, threads)
+        if size > self._scratch.numel():
+            self._scratch = torch.empty(size + size // 4, dtype=torch.uint8)
+        return self._scratch.data_ptr()
+
+    def _angles_up_to(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cosines and sines of at least the positions [0, position]: two tensors [positions, dim]."""
+        if position >= len(self._angles[0]):
+            size = (position // ANGLES + 1) * ANGLES
+            like, positions = torch.empty(1, dtype=self.dtype), torch.arange(size)[None]
+            cosine, sine = self._weights.rotary(like, positions)
+            self._angles = cosine[0].contiguous(), sine[0].contiguous()
+        return self._angles
+
+    def _point_to(self, pool: KVPool) -> None:
+        if self._pool is pool:
+            return
+        for index, layer in enumerate(self._layers):
+            layer.keys, layer.values = pool.keys[index].data_ptr(), pool.values[index].data_ptr()
+        self._pool = pool
+
+    # --- the kernel's structures --------------------------------------------------------------------------------------
+
+    def _describe(self, weights: ModelWeights) -> _Model:
+        inner, hidden = weights.layers[0].gate.weight.shape
+        return _Model(
+            self._layers,
+            weights.embedding.data_ptr(),
+            self._vector(weights.norm),
+            self._matrix(weights.head),
+            len(weights.layers),
+            hidden,
+            inner,
+            weights.heads,
+            weights.kv_heads,
+            weights.dim,
+            weights.eps,
+            weights.scaling,
+        )
+
+    def _layer(self, layer: LayerWeights) -> _Layer:
+        matrices = (layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down)
+        vectors = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
+        return _Layer(*map(self._matrix, matrices), *map(self._vector, vectors), None, None)
+
+    def _matrix(self, linear: Linear) -> _Matrix:
+        out, size = linear.weight.shape
+        return _Matrix(linear.weight.data_ptr(), self._vector(linear.bias), out, size)
+
+    def _vector(self, vector: torch.Tensor | None) -> int | None:
+        """The address of a vector in the type of sums, or None."""
+        if vector is None:
+            return None
+        self._vectors.append(vector.detach().to(self.dtype).contiguous())
+        return self._vectors[-1].data_ptr()
