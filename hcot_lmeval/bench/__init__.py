@@ -1,0 +1,1 @@
+"""Times engines on equal work: random weights, scripted tokens, ratios within one run; see ``docs/speed.md``."""

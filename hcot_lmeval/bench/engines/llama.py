@@ -1,0 +1,155 @@
+"""llama.cpp through llama-cpp-python's low-level interface, rewound at the end of each block."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
+from hcot_lmeval.bench.engines.gguf_file import write_gguf
+from hcot_lmeval.bench.timing import StepClock, Timing
+from hcot_lmeval.trace import Policy, Step
+
+KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+"""Type of keys and values for each dtype (`enum ggml_type`): the same precision as ours, not the default of float16."""
+
+FLASH = 1
+"""`LLAMA_FLASH_ATTN_TYPE_ENABLED`: attention in the precision of the keys and values."""
+
+CELLS = 256
+"""llama.cpp rounds the context of a sequence up to a multiple of this."""
+
+
+class Llama:
+    """The model as a temporary file, one sequence for each row.
+
+    At a return the sequence is cut behind ``[open]`` (`llama_memory_seq_rm`), and the solution is decoded again with
+    the other rows' next tokens. Logits are computed for the last token of each row and their maximum is taken, as a
+    decoder must.
+    """
+
+    policy = "recompute"
+    forced = True
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._lib = import_module("llama_cpp")
+        self._silent = self._lib.llama_log_callback(_ignore)  # kept, or it would be collected while it is in use
+        self._lib.llama_log_set(self._silent, None)
+        self._lib.llama_backend_init()
+        self._model = self._load()
+        self._context = self._make_context()
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._vocabulary = setting.model.config.vocab_size
+        self._batch = self._lib.llama_batch_init(self._room, 0, 1)
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of one call: all prompts, or all solutions that are read again."""
+        work = self._setting.work
+        return max(512, work.batch * work.prompt, work.batch * work.peak_live(self.policy))
+
+    def run(self) -> Timing:
+        work, lib = self._setting.work, self._lib
+        clock = StepClock(work, prunes=True)
+        contexts = [work.context(row, Policy.RECOMPUTE) for row in range(work.batch)]
+        lib.llama_memory_clear(self._memory, False)
+        peak, choices = work.prompt, []
+        start = time.perf_counter()
+        steps = [_whole(context.live) for context in contexts]
+        for generated in range(work.tokens):
+            logits = self._decode(steps)
+            clock.tick_all(range(work.batch), generated)
+            choices.append(logits.argmax(1))  # a greedy decoder would take these
+            self._show(generated, logits)
+            steps = [c.push(trace[generated]) for c, trace in zip(contexts, work.traces, strict=True)]
+            peak = max(peak, *(step.rewind + len(step.forward) for step in steps))
+        seconds = time.perf_counter() - start
+        return Timing(seconds, work.traces, peak, clock.steps())
+
+    def _show(self, generated: int, logits: np.ndarray) -> None:
+        if self._setting.on_logits is not None:
+            for row, scores in enumerate(logits):
+                self._setting.on_logits(row, generated, scores)
+
+    def _decode(self, steps: Sequence[Step]) -> np.ndarray:
+        """Carries the steps of all rows out; returns the logits behind each: [rows, vocabulary], valid until next."""
+        batch, count = self._batch, 0
+        for row, step in enumerate(steps):
+            if not self._lib.llama_memory_seq_rm(self._memory, row, step.rewind, -1):
+                raise RuntimeError(f"llama.cpp could not cut sequence {row} behind token {step.rewind}")
+            for token, position in zip(step.forward, step.positions, strict=True):
+                batch.token[count], batch.pos[count] = token, position
+                batch.n_seq_id[count], batch.seq_id[count][0] = 1, row
+                batch.logits[count] = 0
+                count += 1
+            batch.logits[count - 1] = 1
+        batch.n_tokens = count
+        status = self._lib.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode of {count} tokens returned {status}")
+        values = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(values, shape=(len(steps), self._vocabulary))
+
+    def _load(self) -> Any:
+        lib, params = self._lib, self._lib.llama_model_default_params()
+        with tempfile.TemporaryDirectory() as folder:  # the file stays mapped after it is gone
+            path = Path(folder) / "model.gguf"
+            write_gguf(self._setting.model, path)
+            if self._setting.model.device.type == "cpu":
+                params.n_gpu_layers = 0
+            model = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise RuntimeError("llama.cpp did not load the model")
+        return model
+
+    def _make_context(self) -> Any:
+        setting, params = self._setting, self._lib.llama_context_default_params()
+        cells = -(-setting.work.peak_live(self.policy) // CELLS) * CELLS
+        params.n_ctx, params.n_seq_max = cells * setting.work.batch, setting.work.batch
+        params.n_batch = self._room
+        params.n_threads = params.n_threads_batch = setting.threads
+        params.type_k = params.type_v = KV_TYPES[str(setting.model.dtype).removeprefix("torch.")]
+        params.flash_attn_type = FLASH
+        params.no_perf = True
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise RuntimeError(f"llama.cpp made no context of {params.n_seq_max} sequences of {cells} tokens")
+        return context
+
+    def close(self) -> None:
+        self._lib.llama_batch_free(self._batch)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+
+def _whole(ids: Sequence[int]) -> Step:
+    """The step that reads a prompt."""
+    numbers = tuple(range(len(ids)))
+    return Step(None, None, 0, 0, tuple(ids), numbers, numbers)  # type: ignore[arg-type]
+
+
+def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    """A log that nobody reads."""
+
+
+def prepare(setting: Setting) -> Llama:
+    """Makes it.
+
+    Raises:
+        UnavailableError: llama-cpp-python or gguf is not installed, or the model is on a GPU that it was not built for.
+    """
+    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
+        if find_spec(module) is None:
+            raise UnavailableError(f"not installed; pip install {package}")
+    if setting.model.device.type != "cpu" and not import_module("llama_cpp").llama_supports_gpu_offload():
+        raise UnavailableError("installed without support for the GPU; build it with CMAKE_ARGS=-DGGML_CUDA=ON")
+    return Llama(setting)

@@ -1,0 +1,190 @@
+"""Times engines by turns on one piece of work, and makes figures of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hcot_lmeval.bench.engines import prepare
+from hcot_lmeval.bench.engines.contract import Contender, Setting, UnavailableError
+from hcot_lmeval.bench.floor import Floor, FloorTime
+from hcot_lmeval.bench.memory import PeakMemory
+from hcot_lmeval.bench.shapes import token_bytes
+from hcot_lmeval.bench.timing import Timing
+from hcot_lmeval.bench.work import Work
+from hcot_lmeval.trace import Policy
+
+BASE = "generate"
+"""The engine that whole runs are compared with."""
+
+Report = Callable[[str], None]
+"""Called with what is being done, once for each run."""
+
+
+@dataclass
+class Measurement:
+    """All runs of one engine on one piece of work.
+
+    Attributes:
+        name: of the engine.
+        timings: one for each repeat, the warm-up apart.
+        memory: MiB that the engine took beyond the shared model, at most, its own copy of the weights included; None
+            where that is not known.
+        reason: why it did not run; empty if it did.
+        forced: whether it generated the tokens of the script.
+    """
+
+    name: str
+    timings: list[Timing] = field(default_factory=list)
+    memory: float | None = None
+    reason: str = ""
+    forced: bool = True
+
+
+class WrongTokensError(AssertionError):
+    """An engine did not generate what the script says, or held another number of tokens than the rule says."""
+
+
+def measure(
+    setting: Setting, engines: Sequence[str], repeats: int, report: Report
+) -> tuple[list[Measurement], list[FloorTime]]:
+    """Runs every engine once to warm up, then `repeats` times, taking turns; the floor is timed in each round too.
+
+    Returns:
+        A measurement for each engine, in the order given, and the floor of each repeat.
+
+    Raises:
+        ValueError: there is no engine of a name.
+        WrongTokensError: an engine did other work than it was given.
+    """
+    found, ready = {name: Measurement(name) for name in engines}, {}
+    floor = make_floor(setting)
+    floors: list[FloorTime] = []
+    try:
+        for name in engines:
+            report(f"{name}: warm-up")
+            contender = _warm_up(setting, found[name])
+            if contender is not None:
+                ready[name] = contender
+        for number in range(repeats):
+            report(f"floor: {number + 1} of {repeats}")
+            floors.append(floor.run())
+            for name in engines:
+                report(f"{name}: {number + 1} of {repeats}")
+                if name in ready:
+                    found[name].timings.append(checked_run(name, ready[name], setting.work))
+    finally:
+        for contender in ready.values():
+            contender.close()
+    return list(found.values()), floors
+
+
+def make_floor(setting: Setting) -> Floor:
+    """Returns the floor of the work under the rule: the pruned context is what has to be read."""
+    live = setting.work.mean_live(Policy.RECOMPUTE)
+    return Floor(setting.model, setting.work.batch, round(live * token_bytes(setting.model)))
+
+
+def _warm_up(setting: Setting, found: Measurement) -> Contender | None:
+    """Gets an engine ready and runs it once, watching its memory; None if it cannot run."""
+    memory = PeakMemory(setting.model.device)
+    try:
+        contender = prepare(found.name, setting)
+    except UnavailableError as error:
+        found.reason = str(error)
+        return None
+    found.forced = contender.forced
+    memory.forget()  # files that were written and weights that were converted on the way
+    checked_run(found.name, contender, setting.work)
+    found.memory = memory.mib()
+    return contender
+
+
+def checked_run(name: str, contender: Contender, work: Work) -> Timing:
+    """Runs an engine once.
+
+    Raises:
+        WrongTokensError: it did other work than it was given.
+    """
+    timing = contender.run()
+    if contender.forced and timing.tokens != work.traces:
+        raise WrongTokensError(f"{name} did not generate the tokens of the script")
+    if [len(tokens) for tokens in timing.tokens] != [work.tokens] * work.batch:
+        raise WrongTokensError(f"{name} did not generate {work.tokens} tokens in each of {work.batch} rows")
+    expected = work.peak_live(contender.policy)
+    if timing.peak_live != expected:
+        raise WrongTokensError(
+            f"{name} held {timing.peak_live} tokens of a row at most; under policy {contender.policy} it is {expected}"
+        )
+    return timing
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is said about one engine; None where it cannot be said.
+
+    Attributes:
+        engine: its name.
+        tokens_per_second: of all rows together, prefill included; the median run.
+        step_ms: the median ordinary step; the median of the runs.
+        of_floor: the floor's step over that, 1 at the floor; the median of the ratios within each repeat.
+        times_base: whole runs, how many times as fast as `generate`; the median of the ratios within each repeat.
+        prune_ms: what a prune event adds; the median of the runs.
+        peak_live: the largest number of live tokens of a row.
+        memory_mib: see `Measurement`.
+        reason: why it did not run.
+        forced: whether its tokens were those of the script.
+    """
+
+    engine: str
+    tokens_per_second: float | None = None
+    step_ms: float | None = None
+    of_floor: float | None = None
+    times_base: float | None = None
+    prune_ms: float | None = None
+    peak_live: int | None = None
+    memory_mib: float | None = None
+    reason: str = ""
+    forced: bool = True
+
+
+def figures(measurements: Sequence[Measurement], floors: Sequence[FloorTime], work: Work) -> list[Figures]:
+    """Makes the figures of all engines of one piece of work."""
+    base = next((m.timings for m in measurements if m.name == BASE), [])
+    return [_figures(measurement, floors, base, work) for measurement in measurements]
+
+
+def _figures(found: Measurement, floors: Sequence[FloorTime], base: Sequence[Timing], work: Work) -> Figures:
+    if found.reason:
+        return Figures(found.name, reason=found.reason)
+    seconds, steps = [t.seconds for t in found.timings], [t.step for t in found.timings]
+    return Figures(
+        found.name,
+        tokens_per_second=work.batch * work.tokens / statistics.median(seconds),
+        step_ms=_ms(median(steps)),
+        of_floor=median_ratio([floor.seconds for floor in floors], steps),
+        times_base=median_ratio([t.seconds for t in base], seconds) if base else None,
+        prune_ms=_ms(median([t.prune for t in found.timings])),
+        peak_live=found.timings[0].peak_live,
+        memory_mib=found.memory,
+        forced=found.forced,
+    )
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median; None if one of the values is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known and len(known) == len(values) else None
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float | None]) -> float | None:
+    """The median of the ratios within each repeat: what changes from repeat to repeat hits both sides."""
+    return median([None if b is None else a / b for a, b in zip(above, below, strict=True)])
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds

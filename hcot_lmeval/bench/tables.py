@@ -1,0 +1,70 @@
+"""Figures as text for the terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from hcot_lmeval.bench.floor import FloorTime
+from hcot_lmeval.bench.measure import Figures
+from hcot_lmeval.bench.work import Work
+
+NOTHING = "–"
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "tokens/s": ("tokens_per_second", ".1f"),
+    "ms/step": ("step_ms", ".2f"),
+    "of floor": ("of_floor", ".2f"),
+    "x generate": ("times_base", ".2f"),
+    "ms/prune": ("prune_ms", ".2f"),
+    "peak live": ("peak_live", "d"),
+    "MiB": ("memory_mib", ".0f"),
+}
+"""Heading -> a field of `Figures`, and how it is written."""
+
+
+def engine_table(figures: Sequence[Figures], floors: Sequence[FloorTime], work: Work) -> str:
+    """Returns the table of one piece of work, with the floor and the engines that did not run."""
+    rows = [["engine", *COLUMNS], _floor_row(floors, work)]
+    rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
+    notes = [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
+    notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
+    return "\n".join([_heading(work), *aligned(rows), _floor_note(floors), *notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the rows as lines; the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+
+
+def number(value: Any, form: str) -> str:
+    """Returns the value as `form` says; a dash for None."""
+    return NOTHING if value is None else format(value, form)
+
+
+def _cell(figures: Figures, name: str, form: str) -> str:
+    return number(getattr(figures, name), form)
+
+
+def _heading(work: Work) -> str:
+    return f"batch {work.batch}: {work.tokens} tokens a row after a prompt of {work.prompt}"
+
+
+def _floor_row(floors: Sequence[FloorTime], work: Work) -> list[str]:
+    seconds = statistics.median(floor.seconds for floor in floors)
+    cells = {"tokens/s": f"{work.batch / seconds:.1f}", "ms/step": f"{1000 * seconds:.2f}", "of floor": "1.00"}
+    return ["floor", *(cells.get(heading, NOTHING) for heading in COLUMNS)]
+
+
+def _floor_note(floors: Sequence[FloorTime]) -> str:
+    """Which kind of product was the fastest, and what its share is."""
+    kinds = sorted({kind for floor in floors for kind in floor.weights})
+    times = {kind: 1000 * statistics.median(floor.weights[kind] for floor in floors) for kind in kinds}
+    told = ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in sorted(times.items(), key=lambda item: item[1]))
+    kv = 1000 * statistics.median(floor.kv for floor in floors)
+    return f"floor: weights by {told} (the fastest counts), live keys and values {kv:.2f} ms"

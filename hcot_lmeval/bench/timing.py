@@ -1,0 +1,109 @@
+"""What one run of an engine took: the whole, and each of its steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hcot_lmeval.bench.work import Work
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step: from one set of logits to the next.
+
+    Attributes:
+        seconds: wall time.
+        ordinary: every row decoded one token, and none read anything else.
+        prunes: rows that had to restore their context in it, since their last token had ended a block.
+    """
+
+    seconds: float
+    ordinary: bool
+    prunes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run.
+
+    Attributes:
+        seconds: wall time, prefill included.
+        tokens: what each row generated.
+        peak_live: the largest number of tokens whose keys and values one row held or was about to hold.
+        steps: in order; the first one, which reads the prompts, is left out. Empty where an engine does not tell.
+    """
+
+    seconds: float
+    tokens: tuple[tuple[int, ...], ...]
+    peak_live: int
+    steps: tuple[StepTime, ...] = ()
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of the median ordinary step."""
+        ordinary = [step.seconds for step in self.steps if step.ordinary]
+        return statistics.median(ordinary) if ordinary else None
+
+    @property
+    def prune(self) -> float | None:
+        """Seconds that one prune event adds: what the steps with events took beyond ordinary ones, per event."""
+        pruning = [step for step in self.steps if step.prunes]
+        if self.step is None or not pruning:
+            return None
+        extra = sum(step.seconds - self.step for step in pruning)
+        return extra / sum(step.prunes for step in pruning)
+
+
+class StepClock:
+    """Notes when a row has the logits of its next token; the work tells which of these steps followed a prune.
+
+    Args:
+        work: what is generated.
+        prunes: whether the engine does anything at the end of a block.
+    """
+
+    def __init__(self, work: Work, *, prunes: bool) -> None:
+        self._batch = work.batch
+        self._prunes = work.prunes if prunes else (frozenset[int](),) * work.batch
+        self._ticks: list[tuple[float, int, int]] = []
+
+    def tick(self, row: int, generated: int) -> None:
+        """Logits are there for the row that has generated so many tokens."""
+        self._ticks.append((time.perf_counter(), row, generated))
+
+    def tick_all(self, rows: Iterable[int], generated: int) -> None:
+        """The same for rows in step with one another."""
+        now = time.perf_counter()
+        self._ticks += [(now, row, generated) for row in rows]
+
+    def add(self, seconds: float, row: int, generated: int) -> None:
+        """A tick in the past, at a time of `time.perf_counter`."""
+        self._ticks.append((seconds, row, generated))
+
+    def steps(self) -> tuple[StepTime, ...]:
+        """Returns the steps so far; see `Timing.steps`."""
+        groups = list(self._groups())
+        return tuple(self._step(after[0] - before[0], after[1]) for before, after in pairwise(groups))
+
+    def _groups(self) -> Iterator[tuple[float, dict[int, int]]]:
+        """Yields the time of each step and, for the rows that took part, the tokens they had generated."""
+        group: dict[int, int] = {}
+        start = 0.0
+        for seconds, row, generated in self._ticks:
+            if row in group:
+                yield start, group
+                group = {}
+            if not group:
+                start = seconds
+            group[row] = generated
+        if group:
+            yield start, group
+
+    def _step(self, seconds: float, rows: dict[int, int]) -> StepTime:
+        prunes = sum(generated - 1 in self._prunes[row] for row, generated in rows.items())
+        whole = len(rows) == self._batch and 0 not in rows.values()
+        return StepTime(seconds, whole and not prunes, prunes if whole else 0)
