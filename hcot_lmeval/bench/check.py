@@ -10,15 +10,16 @@ import torch
 
 from hcot_lmeval.bench.engines import ENGINES, prepare
 from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.measure import Report, checked_run
+from hcot_lmeval.bench.measure import Measurement, Report, checked_run
 from hcot_lmeval.bench.work import Script, Work, make_work
 from hcot_lmeval.trace import Policy
 
 SCRIPT = Script(tokens=48, prompt=9, thought=10, solution=3, text=2)
 ROWS = 2
 
-ALLOWED = {"float32": 5e-3, "bfloat16": 0.25, "float16": 0.05}
-"""Largest difference of a logit, in standard deviations of the logits, for each dtype."""
+ALLOWED = {"float32": 1e-2, "bfloat16": 0.25, "float16": 0.05}
+"""Largest difference of a logit, in standard deviations of the logits, for each dtype: what rounding may do, and a
+wrong position or a token too many in the context may not. Flash attention of llama.cpp needs half of it in float32."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _difference(name: str, setting: Setting, expected: dict[str, list[list[torch
         contender = prepare(name, replace(setting, on_logits=keep))
     except UnavailableError as error:
         return Difference(name, reason=str(error))
-    checked_run(name, contender, setting.work)
+    checked_run(Measurement(name), contender, setting)
     contender.close()
     if not seen:
         return Difference(name, reason="it does not show its logits; its tokens were checked")

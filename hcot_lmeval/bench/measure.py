@@ -15,9 +15,6 @@ from hcot_lmeval.bench.timing import Timing
 from hcot_lmeval.bench.work import Work
 from hcot_lmeval.trace import Policy
 
-BASE = "generate"
-"""The engine that whole runs are compared with."""
-
 Report = Callable[[str], None]
 """Called with what is being done, once for each run."""
 
@@ -47,9 +44,16 @@ class WrongTokensError(AssertionError):
 
 
 def measure(
-    setting: Setting, engines: Sequence[str], repeats: int, report: Report
+    setting: Setting, engines: Sequence[str], repeats: int, report: Report, *, warm_up: bool = True
 ) -> tuple[list[Measurement], list[FloorTime]]:
     """Runs every engine once to warm up, then `repeats` times, taking turns; the floor is timed in each round too.
+
+    Args:
+        setting: the model and the work.
+        engines: names.
+        repeats: timed runs of each engine.
+        report: called with what is being done.
+        warm_up: whether there is a run beforehand that does not count.
 
     Returns:
         A measurement for each engine, in the order given, and the floor of each repeat.
@@ -58,22 +62,25 @@ def measure(
         ValueError: there is no engine of a name.
         WrongTokensError: an engine did other work than it was given.
     """
-    found, ready = {name: Measurement(name) for name in engines}, {}
-    floor = make_floor(setting)
-    floors: list[FloorTime] = []
+    found = {name: Measurement(name) for name in engines}
+    ready: dict[str, Contender] = {}
+    floor, floors = make_floor(setting), []
     try:
         for name in engines:
-            report(f"{name}: warm-up")
-            contender = _warm_up(setting, found[name])
+            report(f"{name}: getting ready")
+            contender = _get_ready(found[name], setting)
             if contender is not None:
                 ready[name] = contender
+                if warm_up:
+                    _metered_run(found[name], contender, setting)
         for number in range(repeats):
             report(f"floor: {number + 1} of {repeats}")
             floors.append(floor.run())
             for name in engines:
                 report(f"{name}: {number + 1} of {repeats}")
                 if name in ready:
-                    found[name].timings.append(checked_run(name, ready[name], setting.work))
+                    run = checked_run if warm_up or number else _metered_run
+                    found[name].timings.append(run(found[name], ready[name], setting))
     finally:
         for contender in ready.values():
             contender.close()
@@ -86,28 +93,35 @@ def make_floor(setting: Setting) -> Floor:
     return Floor(setting.model, setting.work.batch, round(live * token_bytes(setting.model)))
 
 
-def _warm_up(setting: Setting, found: Measurement) -> Contender | None:
-    """Gets an engine ready and runs it once, watching its memory; None if it cannot run."""
+def _get_ready(found: Measurement, setting: Setting) -> Contender | None:
+    """Makes an engine; None if it cannot run. What it holds from now on is its memory."""
     memory = PeakMemory(setting.model.device)
     try:
         contender = prepare(found.name, setting)
     except UnavailableError as error:
         found.reason = str(error)
         return None
-    found.forced = contender.forced
     memory.forget()  # files that were written and weights that were converted on the way
-    checked_run(found.name, contender, setting.work)
-    found.memory = memory.mib()
+    found.forced, found.memory = contender.forced, memory.mib()
     return contender
 
 
-def checked_run(name: str, contender: Contender, work: Work) -> Timing:
+def _metered_run(found: Measurement, contender: Contender, setting: Setting) -> Timing:
+    """Runs an engine once; what it needs on the way belongs to its memory."""
+    memory = PeakMemory(setting.model.device)
+    timing = checked_run(found, contender, setting)
+    grown = memory.mib()
+    found.memory = None if grown is None or found.memory is None else found.memory + grown
+    return timing
+
+
+def checked_run(found: Measurement, contender: Contender, setting: Setting) -> Timing:
     """Runs an engine once.
 
     Raises:
         WrongTokensError: it did other work than it was given.
     """
-    timing = contender.run()
+    name, work, timing = found.name, setting.work, contender.run()
     if contender.forced and timing.tokens != work.traces:
         raise WrongTokensError(f"{name} did not generate the tokens of the script")
     if [len(tokens) for tokens in timing.tokens] != [work.tokens] * work.batch:
@@ -132,7 +146,7 @@ class Figures:
         tokens_per_second: of all rows together, prefill included; the median run.
         step_ms: the median ordinary step; the median of the runs.
         of_floor: the floor's step over that, 1 at the floor; the median of the ratios within each repeat.
-        times_base: whole runs, how many times as fast as `generate`; the median of the ratios within each repeat.
+        times_base: whole runs, how many times as fast as the base; the median of the ratios within each repeat.
         prune_ms: what a prune event adds; the median of the runs.
         peak_live: the largest number of live tokens of a row.
         memory_mib: see `Measurement`.
@@ -152,10 +166,12 @@ class Figures:
     forced: bool = True
 
 
-def figures(measurements: Sequence[Measurement], floors: Sequence[FloorTime], work: Work) -> list[Figures]:
-    """Makes the figures of all engines of one piece of work."""
-    base = next((m.timings for m in measurements if m.name == BASE), [])
-    return [_figures(measurement, floors, base, work) for measurement in measurements]
+def figures(
+    measurements: Sequence[Measurement], floors: Sequence[FloorTime], work: Work, *, base: str = "generate"
+) -> list[Figures]:
+    """Makes the figures of all engines of one piece of work; `base` is the engine that whole runs are compared with."""
+    timings = next((m.timings for m in measurements if m.name == base), [])
+    return [_figures(measurement, floors, timings, work) for measurement in measurements]
 
 
 def _figures(found: Measurement, floors: Sequence[FloorTime], base: Sequence[Timing], work: Work) -> Figures:

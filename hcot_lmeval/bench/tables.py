@@ -8,6 +8,7 @@ from typing import Any
 
 from hcot_lmeval.bench.floor import FloorTime
 from hcot_lmeval.bench.measure import Figures
+from hcot_lmeval.bench.prune_events import EventTime
 from hcot_lmeval.bench.work import Work
 
 NOTHING = "–"
@@ -16,7 +17,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "tokens/s": ("tokens_per_second", ".1f"),
     "ms/step": ("step_ms", ".2f"),
     "of floor": ("of_floor", ".2f"),
-    "x generate": ("times_base", ".2f"),
+    "x base": ("times_base", ".2f"),
     "ms/prune": ("prune_ms", ".2f"),
     "peak live": ("peak_live", "d"),
     "MiB": ("memory_mib", ".0f"),
@@ -24,9 +25,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
 """Heading -> a field of `Figures`, and how it is written."""
 
 
-def engine_table(figures: Sequence[Figures], floors: Sequence[FloorTime], work: Work) -> str:
+def engine_table(figures: Sequence[Figures], floors: Sequence[FloorTime], work: Work, *, base: str = "generate") -> str:
     """Returns the table of one piece of work, with the floor and the engines that did not run."""
-    rows = [["engine", *COLUMNS], _floor_row(floors, work)]
+    rows = [["engine", *(heading.replace("base", base) for heading in COLUMNS)], _floor_row(floors, work)]
     rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
     notes = [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
     notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
@@ -68,3 +69,15 @@ def _floor_note(floors: Sequence[FloorTime]) -> str:
     told = ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in sorted(times.items(), key=lambda item: item[1]))
     kv = 1000 * statistics.median(floor.kv for floor in floors)
     return f"floor: weights by {told} (the fastest counts), live keys and values {kv:.2f} ms"
+
+
+def event_table(events: Sequence[EventTime]) -> str:
+    """Returns the curve of prune events: a line for each place, and the range of the ratios."""
+    rows = [["solution", "context", "thought", "ms/event", "ms/prefill", "ratio"]]
+    for event in events:
+        place = (event.place.solution, event.place.context, event.place.thought)
+        times = [1000 * statistics.median(seconds) for seconds in (event.events, event.prefills)]
+        rows.append([*map(str, place), *(f"{ms:.2f}" for ms in times), f"{event.ratio:.2f}"])
+    ratios = [event.ratio for event in events]
+    median = statistics.median(ratios)
+    return "\n".join([*aligned(rows), f"ratio: median {median:.2f}, {min(ratios):.2f} to {max(ratios):.2f}"])

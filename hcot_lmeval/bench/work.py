@@ -51,6 +51,11 @@ class Script:
         return self.thought + self.solution + self.text + 3
 
 
+LONG_SCRIPT = Script(tokens=16384, prompt=128, thought=480, solution=4, text=2)
+LONG_LIVE = 1024
+"""A long trace, and most live tokens that it has at any time when it is pruned."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Prompts and traces, one of each for every row; all prompts have one length, and all traces another.

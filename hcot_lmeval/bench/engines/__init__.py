@@ -15,7 +15,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "evict": ("ours", {"policy": "evict"}),
     "resubmit": ("resubmit", {}),
     "continuous": ("continuous", {}),
-    "llama.cpp": ("llama", {}),
+    "llama.cpp": ("llama", {"flash": False}),
+    "llama.cpp+flash": ("llama", {"flash": True}),
     "vllm": ("vllm", {}),
 }
 """Name -> the module below this one whose `prepare` makes it, and what it is told."""

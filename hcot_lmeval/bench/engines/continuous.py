@@ -14,6 +14,12 @@ from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
 from hcot_lmeval.bench.timing import StepClock, Timing
 from hcot_lmeval.bench.work import PAD
 
+BLOCK = 256
+"""Tokens of a block of its cache, by default."""
+
+STEP_TOKENS = 4096
+"""Most tokens of a step. By default it would take nine tenths of the memory for its cache, and fill it with zeros."""
+
 
 class Continuous:
     """One manager for each run, since it changes the model's attention while it lives.
@@ -36,7 +42,9 @@ class Continuous:
         self._generation = GenerationConfig(
             max_new_tokens=work.tokens, do_sample=False, eos_token_id=-1, pad_token_id=PAD
         )
-        self._config = ContinuousBatchingConfig(allow_block_sharing=False)
+        blocks = work.batch * -(-(work.prompt + work.tokens) // BLOCK)
+        room = max(STEP_TOKENS, work.batch)
+        self._config = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=room, allow_block_sharing=False)
 
     def run(self) -> Timing:
         work, model = self._setting.work, self._setting.model

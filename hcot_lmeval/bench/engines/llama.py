@@ -21,8 +21,8 @@ from hcot_lmeval.trace import Policy, Step
 KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 """Type of keys and values for each dtype (`enum ggml_type`): the same precision as ours, not the default of float16."""
 
-FLASH = 1
-"""`LLAMA_FLASH_ATTN_TYPE_ENABLED`: attention in the precision of the keys and values."""
+FLASH = {False: 0, True: 1}
+"""`enum llama_flash_attn_type`. In float32 logits are 1e-5 standard deviations off without it, with it some 1e-3."""
 
 CELLS = 256
 """llama.cpp rounds the context of a sequence up to a multiple of this."""
@@ -39,8 +39,8 @@ class Llama:
     policy = "recompute"
     forced = True
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+    def __init__(self, setting: Setting, *, flash: bool) -> None:
+        self._setting, self._flash = setting, flash
         self._lib = import_module("llama_cpp")
         self._silent = self._lib.llama_log_callback(_ignore)  # kept, or it would be collected while it is in use
         self._lib.llama_log_set(self._silent, None)
@@ -118,7 +118,7 @@ class Llama:
         params.n_batch = self._room
         params.n_threads = params.n_threads_batch = setting.threads
         params.type_k = params.type_v = KV_TYPES[str(setting.model.dtype).removeprefix("torch.")]
-        params.flash_attn_type = FLASH
+        params.flash_attn_type = FLASH[self._flash]
         params.no_perf = True
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
@@ -141,8 +141,8 @@ def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """A log that nobody reads."""
 
 
-def prepare(setting: Setting) -> Llama:
-    """Makes it.
+def prepare(setting: Setting, *, flash: bool) -> Llama:
+    """Makes it, with flash attention or without.
 
     Raises:
         UnavailableError: llama-cpp-python or gguf is not installed, or the model is on a GPU that it was not built for.
@@ -152,4 +152,4 @@ def prepare(setting: Setting) -> Llama:
             raise UnavailableError(f"not installed; pip install {package}")
     if setting.model.device.type != "cpu" and not import_module("llama_cpp").llama_supports_gpu_offload():
         raise UnavailableError("installed without support for the GPU; build it with CMAKE_ARGS=-DGGML_CUDA=ON")
-    return Llama(setting)
+    return Llama(setting, flash=flash)

@@ -1,0 +1,122 @@
+"""What a prune event costs: its step in the engine, against a bare prefill of the tokens that it reads again."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from hcot_lmeval.bench.measure import Report
+from hcot_lmeval.bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
+from hcot_lmeval.engine import Engine, Request, SamplingParams
+from hcot_lmeval.engine.decoder import Chunk
+from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.trace import Policy
+
+AFTER = 2
+"""Tokens that are generated after the return."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block ends.
+
+    Attributes:
+        solution: tokens of the solution; with the return one more is read again.
+        context: live tokens before the block.
+        thought: tokens that are thrown away.
+    """
+
+    solution: int
+    context: int
+    thought: int
+
+
+@dataclass(frozen=True)
+class EventTime:
+    """A prune event beside a prefill, timed by turns.
+
+    Attributes:
+        place: where.
+        events: seconds from the logits that chose the return to those behind it: the rule, the rewind, the step.
+        prefills: seconds of one forward of as many tokens behind a context of the same length, and nothing else.
+    """
+
+    place: Place
+    events: tuple[float, ...]
+    prefills: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times the prefill the event costs: the median of the repeats."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [event / prefill for event, prefill in zip(self.events, self.prefills, strict=True)]
+
+
+def places(solutions: Sequence[int], contexts: Sequence[int], thoughts: Sequence[int]) -> list[Place]:
+    """Returns every combination."""
+    return [Place(*numbers) for numbers in product(solutions, contexts, thoughts)]
+
+
+def time_events(
+    model: Any, where: Sequence[Place], repeats: int, report: Report, options: Mapping[str, Any] | None = None
+) -> list[EventTime]:
+    """Times a prune event of one row at each place, after one run to warm up.
+
+    Context, thought and solution are read as a prompt whose markers act, so that no time goes into decoding them.
+
+    Args:
+        model: a causal language model of transformers.
+        where: the places.
+        repeats: times at each place.
+        report: called with what is being done.
+        options: more fields of `EngineOptions`.
+    """
+    fixed: dict[str, Any] = {"markers": MARKERS, "eos_ids": (), "self_check": False, "prompt_acts": True}
+    engine = Engine(model, policy=Policy.RECOMPUTE, **{**fixed, **(options or {})})
+    found = []
+    for place in where:
+        report(f"solution {place.solution}, context {place.context}, thought {place.thought}")
+        pairs = [(_event(engine, place), _prefill(engine, place)) for _ in range(repeats + 1)][1:]
+        found.append(EventTime(place, *zip(*pairs, strict=True)))
+    return found
+
+
+def _event(engine: Engine, place: Place) -> float:
+    words = _words(engine, place.context + place.thought + place.solution + AFTER)
+    thought, solution, after = place.context, place.context + place.thought, len(words) - AFTER
+    prompt = (*words[:thought], OPEN, *words[thought:solution], SPLIT, *words[solution:after])
+    forced = (CLOSE, *words[after:])
+    times: list[float] = []
+    request = Request("event", prompt, SamplingParams(max_gen_toks=len(forced)), forced_ids=forced)
+    (done,) = engine.stream([request], None, lambda *_: times.append(time.perf_counter()))
+    live = place.context + place.solution + 2 + AFTER
+    if done.token_ids != forced or len(done.live_ids) != live:
+        raise AssertionError(f"{len(done.live_ids)} tokens are live at the end, not {live}: the thought was not pruned")
+    return times[1] - times[0]
+
+
+def _prefill(engine: Engine, place: Place) -> float:
+    """Forwards as many tokens as the event does, behind as many live ones; random keys and values do for the time."""
+    start, count = place.context + 1, place.solution + 1
+    decoder = engine.decoder
+    pool = KVPool(decoder.layers, slots=1, length=start + count)
+    for tensor in (*pool.keys.values(), *pool.values.values()):
+        tensor.normal_()
+    chunk = Chunk(0, start, _words(engine, count), range(start + count))
+    with decoder.attached():
+        before = time.perf_counter()
+        decoder.forward(pool, [chunk]).argmax(-1).tolist()  # reading the result waits for the device
+        return time.perf_counter() - before
+
+
+def _words(engine: Engine, count: int) -> list[int]:
+    rng = random.Random(count)
+    return [rng.randrange(FIRST_WORD, engine.decoder.config.vocab_size) for _ in range(count)]
