@@ -165,7 +165,8 @@ class Engine:
             _drop(scheduler.pool, row, row.forwarded(len(chunk.ids)))
         ready = [(i, row) for i, (row, _) in enumerate(planned) if row.needs_token]
         if ready:
-            chosen = logits[[i for i, _ in ready]]
+            everyone = len(ready) == len(planned)  # as nearly always; a copy of the logits would take its time
+            chosen = logits if everyone else logits[[i for i, _ in ready]]
             self._sample([row for _, row in ready], chosen, on_logits)
         self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
 

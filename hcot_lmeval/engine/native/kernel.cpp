@@ -6,10 +6,13 @@
 // registers; the rows needed next are prefetched; attention reads exactly what is live. Vectors are those of GCC and
 // Clang, so that nothing but the bfloat16 instruction is bound to one family of processors.
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <thread>
 
 #include <omp.h>
 #if defined(__AVX512BF16__)
@@ -225,25 +228,63 @@ static inline void strips(const Matrix& m, int n, const operand* x, int tokens, 
     }
 }
 
-struct Team {
-    int rank, size;
-    // this thread's part of `count` things, in blocks of `block`
-    void share(int count, int block, int& from, int& to) const {
-        int blocks = (count + block - 1) / block;
-        from = (int)((long)blocks * rank / size) * block;
-        to = (int)((long)blocks * (rank + 1) / size) * block;
-        if (to > count) to = count;
-    }
+// ------------------------------------------------------------------------------------------------------------ threads
+
+// A part of some work: blocks that were taken, and those of them that are done.
+struct alignas(64) Part {
+    std::atomic<int> taken, done;
 };
 
-// y[t][n] (+)= m.rows[n] . x[t] + m.bias[n] for this thread's share of n; y has rows of `width`.
-template <bool ADD> static void multiply(const Team& team, const Matrix& m, const operand* x, int tokens, real* y, int width) {
-    int n, stop;
-    team.share(m.out, 8, n, stop);
-    if (tokens <= 3)
-        for (; n + 8 <= stop; n += 8) strips<ADD, 8>(m, n, x, tokens, y, width);
-    for (; n + 4 <= stop; n += 4) strips<ADD, 4>(m, n, x, tokens, y, width);
-    for (; n < stop; n++) strips<ADD, 1>(m, n, x, tokens, y, width);
+// One thread's view of a step. Work is split into a part for every thread, and parts into blocks; who is through with
+// its own part goes on with those of the others. So a thread that the system has put aside delays the others by the
+// block it holds and no more; at a barrier, all of them would wait for it.
+class Team {
+  public:
+    Team(Part* parts, int rank, int size) : rank(rank), size(size), parts(parts) {}
+
+    // Calls work(from, to) on blocks of [0, count), until all are taken. All threads call with the same numbers.
+    template <class Work> void share(int count, int block, Work work) {
+        int blocks = (count + block - 1) / block;
+        totals[next % MOST] = blocks;
+        Part* mine = parts + (size_t)next++ * size;
+        for (int other = 0; other < size; other++) {
+            int owner = (rank + other) % size, first = start(blocks, owner), last = start(blocks, owner + 1);
+            for (int i; (i = first + mine[owner].taken.fetch_add(1, std::memory_order_relaxed)) < last;) {
+                work(i * block, (i + 1) * block < count ? (i + 1) * block : count);
+                mine[owner].done.fetch_add(1, std::memory_order_release);
+            }
+        }
+    }
+
+    // Waits until all that was shared so far is done.
+    void together() {
+        for (; waited < next; waited++)
+            for (int owner = 0; owner < size; owner++) {
+                int blocks = totals[waited % MOST], all = start(blocks, owner + 1) - start(blocks, owner);
+                std::atomic<int>& done = parts[(size_t)waited * size + owner].done;
+                for (int looks = 0; done.load(std::memory_order_acquire) < all;)
+                    if (++looks > PATIENCE) std::this_thread::yield();
+            }
+    }
+
+    const int rank, size;
+
+  private:
+    static constexpr int MOST = 4, PATIENCE = 1000;  // shares between two waits; looks before the processor is offered
+    int start(int blocks, int owner) const { return (int)((long)blocks * owner / size); }
+    Part* parts;
+    int next = 0, waited = 0, totals[MOST];
+};
+
+// y[t][n] (+)= m.rows[n] . x[t] + m.bias[n]; y has rows of `width`.
+template <bool ADD> static void multiply(Team& team, const Matrix& m, const operand* x, int tokens, real* y, int width) {
+    int block = (m.out / (4 * team.size) + 7) / 8 * 8;
+    team.share(m.out, block < 16 ? 16 : block, [&](int n, int stop) {
+        if (tokens <= 3)
+            for (; n + 8 <= stop; n += 8) strips<ADD, 8>(m, n, x, tokens, y, width);
+        for (; n + 4 <= stop; n += 4) strips<ADD, 4>(m, n, x, tokens, y, width);
+        for (; n < stop; n++) strips<ADD, 1>(m, n, x, tokens, y, width);
+    });
 }
 
 // -------------------------------------------------------------------------------------------------------- parts of a layer
@@ -377,7 +418,10 @@ void decode(const Model* model, const Step* step);
 
 namespace {
 
+size_t shares(const Model& m) { return (size_t)m.count * 12 + 3; }  // of the layers and around them
+
 struct Scratch {
+    Part* parts;  // [shares, threads]
     real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores;
     operand* input;
 };
@@ -393,6 +437,7 @@ char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, 
     auto reals = [&](size_t count) { return (real*)take(at, count * sizeof(real)); };
     size_t group = m.heads / m.kv_heads, widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
     if ((size_t)m.hidden > widest) widest = m.hidden;
+    s.parts = (Part*)take(at, shares(m) * threads * sizeof(Part));
     s.hidden = reals(tokens * m.hidden);
     s.query = reals(tokens * m.heads * m.dim);
     s.key = reals(tokens * m.kv_heads * m.dim);
@@ -405,10 +450,10 @@ char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, 
     return at;
 }
 
-void norm_rows(const Team& team, const Model& m, const real* x, const real* scale, int tokens, operand* out) {
-    int t, stop;
-    for (team.share(tokens, 1, t, stop); t < stop; t++)
+void norm_rows(Team& team, const Model& m, const real* x, const real* scale, int tokens, operand* out) {
+    team.share(tokens, 1, [&](int t, int) {
         rms_norm(x + (size_t)t * m.hidden, scale, m.hidden, (real)m.eps, out + (size_t)t * m.hidden);
+    });
 }
 
 // Turns a head's query or key: norm, rotation.
@@ -418,81 +463,108 @@ void turn(const Model& m, const Step& step, int token, const real* norm, real* x
     rotate(x, step.cosine + at, step.sine + at, m.dim);
 }
 
-void write_heads(const Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s) {
-    int unit, stop, each = m.heads + m.kv_heads;
-    for (team.share(step.tokens * each, 1, unit, stop); unit < stop; unit++) {
-        int token = unit / each, head = unit % each;
-        if (head < m.heads) {
-            real* query = s.query + ((size_t)token * m.heads + head) * m.dim;
-            turn(m, step, token, layer.query_norm, query);
-            for (int i = 0; i < m.dim; i++) query[i] *= (real)m.scaling;
-            continue;
-        }
-        head -= m.heads;
-        size_t from = ((size_t)token * m.kv_heads + head) * m.dim;
-        size_t to = ((size_t)step.row[token] * m.kv_heads + head) * m.dim;
-        turn(m, step, token, layer.key_norm, s.key + from);
-        for (int i = 0; i < m.dim; i++) put(layer.keys + to + i, s.key[from + i]);
-        for (int i = 0; i < m.dim; i++) put(layer.values + to + i, s.value[from + i]);
+// Queries are turned where they are; keys and values go to the pool.
+void write_head(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int token, int head) {
+    if (head < m.heads) {
+        real* query = s.query + ((size_t)token * m.heads + head) * m.dim;
+        turn(m, step, token, layer.query_norm, query);
+        for (int i = 0; i < m.dim; i++) query[i] *= (real)m.scaling;
+        return;
     }
+    head -= m.heads;
+    size_t from = ((size_t)token * m.kv_heads + head) * m.dim;
+    size_t to = ((size_t)step.row[token] * m.kv_heads + head) * m.dim;
+    turn(m, step, token, layer.key_norm, s.key + from);
+    for (int i = 0; i < m.dim; i++) put(layer.keys + to + i, s.key[from + i]);
+    for (int i = 0; i < m.dim; i++) put(layer.values + to + i, s.value[from + i]);
 }
 
-// This thread's share of the query heads; those of one group go together.
-void mix(const Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
-    int unit, stop, group = m.heads / m.kv_heads, stride = m.kv_heads * m.dim;
+void write_heads(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s) {
+    int each = m.heads + m.kv_heads, units = step.tokens * each;
+    team.share(units, units / (2 * team.size) + 1, [&](int unit, int stop) {
+        for (; unit < stop; unit++) write_head(m, layer, step, s, unit / each, unit % each);
+    });
+}
+
+// Attention of `count` query heads of one token, from `unit` on, that share a head of keys.
+void mix_heads(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int unit, int count,
+               real* scores, real* mixed) {
+    int token = unit / m.heads, group = m.heads / m.kv_heads, stride = m.kv_heads * m.dim;
+    size_t at = (size_t)step.first[token] * stride + (size_t)(unit % m.heads / group) * m.dim;
+    Context context{layer.keys + at, layer.values + at, (int)(step.row[token] - step.first[token]) + 1, stride, m.dim};
+    attend(context, s.query + (size_t)unit * m.dim, count, scores, mixed);
+    for (int i = 0; i < count * m.dim; i++) put(s.input + (size_t)unit * m.dim + i, mixed[i]);
+}
+
+// A block is a group of heads, or a single head where there are fewer groups than threads.
+void mix(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
+    int group = m.heads / m.kv_heads;
     real *scores = s.scores + (size_t)team.rank * group * longest, *mixed = s.mixed + (size_t)team.rank * group * m.dim;
-    for (team.share(step.tokens * m.heads, 1, unit, stop); unit < stop;) {
-        int token = unit / m.heads, head = unit % m.heads;
-        int many = group - head % group < stop - unit ? group - head % group : stop - unit;
-        size_t at = (size_t)step.first[token] * stride + (size_t)(head / group) * m.dim;
-        int seen = (int)(step.row[token] - step.first[token]) + 1;
-        attend({layer.keys + at, layer.values + at, seen, stride, m.dim}, s.query + (size_t)unit * m.dim, many, scores, mixed);
-        for (int i = 0; i < many * m.dim; i++) put(s.input + (size_t)unit * m.dim + i, mixed[i]);
-        unit += many;
+    team.share(step.tokens * m.heads, step.tokens * m.kv_heads < team.size ? 1 : group, [&](int unit, int stop) {
+        mix_heads(m, layer, step, s, unit, stop - unit, scores, mixed);
+    });
+}
+
+// silu(gate) * up for the columns [from, stop) of a token.
+void activate_part(const Model& m, const Scratch& s, int token, int from, int stop) {
+    real parts[64];
+    for (int n = from; n < stop; n += 64) {
+        int many = stop - n < 64 ? stop - n : 64;
+        size_t at = (size_t)token * m.inner + n;
+        for (int i = 0; i < many; i++) parts[i] = -s.gate[at + i];
+        exponentials(parts, many);
+        for (int i = 0; i < many; i++) put(s.input + at + i, s.gate[at + i] / (1 + parts[i]) * s.up[at + i]);
     }
 }
 
-// silu(gate) * up for this thread's columns, which are those it has just computed.
-void activate(const Team& team, const Model& m, int tokens, const Scratch& s) {
-    int from, stop;
-    team.share(m.inner, 8, from, stop);
-    real parts[64];
-    for (int t = 0; t < tokens; t++)
-        for (int n = from; n < stop; n += 64) {
-            int many = stop - n < 64 ? stop - n : 64;
-            const real *gate = s.gate + (size_t)t * m.inner + n, *up = s.up + (size_t)t * m.inner + n;
-            for (int i = 0; i < many; i++) parts[i] = -gate[i];
-            exponentials(parts, many);
-            for (int i = 0; i < many; i++)
-                put(s.input + (size_t)t * m.inner + n + i, gate[i] / (1 + parts[i]) * up[i]);
-        }
+void activate(Team& team, const Model& m, int tokens, const Scratch& s) {
+    team.share(m.inner, (m.inner / team.size + 64) / 64 * 64, [&](int from, int stop) {
+        for (int t = 0; t < tokens; t++) activate_part(m, s, t, from, stop);
+    });
 }
 
-#define TOGETHER _Pragma("omp barrier")
-
-void run_layer(const Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
+void run_layer(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
     int tokens = step.tokens, wide = m.heads * m.dim, narrow = m.kv_heads * m.dim;
     norm_rows(team, m, s.hidden, layer.attention_norm, tokens, s.input);
-    TOGETHER
+    team.together();
     multiply<false>(team, layer.query, s.input, tokens, s.query, wide);
     multiply<false>(team, layer.key, s.input, tokens, s.key, narrow);
     multiply<false>(team, layer.value, s.input, tokens, s.value, narrow);
-    TOGETHER
+    team.together();
     write_heads(team, m, layer, step, s);
-    TOGETHER
+    team.together();
     mix(team, m, layer, step, s, longest);
-    TOGETHER
+    team.together();
     multiply<true>(team, layer.output, s.input, tokens, s.hidden, m.hidden);
-    TOGETHER
+    team.together();
     norm_rows(team, m, s.hidden, layer.mlp_norm, tokens, s.input);
-    TOGETHER
+    team.together();
     multiply<false>(team, layer.gate, s.input, tokens, s.gate, m.inner);
     multiply<false>(team, layer.up, s.input, tokens, s.up, m.inner);
-    TOGETHER  // the input is overwritten
+    team.together();
     activate(team, m, tokens, s);
-    TOGETHER
+    team.together();
     multiply<true>(team, layer.down, s.input, tokens, s.hidden, m.hidden);
-    TOGETHER
+    team.together();
+}
+
+void read_embedding(const Model& m, const Step& step, const Scratch& s, int token) {
+    const weight* from = m.embedding + (size_t)step.ids[token] * m.hidden;
+    real* to = s.hidden + (size_t)token * m.hidden;
+    for (int i = 0; i < m.hidden; i++) to[i] = number(from[i]);
+}
+
+void run(Team& team, const Model& m, const Step& step, const Scratch& s, int longest) {
+    team.share(step.tokens, 1, [&](int t, int) { read_embedding(m, step, s, t); });
+    team.together();
+    for (int i = 0; i < m.count; i++) run_layer(team, m, m.layers[i], step, s, longest);
+    team.share(step.outputs, 1, [&](int t, int) {
+        rms_norm(s.hidden + (size_t)step.wanted[t] * m.hidden, m.norm, m.hidden, (real)m.eps,
+                 s.input + (size_t)t * m.hidden);
+    });
+    team.together();
+    multiply<false>(team, m.head, s.input, step.outputs, step.logits, m.head.out);
+    team.together();
 }
 
 int most_seen(const Step& step) {
@@ -511,25 +583,14 @@ size_t scratch_bytes(const Model* model, int tokens, int seen, int threads) {
     return (size_t)lay_out(s, nullptr, *model, tokens, seen, threads);
 }
 
-void decode(const Model* model, const Step* given) {
-    const Model& m = *model;
-    const Step& step = *given;
+void decode(const Model* model, const Step* step) {
     Scratch s;
-    int longest = most_seen(step);
-    lay_out(s, step.scratch, m, step.tokens, longest, step.threads);
-#pragma omp parallel num_threads(step.threads)
+    int longest = most_seen(*step);
+    lay_out(s, step->scratch, *model, step->tokens, longest, step->threads);
+    for (size_t i = 0; i < shares(*model) * step->threads; i++) new (s.parts + i) Part{{0}, {0}};
+#pragma omp parallel num_threads(step->threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads()};
-        int t, stop;
-        for (team.share(step.tokens, 1, t, stop); t < stop; t++)
-            for (int i = 0; i < m.hidden; i++)
-                s.hidden[(size_t)t * m.hidden + i] = number(m.embedding[(size_t)step.ids[t] * m.hidden + i]);
-        TOGETHER
-        for (int i = 0; i < m.count; i++) run_layer(team, m, m.layers[i], step, s, longest);
-        for (team.share(step.outputs, 1, t, stop); t < stop; t++)
-            rms_norm(s.hidden + (size_t)step.wanted[t] * m.hidden, m.norm, m.hidden, (real)m.eps,
-                     s.input + (size_t)t * m.hidden);
-        TOGETHER
-        multiply<false>(team, m.head, s.input, step.outputs, step.logits, m.head.out);
+        Team team(s.parts, omp_get_thread_num(), omp_get_num_threads());
+        run(team, *model, *step, s, longest);
     }
 }
