@@ -235,10 +235,26 @@ def _truncated(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.
     """Top-k, then top-p, then min-p, the order of transformers: [rows, vocabulary], removed entries are -inf."""
     if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
         return scores
+    top_k = torch.tensor([p.top_k or scores.shape[-1] for p in params], device=scores.device)
+    top_p = torch.tensor([p.top_p for p in params], device=scores.device, dtype=scores.dtype)
+    min_p = torch.tensor([p.min_p for p in params], device=scores.device, dtype=scores.dtype)
+    return truncate(scores, top_k, top_p, min_p)
+
+
+def truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Top-k, then top-p, then min-p, with static shapes and without a read by the host.
+
+    Args:
+        scores: [rows, vocabulary].
+        top_k: int64 [rows]; the vocabulary's size is off.
+        top_p: [rows], in the type of the scores; 1 is off.
+        min_p: [rows], in the type of the scores; 0 is off.
+
+    Returns:
+        [rows, vocabulary]; removed entries are -inf.
+    """
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([p.top_k or scores.shape[-1] for p in params], device=scores.device)[:, None]
-    top_p = torch.tensor([p.top_p for p in params], device=scores.device, dtype=scores.dtype)[:, None]
-    min_p = torch.tensor([p.min_p for p in params], device=scores.device, dtype=scores.dtype)[:, None]
     keep = torch.arange(scores.shape[-1], device=scores.device) < top_k
     probabilities = ordered.masked_fill(~keep, float("-inf")).softmax(-1)
     keep &= (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1)
@@ -252,12 +268,26 @@ def gumbel(seeds: Sequence[int], counts: Sequence[int], size: int, device: torch
 
     ``argmax(scores + noise)`` is a sample of softmax(scores) (Gumbel 1954; "Gumbel-max").
     """
-    starts = [_signed(derive_seed(seed, count + 1)) for seed, count in zip(seeds, counts, strict=True)]
-    bits = torch.tensor(starts, device=device)[:, None] + torch.arange(1, size + 1, device=device) * _signed(_GOLDEN)
-    for shift, factor in _MIX:
-        bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
-    uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53
+    starts = [signed(derive_seed(seed, count + 1)) for seed, count in zip(seeds, counts, strict=True)]
+    return hashed_noise(torch.tensor(starts, device=device), size)
+
+
+def hashed_noise(starts: torch.Tensor, size: int) -> torch.Tensor:
+    """Standard Gumbel noise of rows whose hashes start at `starts`, int64 [rows]: float64 [rows, size]."""
+    bits = starts[:, None] + torch.arange(1, size + 1, device=starts.device) * signed(_GOLDEN)
+    uniform = (_shifted(_mixed(bits), 11).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
+
+
+def derived_seeds(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`derive_seed` on a device, for indices from 1 up: the int64 with the bits of each derived seed, [rows]."""
+    return _mixed(_mixed(seeds + indices * signed(_GOLDEN)))
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    for shift, factor in _MIX:
+        bits = (bits ^ _shifted(bits, shift)) * signed(factor)
+    return bits
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -276,7 +306,7 @@ def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 
-def _signed(bits: int) -> int:
+def signed(bits: int) -> int:
     """The int64 with the bits of an unsigned 64-bit number."""
     bits &= _MASK
     return bits - 2**64 if bits >= 2**63 else bits
