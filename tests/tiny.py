@@ -7,6 +7,7 @@ rare in greedy decoding. The weights depend on the arguments alone.
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -102,6 +103,18 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **c
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     return model.to(dtype).eval()
+
+
+def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes the norms of a double model compute in doubles, in place: those of transformers round to float32."""
+
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward, module)
+    return model
 
 
 def favour(model: PreTrainedModel, token_ids: list[int], scale: float = 3.0) -> PreTrainedModel:

@@ -112,7 +112,6 @@ class Decoder:
     @contextmanager
     def attached(self, implementation: str = IMPLEMENTATION) -> Iterator[None]:
         """While it is open the model's attention is ours; afterwards it is what it was (the config is shared state)."""
-        self._refresh()
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(implementation)
         try:
@@ -120,8 +119,8 @@ class Decoder:
         finally:
             self.model.set_attn_implementation(before)
 
-    def _refresh(self) -> None:
-        """Parameters may have been replaced since the last step, or adapters put around layers."""
+    def refresh(self) -> None:
+        """To be called before a run: weights may have changed since the last one, or adapters been put around layers."""
         if self.native is not None:
             try:
                 self.native.refresh()

@@ -125,6 +125,7 @@ class Engine:
         requests = list(requests)
         if not requests:
             return
+        self.decoder.refresh()
         scheduler = self._schedule(requests)
         while scheduler.has_work:
             for row in self._run_until_finished(scheduler, on_logits):

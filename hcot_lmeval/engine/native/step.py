@@ -75,18 +75,22 @@ class NativeStep:
         self._hf_model = model
         self._kernel = load_kernel(next(model.parameters()).dtype)
         self._kernel.scratch_bytes.restype = ctypes.c_size_t
-        self._read()
+        self._read(read_weights(model))
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._angles = (torch.empty(0), torch.empty(0))
 
     def refresh(self) -> None:
-        """Reads the model again if its parameters were replaced or changed."""
-        if self._weights.state != self._state:
-            self._read()
+        """Reads the model again if it has changed.
 
-    def _read(self) -> None:
-        self._weights = read_weights(self._hf_model)
-        self._state = self._weights.state
+        Raises:
+            UnreadableModelError: it has become one that the kernel does not know.
+        """
+        weights = read_weights(self._hf_model)
+        if weights.state != self._state:
+            self._read(weights)
+
+    def _read(self, weights: ModelWeights) -> None:
+        self._weights, self._state = weights, weights.state
         self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
         self._layers = (_Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))

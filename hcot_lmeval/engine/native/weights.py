@@ -118,6 +118,8 @@ def _check_config(config: Any) -> None:
         raise UnreadableModelError(f"it is of type {config.model_type}; known are {', '.join(sorted(MODEL_TYPES))}")
     if config.hidden_act != "silu":
         raise UnreadableModelError(f"hidden_act={config.hidden_act!r} is not silu")
+    if getattr(config, "sliding_window", None) is not None:
+        raise UnreadableModelError(f"it has a sliding window of {config.sliding_window}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise UnreadableModelError(f"rope_type={rope!r} depends on the length of the context")
@@ -127,8 +129,6 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             raise UnreadableModelError(f"{name or 'the model'} has a hook, which the kernel would pass by")
-        if getattr(module, "sliding_window", None) is not None:
-            raise UnreadableModelError(f"{name} has a sliding window of {module.sliding_window}")
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise UnreadableModelError(f"{name} is a {type(module).__name__}, not a plain linear layer")
 

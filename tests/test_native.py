@@ -1,0 +1,250 @@
+"""The compiled step against the model's own modules: sizes, types, instruction sets, and when it stands back.
+
+That it decodes exactly, with pruning, is in test_engine_exact.py.
+"""
+
+import logging
+import platform
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from hcot_lmeval.engine import Engine, Request, SamplingParams
+from hcot_lmeval.engine.decoder import Chunk, Decoder, UnsupportedModelError
+from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build
+from hcot_lmeval.engine.slots import KVPool
+from tests.reference import EOS, MARKERS
+from tests.tiny import in_full_precision, tiny_model
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of a logit, relative to the largest."""
+SHAPES = {
+    "even": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "odd": {"hidden_size": 42, "intermediate_size": 77, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "wide": {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 80},
+    "all": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True},
+}
+
+
+def compared(model, steps, *, length=40):
+    """Runs the same steps by the model's modules and by the kernel; returns the largest relative difference."""
+    decoder, native = Decoder(model, check=False, backend="torch"), NativeStep(model)
+    pools = [KVPool(decoder.layers, 3, length, poison=True) for _ in range(2)]
+    worst = 0.0
+    for chunks in steps:
+        with decoder.attached():
+            expected = decoder.forward(pools[0], chunks)
+        found = native.forward(pools[1], chunks)
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        gap = (found - expected).abs().max() / expected.abs().max()
+        worst = max(worst, gap.item()) if gap == gap else float("nan")
+    return worst
+
+
+def chunk(slot, start, ids, positions=None):
+    return Chunk(slot, start, tuple(ids), positions or list(range(start + len(ids))))
+
+
+STEPS = [
+    [chunk(2, 0, range(9, 20)), chunk(0, 0, [5, 6])],
+    [chunk(2, 11, [7]), chunk(0, 2, [8, 9], [0, 1, 6, 7]), chunk(1, 0, [9])],
+    [chunk(2, 4, [21, 22, 23]), chunk(0, 3, [10], [0, 1, 6, 9])],
+    [chunk(0, 4, range(30, 39)), chunk(1, 1, range(31, 39))],
+]
+"""Prompts, single tokens, a rewind, positions with gaps; ragged."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_sizes_and_types(kind, shape, dtype):
+    model = tiny_model(kind, dtype, initializer_range=0.1, **SHAPES[shape])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    if dtype == torch.float64:
+        in_full_precision(model)
+    assert compared(model, STEPS) <= TOLERANCE[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_schedule(data):
+    """Rewinds to anywhere, chunks of any size, any slots: whatever the engine may ask for."""
+    model = in_full_precision(tiny_model("qwen2", torch.float64))
+    held, steps = [0, 0, 0], []
+    for _ in range(data.draw(st.integers(2, 6))):
+        chunks = []
+        for slot in data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]:
+            start = data.draw(st.integers(0, held[slot]))
+            ids = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=min(20, 40 - start)))
+            held[slot] = start + len(ids)
+            chunks.append(chunk(slot, start, ids))
+            if held[slot] == 40:
+                held[slot] = 20
+        steps.append(chunks)
+    assert compared(model, steps) <= TOLERANCE[torch.float64]
+
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+@pytest.mark.skipif(not X86, reason="the flags are those of x86")
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",), ("-mno-avx512bf16",)], ids=" ".join)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_processors_that_can_do_less(flags, dtype, monkeypatch):
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    build.load_kernel.cache_clear()
+    try:
+        model = tiny_model("qwen3", dtype, initializer_range=0.1, **SHAPES["odd"])
+        assert compared(in_full_precision(model) if dtype == torch.float64 else model, STEPS) <= TOLERANCE[dtype]
+    finally:
+        build.load_kernel.cache_clear()
+
+
+def generate(model, **options):
+    requests = []
+    for i in range(9):
+        prompt = tuple((7 * i + j * j) % 300 + 8 for j in range(2 + 3 * i))
+        params = SamplingParams(max_gen_toks=14 + i, seed=i, temperature=float(i % 2), logprobs=True)
+        forced = (3, 40, 41, 4, 42, 5)  # a block, so that something is pruned
+        requests.append(Request(str(i), prompt, params, forced_ids=forced))
+    engine = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), poison=True, **options)
+    done = engine.generate(requests)
+    assert sum(c.statistics.prune_events for c in done) >= len(done)
+    return [(c.token_ids, c.logprobs) for c in done]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_the_same_bit_for_bit_whatever_runs_beside(dtype):
+    """A token's logits depend neither on its batch, nor on how its prompt was cut, nor on the threads."""
+    model = tiny_model("qwen2", dtype)
+    alone = generate(model, slots=1, backend="native")
+    threads = torch.get_num_threads()
+    try:
+        for slots, step_tokens, threads_now in ((3, 5, 2), (9, None, 1), (9, 2, 3)):
+            torch.set_num_threads(threads_now)
+            assert generate(model, slots=slots, step_tokens=step_tokens, backend="native") == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_changed_and_replaced_weights_are_seen():
+    model = tiny_model("qwen2")
+    engine = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), backend="native")
+    request = Request("1", (9, 10, 11), SamplingParams(max_gen_toks=12))
+    before = engine.generate([request])[0].token_ids
+    with torch.no_grad():
+        model.model.norm.weight.neg_()
+    changed = engine.generate([request])[0].token_ids
+    model.model.norm.weight = torch.nn.Parameter(-model.model.norm.weight.detach())
+    assert changed != before
+    assert engine.generate([request])[0].token_ids == before
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"])).base_model.model
+
+
+def partly_double(model):
+    model.model.norm.double()
+    return model
+
+
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+REFUSED = {
+    "gemma2": (lambda: tiny_model("gemma2"), "type gemma2"),
+    "window": (lambda: tiny_model("mistral"), "sliding window of 16"),
+    "activation": (lambda: tiny_model("llama", hidden_act="gelu"), "hidden_act='gelu'"),
+    "rope": (lambda: tiny_model("llama", **DYNAMIC), "rope_type='dynamic'"),
+    "hook": (lambda: hooked(tiny_model("qwen2")), "layers.1.mlp has a hook"),
+    "adapter": (lambda: adapted(tiny_model("qwen2")), "not a plain linear layer"),
+    "types": (lambda: partly_double(tiny_model("qwen2")), "several types"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_know_is_refused(case):
+    make, message = REFUSED[case]
+    with pytest.raises(UnreadableModelError, match=message):
+        NativeStep(make())
+
+
+def test_models_it_does_not_know_are_left_to_pytorch(caplog):
+    with caplog.at_level(logging.INFO, "hcot_lmeval.engine.decoder"):
+        assert Decoder(tiny_model("gemma2")).native is None
+    assert "steps by PyTorch" in caplog.text and "type gemma2" in caplog.text
+    assert Decoder(tiny_model("qwen2", torch.float16)).native is None
+    with pytest.raises(UnsupportedModelError, match=r"backend='native' cannot run Gemma2.*type gemma2"):
+        Decoder(tiny_model("gemma2"), backend="native")
+
+
+def test_an_adapter_that_comes_later_is_not_passed_by():
+    """The compiled step would compute without it."""
+    model = tiny_model("qwen2")
+    decoder = Decoder(model)
+    assert decoder.native is not None
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    decoder.refresh()
+    assert decoder.native is None
+
+
+@pytest.mark.parametrize(("compiler", "message"), [("no-such-compiler", "not on the PATH"), ("false", "failed")])
+def test_without_a_compiler_pytorch_computes(compiler, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
+    build.load_kernel.cache_clear()
+    try:
+        with pytest.raises(KernelUnavailableError, match=message):
+            build.load_kernel(torch.float32)
+        assert Decoder(tiny_model("qwen2")).native is None
+        with pytest.raises(UnsupportedModelError, match=message):
+            Decoder(tiny_model("qwen2"), backend="native")
+    finally:
+        build.load_kernel.cache_clear()
+
+
+def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
+    build.load_kernel.cache_clear()
+    try:
+        build.load_kernel(torch.float32)
+        (kept,) = (tmp_path / "kernels").iterdir()
+        build.load_kernel.cache_clear()
+        monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+        build.load_kernel(torch.float32)
+        assert list((tmp_path / "kernels").iterdir()) == [kept]
+    finally:
+        build.load_kernel.cache_clear()
+
+
+def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog):
+    wrong = build.SOURCE.read_text(encoding="utf-8").replace(
+        "1 / std::sqrt(total / size + eps)", "1 / std::sqrt(total)"
+    )
+    assert wrong != build.SOURCE.read_text(encoding="utf-8")
+    path = build.kernel_folder() / "wrong.cpp"
+    path.write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCE", path)
+    build.load_kernel.cache_clear()
+    try:
+        assert Decoder(tiny_model("qwen2")).native is None
+        assert "the compiled step is not used" in caplog.text
+        with pytest.raises(UnsupportedModelError, match="self-check"):
+            Decoder(tiny_model("qwen2"), backend="native")
+    finally:
+        build.load_kernel.cache_clear()
+
+
+def test_an_unknown_backend_is_an_error():
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; choose one of auto, native, torch"):
+        Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], backend="cuda")
