@@ -120,7 +120,7 @@ class Decoder:
             self.model.set_attn_implementation(before)
 
     def refresh(self) -> None:
-        """To be called before a run: weights may have changed since the last one, or adapters been put around layers."""
+        """To be called before a run: since the last one weights may have changed, or layers been wrapped by an adapter."""
         if self.native is not None:
             try:
                 self.native.refresh()
