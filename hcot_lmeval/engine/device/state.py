@@ -71,7 +71,7 @@ class Fixed(NamedTuple):
         max_gen: most tokens to generate.
         min_gen: end tokens may not come before so many.
         seed: of the sample, as the int64 with its bits.
-        top_k: the vocabulary's size if it is off.
+        top_k: 0 if it is off.
         forced: how many tokens are forced.
     """
 

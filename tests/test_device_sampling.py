@@ -1,0 +1,82 @@
+"""Tokens chosen on the device are those that the host would choose, for every setting side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hcot_lmeval.engine.device.sampling import Sampler
+from hcot_lmeval.engine.device.state import Rule, Start, State
+from hcot_lmeval.engine.rows import Request
+from hcot_lmeval.engine.sampling import Draw, SamplingParams, derive_seed, derived_seeds, sample, signed
+from hcot_lmeval.trace import Policy
+
+CPU = torch.device("cpu")
+SIZE = 80
+ENDS = (2, 0)
+SETTINGS = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_p": 0.9},
+    {"temperature": 1.4, "top_k": 7},
+    {"temperature": 0.8, "min_p": 0.05, "top_k": 40, "top_p": 0.7},
+    {"min_gen_toks": 3, "max_gen_toks": 9, "stop_ids": ENDS},
+    {"temperature": 1.0, "min_gen_toks": 2, "max_gen_toks": 9, "stop_ids": ENDS},
+    {"temperature": 2.0, "seed": -5, "top_p": 1e-6},
+)
+
+
+def draws(count: int) -> list[Draw]:
+    rows = []
+    for i, settings in enumerate(SETTINGS):
+        params = SamplingParams(**{"seed": 1000 * i + 2**63, **settings})
+        banned = params.stop_ids if count < params.min_gen_toks else ()
+        forced = 40 + count if i in (0, 3) and count < 2 else None
+        rows.append(Draw(params, derive_seed(params.seed, i), count, banned, forced=forced))
+    return rows
+
+
+def state() -> State:
+    rule = Rule(Policy.OFF, None, 100, 100)
+    made = State(len(SETTINGS), 100, rule, CPU, ends=3, forced=2)
+    for slot, draw in enumerate(draws(0)):
+        params = draw.params
+        warmth = (params.temperature, params.top_p, params.min_p)
+        forced = (40, 41) if slot in (0, 3) else ()
+        start = Start([5], 9, params.min_gen_toks, signed(draw.seed), params.top_k, warmth, params.stop_ids, forced)
+        made.begin(slot, start)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_choices_are_those_of_the_host(dtype):
+    rows, on_device, sampler = torch.arange(len(SETTINGS)), state(), Sampler()
+    generator = torch.Generator().manual_seed(0)
+    for count in range(6):
+        logits = 3 * torch.randn(len(SETTINGS), SIZE, generator=generator).to(dtype)
+        logits[:, list(ENDS)] += 4  # else no ban would show
+        expected = [choice.token for choice in sample(logits, draws(count))]
+        chosen = sampler.choose(on_device, rows, logits.clone())
+        assert chosen.tolist() == expected
+        turned = rows.flip(0)
+        assert sampler.choose(on_device, turned, logits[turned]).tolist() == expected[::-1]
+        on_device.moving[:, 5] += 1  # one more token generated
+
+
+def test_what_no_request_asks_for_is_left_out():
+    def requests(**settings) -> list[Request]:
+        return [Request("r", (1,), SamplingParams(**settings)), Request("s", (1,))]
+
+    assert Sampler.of(requests()) == Sampler(noise=False, truncates=False, bans=False, forces=False)
+    assert Sampler.of(requests(top_k=3)) == Sampler(noise=False, truncates=False, bans=False, forces=False)
+    assert Sampler.of(requests(temperature=1.0)) == Sampler(truncates=False, bans=False, forces=False)
+    assert Sampler.of(requests(temperature=1.0, min_p=0.1)) == Sampler(bans=False, forces=False)
+    assert Sampler.of(requests(min_gen_toks=2)) == Sampler(noise=False, truncates=False, forces=False)
+    assert Sampler.of([Request("r", (1,), forced_ids=(3,))]).forces
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, -7])
+def test_seeds_are_derived_alike(seed):
+    indices = torch.tensor([1, 2, 77, 2**40])
+    derived = derived_seeds(torch.full((4,), signed(seed)), indices)
+    assert derived.tolist() == [signed(derive_seed(seed, int(i))) for i in indices]
