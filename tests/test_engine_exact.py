@@ -51,19 +51,19 @@ def kind(path):
 
 
 @pytest.fixture(scope="module")
-def backend(path):
+def compute(path):
     return path[1]
 
 
 @pytest.fixture(scope="module")
-def models(kind, backend):
+def models(kind, compute):
     """The model that the engine drives and its twin, which share weights and nothing else."""
     model, twin = make_model(kind), as_reference(make_model(kind))
-    return model, in_full_precision(twin) if backend == "native" else twin
+    return model, in_full_precision(twin) if compute == "native" else twin
 
 
 def make_engine(model, notation: str, policy: str, **options) -> Engine:
-    settings = {"slots": 8, "eos_ids": (EOS,), "poison": True, "self_check": False, "backend": "torch", **options}
+    settings = {"slots": 8, "eos_ids": (EOS,), "poison": True, "self_check": False, "compute": "torch", **options}
     return Engine(model, markup=notation, markers=MARKERS[notation], policy=policy, **settings)
 
 
@@ -118,38 +118,38 @@ def check_all(model, done, logits, notation: str, policy: str, tolerance: float 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("notation", MARKERS)
-def test_forced_traces(models, kind, backend, notation, policy, record_property):
+def test_forced_traces(models, kind, compute, notation, policy, record_property):
     model, twin = models
     requests = random_requests(notation, FORCED)
-    done, logits = run(make_engine(model, notation, policy, backend=backend), requests)
+    done, logits = run(make_engine(model, notation, policy, compute=compute), requests)
     assert len(done) == FORCED
     for request in requests:
         assert done[request.id, 0].token_ids == request.forced_ids
         assert done[request.id, 0].finish_reason == ("length" if EOS not in request.forced_ids else "eos")
     worst = check_all(twin, done, logits, notation, policy)
     assert policy == "off" or sum(c.statistics.prune_events for c in done.values()) >= FORCED
-    alone = make_engine(model, notation, policy, slots=1, backend=backend)
+    alone = make_engine(model, notation, policy, slots=1, compute=compute)
     worst = max(worst, check_all(twin, *run(alone, requests[:ALONE]), notation, policy))
     record_property("max_logit_difference", worst)
-    print(f"{kind} {backend} {notation} {policy}: {worst:.1e}")
+    print(f"{kind} {compute} {notation} {policy}: {worst:.1e}")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sampled_traces(models, kind, backend, policy, record_property):
+def test_sampled_traces(models, kind, compute, policy, record_property):
     """What the model writes itself, greedy and with noise: the same tokens at batch 1, 3, 8 and in any order."""
     model, twin = models
     notation = ("hcot", "pencil", "memento")[KINDS.index(kind) % 3]
     requests = sampled_requests(notation, SAMPLED)
-    done, logits = run(make_engine(model, notation, policy, backend=backend), requests)
+    done, logits = run(make_engine(model, notation, policy, compute=compute), requests)
     worst = check_all(twin, done, logits, notation, policy)
-    print(f"{kind} {backend} {notation} {policy} sampled: {worst:.1e}")
+    print(f"{kind} {compute} {notation} {policy} sampled: {worst:.1e}")
     record_property("max_logit_difference", worst)
     if policy != "off":
         assert sum(c.statistics.prune_events for c in done.values()) >= SAMPLED // 4
     tokens = {key: completion.token_ids for key, completion in done.items()}
     shuffled = random.Random(1).sample(requests, len(requests))
     for slots, order in ((1, requests), (3, requests), (3, shuffled), (8, shuffled)):
-        again, _ = run(make_engine(model, notation, policy, slots=slots, step_tokens=7, backend=backend), order)
+        again, _ = run(make_engine(model, notation, policy, slots=slots, step_tokens=7, compute=compute), order)
         assert {key: completion.token_ids for key, completion in again.items()} == tokens, f"slots={slots}"
 
 
@@ -167,24 +167,24 @@ def sampled_requests(notation: str, count: int) -> list[Request]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("notation", MARKERS if FULL else ["hcot"])
-def test_in_single_precision(kind, backend, notation, policy, record_property):
+def test_in_single_precision(kind, compute, notation, policy, record_property):
     model, twin = make_model(kind, torch.float32), as_reference(make_model(kind, torch.float32))
     worst = 0.0
     for slots in (8, 1) if FULL else (8,):
-        engine = make_engine(model, notation, policy, slots=slots, backend=backend)
+        engine = make_engine(model, notation, policy, slots=slots, compute=compute)
         done, logits = run(engine, random_requests(notation, FORCED, first=500))
         worst = max(worst, check_all(twin, done, logits, notation, policy, FP32))
     record_property("max_logit_difference", worst)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)], ids=["fp32", "bf16"])
-def test_coarser_types_differ_at_near_ties_alone(kind, backend, dtype, rounding):
+def test_coarser_types_differ_at_near_ties_alone(kind, compute, dtype, rounding):
     """Batch 1 and 8 agree up to rounding for as long as their tokens do; they part only at near-ties."""
     model = make_model(kind, dtype)
     requests = sampled_requests("hcot", 8)
     greedy = [replace(r, params=replace(r.params, temperature=0.0, repetition_penalty=1.0)) for r in requests]
     (one, logits_one), (many, logits_many) = (
-        run(make_engine(model, "hcot", "recompute", slots=slots, backend=backend), greedy) for slots in (1, 8)
+        run(make_engine(model, "hcot", "recompute", slots=slots, compute=compute), greedy) for slots in (1, 8)
     )
     for key in one:
         pairs = list(zip(one[key].token_ids, many[key].token_ids, strict=False))

@@ -31,7 +31,7 @@ SHAPES = {
 
 def compared(model, steps, *, length=40):
     """Runs the same steps by the model's modules and by the kernel; returns the largest relative difference."""
-    decoder, native = Decoder(model, check=False, backend="torch"), NativeStep(model)
+    decoder, native = Decoder(model, check=False, compute="torch"), NativeStep(model)
     pools = [KVPool(decoder.layers, 3, length, poison=True) for _ in range(2)]
     worst = 0.0
     for chunks in steps:
@@ -123,19 +123,19 @@ def generate(model, **options):
 def test_results_are_the_same_bit_for_bit_whatever_runs_beside(dtype):
     """A token's logits depend neither on its batch, nor on how its prompt was cut, nor on the threads."""
     model = tiny_model("qwen2", dtype)
-    alone = generate(model, slots=1, backend="native")
+    alone = generate(model, slots=1, compute="native")
     threads = torch.get_num_threads()
     try:
         for slots, step_tokens, threads_now in ((3, 5, 2), (9, None, 1), (9, 2, 3)):
             torch.set_num_threads(threads_now)
-            assert generate(model, slots=slots, step_tokens=step_tokens, backend="native") == alone
+            assert generate(model, slots=slots, step_tokens=step_tokens, compute="native") == alone
     finally:
         torch.set_num_threads(threads)
 
 
 def test_changed_and_replaced_weights_are_seen():
     model = tiny_model("qwen2")
-    engine = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), backend="native")
+    engine = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), compute="native")
     request = Request("1", (9, 10, 11), SamplingParams(max_gen_toks=12))
     before = engine.generate([request])[0].token_ids
     with torch.no_grad():
@@ -184,8 +184,8 @@ def test_models_it_does_not_know_are_left_to_pytorch(caplog):
         assert Decoder(tiny_model("gemma2")).native is None
     assert "steps by PyTorch" in caplog.text and "type gemma2" in caplog.text
     assert Decoder(tiny_model("qwen2", torch.float16)).native is None
-    with pytest.raises(UnsupportedModelError, match=r"backend='native' cannot run Gemma2.*type gemma2"):
-        Decoder(tiny_model("gemma2"), backend="native")
+    with pytest.raises(UnsupportedModelError, match=r"compute='native' cannot run Gemma2.*type gemma2"):
+        Decoder(tiny_model("gemma2"), compute="native")
 
 
 def test_an_adapter_that_comes_later_is_not_passed_by():
@@ -208,7 +208,7 @@ def test_without_a_compiler_pytorch_computes(compiler, message, monkeypatch, tmp
             build.load_kernel(torch.float32)
         assert Decoder(tiny_model("qwen2")).native is None
         with pytest.raises(UnsupportedModelError, match=message):
-            Decoder(tiny_model("qwen2"), backend="native")
+            Decoder(tiny_model("qwen2"), compute="native")
     finally:
         build.load_kernel.cache_clear()
 
@@ -240,11 +240,11 @@ def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog):
         assert Decoder(tiny_model("qwen2")).native is None
         assert "the compiled step is not used" in caplog.text
         with pytest.raises(UnsupportedModelError, match="self-check"):
-            Decoder(tiny_model("qwen2"), backend="native")
+            Decoder(tiny_model("qwen2"), compute="native")
     finally:
         build.load_kernel.cache_clear()
 
 
-def test_an_unknown_backend_is_an_error():
-    with pytest.raises(ValueError, match="backend='cuda' is unknown; choose one of auto, native, torch"):
-        Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], backend="cuda")
+def test_an_unknown_value_is_an_error():
+    with pytest.raises(ValueError, match="compute='cuda' is unknown; choose one of auto, native, torch"):
+        Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], compute="cuda")

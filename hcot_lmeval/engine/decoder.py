@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
-from hcot_lmeval.engine.native import Backend, KernelUnavailableError, NativeStep, UnreadableModelError
+from hcot_lmeval.engine.native import Compute, KernelUnavailableError, NativeStep, UnreadableModelError
 from hcot_lmeval.engine.slots import KVPool, LayerShape
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Decoder:
     Args:
         model: a `transformers` causal language model, or a PEFT model around one.
         check: run the self-check.
-        backend: who computes a step: ``torch``, the modules of the model with the attention of this package; or
+        compute: who computes a step: ``torch``, the modules of the model with the attention of this package; or
             ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
             in float32 and bfloat16.
 
@@ -65,16 +65,16 @@ class Decoder:
 
     Raises:
         UnsupportedModelError: the model keeps recurrent or convolutional state, does not use the attention registry,
-            computes something else on slots than in a plain forward, or cannot have the backend that was asked for.
+            computes something else on slots than in a plain forward, or cannot have the compute that was asked for.
     """
 
-    def __init__(self, model: Any, *, check: bool = True, backend: Backend | str = Backend.AUTO) -> None:
+    def __init__(self, model: Any, *, check: bool = True, compute: Compute | str = Compute.AUTO) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
         refuse_recurrent(self.config, self.name)
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.backend = Backend(backend)
+        self.compute = Compute(compute)
         self.native: NativeStep | None = None
         self.layers = self._layer_shapes()
         self.native = self._compiled()
@@ -87,10 +87,10 @@ class Decoder:
         return self.model.get_input_embeddings().weight.device
 
     def _compiled(self) -> NativeStep | None:
-        """The compiled step, if the backend allows it and there is one for this model."""
-        if self.backend is Backend.TORCH:
+        """The compiled step, if the compute allows it and there is one for this model."""
+        if self.compute is Compute.TORCH:
             return None
-        if self.backend is Backend.AUTO and self.model.dtype == torch.float64:
+        if self.compute is Compute.AUTO and self.model.dtype == torch.float64:
             self._leave_to_torch("double precision is for comparisons with the model's own modules")
             return None
         try:
@@ -103,9 +103,9 @@ class Decoder:
 
     def _leave_to_torch(self, reason: str) -> None:
         """Says why PyTorch computes the steps, or raises if that was not wanted."""
-        if self.backend is Backend.NATIVE:
+        if self.compute is Compute.NATIVE:
             raise UnsupportedModelError(
-                f"backend='native' cannot run {self.name}: {reason}. Use backend='auto', which leaves it to PyTorch."
+                f"compute='native' cannot run {self.name}: {reason}. Use compute='auto', which leaves it to PyTorch."
             )
         logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), reason)
 
@@ -120,13 +120,18 @@ class Decoder:
             self.model.set_attn_implementation(before)
 
     def refresh(self) -> None:
-        """To be called before a run: since the last one weights may have changed, or layers been wrapped by an adapter."""
+        """To be called before a run: since the last, weights may have changed, or adapters been put around layers."""
         if self.native is not None:
             try:
                 self.native.refresh()
             except UnreadableModelError as error:
                 self._leave_to_torch(str(error))
                 self.native = None
+
+    @property
+    def compute_name(self) -> str:
+        """Who computes the steps now."""
+        return (Compute.TORCH if self.native is None else Compute.NATIVE).value
 
     @property
     def token_bytes(self) -> int:
@@ -186,7 +191,7 @@ class Decoder:
         try:
             self.self_check()
         except UnsupportedModelError as error:
-            if self.native is None or self.backend is Backend.NATIVE:
+            if self.native is None or self.compute is Compute.NATIVE:
                 raise
             logger.warning("the compiled step is not used: %s", error)
             self.native = None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.engine.native import Backend
+from hcot_lmeval.engine.native import Compute
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
 
@@ -34,7 +34,7 @@ class EngineOptions(ControlOptions):
         think_ids: ids of these strings; looked up in the tokenizer by default, None for a string that is not one token.
         prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
         step_tokens: prompt tokens forwarded in one step.
-        backend: who computes a step: torch, the model's own modules; native, compiled code for models of the Llama
+        compute: who computes a step: torch, the model's own modules; native, compiled code for models of the Llama
             kind on the CPU; or auto, the latter where it can (see `hcot_lmeval.engine.decoder.Decoder`).
         self_check: compare slots with a plain forward when the model is loaded.
         poison: fill new memory with NaN, for tests.
@@ -54,7 +54,7 @@ class EngineOptions(ControlOptions):
     think_ids: tuple[int | None, int | None] | None = None
     prompt_acts: bool = False
     step_tokens: int | None = None
-    backend: Backend | str = Backend.AUTO
+    compute: Compute | str = Compute.AUTO
     self_check: bool = True
     poison: bool = False
 
@@ -62,8 +62,8 @@ class EngineOptions(ControlOptions):
         super().__post_init__()
         if self.policy is not None and self.policy not in list(Policy):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
-        if self.backend not in list(Backend):
-            raise ValueError(f"backend={self.backend!r} is unknown; choose one of {', '.join(Backend)}")
+        if self.compute not in list(Compute):
+            raise ValueError(f"compute={self.compute!r} is unknown; choose one of {', '.join(Compute)}")
         if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
         for name in ("max_context", "max_position", "max_slots", "step_tokens"):

@@ -278,6 +278,7 @@ class HcotLM(HFLM):
             max_slots=self.max_batch_size,
             think=self.think,
             prompt_acts=self.options.prompt_markers == "acting",
+            compute=self.options.compute,
             **self.options.controls,
         )
 
@@ -291,6 +292,7 @@ class HcotLM(HFLM):
             **ours,
             **self.options.controls,
             "prompt_markers": self.options.prompt_markers,
+            "compute": self.options.compute.value,
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
@@ -383,6 +385,7 @@ class HcotLM(HFLM):
             "max_gen_toks": self.max_gen_toks,
             "ranks": self.world_size,
             "kv_bytes_per_token": self.engine.decoder.token_bytes if totals["requests"] else None,
+            "compute": self.engine.decoder.compute_name if totals["requests"] else None,
         }
         return {**super().get_model_info(), "hcot": {**settings, **totals}}
 

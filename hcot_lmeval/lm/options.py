@@ -15,6 +15,7 @@ from typing import Any
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
+from hcot_lmeval.engine.native import Compute
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -66,6 +67,8 @@ class Options(ControlOptions):
             problem and no few-shot example can act. ``tokens``: it becomes the control token, as in the traces of
             few-shot examples that are given on purpose, and opens and closes nothing. ``acting``: it does that too, so
             that the blocks of few-shot traces are pruned as the model's own.
+        compute: who computes a step: ``torch``, the modules of the model; ``native``, compiled code for models
+            of the Llama kind on the CPU; or ``auto``, the latter where it can.
     """
 
     pruning: Policy | None = None
@@ -79,6 +82,7 @@ class Options(ControlOptions):
     apply_chat_template: bool | None = None
     seed: int = 0
     prompt_markers: str = "text"
+    compute: Compute = Compute.AUTO
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Options:
@@ -102,6 +106,7 @@ class Options(ControlOptions):
             apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
             seed=_integer("seed", values.get("seed", 0)),
             prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
+            compute=_compute(values.get("compute", Compute.AUTO)),
             **_controls(values),
         )
 
@@ -186,6 +191,12 @@ def _prompt_markers(value: Any) -> str:
     if value not in PROMPT_MARKERS:
         raise ValueError(f"prompt_markers={value!r} is not one of {', '.join(PROMPT_MARKERS)}")
     return str(value)
+
+
+def _compute(value: Any) -> Compute:
+    if value not in list(Compute):
+        raise ValueError(f"compute={value!r} is not one of {', '.join(Compute)}")
+    return Compute(value)
 
 
 def _integer(name: str, value: Any) -> int:

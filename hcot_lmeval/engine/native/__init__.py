@@ -6,10 +6,10 @@ from hcot_lmeval.engine.native.build import KernelUnavailableError
 from hcot_lmeval.engine.native.step import NativeStep
 from hcot_lmeval.engine.native.weights import UnreadableModelError
 
-__all__ = ["Backend", "KernelUnavailableError", "NativeStep", "UnreadableModelError"]
+__all__ = ["Compute", "KernelUnavailableError", "NativeStep", "UnreadableModelError"]
 
 
-class Backend(StrEnum):
+class Compute(StrEnum):
     """Who computes a step on the CPU."""
 
     AUTO = "auto"
