@@ -1,0 +1,472 @@
+"""The benchmark: the work is the same for all engines and is checked, and the figures are what they are said to be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hcot_lmeval.bench import check, cli, floor, prune_events, shapes
+from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logits
+from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
+from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
+from hcot_lmeval.bench.floor import Floor, FloorTime
+from hcot_lmeval.bench.long_trace import measure_long
+from hcot_lmeval.bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
+from hcot_lmeval.bench.memory import PeakMemory
+from hcot_lmeval.bench.tables import engine_table
+from hcot_lmeval.bench.timing import StepClock, StepTime, Timing
+from hcot_lmeval.bench.work import CLOSE, LONG_LIVE, LONG_SCRIPT, MARKERS, OPEN, SPLIT, Script, Work, make_work
+from hcot_lmeval.trace import LiveContext, live_ids
+from tests.tiny import tiny_model
+
+SCRIPT = Script(tokens=40, prompt=7, thought=9, solution=3, text=2)
+VOCABULARY = shapes.SHAPES["tiny"]["vocab_size"]
+
+
+def quiet(doing: str) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return shapes.make_model("tiny")
+
+
+def setting(model, batch: int = 2, *, stagger: bool = False, **fields) -> Setting:
+    return Setting(model, make_work(batch, replace(SCRIPT, stagger=stagger), VOCABULARY), **fields)
+
+
+def ready(name: str, given: Setting):
+    try:
+        return prepare(name, given)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_lie_where_the_script_says():
+    trace = make_work(1, SCRIPT, VOCABULARY).traces[0]
+    marks = [(i, token) for i, token in enumerate(trace) if token in MARKERS.ids]
+    first = [(0, OPEN), (10, SPLIT), (14, CLOSE)]
+    assert marks[:6] == first + [(i + SCRIPT.block, token) for i, token in first]
+    assert SCRIPT.block == 17 and len(trace) == 40
+
+
+def test_work_depends_on_its_arguments_alone_and_prompts_begin_differently():
+    work = make_work(5, SCRIPT, VOCABULARY)
+    assert work == make_work(5, SCRIPT, VOCABULARY)
+    assert work.aligned and len({prompt[0] for prompt in work.prompts}) == 5
+    assert {len(prompt) for prompt in work.prompts} == {7}
+
+
+def test_staggered_rows_end_their_blocks_in_different_steps():
+    work = make_work(4, replace(SCRIPT, stagger=True), VOCABULARY)
+    assert not work.aligned and {len(trace) for trace in work.traces} == {40}
+    first = [min(prunes) for prunes in work.prunes]
+    assert first == [14 + row * SCRIPT.block // 4 for row in range(4)]
+
+
+@pytest.mark.parametrize("policy", ["off", "recompute", "evict"])
+def test_live_tokens_are_those_of_the_rule(policy):
+    work = make_work(3, replace(SCRIPT, stagger=True), VOCABULARY)
+    peaks, total = [], 0
+    for prompt, trace in zip(work.prompts, work.traces, strict=True):
+        context = LiveContext(MARKERS, policy)
+        for token in prompt:
+            context.push_inert(token)
+        for token in trace:
+            before = len(context.live)
+            step = context.push(token)
+            total += before + 1 if policy == "evict" else len(context.live)
+            assert step.rewind + len(step.forward) == (before + 1 if policy == "evict" else len(context.live))
+        peaks.append(context.peak)
+    assert work.peak_live(policy) == max(peaks)
+    assert work.mean_live(policy) == pytest.approx(total / work.tokens)
+    assert (work.peak_live("off") == 47) and (work.peak_live("recompute") < 47)
+
+
+def test_long_script_stays_within_its_live_tokens():
+    assert make_work(1, LONG_SCRIPT, VOCABULARY).peak_live("recompute") <= LONG_LIVE < LONG_SCRIPT.tokens // 8
+
+
+@pytest.mark.parametrize("name", ["tokens", "prompt", "thought", "solution"])
+def test_numbers_that_are_too_small_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 is not allowed"):
+        Script(**{name: 0})
+
+
+@pytest.mark.parametrize("batch", [0, VOCABULARY])
+def test_batches_without_different_prompts_are_refused(batch):
+    with pytest.raises(ValueError, match=f"batch={batch} "):
+        make_work(batch, SCRIPT, VOCABULARY)
+
+
+# --- the engines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_does_the_same_work(model, name, stagger):
+    """Twice, since an engine that keeps something from its first run would be faster in the second."""
+    given = setting(model, 3, stagger=stagger)
+    contender = ready(name, given)
+    for _ in range(2):
+        timing = checked_run(Measurement(name), contender, given)
+        assert timing.tokens == given.work.traces or not contender.forced
+        assert timing.peak_live == given.work.peak_live(contender.policy)
+        assert timing.seconds >= sum(step.seconds for step in timing.steps)
+    contender.close()
+
+
+@pytest.mark.parametrize("name", [n for n in ENGINES if n != "vllm"])
+def test_steps_that_follow_a_prune_are_found(model, name):
+    given = setting(model, 2)
+    contender = ready(name, given)
+    steps = contender.run().steps
+    contender.close()
+    assert len(steps) == given.work.tokens - 1
+    prunes = {i: 2 for i in given.work.prunes[0]} if contender.policy != "off" else {}
+    assert {i: step.prunes for i, step in enumerate(steps) if step.prunes} == prunes
+    assert [i for i, step in enumerate(steps) if not step.ordinary] == sorted(prunes)
+
+
+def test_an_unknown_engine_is_an_error(model):
+    with pytest.raises(ValueError, match=r"no engine 'vlllm'; known are generate, off, .*vllm"):
+        prepare("vlllm", setting(model))
+
+
+def test_unknown_options_of_our_engine_are_errors(model):
+    with pytest.raises(ValueError, match="unknown engine option speed"):
+        prepare("recompute", setting(model, options={"speed": 1}))
+
+
+def test_our_slots_hold_exactly_the_peak(model):
+    """With one token less a row ends early: the peak that is reported is the one that is needed."""
+    given = setting(model)
+    short = replace(given, options={"max_context": given.work.peak_live("recompute") - 1})
+    with pytest.raises(WrongTokensError, match="tokens of the script"):
+        checked_run(Measurement("recompute"), prepare("recompute", short), given)
+
+
+class Liar:
+    """An engine that does not do its work."""
+
+    forced, policy = True, "off"
+
+    def __init__(self, timing: Timing) -> None:
+        self.timing = timing
+
+    def run(self) -> Timing:
+        return self.timing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": ((1,) * 40, (1,) * 40)}, "tokens of the script"),
+        ({"tokens": ()}, "tokens of the script"),
+        ({"peak_live": 46}, "held 46 tokens of a row at most; under policy off it is 47"),
+    ],
+)
+def test_other_work_is_an_error(model, change, message):
+    given = setting(model)
+    honest = Timing(1.0, given.work.traces, 47)
+    checked_run(Measurement("liar"), Liar(honest), given)
+    with pytest.raises(WrongTokensError, match=message):
+        checked_run(Measurement("liar"), Liar(replace(honest, **change)), given)
+
+
+def test_engines_with_tokens_of_their_own_have_to_generate_as_many(model):
+    given, liar = setting(model), Liar(Timing(1.0, ((1,) * 40, (1,) * 39), 47))
+    liar.forced = False
+    with pytest.raises(WrongTokensError, match="40 tokens in each of 2 rows"):
+        checked_run(Measurement("liar"), liar, given)
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_resubmission_sends_the_live_contexts_of_the_rule(model, monkeypatch, stagger):
+    given, sent = setting(model, 3, stagger=stagger), []
+    decode = resubmit.decode
+
+    def spy(model, ids, mask, forced, **limits):
+        sent.append([row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)])
+        return decode(model, ids, mask, forced, **limits)
+
+    monkeypatch.setattr(resubmit, "decode", spy)
+    checked_run(Measurement("resubmit"), prepare("resubmit", given), given)
+    work, done = given.work, [0] * 3
+    for contexts in sent:
+        rows = [row for row in range(3) if done[row] < work.tokens]
+        expected = [live_ids((*work.prompts[r], *work.traces[r][: done[r]]), work.prompt, MARKERS) for r in rows]
+        assert contexts == expected
+        for row in rows:
+            rest = work.traces[row][done[row] :]
+            done[row] += rest.index(CLOSE) + 1 if CLOSE in rest else len(rest)
+    assert done == [work.tokens] * 3
+    assert len(sent) == max(map(len, work.prunes)) + 1 > 2
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["off", "recompute"])
+def test_plain_logits_are_those_of_a_forward_at_every_token(policy):
+    model = tiny_model("qwen2", torch.float64)
+    work = make_work(2, replace(SCRIPT, stagger=True), 320)
+    found = plain_logits(model, work, policy)
+    for prompt, trace, logits in zip(work.prompts, work.traces, found, strict=True):
+        assert len(logits) == work.tokens
+        for n, given in enumerate(logits):
+            ids = live_ids((*prompt, *trace[:n]), work.prompt, MARKERS, policy)
+            with torch.inference_mode():
+                torch.testing.assert_close(given, model(torch.tensor([ids])).logits[0, -1], rtol=0, atol=1e-9)
+
+
+def test_logits_are_compared_at_every_token_of_every_row():
+    model = tiny_model("qwen2")
+    off, recompute = (plain_logits(model, make_work(1, SCRIPT, 320), policy) for policy in ("off", "recompute"))
+    seen = {(0, n): logits for n, logits in enumerate(recompute[0])}
+    assert check._largest(seen, recompute) == 0
+    assert check._largest(seen, off) > 0.1  # nothing but the prunes tells the two apart
+    assert check._largest({**seen, (0, 3): seen[0, 3] * float("nan")}, recompute) == float("inf")
+    del seen[0, 3]
+    assert check._largest(seen, recompute) == float("inf")
+
+
+def test_engines_compute_what_the_model_does(model, monkeypatch):
+    found = {difference.engine: difference for difference in check_engines(setting(model), list(ENGINES), quiet)}
+    compared = {name: d.deviation for name, d in found.items() if d.deviation is not None}
+    assert {"generate", "off", "recompute", "recompute+grammar", "resubmit"} <= set(compared)
+    assert all(d.reason for name, d in found.items() if name not in compared)
+    assert 0 < max(compared[name] for name in ("generate", "off", "recompute", "resubmit")) < 1e-4
+    monkeypatch.setitem(check.ALLOWED, "float32", 1e-12)
+    with pytest.raises(WrongLogitsError, match="recompute: a logit differs"):
+        check_engines(setting(model), ["recompute"], quiet)
+
+
+# --- the file for llama.cpp -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_survive_the_file(tmp_path, dtype, tied):
+    gguf = pytest.importorskip("gguf")
+    model = tiny_model("qwen2", dtype, tie_word_embeddings=tied)
+    gguf_file.write_gguf(model, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    weights = {n: w for n, w in model.state_dict().items() if n != "lm_head.weight" or not tied}
+    assert set(written) == {gguf_file.gguf_name(name) for name in weights}
+    for name, weight in weights.items():
+        tensor = written[gguf_file.gguf_name(name)]
+        kept = torch.float32 if weight.dim() == 1 else dtype
+        assert tensor.tensor_type.name == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[kept]
+        bits = torch.from_numpy(np.array(tensor.data)).contiguous().view(torch.uint8).flatten()
+        assert torch.equal(bits.view(kept).view(weight.shape), weight.to(kept))
+
+
+def test_sizes_survive_the_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    gguf_file.write_gguf(tiny_model("qwen2"), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    sizes = {"embedding_length": 32, "block_count": 2, "feed_forward_length": 48, "vocab_size": 320}
+    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2}
+    assert {name: fields[f"qwen2.{name}"].contents() for name in sizes} == sizes
+    assert fields["tokenizer.ggml.model"].contents() == "no_vocab"
+
+
+def test_other_models_have_no_file(tmp_path):
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match="model_type='llama' cannot be written"):
+        gguf_file.write_gguf(tiny_model("llama"), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_norm\.weight' has no place"):
+        gguf_file.gguf_name("model.layers.0.self_attn.q_norm.weight")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_become_steps():
+    """Row 1 is late by a step, and both end a block with their fourth token."""
+    work = Work(((10,), (11,)), ((OPEN, 15, SPLIT, CLOSE, 12, 13),) * 2)
+    assert work.prunes == (frozenset({3}), frozenset({3}))
+    clock = StepClock(work, prunes=True)
+    for time, row, generated in [
+        (1.0, 0, 0),
+        (2.0, 0, 1), (2.5, 1, 0),
+        (4.0, 0, 2), (4.1, 1, 1),
+        (5.0, 0, 3), (5.1, 1, 2),
+        (7.0, 0, 4), (7.2, 1, 3),
+        (8.5, 1, 4), (8.6, 0, 5),
+        (9.0, 1, 5),
+    ]:  # fmt: skip
+        clock.add(time, row, generated)
+    assert clock.steps() == (
+        StepTime(1.0, False, 0),  # row 1 read its prompt
+        StepTime(2.0, True, 0),
+        StepTime(1.0, True, 0),
+        StepTime(2.0, False, 1),  # row 0 read its solution again
+        StepTime(1.5, False, 1),
+        StepTime(0.5, False, 0),  # row 0 was ready
+    )
+
+
+def test_prune_events_cost_what_their_steps_take_beyond_ordinary_ones():
+    steps = [StepTime(s, True, 0) for s in (1.0, 2.0, 9.0)] + [StepTime(5.0, False, 1), StepTime(12.0, False, 3)]
+    timing = Timing(30.0, (), 0, (*steps, StepTime(99.0, False, 0)))
+    assert timing.step == 2.0
+    assert timing.prune == pytest.approx((3 + 10) / 4)
+    assert Timing(1.0, (), 0).step is Timing(1.0, (), 0).prune is None
+    assert Timing(1.0, (), 0, tuple(steps[:3])).prune is None
+
+
+def timing(seconds: float, step: float) -> Timing:
+    return Timing(seconds, (), 47, (StepTime(step, True, 0),))
+
+
+def test_ratios_are_taken_within_each_repeat(model):
+    """The second repeat ran on a machine half as fast: ratios of medians would be off, medians of ratios are not."""
+    base = Measurement("generate", [timing(4, 0.4), timing(8, 0.8), timing(4, 0.4)], memory=10.0)
+    fast = Measurement("recompute", [timing(2, 0.2), timing(4, 0.4), timing(1, 0.1)], memory=20.0)
+    none = Measurement("vllm", reason="not installed")
+    pairs = [(0.1, 0.2), (0.2, 0.4), (0.2, 0.1)]
+    floors = [FloorTime({"linear": linear, "packed": packed}, 0.0) for linear, packed in pairs]
+    work = setting(model).work
+    found = {f.engine: f for f in figures([base, fast, none], floors, work)}
+    assert found["generate"].times_base == 1
+    assert found["recompute"].times_base == 2
+    assert found["recompute"].of_floor == pytest.approx(0.5)
+    assert found["recompute"].step_ms == 200
+    assert found["recompute"].tokens_per_second == 2 * 40 / 2
+    assert found["recompute"].memory_mib == 20
+    assert found["vllm"].reason == "not installed" and found["vllm"].step_ms is None
+    assert next(iter(figures([fast], floors, work))).times_base is None
+    assert median_ratio([1.0, 1.0], [2.0, None]) is None
+    table = engine_table(list(found.values()), floors, work)
+    assert "vllm: not run: not installed" in table and "x generate" in table
+
+
+def test_the_fastest_products_make_the_floor():
+    time = FloorTime({"linear": 0.5, "packed": 0.25}, 0.125)
+    assert (time.kind, time.seconds) == ("packed", 0.375)
+
+
+def test_the_floor_streams_every_weight_once(model, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 2)
+    monkeypatch.setattr(floor, "KEEP_WITHIN", float("inf"))
+    made = Floor(model, batch=3, kv_bytes=4096)
+    expected = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # so it is counted once
+    sizes = []
+    for products in made._kinds.values():
+        outputs = [product(rows) for product, rows in zip(products, made._inputs, strict=True)]
+        assert {len(out) for out in outputs} == {3}
+        sizes.append(sum(out.shape[1] * rows.shape[1] for out, rows in zip(outputs, made._inputs, strict=True)))
+    assert set(sizes) == {expected}
+    assert made._kv.nbytes == 4096
+    assert made.run().seconds > 0
+
+
+def test_engines_take_turns_and_the_warm_up_does_not_count(model, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    done: list[str] = []
+    found, floors = measure(setting(model), ["recompute", "vllm", "off"], 2, done.append)
+    assert [len(m.timings) for m in found] == [2, 0, 2] and len(floors) == 2
+    assert "needs" in found[1].reason or "not installed" in found[1].reason
+    order = ["floor", "recompute", "vllm", "off"]
+    assert [text.split(":")[0] for text in done] == ["recompute", "vllm", "off", *order, *order]
+
+
+def test_memory_counts_what_was_in_use_at_once():
+    memory = PeakMemory(torch.device("cpu"))
+    if memory.mib() is None:
+        pytest.skip("the system does not tell")
+    block = np.ones(8_000_000)
+    del block
+    assert 55 < memory.mib() < 200
+    memory.forget()
+    assert memory.mib() < 30
+
+
+def test_a_long_trace_has_to_stay_short_alive(model, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    given = setting(model)
+    peak = given.work.peak_live("recompute")
+    with pytest.raises(ValueError, match=f"has {peak} live tokens at its peak, more than --live {peak - 1}"):
+        measure_long(given, ["off"], 1, quiet, live=peak - 1)
+    found, _ = measure_long(given, ["off", "recompute"], 1, quiet, live=peak)
+    assert [m.timings[0].peak_live for m in found] == [47, peak]
+
+
+# --- prune events -----------------------------------------------------------------------------------------------------
+
+
+def test_an_event_and_its_prefill_forward_as_many_tokens_at_one_place(model, monkeypatch):
+    forward, chunks = prune_events.Engine(model, markers=MARKERS).decoder.__class__.forward, []
+
+    def spy(self, pool, planned):
+        chunks.extend((chunk.start, len(chunk.ids)) for chunk in planned)
+        return forward(self, pool, planned)
+
+    monkeypatch.setattr("hcot_lmeval.engine.decoder.Decoder.forward", spy)
+    (found,) = prune_events.time_events(model, [prune_events.Place(5, 20, 30)], 2, quiet)
+    prompt, event, prefill = (0, 20 + 30 + 5 + 2), (21, 6), (21, 6)
+    after = [(27, 1)]
+    assert chunks == [prompt, event, *after, prefill] * 3
+    assert len(found.events) == len(found.prefills) == 2 and found.ratio > 0
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    path = tmp_path / "bench.json"
+    line = "--shape tiny --threads 1 --tokens 40 --prompt 7 --thought 9 --batch 1 2 --repeats 1 --check"
+    engines = ["generate", "recompute", "vllm"]
+    assert cli.main([*line.split(), "--engines", *engines, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "recompute:" in out and "standard deviations" in out
+    assert "batch 2: 40 tokens a row after a prompt of 7" in out and "vllm: not run: not installed" in out
+    told = json.loads(path.read_text())
+    assert [result["batch"] for result in told["results"]] == [1, 2]
+    assert [engine["engine"] for engine in told["results"][0]["engines"]] == engines
+    assert told["versions"]["torch"] == torch.__version__ and told["machine"]["threads"] == "1"
+    assert told["arguments"]["thought"] == 9
+    assert len(told["results"][0]["engines"][0]["runs"]) == len(told["results"][0]["floors"]) == 1
+
+
+def test_other_measurements_have_commands(capsys, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    tiny = ["--shape", "tiny", "--threads", "1", "--repeats", "1"]
+    assert cli.main(["prune", *tiny, "--solution", "3", "--context", "20", "--thought", "9", "30"]) == 0
+    assert "ratio: median" in capsys.readouterr().out
+    assert cli.main(["long", *tiny, "--tokens", "90", "--thought", "20", "--prompt", "9", "--batch", "1"]) == 0
+    assert "x off" in capsys.readouterr().out
+    assert cli.main(["long", *tiny, "--tokens", "90", "--live", "50", "--batch", "1"]) == 1
+    assert "error: the pruned trace has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--engines vlllm", "--option backend", "--shape 7B", "fast"])
+def test_what_is_unknown_is_refused(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(line.split())
+    assert stopped.value.code == 2
+    assert line.split()[-1] in capsys.readouterr().err
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys\nfrom hcot_lmeval.bench.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'tqdm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "of floor" in done.stdout and done.stdout.strip().endswith("[]")
