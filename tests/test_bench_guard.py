@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-import time
+import pytest
 
 from hcot_lmeval.bench import guard
-from hcot_lmeval.bench.guard import Finding
-from hcot_lmeval.trace import LiveContext
+from hcot_lmeval.bench.measure import Measurement
+from hcot_lmeval.bench.prune_events import EventTime
+from hcot_lmeval.bench.timing import Timing
+
+
+def quiet(doing: str) -> None:
+    """Nobody watches."""
 
 
 def test_no_ratio_has_collapsed():
-    found = guard.guard(lambda doing: None)
+    found = guard.guard(quiet)
     assert len(found) == 3
     assert all(finding.passed for finding in found), "\n".join(map(str, found))
 
 
-def test_a_bound_is_a_bound():
-    assert Finding("x", 0.8, 0.8).passed and not Finding("x", 0.79, 0.8).passed
-    assert str(Finding("x over y", 0.5, 0.8)) == "SLOW  x over y: 0.50, at least 0.80"
+@pytest.mark.parametrize(
+    ("ours", "events", "passed"),
+    [
+        ([1.0, 1.0], [1.0, 1.0], [True, True]),
+        ([1.2, 9.9], [9.9, 2.4], [True, True]),  # one good repeat is enough: something else ran in the other
+        ([1.3, 1.3], [1.0, 1.0], [False, True]),
+        ([1.0, 1.0], [2.6, 2.6], [True, False]),
+    ],
+)
+def test_what_is_slow_in_every_repeat_is_found(monkeypatch, ours, events, passed):
+    """`generate` and the prefill take a second in each repeat."""
 
+    def measure(setting, names, repeats, report):
+        assert names == ["generate", "recompute"]
+        runs = [[Timing(s, (), 0) for s in seconds] for seconds in ([1.0] * len(ours), ours)]
+        return [Measurement(name, timings) for name, timings in zip(names, runs, strict=True)], []
 
-def test_what_becomes_slow_is_found(monkeypatch):
-    """A rule that sleeps makes both kinds of ratio collapse."""
-    close = LiveContext._close
+    def time_events(model, where, repeats, report, options):
+        return [EventTime(place, tuple(events), (1.0,) * len(events)) for place in where]
 
-    def slow(self, token):
-        time.sleep(0.2)
-        return close(self, token)
-
-    monkeypatch.setattr(guard, "REPEATS", 1)
+    monkeypatch.setattr(guard, "measure", measure)
+    monkeypatch.setattr(guard, "time_events", time_events)
     monkeypatch.setattr(guard, "BATCHES", (1,))
-    monkeypatch.setattr(LiveContext, "_close", slow)
-    assert [finding.passed for finding in guard.guard(lambda doing: None)] == [False, False]
+    found = guard.guard(quiet)
+    assert [finding.passed for finding in found] == passed
+    assert [str(finding).startswith("SLOW") for finding in found] == [not ok for ok in passed]

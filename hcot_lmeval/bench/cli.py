@@ -35,7 +35,7 @@ examples:
   %(prog)s                                                  26M parameters, batch 1 and 4, all engines
   %(prog)s --shape 0.5B --dtype bfloat16 --batch 1 16 --tokens 256 --engines generate recompute llama.cpp
   %(prog)s --check --engines off recompute llama.cpp        first compare logits with a plain forward
-  %(prog)s --option backend=torch --json bench.json
+  %(prog)s --option compute=torch --json bench.json
   %(prog)s prune --context 256 4096 --thought 64 1024
   %(prog)s long --batch 1 4 --tokens 4096
 
@@ -134,7 +134,7 @@ def _add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
     parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
-                        help="a field of EngineOptions for our own engine, such as backend=torch")  # fmt: skip
+                        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
 
 
 def _option(text: str) -> tuple[str, Any]:
