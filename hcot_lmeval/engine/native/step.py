@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class NativeStep:
         self._kernel.scratch_bytes.restype = ctypes.c_size_t
         self._read(read_weights(model))
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._angles = (torch.empty(0), torch.empty(0))
+        self._scratch_sizes = (0, 0, 0)
 
     def refresh(self) -> None:
         """Reads the model again if it has changed.
@@ -96,8 +97,9 @@ class NativeStep:
         self._layers = (_Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
         self._model = self._describe(self._weights)
         self._pool: KVPool | None = None
+        self._angles = torch.empty(2, 0)
+        self._angle_addresses = (0, 0)
 
-    @torch.inference_mode()
     def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Appends the chunks to their slots.
 
@@ -110,50 +112,48 @@ class NativeStep:
         first: list[int] = []
         rows: list[int] = []
         wanted: list[int] = []
+        seen = 0
         for chunk in chunks:
             count, start = len(chunk.ids), chunk.slot * pool.length
+            end = chunk.start + count
             ids += chunk.ids
             positions += chunk.positions[chunk.start :]
             first += [start] * count
-            rows += range(start + chunk.start, start + chunk.start + count)
+            rows += range(start + chunk.start, start + end)
             wanted.append(len(ids) - 1)
-        seen = max(row - start for row, start in zip(rows, first, strict=True)) + 1
-        return self._run(ids, positions, first, rows, wanted, seen)
-
-    def _run(
-        self, ids: list[int], positions: list[int], first: list[int], rows: list[int], wanted: list[int], seen: int
-    ) -> torch.Tensor:
-        tokens, threads = len(ids), torch.get_num_threads()
-        logits = torch.empty(len(wanted), self._model.head.out, dtype=self.dtype)
-        arrays = [(ctypes.c_int64 * len(values))(*values) for values in (ids, positions, first, rows, wanted)]
+            seen = max(seen, end)
         cosine, sine = self._angles_up_to(max(positions))
-        step = _Step(
-            tokens,
-            len(wanted),
-            threads,
-            *map(ctypes.addressof, arrays),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            logits.data_ptr(),
-            self._scratch_for(tokens, seen, threads),
-        )
+        numbers = array("q", [*ids, *positions, *first, *rows, *wanted])  # making an array takes longer than filling it
+        return self._run(numbers, len(ids), len(wanted), seen, cosine, sine)
+
+    def _run(self, numbers: array[int], tokens: int, outputs: int, seen: int, cosine: int, sine: int) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        logits = torch.empty(outputs, self._model.head.out, dtype=self.dtype)
+        address, _ = numbers.buffer_info()
+        lists = (address + i * tokens * numbers.itemsize for i in range(5))
+        scratch = self._scratch_for(tokens, seen, threads)
+        step = _Step(tokens, outputs, threads, *lists, cosine, sine, logits.data_ptr(), scratch)
         self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
     def _scratch_for(self, tokens: int, seen: int, threads: int) -> int:
-        size = self._kernel.scratch_bytes(ctypes.byref(self._model), tokens, seen, threads)
-        if size > self._scratch.numel():
-            self._scratch = torch.empty(size + size // 4, dtype=torch.uint8)
+        """The address of enough scratch memory; it grows by doubling, so that contexts may."""
+        held = self._scratch_sizes
+        if tokens > held[0] or seen > held[1] or threads > held[2]:
+            sizes = max(tokens, held[0]), max(2 * seen, held[1]), max(threads, held[2])
+            size = self._kernel.scratch_bytes(ctypes.byref(self._model), *sizes)
+            self._scratch, self._scratch_sizes = torch.empty(size, dtype=torch.uint8), sizes
         return self._scratch.data_ptr()
 
-    def _angles_up_to(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and sines of at least the positions [0, position]: two tensors [positions, dim]."""
-        if position >= len(self._angles[0]):
+    def _angles_up_to(self, position: int) -> tuple[int, int]:
+        """The addresses of cosines and sines of at least the positions [0, position], two tensors [positions, dim]."""
+        if position >= self._angles.shape[1]:
             size = (position // ANGLES + 1) * ANGLES
             like, positions = torch.empty(1, dtype=self.dtype), torch.arange(size)[None]
-            cosine, sine = self._weights.rotary(like, positions)
-            self._angles = cosine[0].contiguous(), sine[0].contiguous()
-        return self._angles
+            with torch.inference_mode():
+                self._angles = torch.cat(self._weights.rotary(like, positions)).contiguous()
+            self._angle_addresses = self._angles[0].data_ptr(), self._angles[1].data_ptr()
+        return self._angle_addresses
 
     def _point_to(self, pool: KVPool) -> None:
         if self._pool is pool:
