@@ -45,7 +45,7 @@ class Paper:
         return self.after_end >= AFTERWARDS
 
     def forward(self, slot: int, place: int, token: int, position: int) -> None:
-        if slot == self.slot:
+        if slot == self.slot and place < self.state.length:
             self.cells[place:] = [(token, position)]
 
     def take(self, emitted: int, after: Moving) -> None:
@@ -94,10 +94,10 @@ def run(rows: list[Paper]) -> None:
         after = state.moving[at]
         for i, row in enumerate(rows):
             row.take(int(emitted[i]), Moving(*after[i]))
-        for values in zip(*(part.tolist() for part in state.feed(at)), strict=True):
+        fed = state.feed(at)
+        for values in zip(*(part.tolist() for part in (fed.slots, *fed[3:])), strict=True):
             for row in rows:
-                slot, place, token, position = values
-                row.forward(slot, place, token, position)
+                row.forward(*values)
 
 
 def make_state(notation: str, policy: str, context: int, slots: int = 1, position: int = 10**6) -> State:
@@ -166,7 +166,7 @@ def test_a_solution_may_be_forwarded_at_once():
         solution = [*range(50, 56), marks.close]
         state.skip(0, solution[replayed:], 3 + replayed)
         assert int(state.advance(at, torch.tensor([40]))) == 40
-        assert [int(part) for part in state.feed(at)] == [0, 10, 40, 10]
+        assert [int(part) for part in state.feed(at)] == [0, 0, 0, 10, 40, 10]
         assert state.ids[0, :11].tolist() == [20, 21, marks.open, *solution, 40]
 
 

@@ -21,9 +21,14 @@ import torch
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.device.build import make_loop
+from hcot_lmeval.engine.device.loop import DeviceLoop
+from hcot_lmeval.engine.device.needs import runs_on_device
+from hcot_lmeval.engine.device.program import ScratchPool
+from hcot_lmeval.engine.device.state import Rule
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
-from hcot_lmeval.engine.sampling import derive_seed, sample
+from hcot_lmeval.engine.sampling import Choice, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
@@ -34,7 +39,7 @@ from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
 from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
-from hcot_lmeval.trace import LiveContext, Policy
+from hcot_lmeval.trace import LiveContext, Policy, Step
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +131,11 @@ class Engine:
         if not requests:
             return
         self.decoder.refresh()
-        scheduler = self._schedule(requests)
+        on_device = runs_on_device(self.decoder, self.options, requests, watched=on_logits is not None)
+        scheduler = self._schedule(requests, ScratchPool if on_device else KVPool)
+        loop = self._device_loop(requests, scheduler) if on_device else None
         while scheduler.has_work:
-            for row in self._run_until_finished(scheduler, on_logits):
+            for row in self._run_until_finished(scheduler, on_logits, loop):
                 completion = self._completion(row)
                 if notes is not None:
                     notes.add(completion.note)
@@ -143,17 +150,23 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _run_until_finished(self, scheduler: Scheduler, on_logits: OnLogits | None) -> list[Row]:
+    def _run_until_finished(
+        self, scheduler: Scheduler, on_logits: OnLogits | None, loop: DeviceLoop | None
+    ) -> list[Row]:
         """Steps until at least one row has finished. The model's own attention is back when this returns."""
         start = time.perf_counter()
         finished: list[Row] = []
-        with self.decoder.attached():
+        with self.decoder.attached() if loop is None else loop.attached():
             while scheduler.has_work and not finished:
                 scheduler.admit()
                 finished = scheduler.retire()  # rows that had no room for their prompt
                 if not finished:
-                    self._step(scheduler, on_logits)
+                    if loop is None:
+                        self._step(scheduler, on_logits)
+                    else:
+                        loop.step()
                     finished = scheduler.retire()
+                    self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
         self.live.seconds += time.perf_counter() - start
         self.live.requests_done += len(finished)
         return finished
@@ -169,26 +182,37 @@ class Engine:
             everyone = len(ready) == len(planned)  # as nearly always; a copy of the logits would take its time
             chosen = logits if everyone else logits[[i for i, _ in ready]]
             self._sample([row for _, row in ready], chosen, on_logits)
-        self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
 
     def _sample(self, rows: Sequence[Row], logits: torch.Tensor, on_logits: OnLogits | None) -> None:
         if on_logits is not None:
             for row, scores in zip(rows, logits, strict=True):
                 on_logits(row.request, row.sample, len(row.generated), scores)
         for row, choice in zip(rows, sample(logits, [row.draw() for row in rows]), strict=True):
-            step = row.accept(choice)
-            self.live.generated_tokens += step is not None
-            self.live.prune_events += step is not None and step.is_prune
+            self._accept(row, choice)
+
+    def _accept(self, row: Row, choice: Choice) -> Step | None:
+        step = row.accept(choice)
+        self.live.generated_tokens += step is not None
+        self.live.prune_events += step is not None and step.is_prune
+        return step
 
     # --- setting up ---------------------------------------------------------------------------------------------------
 
-    def _schedule(self, requests: Sequence[Request]) -> Scheduler:
+    def _schedule(self, requests: Sequence[Request], kind: type[KVPool]) -> Scheduler:
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
-        step_tokens = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
-        pool = self._make_pool(requests)
-        return Scheduler(pairs, pool, self._make_row, step_tokens=step_tokens, share=not self.options.prompt_acts)
+        pool, share = self._make_pool(requests, kind), not self.options.prompt_acts
+        return Scheduler(pairs, pool, self._make_row, step_tokens=self._step_tokens, share=share)
 
-    def _make_pool(self, requests: Sequence[Request]) -> KVPool:
+    @property
+    def _step_tokens(self) -> int:
+        return self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
+
+    def _device_loop(self, requests: Sequence[Request], scheduler: Scheduler) -> DeviceLoop:
+        rule = Rule(self.policy, self.markers, self.limits.context, self.limits.position)
+        eos, most = len(self.limits.eos_ids), self._step_tokens
+        return make_loop(self.decoder, self.options, rule, scheduler, requests, self._accept, eos=eos, step_tokens=most)
+
+    def _make_pool(self, requests: Sequence[Request], kind: type[KVPool]) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
         length = min(self.limits.context, longest)
         most = self.options.max_slots if self.options.slots == "auto" else self.options.slots
@@ -196,7 +220,7 @@ class Engine:
         slots = plan_slots(self.decoder.layers, length, wanted)
         if slots < wanted and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
-        pool = KVPool(self.decoder.layers, slots, length, poison=self.options.poison)
+        pool = kind(self.decoder.layers, slots, length, poison=self.options.poison)
         self.live.kv_bytes = pool.bytes
         logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
         return pool

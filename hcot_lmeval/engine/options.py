@@ -36,6 +36,13 @@ class EngineOptions(ControlOptions):
         step_tokens: prompt tokens forwarded in one step.
         compute: who computes a step: torch, the model's own modules; native, compiled code for models of the Llama
             kind on the CPU; or auto, the latter where it can (see `hcot_lmeval.engine.decoder.Decoder`).
+        loop: who runs the steps: host; device, where tokens are chosen and thoughts pruned without the host (see
+            `hcot_lmeval.engine.device`); or auto, the latter on CUDA for requests that it can serve.
+        attention: who attends on the device: auto, or a name of `hcot_lmeval.engine.device.choice.NAMES`.
+        reforward: how solutions are read again on the device: chunk, in one piece; replay, token by token beside the
+            other rows; or auto, the former for few rows.
+        compiled: compile the steps of the device with torch.compile, which takes minutes at first.
+        run_ahead: steps that the device may be ahead of the host; by default as many as suit the number of rows.
         self_check: compare slots with a plain forward when the model is loaded.
         poison: fill new memory with NaN, for tests.
     """
@@ -55,6 +62,11 @@ class EngineOptions(ControlOptions):
     prompt_acts: bool = False
     step_tokens: int | None = None
     compute: Compute | str = Compute.AUTO
+    loop: Literal["auto", "host", "device"] = "auto"
+    attention: str = "auto"
+    reforward: Literal["auto", "chunk", "replay"] = "auto"
+    compiled: bool = False
+    run_ahead: int | None = None
     self_check: bool = True
     poison: bool = False
 
@@ -66,10 +78,16 @@ class EngineOptions(ControlOptions):
             raise ValueError(f"compute={self.compute!r} is unknown; choose one of {', '.join(Compute)}")
         if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
-        for name in ("max_context", "max_position", "max_slots", "step_tokens"):
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        for name in ("max_context", "max_position", "max_slots", "step_tokens", "run_ahead"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
+
+
+_CHOICES = {"loop": ("auto", "host", "device"), "reforward": ("auto", "chunk", "replay")}
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

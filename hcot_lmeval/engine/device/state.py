@@ -134,7 +134,7 @@ class Start:
 
 
 class State:
-    """All rows of a device, one for each slot, and a last one that padding points to and that has always ended.
+    """All rows of a device, one for each slot, and a last one without a slot, for padding, that has always ended.
 
     Args:
         slots: rows.
@@ -146,6 +146,7 @@ class State:
         positions: keep the position of every live token (sliding windows under ``evict`` need it).
 
     Attributes:
+        scratch: the line of padding.
         ids: live tokens, int64 [slots + 1, length + 2]; those at `length` and above are on their way into the slot: a
             return that prunes a full context, and what a row that has ended would write next.
         positions: their position ids, or None.
@@ -167,7 +168,7 @@ class State:
         forced: int = 0,
         positions: bool = False,
     ) -> None:
-        self.scratch, self.rule, self.device = slots, rule, device
+        self.scratch, self.length, self.rule, self.device = slots, length, rule, device
         self.ids = self._zeros(length + 2)
         self.positions = self._zeros(length + 2) if positions else None
         self.moving = self._zeros(len(Moving._fields))
@@ -230,19 +231,20 @@ class State:
         return Fixed(*self.fixed[rows].unbind(1))
 
     def feed(self, rows: torch.Tensor) -> Feed:
-        """What each of `rows` forwards now. Rows that do not run write to the scratch slot."""
-        row, runs = self.read(rows), self.read(rows).runs
-        slots = torch.where(runs, rows, self.scratch)
-        places = torch.where(runs, row.length, 0)
+        """What each of `rows` forwards now. Rows that do not run write where nobody reads: behind the last place."""
+        row = self.read(rows)
+        runs = row.runs
+        places = torch.where(runs, row.length, self.length)
         source = torch.where(runs, row.length + row.gap, 0)
-        tokens = torch.where(row.gap > 0, self.ids[slots, source], torch.where(runs, row.next, 0))
-        positions = places
+        tokens = torch.where(row.gap > 0, self.ids[rows, source], row.next)
+        positions = torch.where(runs, row.length, 0)
         if self.rule.policy is Policy.EVICT:
             positions = torch.where(runs, self.constants(rows).prompt + row.generated - 1, 0)
-        self.ids[slots, places] = tokens
+        self.ids[rows, places] = tokens
         if self.positions is not None:
-            self.positions[slots, places] = positions
-        return Feed(slots, places, tokens, positions)
+            self.positions[rows, places] = positions
+        first = torch.where(runs, 0, places)
+        return Feed(rows, rows.clamp_max(self.scratch - 1), first, places, tokens, positions)
 
     def advance(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """What was fed is in the slots, and `tokens`, int64 [n], were sampled from the outputs.
@@ -335,16 +337,20 @@ class State:
 
 
 class Feed(NamedTuple):
-    """What the rows of a step forward; each int64 [rows].
+    """What the rows of a step forward; each int64 [n].
 
     Attributes:
-        slots: where the keys and values go.
-        places: live index of the token, which is the number of live tokens before it.
-        tokens: its id.
-        positions: its position id.
+        rows: their lines.
+        slots: where their keys and values are.
+        first: 0; for a row that does not run, its place.
+        places: where the new ones go, which is the number of live tokens before it.
+        tokens: their ids.
+        positions: their position ids.
     """
 
+    rows: torch.Tensor
     slots: torch.Tensor
+    first: torch.Tensor
     places: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor

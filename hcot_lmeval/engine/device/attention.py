@@ -1,0 +1,195 @@
+"""What attention layers have to know of a step, and the function that they call through transformers' registry.
+
+Two kinds of steps: `Decode`, one token for each of many rows, whose slots, places and lengths are tensors that the host
+never reads; and `Packed`, prompts and solutions in one sequence, whose layout the host made and knows.
+
+The layers find the running step in an attribute that they carry while `attached` is open: a context variable cannot
+be traced by `torch.compile`, and keyword arguments do not reach the attention of every model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hcot_lmeval.engine.decoder import Chunk, Decoder
+from hcot_lmeval.engine.device.backends import Backend, Need, Ragged, Scores, Segments
+from hcot_lmeval.engine.device.state import Feed, upload
+from hcot_lmeval.engine.slots import KVPool
+
+IMPLEMENTATION = "hcot_device"
+"""The name under which the registry knows `device_attention`."""
+_STEP = "hcot_step"
+"""The attribute of attention layers."""
+
+
+@dataclass
+class Decode:
+    """One token a row.
+
+    Attributes:
+        feed: where its keys and values go, int64 [rows].
+        positions: position ids of all places of all rows, int64 [rows, places], where windows are measured in them;
+            None where the position of a token is its place.
+    """
+
+    feed: Feed
+    positions: torch.Tensor | None = None
+    _ragged: dict[int | None, Ragged] = field(default_factory=dict)
+
+    def ragged(self, window: int | None) -> Ragged:
+        """What each row sees through a sliding window."""
+        if window not in self._ragged:
+            first = self.feed.first if window is None else torch.maximum(self.feed.first, self._first(window))
+            self._ragged[window] = Ragged(self.feed.slots, first.int(), (self.feed.places + 1).int())
+        return self._ragged[window]
+
+    def _first(self, window: int) -> torch.Tensor:
+        hidden = self.feed.positions - window  # the youngest position that is out of sight
+        if self.positions is None:
+            return hidden + 1
+        table = self.positions[self.feed.rows]
+        held = torch.arange(table.shape[1], device=table.device) < self.feed.places[:, None]
+        return ((table <= hidden[:, None]) & held).sum(1)
+
+    def attend(
+        self,
+        pool: KVPool,
+        layer: int,
+        backend: Backend,
+        projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        window: int | None,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
+        query, key, value = projections
+        keys, values = pool.keys[layer], pool.values[layer]
+        keys[self.feed.slots, self.feed.places] = key[:, :, 0].to(keys.dtype)
+        values[self.feed.slots, self.feed.places] = value[:, :, 0].to(values.dtype)
+        return backend.decode(query[:, :, 0], keys, values, self.ragged(window), scores)[:, None]
+
+
+@dataclass
+class Packed:
+    """Tokens of several rows in one sequence; the position of a token is its place.
+
+    Attributes:
+        segments: whose they are.
+        rows: for each token its row in the pool, flattened over slots: int64 [tokens].
+    """
+
+    segments: Segments
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], length: int, device: torch.device) -> Packed:
+        """The layout of `chunks` in slots of `length` places."""
+        segments = Segments.of([(c.slot, c.start, len(c.ids)) for c in chunks], device)
+        flat = [c.slot * length + place for c in chunks for place in range(c.start, c.start + len(c.ids))]
+        return cls(segments, upload(flat, torch.int64, device))
+
+    def attend(
+        self,
+        pool: KVPool,
+        layer: int,
+        backend: Backend,
+        projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        window: int | None,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
+        query, key, value = (part[0].transpose(0, 1) for part in projections)
+        keys, values = pool.keys[layer], pool.values[layer]
+        keys.flatten(0, 1).index_copy_(0, self.rows, key.to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, self.rows, value.to(values.dtype))
+        return backend.chunk(query, keys, values, self.segments, window, scores)[None]
+
+
+@dataclass
+class Context:
+    """What the layers carry.
+
+    Attributes:
+        pool: the keys and values.
+        backend: who attends.
+        step: the running step; a list instead is filled with what each layer needs.
+    """
+
+    pool: KVPool | None = None
+    backend: Backend | None = None
+    step: Decode | Packed | list[Need] = field(default_factory=list)
+
+
+@contextmanager
+def attached(decoder: Decoder, context: Context) -> Iterator[None]:
+    """While it is open the layers of the model attend by `context`."""
+    layers = [module for module in decoder.model.modules() if hasattr(module, "layer_idx")]
+    for layer in layers:
+        setattr(layer, _STEP, context)
+    try:
+        with decoder.attached(IMPLEMENTATION):
+            yield
+    finally:
+        for layer in layers:
+            delattr(layer, _STEP)
+
+
+@torch.inference_mode()
+def survey(decoder: Decoder) -> list[Need]:
+    """Forwards one token and returns what the attention of each layer asks of a backend."""
+    context = Context()
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
+    with attached(decoder, context):
+        decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, past_key_values=None, use_cache=False)
+    assert isinstance(context.step, list)
+    return context.step
+
+
+def device_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of the registry; arguments as in `hcot_lmeval.engine.attention.slot_attention`.
+
+    Args:
+        module: the attention layer.
+        query: [rows, query_heads, 1, key_dim], or with 1 for rows and tokens for 1 in a packed step; rotated.
+        key: likewise.
+        value: likewise.
+        attention_mask: None.
+        scaling: factor of the scores.
+        dropout: ignored.
+        sliding_window: a query at position p sees the positions above p - sliding_window.
+        softcap: scores become softcap * tanh(scores / softcap).
+        s_aux: [query_heads], sinks.
+
+    Returns:
+        [rows, 1, query_heads, value_dim], or [1, tokens, query_heads, value_dim]; and None for the weights.
+    """
+    context: Context = getattr(module, _STEP)
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if isinstance(context.step, list):
+        shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        context.step.append(Need(*shape, key.dtype, key.device, sliding_window, softcap, s_aux is not None))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    assert context.pool is not None and context.backend is not None, "a step has a pool and a backend"
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = context.step.attend(context.pool, layer, context.backend, (query, key, value), sliding_window, scores)
+    return out.to(query.dtype), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, device_attention)

@@ -1,0 +1,107 @@
+"""How a step is run: as it is, compiled, or as a CUDA graph for each size of the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hcot_lmeval.engine.device.state import upload
+
+logger = logging.getLogger(__name__)
+
+SMALL = (1, 2, 4, 8)
+EVERY = 16
+"""Sizes of batches: the small ones, then every 16th."""
+WARM_UP = 3
+"""Runs before a capture: kernels are compiled and chosen, and libraries take their memory."""
+
+
+def bucket(rows: int) -> int:
+    """The size of the batch that serves so many rows."""
+    return next((size for size in SMALL if size >= rows), -(-rows // EVERY) * EVERY)
+
+
+class Runner:
+    """Runs a step over rows of a batch, padded to the next size with a row that never runs.
+
+    A graph is captured when its size is needed for the first time. A batch begins full and empties, so the largest
+    comes first and the others share its memory.
+
+    Args:
+        step: works on rows, int64 [size], and keeps everything else in memory that does not move.
+        most: rows of the largest batch.
+        padding: the row that never runs.
+        device: where the rows are.
+        counter: what each run changes even if no row runs; warming up leaves it as it was.
+        graphs: capture graphs.
+        compiled: compile the step first, in one piece.
+        backend: who compiles.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor], None],
+        most: int,
+        padding: int,
+        device: torch.device,
+        *,
+        counter: torch.Tensor,
+        graphs: bool,
+        compiled: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if compiled else step
+        self._rows = torch.full((bucket(most),), padding, dtype=torch.int64, device=device)
+        self._padding, self._size, self._capture, self._counter = padding, 0, graphs, counter
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._memory: Any = None  # what the graphs share
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Sizes that have a graph."""
+        return tuple(self._graphs)
+
+    def seat(self, rows: Sequence[int]) -> None:
+        """The next runs are over `rows`; takes effect in the order of the stream."""
+        self._size = bucket(len(rows))
+        padded = [*rows, *[self._padding] * (self._size - len(rows))]
+        self._rows[: self._size].copy_(upload(padded, torch.int64, self._rows.device), non_blocking=True)
+
+    def run(self) -> None:
+        """One step."""
+        if self._capture and self._size not in self._graphs:
+            self._try_to_capture()
+        if self._capture:
+            self._graphs[self._size].replay()
+        else:
+            self._step(self._rows[: self._size])
+
+    def _try_to_capture(self) -> None:
+        rows = self._rows[: self._size]
+        seated, count = rows.clone(), self._counter.clone()
+        try:
+            rows.fill_(self._padding)  # warming up and capturing must not move a row
+            self._graphs[self._size] = self._captured(rows)
+        except Exception as error:  # of any library that takes part
+            logger.warning("no CUDA graphs, steps run one kernel at a time: a batch of %d: %s", self._size, error)
+            self._capture = False
+            self._graphs.clear()
+        finally:
+            rows.copy_(seated)
+            self._counter.copy_(count)
+
+    def _captured(self, rows: torch.Tensor) -> torch.cuda.CUDAGraph:
+        aside = torch.cuda.Stream(rows.device)
+        aside.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                self._step(rows)
+        torch.cuda.current_stream(rows.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._step(rows)
+        self._memory = self._memory or graph.pool()
+        return graph
