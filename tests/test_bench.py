@@ -338,12 +338,13 @@ def test_ratios_are_taken_within_each_repeat(model):
     fast = Measurement("recompute", [timing(2, 0.2), timing(4, 0.4), timing(1, 0.1)], memory=20.0)
     none = Measurement("vllm", reason="not installed")
     pairs = [(0.1, 0.2), (0.2, 0.4), (0.2, 0.1)]
-    floors = [FloorTime({"linear": linear, "packed": packed}, 0.0) for linear, packed in pairs]
+    floors = [FloorTime({"linear": linear, "packed": packed}, 0.0, packed / 4) for linear, packed in pairs]
     work = setting(model).work
     found = {f.engine: f for f in figures([base, fast, none], floors, work)}
     assert found["generate"].times_base == 1
     assert found["recompute"].times_base == 2
     assert found["recompute"].of_floor == pytest.approx(0.5)
+    assert found["recompute"].of_memory == pytest.approx(0.25)
     assert found["recompute"].step_ms == 200
     assert found["recompute"].tokens_per_second == 2 * 40 / 2
     assert found["recompute"].memory_mib == 20
@@ -355,8 +356,8 @@ def test_ratios_are_taken_within_each_repeat(model):
 
 
 def test_the_fastest_products_make_the_floor():
-    time = FloorTime({"linear": 0.5, "packed": 0.25}, 0.125)
-    assert (time.kind, time.seconds) == ("packed", 0.375)
+    time = FloorTime({"linear": 0.5, "packed": 0.25}, 0.125, 0.0625)
+    assert (time.kind, time.seconds, time.memory) == ("packed", 0.375, 0.1875)
 
 
 def test_the_floor_streams_every_weight_once(model, monkeypatch):
@@ -371,6 +372,7 @@ def test_the_floor_streams_every_weight_once(model, monkeypatch):
         assert {len(out) for out in outputs} == {3}
         sizes.append(sum(out.shape[1] * rows.shape[1] for out, rows in zip(outputs, made._inputs, strict=True)))
     assert set(sizes) == {expected}
+    assert sum(bits.numel() for bits in made._bits) == expected
     assert made._kv.nbytes == 4096
     assert made.run().seconds > 0
 

@@ -40,8 +40,9 @@ examples:
   %(prog)s long --batch 1 4 --tokens 4096
 
 "of floor" is the floor's step over the engine's median step (1 is the floor, which streams all weights through bare
-matrix products and reads the live keys and values), "x generate" compares whole runs. Ratios are medians of those
-within each repeat, in which the engines take turns. docs/speed.md tells more.
+matrix products and reads the live keys and values); "of memory" is the same for reading weights, keys and values and
+multiplying nothing; "x generate" compares whole runs. Ratios are medians of those within each repeat, in which the
+engines take turns. docs/speed.md tells more.
 """
 LONG_ENGINES = ("off", "recompute", "evict")
 COMMANDS = ("engines", "prune", "long", "guard")
@@ -266,7 +267,9 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "batch": setting.work.batch,
-        "floors": [{**asdict(floor), "kind": floor.kind, "seconds": floor.seconds} for floor in floors],
+        "floors": [
+            {**asdict(floor), "kind": floor.kind, "seconds": floor.seconds, "memory": floor.memory} for floor in floors
+        ],
         "engines": [{**asdict(figures), "runs": _runs(m)} for figures, m in zip(made, found, strict=True)],
     }
 

@@ -29,10 +29,12 @@ class FloorTime:
     Attributes:
         weights: the matrix products, by kind.
         kv: reading the live keys and values once.
+        read: reading the weights once, by summing them.
     """
 
     weights: dict[str, float]
     kv: float
+    read: float
 
     @property
     def kind(self) -> str:
@@ -41,7 +43,13 @@ class FloorTime:
 
     @property
     def seconds(self) -> float:
+        """The floor: the fastest products, and the keys and values."""
         return self.weights[self.kind] + self.kv
+
+    @property
+    def memory(self) -> float:
+        """What no engine can beat that has its weights in this dtype: everything is read, and nothing is multiplied."""
+        return self.read + self.kv
 
 
 class Floor:
@@ -52,6 +60,9 @@ class Floor:
     dtype; each kind is timed and the fastest counts: ``linear`` is plain `F.linear`, ``packed`` oneDNN with weights
     that were brought into its order beforehand (CPU only).
 
+    Libraries do not reach the memory's speed on every chip, with one row least of all. So the weights are summed too,
+    which does.
+
     Args:
         model: a causal language model of transformers.
         batch: rows of the products.
@@ -61,6 +72,7 @@ class Floor:
     def __init__(self, model: Any, batch: int, kv_bytes: int) -> None:
         self._device = model.device
         matrices = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        self._bits = [m.view(torch.float32) for m in matrices]  # the sum of narrower types would be work
         self._inputs = [torch.randn(batch, m.shape[1]).to(m.device, m.dtype) for m in matrices]
         self._kv = torch.randn(max(1, kv_bytes // 4), device=self._device)  # as float32, whose sum is no work
         self._kinds: dict[str, list[Product]] = {"linear": [_linear(m) for m in matrices]}
@@ -71,7 +83,7 @@ class Floor:
     def run(self) -> FloorTime:
         """Times some steps of every kind."""
         weights = {kind: self._median(partial(self._stream, products)) for kind, products in self._kinds.items()}
-        return FloorTime(weights, self._median(self._kv.sum))
+        return FloorTime(weights, self._median(self._kv.sum), self._median(self._read))
 
     def _drop_slow_kinds(self) -> None:
         """Frees the copies of weights that will not win."""
@@ -84,6 +96,11 @@ class Floor:
     def _stream(self, products: list[Product]) -> None:
         for product, rows in zip(products, self._inputs, strict=True):
             product(rows)
+
+    @torch.inference_mode()
+    def _read(self) -> None:
+        for weight in self._bits:
+            weight.sum()
 
     def _median(self, work: Callable[[], Any]) -> float:
         times = []

@@ -146,6 +146,7 @@ class Figures:
         tokens_per_second: of all rows together, prefill included; the median run.
         step_ms: the median ordinary step; the median of the runs.
         of_floor: the floor's step over that, 1 at the floor; the median of the ratios within each repeat.
+        of_memory: the same with everything read and nothing multiplied in place of the floor.
         times_base: whole runs, how many times as fast as the base; the median of the ratios within each repeat.
         prune_ms: what a prune event adds; the median of the runs.
         peak_live: the largest number of live tokens of a row.
@@ -158,6 +159,7 @@ class Figures:
     tokens_per_second: float | None = None
     step_ms: float | None = None
     of_floor: float | None = None
+    of_memory: float | None = None
     times_base: float | None = None
     prune_ms: float | None = None
     peak_live: int | None = None
@@ -183,6 +185,7 @@ def _figures(found: Measurement, floors: Sequence[FloorTime], base: Sequence[Tim
         tokens_per_second=work.batch * work.tokens / statistics.median(seconds),
         step_ms=_ms(median(steps)),
         of_floor=median_ratio([floor.seconds for floor in floors], steps),
+        of_memory=median_ratio([floor.memory for floor in floors], steps),
         times_base=median_ratio([t.seconds for t in base], seconds) if base else None,
         prune_ms=_ms(median([t.prune for t in found.timings])),
         peak_live=found.timings[0].peak_live,

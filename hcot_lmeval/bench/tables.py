@@ -17,6 +17,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "tokens/s": ("tokens_per_second", ".1f"),
     "ms/step": ("step_ms", ".2f"),
     "of floor": ("of_floor", ".2f"),
+    "of memory": ("of_memory", ".2f"),
     "x base": ("times_base", ".2f"),
     "ms/prune": ("prune_ms", ".2f"),
     "peak live": ("peak_live", "d"),
@@ -57,8 +58,11 @@ def _heading(work: Work) -> str:
 
 
 def _floor_row(floors: Sequence[FloorTime], work: Work) -> list[str]:
+    """The floor as if it were an engine."""
     seconds = statistics.median(floor.seconds for floor in floors)
+    memory = statistics.median(floor.memory / floor.seconds for floor in floors)
     cells = {"tokens/s": f"{work.batch / seconds:.1f}", "ms/step": f"{1000 * seconds:.2f}", "of floor": "1.00"}
+    cells["of memory"] = f"{memory:.2f}"
     return ["floor", *(cells.get(heading, NOTHING) for heading in COLUMNS)]
 
 
@@ -67,8 +71,10 @@ def _floor_note(floors: Sequence[FloorTime]) -> str:
     kinds = sorted({kind for floor in floors for kind in floor.weights})
     times = {kind: 1000 * statistics.median(floor.weights[kind] for floor in floors) for kind in kinds}
     told = ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in sorted(times.items(), key=lambda item: item[1]))
-    kv = 1000 * statistics.median(floor.kv for floor in floors)
-    return f"floor: weights by {told} (the fastest counts), live keys and values {kv:.2f} ms"
+    kv, read = (1000 * statistics.median(getattr(floor, name) for floor in floors) for name in ("kv", "read"))
+    return (
+        f"floor: weights by {told} (the fastest counts), live keys and values {kv:.2f} ms; weights read {read:.2f} ms"
+    )
 
 
 def event_table(events: Sequence[EventTime]) -> str:
