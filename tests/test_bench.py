@@ -156,6 +156,19 @@ def test_our_slots_hold_exactly_the_peak(model):
         checked_run(Measurement("recompute"), prepare("recompute", short), given)
 
 
+@pytest.mark.parametrize("policy", ["off", "recompute"])
+def test_steps_on_the_device_are_not_watched(model, policy):
+    """Watched, they would run on the host; so the whole is timed, and the prompts once more."""
+    given = setting(model, options={"loop": "device"})
+    timing = checked_run(Measurement(policy), prepare(policy, given), given)
+    assert timing.steps == () and timing.prune is None
+    assert timing.step is not None and timing.step * (given.work.tokens - 1) < timing.seconds
+    (made,) = figures([Measurement(policy, [timing])], [FloorTime({"linear": 1.0}, 0.0, 1.0)], given.work)
+    assert made.mean
+    with pytest.raises(UnavailableError, match="shows no logits"):
+        prepare(policy, replace(given, on_logits=lambda row, generated, logits: None))
+
+
 class Liar:
     """An engine that does not do its work."""
 

@@ -29,13 +29,13 @@ def machine(device: str, threads: int) -> dict[str, str]:
         threads: CPU threads of the engines.
     """
     import psutil
-
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    cpu = {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "memory": memory, "threads": str(threads)}
-    if not device.startswith("cuda"):
-        return cpu
     import torch
 
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    name = f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = {"cpu": name, "cores": str(os.cpu_count()), "memory": memory, "threads": str(threads)}
+    if not device.startswith("cuda"):
+        return cpu
     return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda), **cpu}
 
 

@@ -153,6 +153,7 @@ class Figures:
         memory_mib: see `Measurement`.
         reason: why it did not run.
         forced: whether its tokens were those of the script.
+        mean: whether `step_ms` is the mean step, prune events included, since nothing else is known.
     """
 
     engine: str
@@ -166,6 +167,7 @@ class Figures:
     memory_mib: float | None = None
     reason: str = ""
     forced: bool = True
+    mean: bool = False
 
 
 def figures(
@@ -191,6 +193,7 @@ def _figures(found: Measurement, floors: Sequence[FloorTime], base: Sequence[Tim
         peak_live=found.timings[0].peak_live,
         memory_mib=found.memory,
         forced=found.forced,
+        mean=found.timings[0].mean_step is not None,
     )
 
 

@@ -32,6 +32,7 @@ def engine_table(figures: Sequence[Figures], floors: Sequence[FloorTime], work: 
     rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
     notes = [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
     notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
+    notes += [f"{f.engine}: ms/step is the mean of all steps, prune events included" for f in figures if f.mean]
     return "\n".join([_heading(work), *aligned(rows), _floor_note(floors), *notes])
 
 

@@ -35,18 +35,20 @@ class Timing:
         tokens: what each row generated.
         peak_live: the largest number of tokens whose keys and values one row held or was about to hold.
         steps: in order; the first one, which reads the prompts, is left out. Empty where an engine does not tell.
+        mean_step: seconds of the mean step, prune events included, where an engine tells no more.
     """
 
     seconds: float
     tokens: tuple[tuple[int, ...], ...]
     peak_live: int
     steps: tuple[StepTime, ...] = ()
+    mean_step: float | None = None
 
     @property
     def step(self) -> float | None:
-        """Seconds of the median ordinary step."""
+        """Seconds of the median ordinary step; of the mean step where nothing else is known."""
         ordinary = [step.seconds for step in self.steps if step.ordinary]
-        return statistics.median(ordinary) if ordinary else None
+        return statistics.median(ordinary) if ordinary else self.mean_step
 
     @property
     def prune(self) -> float | None:
