@@ -177,6 +177,7 @@ class Controller:
         self.ending = False
         self._options, self._grammar, self._prunes = options, grammar, prunes
         self._thinking = thinking
+        self._steers = options.steers
         self._sizes: list[_Size] = []
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
@@ -198,6 +199,8 @@ class Controller:
 
     def directive(self, budget: Budget) -> Directive:
         """Returns what holds for the next token."""
+        if not self._steers:
+            return FREE
         options, blocks = self._options, self._sizes
         self.ending = self.ending or self._is_nearly_spent(budget)
         if self.cursor.state is State.LEAD and (self.ending or options.constraints or options.max_block_tokens):
