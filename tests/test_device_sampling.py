@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hcot_lmeval.engine.device.fields import Rule, Start
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import Rule, Start, State
+from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import Draw, SamplingParams, derive_seed, derived_seeds, sample, signed
 from hcot_lmeval.trace import Policy

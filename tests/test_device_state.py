@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hcot_lmeval.engine.device.state import ENDED, NOTHING, Moving, Rule, Start, State
+from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Moving, Rule, Start
+from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Limits, Request, Row
 from hcot_lmeval.engine.sampling import Choice, SamplingParams
 from hcot_lmeval.trace import LiveContext, Policy, Step

@@ -22,10 +22,10 @@ from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.build import make_loop
+from hcot_lmeval.engine.device.fields import Rule
 from hcot_lmeval.engine.device.loop import DeviceLoop
 from hcot_lmeval.engine.device.needs import runs_on_device
 from hcot_lmeval.engine.device.program import ScratchPool
-from hcot_lmeval.engine.device.state import Rule
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
 from hcot_lmeval.engine.sampling import Choice, derive_seed, sample

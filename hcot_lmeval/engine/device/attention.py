@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hcot_lmeval.engine.decoder import Chunk, Decoder
 from hcot_lmeval.engine.device.backends import Backend, Need, Ragged, Scores, Segments
-from hcot_lmeval.engine.device.state import Feed, upload
+from hcot_lmeval.engine.device.fields import Feed, upload
 from hcot_lmeval.engine.slots import KVPool
 
 IMPLEMENTATION = "hcot_device"

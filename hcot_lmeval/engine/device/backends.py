@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hcot_lmeval.engine.attention import attend
-from hcot_lmeval.engine.device.state import upload
+from hcot_lmeval.engine.device.fields import upload
 
 
 class UnavailableError(RuntimeError):

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import survey
 from hcot_lmeval.engine.device.choice import choose
+from hcot_lmeval.engine.device.fields import Rule
 from hcot_lmeval.engine.device.graphs import Runner
 from hcot_lmeval.engine.device.loop import Accept, DeviceLoop
 from hcot_lmeval.engine.device.program import Log, Program
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import Rule, State
+from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.options import EngineOptions
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.scheduler import Scheduler

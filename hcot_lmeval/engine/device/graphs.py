@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.engine.device.state import upload
+from hcot_lmeval.engine.device.fields import upload
 
 logger = logging.getLogger(__name__)
 

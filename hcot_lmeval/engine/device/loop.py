@@ -15,10 +15,10 @@ import torch
 
 from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.device.attention import attached
+from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Start, upload
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
 from hcot_lmeval.engine.device.program import Program
 from hcot_lmeval.engine.device.readback import Readback
-from hcot_lmeval.engine.device.state import ENDED, NOTHING, Start, upload
 from hcot_lmeval.engine.rows import Row
 from hcot_lmeval.engine.sampling import Choice, derive_seed, signed
 from hcot_lmeval.engine.scheduler import Scheduler

@@ -11,8 +11,9 @@ import torch
 from hcot_lmeval.engine.decoder import Chunk, Decoder
 from hcot_lmeval.engine.device.attention import Context, Decode, Packed
 from hcot_lmeval.engine.device.backends import Backend
+from hcot_lmeval.engine.device.fields import NOTHING, upload
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import NOTHING, State, upload
+from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.slots import KVPool, LayerShape
 
 

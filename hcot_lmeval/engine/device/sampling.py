@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hcot_lmeval.engine.device.state import Fixed, Moving, State, Warmth
+from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth
+from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import derived_seeds, hashed_noise, truncate
 

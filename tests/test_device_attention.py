@@ -1,0 +1,186 @@
+"""Every backend against the textbook: ragged rows, slots in any order, windows, caps, sinks, NaN all around."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hcot_lmeval.engine.device import choice
+from hcot_lmeval.engine.device.attention import Decode
+from hcot_lmeval.engine.device.backends import Masked, Need, Scores, UnavailableError
+from hcot_lmeval.engine.device.choice import choose, errors, wrong
+from hcot_lmeval.engine.device.fields import Feed
+from hcot_lmeval.engine.device.flash import AtenFlash, FlashAttn, VarlenAttention
+
+CPU = torch.device("cpu")
+NEEDS = {
+    "grouped 12/2": Need(12, 2, 128, 128, torch.float32, CPU),
+    "window": Need(4, 4, 16, 16, torch.float32, CPU, window=16),
+    "cap and sinks": Need(6, 2, 24, 40, torch.float32, CPU, window=70, softcap=5.0, sinks=True),
+    "one head": Need(7, 1, 64, 64, torch.float32, CPU, sinks=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("need", NEEDS.values(), ids=NEEDS)
+def test_plain_pytorch(need, dtype):
+    need = need._replace(dtype=dtype)
+    assert Masked().refuses(need) == "" and wrong(Masked(), need) == ""
+
+
+def test_triton():
+    """In the interpreter, which Triton has to be told of before it is imported.
+
+    It cannot multiply bfloat16; float16 goes the same way through the kernel.
+    """
+    pytest.importorskip("triton", "3.9", reason="older interpreters do not work with numpy 2.4")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).resolve().parents[1]
+    ran = subprocess.run([sys.executable, "-c", _IN_TRITON], env=environment, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["checked"] * 2 * len(NEEDS)
+
+
+_IN_TRITON = """
+import torch
+from hcot_lmeval.engine.device.choice import MAKERS, wrong
+from tests.test_device_attention import NEEDS
+backend = MAKERS["triton"]()
+for need in NEEDS.values():
+    assert "float64" in backend.refuses(need._replace(dtype=torch.float64))
+    for dtype in (torch.float32, torch.float16):
+        need = need._replace(dtype=dtype)
+        assert backend.refuses(need) == "" and wrong(backend, need) == "", (need, wrong(backend, need))
+        print("checked")
+"""
+
+
+def test_the_probe_notices_what_is_wrong():
+    class Long(Masked):
+        def decode(self, query, keys, values, at, scores):
+            return super().decode(
+                query, keys.nan_to_num(), values.nan_to_num(), at._replace(lengths=at.lengths + 1), scores
+            )
+
+    class Unordered(Masked):
+        def decode(self, query, keys, values, at, scores):
+            return super().decode(query, keys, values, at._replace(slots=at.slots.sort().values), scores)
+
+    class Careless(Masked):
+        def chunk(self, query, keys, values, segments, window, scores):
+            return super().chunk(query, keys, values, segments, None, scores)
+
+    need = NEEDS["window"]
+    assert wrong(Masked(), need) == ""
+    assert "decode" in wrong(Long(), need) and "decode" in wrong(Unordered(), need)
+    assert "chunk" in wrong(Careless(), need) and wrong(Careless(), need._replace(window=None)) == ""
+    assert [kind for kind, _ in errors(Masked(), need)] == ["decode", "chunk"]
+
+
+def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch, caplog):
+    class Broken(Masked):
+        def decode(self, query, keys, values, at, scores):
+            return super().decode(query, keys, values, at, scores) * 1.01
+
+    def missing():
+        raise UnavailableError("it is not there")
+
+    monkeypatch.setattr(choice, "MAKERS", {"a": missing, "b": Broken, "c": FlashAttnLike, "sdpa": Masked, "e": Masked})
+    monkeypatch.setattr(choice, "NAMES", ("auto", "a", "b", "c", "sdpa", "e"))
+    with caplog.at_level(logging.INFO):
+        assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Masked
+    assert "by sdpa; not a: it is not there; not b: its decode is off by 1.0e-02" in caplog.text
+    assert "not c: it needs CUDA, not cpu" in caplog.text
+    with pytest.raises(ValueError, match=r"attention='a' cannot be used: a: it is not there"):
+        choose([NEEDS["window"]], "a")
+    with pytest.raises(ValueError, match="attention='f' is unknown; choose one of auto, a"):
+        choose([NEEDS["window"]], "f")
+
+
+class FlashAttnLike(FlashAttn):
+    def __init__(self) -> None:
+        pass
+
+
+def test_what_flash_kernels_refuse():
+    cuda = Need(12, 2, 128, 128, torch.bfloat16, torch.device("cuda"))
+    for kernel in (AtenFlash(), FlashAttnLike()):
+        assert kernel.refuses(cuda) == ""
+        assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
+        assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
+        assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
+    assert "cap" in AtenFlash().refuses(cuda._replace(softcap=50.0))
+    assert (
+        "window" in FlashAttnLike().refuses(cuda._replace(window=16))
+        and AtenFlash().refuses(cuda._replace(window=16)) == ""
+    )
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "aten", "flash-attn"])
+def test_calls_of_flash_kernels(kernel, monkeypatch):
+    """The kernels themselves run on CUDA alone; here plain functions take their arguments as documented."""
+    made = {"varlen": VarlenLike, "aten": AtenLike, "flash-attn": FlashAttnLike}[kernel]()
+    made._kernel = {"varlen": _varlen, "aten": _aten, "flash-attn": _with_cache}[kernel]
+    need = NEEDS["grouped 12/2"]
+    assert wrong(made, need) == ""
+    if kernel != "flash-attn":
+        assert wrong(made, NEEDS["window"]) == ""
+
+
+class VarlenLike(VarlenAttention):
+    def __init__(self) -> None:
+        pass
+
+
+class AtenLike(AtenFlash):
+    def __init__(self) -> None:
+        pass
+
+
+def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
+    assert enable_gqa and len(cu_q) == len(cu_k) == len(seqused_k) + 1
+    assert max_q >= (cu_q[1:] - cu_q[:-1]).max() and max_k >= seqused_k.max()
+    assert {t.dtype for t in (cu_q, cu_k, seqused_k)} == {torch.int32}
+    left, right = window_size
+    out = []
+    for b in range(len(seqused_k)):
+        queries, first, used = q[cu_q[b] : cu_q[b + 1]], int(cu_k[b]), int(seqused_k[b])
+        assert right == 0 or len(queries) == 1
+        window = None if left < 0 else left + 1
+        out.append(choice.textbook(queries, k[first : first + used], v[first : first + used], window, Scores(scale)))
+    return torch.cat(out)
+
+
+def _aten(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k, **spans):
+    assert (dropout, debug) == (0.0, False)
+    window = (spans.get("window_size_left", -1), 0 if causal else -1)
+    return (
+        _varlen(
+            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, enable_gqa=True, seqused_k=seqused_k
+        ),
+    )
+
+
+def _with_cache(q, keys, values, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap):
+    assert q.shape[1] == 1 or causal
+    rows = zip(q, cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True)
+    return torch.stack(
+        [choice.textbook(x, keys[s, :n], values[s, :n], None, Scores(softmax_scale)) for x, s, n in rows]
+    )
+
+
+def test_windows_count_positions_where_they_are_not_places():
+    positions = torch.tensor([[0, 1, 2, 9, 10, 11, 0], [0, 1, 2, 3, 4, 5, 0]])
+    at = torch.tensor([0, 1])
+    feed = Feed(at, at, torch.zeros(2), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
+    assert Decode(feed, positions).ragged(4).first.tolist() == [3, 0]
+    assert Decode(feed, positions).ragged(10).first.tolist() == [2, 0]
+    assert Decode(feed._replace(positions=feed.places)).ragged(4).first.tolist() == [2, 0]
+    assert Decode(feed).ragged(None).first.tolist() == [0, 0]
+    assert Decode(feed).ragged(None).lengths.tolist() == [6, 4]

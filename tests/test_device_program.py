@@ -1,0 +1,145 @@
+"""One step as a program: nothing in it waits for the host, it compiles in one piece, and graphs may fail."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.device.attention import attached, survey
+from hcot_lmeval.engine.device.backends import Masked
+from hcot_lmeval.engine.device.fields import NOTHING, Rule, Start
+from hcot_lmeval.engine.device.graphs import Runner, bucket
+from hcot_lmeval.engine.device.program import Log, Program, ScratchPool
+from hcot_lmeval.engine.device.readback import Readback
+from hcot_lmeval.engine.device.sampling import Sampler
+from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.trace import Policy
+from tests.reference import EOS, MARKERS, POLICIES
+from tests.test_device_state import reads
+from tests.test_engine_exact import make_model
+
+CPU = torch.device("cpu")
+MARKS = MARKERS["hcot"]
+TRACE = (MARKS.open, 20, 21, 22, MARKS.split, 30, 31, MARKS.close, 40, 41, MARKS.open, 42, MARKS.split, MARKS.close)
+
+
+def make_program(kind: str, policy: str, *, slots: int = 3) -> Program:
+    """Rows whose prompts are one token, so that nothing has to be forwarded before the first step."""
+    decoder = Decoder(make_model(kind), check=False)
+    rule = Rule(Policy(policy), MARKS, 40, 100)
+    pool = ScratchPool(decoder.layers, slots, 40, poison=True)
+    state = State(slots, 40, rule, CPU, ends=1, forced=len(TRACE), positions=kind == "gemma2" and policy == "evict")
+    program = Program(decoder, pool, state, Sampler(), Masked(), Log(5, slots + 1, CPU))
+    for slot in range(slots):
+        warmth = (float(slot), 0.9, 0.05)
+        state.begin(slot, Start([10 + slot], 30, 3, seed=slot, top_k=20, warmth=warmth, ends=[EOS], forced=TRACE))
+    return program
+
+
+def everything(program: Program) -> list[torch.Tensor]:
+    """What a step may change, NaN as a number."""
+    state, pool = program.state, program.pool
+    kept = [state.moving, state.ids, state._opens, state._splits, program.log.emitted, program.log.tick]
+    return [t.nan_to_num(-7.0) for t in (*kept, *pool.keys.values(), *pool.values.values())]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_a_step_reads_nothing_back(kind, policy):
+    program = make_program(kind, policy)
+    with attached(program.decoder, program.context):
+        traced = make_fx(lambda rows: program.step(rows), tracing_mode="fake", _allow_non_fake_inputs=True)
+        assert reads(traced, [2, 0, 3]) == set()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_a_compiled_step_is_one_graph_and_the_same_step(kind, policy):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager" if policy != "recompute" else "aot_eager")
+    plain, compiled = make_program(kind, policy), make_program(kind, policy)
+    rows = torch.tensor([1, 0, 2, 3])
+    runners = [
+        Runner(p.step, 4, 3, CPU, counter=p.log.tick, graphs=False, compiled=p is compiled, backend=counter)
+        for p in (plain, compiled)
+    ]
+    for program, runner in zip((plain, compiled), runners, strict=True):
+        with attached(program.decoder, program.context):
+            runner.seat(rows.tolist())
+            for _ in range(12):
+                runner.run()
+    assert counter.frame_count == 1
+    for a, b in zip(everything(plain), everything(compiled), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert plain.state.moving[:3, 5].min() > 3  # so many tokens were generated
+
+
+def test_sizes_of_batches():
+    sizes = [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 32]
+    assert [bucket(n) for n in range(1, 18)] == sizes
+    assert bucket(64) == 64 and bucket(65) == 80
+
+
+def test_without_graphs_the_steps_go_on_and_say_why(caplog):
+    """A capture fails here, since there is no GPU. It must have changed nothing."""
+    program, twin = make_program("qwen2", "recompute"), make_program("qwen2", "recompute")
+    for p, graphs in ((program, True), (twin, False)):
+        runner = Runner(p.step, 3, 3, CPU, counter=p.log.tick, graphs=graphs)
+        with attached(p.decoder, p.context), caplog.at_level(logging.WARNING):
+            runner.seat([0, 2, 1])
+            for _ in range(3):
+                runner.run()
+        assert runner.captured == ()
+    assert caplog.text.count("no CUDA graphs") == 1
+    for a, b in zip(everything(program), everything(twin), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_warming_up_moves_no_row(monkeypatch):
+    """What is captured runs over padding alone: but for the log's next lines, everything stays as it was."""
+    program = make_program("llama", "evict")
+    runner = Runner(program.step, 3, 3, CPU, counter=program.log.tick, graphs=True)
+    warmed = []
+
+    def warm_up(rows: torch.Tensor) -> None:
+        warmed.append(rows.tolist())
+        for _ in range(3):
+            program.step(rows)
+        raise RuntimeError("nothing to capture on")
+
+    monkeypatch.setattr(runner, "_captured", warm_up)
+    before = everything(program)
+    with attached(program.decoder, program.context):
+        runner.seat([0, 1, 2])
+        runner._try_to_capture()
+    assert warmed == [[3] * 4]
+    places = [t[:, :-1] if t.dim() == 4 else t[:3] if t.dim() == 2 else t for t in everything(program)]
+    expected = [t[:, :-1] if t.dim() == 4 else t[:3] if t.dim() == 2 else t for t in before]
+    for i, (a, b) in enumerate(zip(places, expected, strict=True)):
+        assert torch.equal(a, b) or i == 4, i
+
+
+def test_lines_of_the_log_come_once_and_in_order():
+    log = Log(4, 3, CPU)
+    readback = Readback(log.emitted)
+    for step in range(3):
+        log.write(torch.tensor([step % 2]), torch.tensor([100 + step]))
+    readback.start(0, 2)
+    readback.start(2, 1)
+    assert readback.finished(1) == [[100, NOTHING, NOTHING], [NOTHING, 101, NOTHING]]
+    for step in range(3, 6):
+        log.write(torch.tensor([1, 0]), torch.tensor([100 + step, 50]))
+    readback.start(3, 3)
+    assert [line[1] for line in readback.finished(0)] == [NOTHING, 103, 104, 105]
+    assert readback.finished(0) == []
+
+
+def test_what_layers_need_is_found_by_one_token():
+    (need, *others) = survey(Decoder(make_model("gemma2"), check=False))
+    assert (need.query_heads, need.heads, need.key_dim, need.value_dim) == (4, 2, 8, 8)
+    assert {n.window for n in (need, *others)} == {16, None} and need.softcap == 50.0
