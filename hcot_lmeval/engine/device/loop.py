@@ -107,7 +107,7 @@ class DeviceLoop:
         with attached(self.program.decoder, self.program.context):
             yield
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, in which torch 2.11 does not compile a step
     def step(self) -> None:
         """Queues some steps and listens to earlier ones; rows that have ended are marked `finished`."""
         first = self._tick

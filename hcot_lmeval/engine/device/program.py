@@ -74,7 +74,7 @@ class Program:
         self.context = Context(self.pool, self.backend)
         self._selects = "logits_to_keep" in inspect.signature(self.decoder.model.forward).parameters
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, rows: torch.Tensor) -> None:
         """Forwards one token of each of `rows`, int64 [n], and samples what follows. To be called within `attached`."""
         self.offer(rows, self.logits(rows))
@@ -90,7 +90,7 @@ class Program:
         tokens = self.sampler.choose(self.state, rows, logits)
         self.log.write(rows, self.state.advance(rows, tokens))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Forwards prompts and solutions whose tokens the host knows. To be called within `attached`.
 

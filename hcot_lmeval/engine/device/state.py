@@ -154,8 +154,8 @@ class State:
         appended, fits = self._rule(rows, tokens, live, row, constants, runs & sampled)
         ended = (self.ends[rows] == tokens[:, None]).any(1) | (appended.generated >= constants.max_gen)
         appended = appended._replace(done=(ended | ~fits).long(), hold=forwarded.hold)
-        after = torch.where(sampled[:, None], torch.stack(appended, 1), torch.stack(forwarded, 1))
-        self.moving[rows] = torch.where(runs[:, None], after, torch.stack(row, 1))
+        after = torch.where(sampled[:, None], torch.stack([*appended], 1), torch.stack([*forwarded], 1))
+        self.moving[rows] = torch.where(runs[:, None], after, torch.stack([*row], 1))
         emitted = torch.where(sampled & runs, tokens, NOTHING)
         return torch.where(row.done > 0, ENDED, emitted)
 
