@@ -205,7 +205,7 @@ def test_without_a_compiler_pytorch_computes(compiler, message, monkeypatch, tmp
     build.load_kernel.cache_clear()
     try:
         with pytest.raises(KernelUnavailableError, match=message):
-            build.load_kernel(torch.float32)
+            build.load_kernel(torch.float32, torch.float32)
         assert Decoder(tiny_model("qwen2")).native is None
         with pytest.raises(UnsupportedModelError, match=message):
             Decoder(tiny_model("qwen2"), compute="native")
@@ -217,11 +217,11 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
     build.load_kernel.cache_clear()
     try:
-        build.load_kernel(torch.float32)
+        build.load_kernel(torch.float32, torch.float32)
         (kept,) = (tmp_path / "kernels").iterdir()
         build.load_kernel.cache_clear()
         monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
-        build.load_kernel(torch.float32)
+        build.load_kernel(torch.float32, torch.float32)
         assert list((tmp_path / "kernels").iterdir()) == [kept]
     finally:
         build.load_kernel.cache_clear()

@@ -142,18 +142,15 @@ def slot_attention(
         step[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     keys, values = step.pool.keys[layer], step.pool.values[layer]
-    rows = step.rows(key.device)
-    # the casts do nothing but under autocast, where queries, keys and values may differ in dtype
-    keys.flatten(0, 1).index_copy_(0, rows, key[0].transpose(0, 1).to(keys.dtype))
-    values.flatten(0, 1).index_copy_(0, rows, value[0].transpose(0, 1).to(values.dtype))
+    step.pool.write(layer, step.rows(key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
     outputs = []
     for index, segment in enumerate(step.segments):
         first = segment.window_start(sliding_window)
         outputs.append(
             attend(
                 query[0, :, segment.first : segment.first + segment.count],
-                keys[segment.slot, first : segment.length].transpose(0, 1),
-                values[segment.slot, first : segment.length].transpose(0, 1),
+                keys[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
+                values[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
                 step.mask(index, sliding_window, key.device),
                 scaling=scaling,
                 softcap=softcap,

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
 from hcot_lmeval.engine.native import Compute, KernelUnavailableError, NativeStep, UnreadableModelError
-from hcot_lmeval.engine.slots import KVPool, LayerShape
+from hcot_lmeval.engine.slots import KV_DTYPES, KVPool, LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ REWINDABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention
 CHECK_CHUNKS = (11, 1, 6, 1, 1, 4)
 """Tokens a step in the self-check: chunks and single tokens, 24 in all."""
 
-CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest logit difference allowed in the self-check, relative to the largest logit; coarser types get 5e-2."""
+CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float8_e4m3fn: 0.3}
+"""Largest logit difference allowed in the self-check, relative to the largest logit; other coarse types get 5e-2."""
 
 
 class UnsupportedModelError(ValueError):
@@ -58,9 +58,11 @@ class Decoder:
         compute: who computes a step: ``torch``, the modules of the model with the attention of this package; or
             ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
             in float32 and bfloat16.
+        kv_dtype: dtype of keys and values in the slots, by name; by default the one in which the model computes them.
 
     Attributes:
         layers: layer index to what the layer stores per token.
+        kv_dtype: what the argument said.
         native: the compiled step, or None where PyTorch computes.
 
     Raises:
@@ -68,7 +70,14 @@ class Decoder:
             computes something else on slots than in a plain forward, or cannot have the compute that was asked for.
     """
 
-    def __init__(self, model: Any, *, check: bool = True, compute: Compute | str = Compute.AUTO) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        check: bool = True,
+        compute: Compute | str = Compute.AUTO,
+        kv_dtype: str | None = None,
+    ) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
@@ -76,7 +85,9 @@ class Decoder:
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.compute = Compute(compute)
         self.native: NativeStep | None = None
-        self.layers = self._layer_shapes()
+        self.layers, self.kv_dtype = self._layer_shapes(), kv_dtype
+        if kv_dtype is not None:
+            self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
         self.native = self._compiled()
         if check:
             self._check()
@@ -94,7 +105,7 @@ class Decoder:
             self._leave_to_torch("double precision is for comparisons with the model's own modules")
             return None
         try:
-            step = NativeStep(self.model)
+            step = NativeStep(self.model, self.layers[0].dtype)
         except (KernelUnavailableError, UnreadableModelError) as error:
             self._leave_to_torch(str(error))
             return None
@@ -217,11 +228,15 @@ class Decoder:
         if not difference <= tolerance:
             raise UnsupportedModelError(
                 f"{self.name} failed the self-check: on slots its logits differ from a plain forward by "
-                f"{difference:.1e} of the largest logit (allowed: {tolerance:.0e}). Its layers probably keep a state "
-                "other than keys and values. Use lm-eval's hf model for it."
+                f"{difference:.1e} of the largest logit (allowed: {tolerance:.0e}). {self._likely_cause()}"
             )
         logger.debug("self-check of %s: largest relative logit difference %.1e", self.name, difference)
         return difference
+
+    def _likely_cause(self) -> str:
+        if self.kv_dtype is not None:
+            return f"Probably kv_dtype={self.kv_dtype!r} is too coarse for it; leave that out."
+        return "Its layers probably keep a state other than keys and values. Use lm-eval's hf model for it."
 
     @torch.inference_mode()
     def _plain_logits(self, ids: list[int]) -> torch.Tensor:

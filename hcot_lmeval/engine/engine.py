@@ -96,7 +96,7 @@ class Engine:
         self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
         self._check_controls()
-        self.decoder = Decoder(model, check=self.options.self_check, compute=self.options.compute)
+        self.decoder = Decoder(model, check=given.self_check, compute=given.compute, kv_dtype=given.kv_dtype)
         self.limits = self._find_limits()
         self.live = Progress()
         self._hidden_ids = self._find_hidden_ids()

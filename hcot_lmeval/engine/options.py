@@ -10,6 +10,7 @@ from typing import Any, Literal
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.engine.native import Compute
+from hcot_lmeval.engine.slots import KV_DTYPES
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
 
@@ -43,6 +44,8 @@ class EngineOptions(ControlOptions):
             other rows; or auto, the former for few rows.
         compiled: compile the steps of the device with torch.compile, which takes minutes at first.
         run_ahead: steps that the device may be ahead of the host; by default as many as suit the number of rows.
+        kv_dtype: dtype of keys and values in the slots: bfloat16, float16 or float8_e4m3fn (without scales); by default
+            the one in which the model computes them. A smaller one lets more rows into memory and rounds.
         self_check: compare slots with a plain forward when the model is loaded.
         poison: fill new memory with NaN, for tests.
     """
@@ -67,6 +70,7 @@ class EngineOptions(ControlOptions):
     reforward: Literal["auto", "chunk", "replay"] = "auto"
     compiled: bool = False
     run_ahead: int | None = None
+    kv_dtype: str | None = None
     self_check: bool = True
     poison: bool = False
 
@@ -80,14 +84,19 @@ class EngineOptions(ControlOptions):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+                names = ", ".join(map(str, known))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {names}")
         for name in ("max_context", "max_position", "max_slots", "step_tokens", "run_ahead"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
 
 
-_CHOICES = {"loop": ("auto", "host", "device"), "reforward": ("auto", "chunk", "replay")}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "loop": ("auto", "host", "device"),
+    "reforward": ("auto", "chunk", "replay"),
+    "kv_dtype": (None, *KV_DTYPES),
+}
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

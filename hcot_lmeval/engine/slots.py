@@ -14,6 +14,10 @@ import torch
 
 MEMORY_SHARE = 0.9
 """Part of the free memory that the pool may take; the rest is left to activations and logits."""
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8_e4m3fn": torch.float8_e4m3fn}
+"""What keys and values may be stored in instead of the dtype in which the model computes them."""
+NARROW = (torch.float16, torch.float8_e4m3fn)
+"""Dtypes whose range (65504 and 448) outliers among the keys may leave."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,21 @@ class KVPool:
         """Memory taken."""
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
+    def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores the keys and values of some tokens, rounded to the dtype of the pool.
+
+        Args:
+            layer: index of the layer.
+            rows: place of each token, flattened over slots: slot * length + place; int64 [tokens].
+            key: [tokens, heads, key_dim].
+            value: [tokens, heads, value_dim].
+        """
+        for slots, new in ((self.keys[layer], key), (self.values[layer], value)):
+            flat, new = slots.flatten(0, 1), round_to(new, slots.dtype)
+            if slots.dtype.itemsize == 1:  # what few operations know as numbers is moved as bytes
+                flat, new = flat.view(torch.uint8), new.view(torch.uint8)
+            flat.index_copy_(0, rows, new)
+
     def drop(self, slot: int, start: int, stop: int, length: int) -> None:
         """Removes the tokens [start, stop) of a slot that holds `length`; what lies behind them moves down."""
         for tensors in (self.keys, self.values):
@@ -73,6 +92,13 @@ class KVPool:
         for tensors in (self.keys, self.values):
             for tensor in tensors.values():
                 tensor[target, :length] = tensor[source, :length]
+
+
+def round_to(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds to the nearest number of a dtype; what is beyond the range of a narrow one becomes its largest."""
+    if dtype in NARROW and numbers.dtype != dtype:
+        numbers = numbers.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return numbers.to(dtype)
 
 
 def slots_that_fit(layers: Mapping[int, LayerShape], length: int) -> int:

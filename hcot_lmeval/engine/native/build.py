@@ -27,8 +27,8 @@ class KernelUnavailableError(RuntimeError):
 
 
 @functools.cache
-def load_kernel(weight: torch.dtype) -> ctypes.CDLL:
-    """Returns the compiled kernel for models with weights of this type.
+def load_kernel(weight: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
+    """Returns the compiled kernel for models with weights of the one type, and keys and values of the other.
 
     The compiler is ``$CXX``, else c++, g++ or clang++. The library is kept in ``$HCOT_LMEVAL_CACHE/kernels``, else
     ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor.
@@ -36,17 +36,24 @@ def load_kernel(weight: torch.dtype) -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: no kernel for this type, no compiler, or the compiler failed.
     """
-    if weight not in WEIGHTS:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS)
-        raise KernelUnavailableError(f"weights are {str(weight).removeprefix('torch.')}; the kernel knows {known}")
+    _check_types(weight, cache)
     compiler = find_compiler()
-    path = kernel_folder() / f"{WEIGHTS[weight]}-{_fingerprint(compiler)}.so"
+    path = kernel_folder() / f"{WEIGHTS[weight]}-{WEIGHTS[cache]}-{_fingerprint(compiler)}.so"
     if not path.exists():
-        _compile(compiler, weight, path)
+        _compile(compiler, weight, cache, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelUnavailableError(f"{path} cannot be loaded: {error}") from error
+
+
+def _check_types(weight: torch.dtype, cache: torch.dtype) -> None:
+    names = [str(dtype).removeprefix("torch.") for dtype in (weight, cache)]
+    if weight not in WEIGHTS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS)
+        raise KernelUnavailableError(f"weights are {names[0]}; the kernel knows {known}")
+    if cache != weight and (weight, cache) != (torch.float32, torch.bfloat16):
+        raise KernelUnavailableError(f"the kernel does not combine weights in {names[0]} with a cache in {names[1]}")
 
 
 def find_compiler() -> str:
@@ -88,13 +95,14 @@ def _processor() -> str:
     return "\n".join(sorted(found)) or f"{platform.machine()} {platform.processor()}"
 
 
-def _compile(compiler: str, weight: torch.dtype, path: Path) -> None:
+def _compile(compiler: str, weight: torch.dtype, cache: torch.dtype, path: Path) -> None:
     """Compiles beside the target and renames, so that of several processes each finds a whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
-            command = [compiler, *FLAGS, f"-DWEIGHT={WEIGHTS[weight]}", str(SOURCE), "-o", str(target)]
+            types = f"-DWEIGHT={WEIGHTS[weight]}", f"-DCACHE={WEIGHTS[cache]}"
+            command = [compiler, *FLAGS, *types, str(SOURCE), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
                 raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")

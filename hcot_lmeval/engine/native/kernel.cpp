@@ -1,6 +1,7 @@
 // One decoding step of a Llama-like model on the CPU: embedding, all layers, logits, over the slots of a KV pool.
 //
-// Compiled at first use with WEIGHT = float, double or bfloat16, for the processor at hand. Weights are read where the
+// Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
+// bfloat16, for the processor at hand. Weights are read where the
 // model has them, row-major [out, in], never copied or repacked. What makes it fast: one parallel region for the whole
 // step; an output is a dot product along a row of weights, several rows of weights by several tokens at a time in
 // registers; the rows needed next are prefetched; attention reads exactly what is live. Vectors are those of GCC and
@@ -22,6 +23,9 @@
 #ifndef WEIGHT
 #define WEIGHT float
 #endif
+#ifndef CACHE
+#define CACHE WEIGHT
+#endif
 
 struct bfloat16 {
     uint16_t bits;
@@ -32,8 +36,9 @@ template <class T> struct Compute {
 template <> struct Compute<bfloat16> {
     using type = float;
 };
-using weight = WEIGHT;                 // weights, keys and values in memory
-using real = Compute<weight>::type;    // activations and sums
+using weight = WEIGHT;               // weights in memory
+using stored = CACHE;                // keys and values in memory
+using real = Compute<weight>::type;  // activations and sums
 
 // ------------------------------------------------------------------------------------------------------------ numbers
 
@@ -99,7 +104,8 @@ static inline void sums(Float16 a, Float16 b, Float16 c, Float16 d, float out[4]
                   SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    out[0] = all[0], out[1] = all[4], out[2] = all[8], out[3] = all[12];
+    all = SHUFFLE(all, all, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    memcpy(out, &all, 4 * sizeof(float));
 }
 #endif
 
@@ -312,7 +318,7 @@ static void rotate(real* x, const real* cosine, const real* sine, int dim) {
 
 // The keys and values that one head of one slot holds: `seen` of them, `stride` apart.
 struct Context {
-    const weight *keys, *values;
+    const stored *keys, *values;
     int seen, stride, dim;
 };
 constexpr int BLOCK = 64;  // keys or values that stay in the nearest cache while all queries of a group use them
@@ -321,7 +327,7 @@ constexpr int BLOCK = 64;  // keys or values that stay in the nearest cache whil
 static void score(const Context& c, const real* query, int from, int to, real* scores) {
     int j = from;
     for (; j + 4 <= to; j += 4) {
-        const weight* key = c.keys + (size_t)j * c.stride;
+        const stored* key = c.keys + (size_t)j * c.stride;
         Vector totals[4] = {Vector{}, Vector{}, Vector{}, Vector{}};
         int k = 0;
         for (; k + LANES <= c.dim; k += LANES) {
@@ -357,7 +363,7 @@ static void blend(const Context& c, const real* scores, int from, int to, real* 
         Vector parts[4];
         for (int i = 0; i < 4; i++) parts[i] = load(out + k + i * LANES);
         for (int j = from; j < to; j++) {
-            const weight* value = c.values + (size_t)j * c.stride + k;
+            const stored* value = c.values + (size_t)j * c.stride + k;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) parts[i] += scores[j] * load(value + i * LANES);
         }
@@ -389,7 +395,7 @@ struct Layer {
     Matrix query, key, value, output, gate, up, down;
     const real *attention_norm, *mlp_norm;  // [hidden]
     const real *query_norm, *key_norm;      // [dim] or null
-    weight *keys, *values;                  // of the pool: [slots x length, kv_heads, dim]
+    stored *keys, *values;                  // of the pool: [slots x length, kv_heads, dim]
 };
 
 struct Model {

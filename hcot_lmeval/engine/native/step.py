@@ -66,15 +66,17 @@ class NativeStep:
 
     Args:
         model: a causal language model of transformers.
+        cache: dtype of keys and values; by default that of the weights.
 
     Raises:
         KernelUnavailableError: the kernel cannot be compiled here.
         UnreadableModelError: the model is not of the kind the kernel knows.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, cache: torch.dtype | None = None) -> None:
         self._hf_model = model
-        self._kernel = load_kernel(next(model.parameters()).dtype)
+        weight = next(model.parameters()).dtype
+        self._kernel = load_kernel(weight, cache or weight)
         self._kernel.scratch_bytes.restype = ctypes.c_size_t
         self._read(read_weights(model))
         self._scratch = torch.empty(0, dtype=torch.uint8)
