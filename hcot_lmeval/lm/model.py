@@ -279,6 +279,7 @@ class HcotLM(HFLM):
             think=self.think,
             prompt_acts=self.options.prompt_markers == "acting",
             compute=self.options.compute,
+            kv_dtype=self.options.kv_dtype,
             **self.options.controls,
         )
 
@@ -293,6 +294,7 @@ class HcotLM(HFLM):
             **self.options.controls,
             "prompt_markers": self.options.prompt_markers,
             "compute": self.options.compute.value,
+            "kv_dtype": self.options.kv_dtype,
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
@@ -384,6 +386,7 @@ class HcotLM(HFLM):
             "max_context": self.max_context,
             "max_gen_toks": self.max_gen_toks,
             "ranks": self.world_size,
+            "kv_dtype": self.options.kv_dtype,
             "kv_bytes_per_token": self.engine.decoder.token_bytes if totals["requests"] else None,
             "compute": self.engine.decoder.compute_name if totals["requests"] else None,
         }

@@ -16,6 +16,7 @@ from typing import Any
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
 from hcot_lmeval.engine.native import Compute
+from hcot_lmeval.engine.slots import KV_DTYPES
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -69,6 +70,7 @@ class Options(ControlOptions):
             that the blocks of few-shot traces are pruned as the model's own.
         compute: who computes a step: ``torch``, the modules of the model; ``native``, compiled code for models
             of the Llama kind on the CPU; or ``auto``, the latter where it can.
+        kv_dtype: dtype of stored keys and values, a name of `KV_DTYPES`, or None (``auto``) for the model's own.
     """
 
     pruning: Policy | None = None
@@ -83,6 +85,7 @@ class Options(ControlOptions):
     seed: int = 0
     prompt_markers: str = "text"
     compute: Compute = Compute.AUTO
+    kv_dtype: str | None = None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Options:
@@ -107,6 +110,7 @@ class Options(ControlOptions):
             seed=_integer("seed", values.get("seed", 0)),
             prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
             compute=_compute(values.get("compute", Compute.AUTO)),
+            kv_dtype=_kv_dtype(values.get("kv_dtype", "auto")),
             **_controls(values),
         )
 
@@ -197,6 +201,12 @@ def _compute(value: Any) -> Compute:
     if value not in list(Compute):
         raise ValueError(f"compute={value!r} is not one of {', '.join(Compute)}")
     return Compute(value)
+
+
+def _kv_dtype(value: Any) -> str | None:
+    if value not in ("auto", *KV_DTYPES):
+        raise ValueError(f"kv_dtype={value!r} is not one of auto, {', '.join(KV_DTYPES)}")
+    return None if value == "auto" else str(value)
 
 
 def _integer(name: str, value: Any) -> int:
