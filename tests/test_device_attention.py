@@ -34,17 +34,25 @@ def test_plain_pytorch(need, dtype):
     assert Masked().refuses(need) == "" and wrong(Masked(), need) == ""
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_plain_pytorch_reads_slots_of_another_dtype(stored):
+    for need in NEEDS.values():
+        need = need._replace(stored=stored)
+        assert Masked().refuses(need) == "" and wrong(Masked(), need) == ""
+
+
 def test_triton():
-    """In the interpreter, which Triton has to be told of before it is imported.
+    """In the interpreter, which Triton has to be told of before it is imported. Skipped? ``pip install triton``.
 
     It cannot multiply bfloat16; float16 goes the same way through the kernel.
     """
-    pytest.importorskip("triton", "3.9", reason="older interpreters do not work with numpy 2.4")
+    reason = "needs triton 3.9 or newer (pip install triton); older interpreters do not work with numpy 2.4"
+    pytest.importorskip("triton", "3.9", reason=reason)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).resolve().parents[1]
     ran = subprocess.run([sys.executable, "-c", _IN_TRITON], env=environment, cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["checked"] * 2 * len(NEEDS)
+    assert ran.stdout.split() == ["checked"] * 4 * len(NEEDS)
 
 
 _IN_TRITON = """
@@ -54,8 +62,9 @@ from tests.test_device_attention import NEEDS
 backend = MAKERS["triton"]()
 for need in NEEDS.values():
     assert "float64" in backend.refuses(need._replace(dtype=torch.float64))
-    for dtype in (torch.float32, torch.float16):
-        need = need._replace(dtype=dtype)
+    for dtype, stored in ((torch.float32, None), (torch.float16, None), (torch.float32, torch.float16),
+                          (torch.float16, torch.float8_e4m3fn)):
+        need = need._replace(dtype=dtype, stored=stored)
         assert backend.refuses(need) == "" and wrong(backend, need) == "", (need, wrong(backend, need))
         print("checked")
 """
@@ -115,6 +124,8 @@ def test_what_flash_kernels_refuse():
         assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
         assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
         assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
+        assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
+        assert kernel.refuses(cuda._replace(stored=torch.bfloat16)) == ""
     assert "cap" in AtenFlash().refuses(cuda._replace(softcap=50.0))
     assert (
         "window" in FlashAttnLike().refuses(cuda._replace(window=16))

@@ -93,6 +93,13 @@ def test_windows_and_caps(policy):
     compare(make_model("gemma2"), "hcot", policy, requests_of("hcot", 4), WAYS[1:3])
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_slots_of_a_smaller_dtype(kv_dtype):
+    """Both round what they store in the same way, in single tokens as in chunks."""
+    for policy, way in zip(POLICIES, ({}, WAYS[1], WAYS[3]), strict=True):
+        compare(make_model("qwen2"), "hcot", policy, requests_of("hcot", 4), (way,), kv_dtype=kv_dtype)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("notation", MARKERS)
 def test_full_contexts_and_positions_that_end(notation, policy):

@@ -13,12 +13,14 @@ from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import attached, survey
 from hcot_lmeval.engine.device.backends import Masked
 from hcot_lmeval.engine.device.fields import NOTHING, Rule, Start
+from hcot_lmeval.engine.device.flash import AtenFlash
 from hcot_lmeval.engine.device.graphs import Runner, bucket
 from hcot_lmeval.engine.device.program import Log, Program, ScratchPool
 from hcot_lmeval.engine.device.readback import Readback
 from hcot_lmeval.engine.device.sampling import Sampler
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.trace import Policy
+from tests.random_traces import VOCAB_SIZE
 from tests.reference import EOS, MARKERS, POLICIES
 from tests.test_device_state import reads
 from tests.test_engine_exact import make_model
@@ -28,17 +30,25 @@ MARKS = MARKERS["hcot"]
 TRACE = (MARKS.open, 20, 21, 22, MARKS.split, 30, 31, MARKS.close, 40, 41, MARKS.open, 42, MARKS.split, MARKS.close)
 
 
-def make_program(kind: str, policy: str, *, slots: int = 3) -> Program:
+def make_program(kind: str, policy: str, *, slots: int = 3, device=CPU, model=None, backend=None) -> Program:
     """Rows whose prompts are one token, so that nothing has to be forwarded before the first step."""
-    decoder = Decoder(make_model(kind), check=False)
+    decoder = Decoder(model or make_model(kind), check=False)
     rule = Rule(Policy(policy), MARKS, 40, 100)
     pool = ScratchPool(decoder.layers, slots, 40, poison=True)
-    state = State(slots, 40, rule, CPU, ends=1, forced=len(TRACE), positions=kind == "gemma2" and policy == "evict")
-    program = Program(decoder, pool, state, Sampler(), Masked(), Log(5, slots + 1, CPU))
+    state = State(slots, 40, rule, device, ends=1, forced=len(TRACE), positions=kind == "gemma2" and policy == "evict")
+    program = Program(decoder, pool, state, Sampler(), backend or Masked(), Log(5, slots + 1, device))
     for slot in range(slots):
         warmth = (float(slot), 0.9, 0.05)
         state.begin(slot, Start([10 + slot], 30, 3, seed=slot, top_k=20, warmth=warmth, ends=[EOS], forced=TRACE))
     return program
+
+
+def without_values(model: torch.nn.Module, device: torch.device) -> None:
+    """Weights of the same shapes there."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def everything(program: Program) -> list[torch.Tensor]:
@@ -55,6 +65,38 @@ def test_a_step_reads_nothing_back(kind, policy):
     with attached(program.decoder, program.context):
         traced = make_fx(lambda rows: program.step(rows), tracing_mode="fake", _allow_non_fake_inputs=True)
         assert reads(traced, [2, 0, 3]) == set()
+
+
+@pytest.mark.parametrize("backend", [Masked, AtenFlash])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_a_step_stays_on_its_device(kind, policy, backend):
+    """On tensors without values: one made on the CPU by mistake, or a value read, is an error there as on CUDA."""
+    device, model = torch.device("meta"), make_model(kind, torch.bfloat16)
+    without_values(model, device)
+    program = make_program(kind, policy, device=device, model=model, backend=backend())
+    with attached(program.decoder, program.context):
+        program.step(torch.zeros(4, dtype=torch.int64, device=device))
+        program.offer(torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, VOCAB_SIZE, device=device))
+        with pytest.raises(RuntimeError):
+            program.step(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        bool(program.log.tick > 0)
+
+
+def test_sizes_beyond_what_torch_compiles_by_itself():
+    """It gives up at the 9th form of one function, with an error if the function has to be one piece."""
+    total = torch.zeros((), dtype=torch.int64)
+
+    def step(rows: torch.Tensor) -> None:
+        total.add_(rows.sum())
+
+    settings = {"counter": total, "graphs": False, "compiled": True, "backend": "eager"}
+    runner = Runner(step, 128, 0, CPU, **settings)
+    for rows in range(128, 0, -8):
+        runner.seat([1] * rows)
+        runner.run()
+    assert total == sum(range(128, 0, -8))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

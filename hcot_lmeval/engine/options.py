@@ -42,6 +42,7 @@ class EngineOptions(ControlOptions):
         attention: who attends on the device: auto, or a name of `hcot_lmeval.engine.device.choice.NAMES`.
         reforward: how solutions are read again on the device: chunk, in one piece; replay, token by token beside the
             other rows; or auto, the former for few rows.
+        graphs: on CUDA, capture each size of the batch as a graph; without, steps run one kernel at a time.
         compiled: compile the steps of the device with torch.compile, which takes minutes at first.
         run_ahead: steps that the device may be ahead of the host; by default as many as suit the number of rows.
         kv_dtype: dtype of keys and values in the slots: bfloat16, float16 or float8_e4m3fn (without scales); by default
@@ -68,6 +69,7 @@ class EngineOptions(ControlOptions):
     loop: Literal["auto", "host", "device"] = "auto"
     attention: str = "auto"
     reforward: Literal["auto", "chunk", "replay"] = "auto"
+    graphs: bool = True
     compiled: bool = False
     run_ahead: int | None = None
     kv_dtype: str | None = None

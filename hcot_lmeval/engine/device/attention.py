@@ -69,8 +69,7 @@ class Decode:
         """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
         query, key, value = projections
         keys, values = pool.keys[layer], pool.values[layer]
-        keys[self.feed.slots, self.feed.places] = key[:, :, 0].to(keys.dtype)
-        values[self.feed.slots, self.feed.places] = value[:, :, 0].to(values.dtype)
+        pool.write(layer, self.feed.slots * pool.length + self.feed.places, key[:, :, 0], value[:, :, 0])
         return backend.decode(query[:, :, 0], keys, values, self.ragged(window), scores)[:, None]
 
 
@@ -105,8 +104,7 @@ class Packed:
         """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
         query, key, value = (part[0].transpose(0, 1) for part in projections)
         keys, values = pool.keys[layer], pool.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.rows, key.to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, self.rows, value.to(values.dtype))
+        pool.write(layer, self.rows, key, value)
         return backend.chunk(query, keys, values, self.segments, window, scores)[None]
 
 
@@ -139,7 +137,7 @@ def attached(decoder: Decoder, context: Context) -> Iterator[None]:
             delattr(layer, _STEP)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def survey(decoder: Decoder) -> list[Need]:
     """Forwards one token and returns what the attention of each layer asks of a backend."""
     context = Context()
@@ -147,7 +145,8 @@ def survey(decoder: Decoder) -> list[Need]:
     with attached(decoder, context):
         decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, past_key_values=None, use_cache=False)
     assert isinstance(context.step, list)
-    return context.step
+    stored = [decoder.layers[layer].dtype for layer in sorted(decoder.layers)]
+    return [need._replace(stored=dtype) for need, dtype in zip(context.step, stored, strict=True)]
 
 
 def device_attention(
@@ -184,7 +183,8 @@ def device_attention(
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(context.step, list):
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        context.step.append(Need(*shape, key.dtype, key.device, sliding_window, softcap, s_aux is not None))
+        asked = (key.dtype, key.device, sliding_window, softcap, s_aux is not None)
+        context.step.append(Need(*shape, *asked))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     assert context.pool is not None and context.backend is not None, "a step has a pool and a backend"
     layer: int = module.layer_idx  # type: ignore[assignment]

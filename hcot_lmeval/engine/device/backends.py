@@ -22,7 +22,7 @@ class UnavailableError(RuntimeError):
 
 
 class Need(NamedTuple):
-    """What one attention layer asks of a backend."""
+    """What one attention layer asks of a backend. `stored` is the dtype of the slots, None for that of the queries."""
 
     query_heads: int
     heads: int
@@ -33,6 +33,12 @@ class Need(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    stored: torch.dtype | None = None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether keys and values have another dtype than queries."""
+        return self.stored not in (None, self.dtype)
 
 
 class Scores(NamedTuple):
@@ -147,8 +153,8 @@ class Masked:
         heads, places = keys.shape[2], torch.arange(keys.shape[1], device=keys.device)
         seen = (places >= at.first[:, None]) & (places < at.lengths[:, None])
         # what is out of sight may be NaN, and 0 * NaN is NaN
-        key = torch.where(seen[..., None, None], keys[at.slots], 0).transpose(1, 2)
-        value = torch.where(seen[..., None, None], values[at.slots], 0).transpose(1, 2)
+        key = torch.where(seen[..., None, None], _taken(keys, at.slots, query.dtype), 0).transpose(1, 2)
+        value = torch.where(seen[..., None, None], _taken(values, at.slots, query.dtype), 0).transpose(1, 2)
         folded, mask = query.view(rows, heads, query_heads // heads, dim), seen[:, None, None]
         if scores.softcap is None and scores.sinks is None:
             out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scores.scaling)
@@ -169,13 +175,20 @@ class Masked:
         out, first = [], 0
         for slot, start, count in segments.parts:
             seen = 0 if window is None else max(0, start + 1 - window)
-            key, value = keys[slot, seen : start + count], values[slot, seen : start + count]
+            key, value = (x[slot, seen : start + count].to(query.dtype) for x in (keys, values))
             piece = query[first : first + count].transpose(0, 1)
             mask = _causal(seen, start, count, window, query.device)
             settings = {"scaling": scores.scaling, "softcap": scores.softcap, "sinks": scores.sinks}
             out.append(attend(piece, key.transpose(0, 1), value.transpose(0, 1), mask, **settings))  # type: ignore[arg-type]
             first += count
         return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def _taken(slots: torch.Tensor, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some of the slots in a dtype; types of one byte, which few operations know, are moved as bytes."""
+    if slots.dtype.itemsize == 1:
+        return slots.view(torch.uint8)[chosen].view(slots.dtype).to(dtype)
+    return slots[chosen].to(dtype)
 
 
 def _causal(seen: int, start: int, count: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import survey
 from hcot_lmeval.engine.device.choice import choose
-from hcot_lmeval.engine.device.fields import Rule
+from hcot_lmeval.engine.device.fields import Rule, on
 from hcot_lmeval.engine.device.graphs import Runner
 from hcot_lmeval.engine.device.loop import Accept, DeviceLoop
 from hcot_lmeval.engine.device.program import Log, Program
@@ -62,8 +62,10 @@ def make_loop(
     )
     run_ahead = options.run_ahead or _run_ahead(pool.slots, device.type)
     log = Log(DeviceLoop.lines(run_ahead), pool.slots + 1, device)
-    program = Program(decoder, pool, state, Sampler.of(requests), choose(needs, options.attention), log)
-    graphs = device.type == "cuda"
+    with on(device):
+        backend = choose(needs, options.attention)
+    program = Program(decoder, pool, state, Sampler.of(requests), backend, log)
+    graphs = options.graphs and device.type == "cuda"
     runner = Runner(
         program.step, pool.slots, state.scratch, device, counter=log.tick, graphs=graphs, compiled=options.compiled
     )

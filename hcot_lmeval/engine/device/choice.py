@@ -99,7 +99,8 @@ def errors(backend: Backend, need: Need) -> Iterator[tuple[str, float]]:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(need.device, need.dtype)
 
-    keys, values = noise(5, PROBE_LENGTH, need.heads, need.key_dim), noise(5, PROBE_LENGTH, need.heads, need.value_dim)
+    slots = 5, PROBE_LENGTH, need.heads
+    keys, values = (noise(*slots, dim).to(need.stored or need.dtype) for dim in (need.key_dim, need.value_dim))
     scores = Scores(need.key_dim**-0.5, need.softcap, noise(need.query_heads) if need.sinks else None)
     query = noise(len(PROBE_ROWS), need.query_heads, need.key_dim)
     spans = [(slot, max(first, length - (need.window or length)), length) for slot, first, length in PROBE_ROWS]

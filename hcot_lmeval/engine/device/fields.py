@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -136,6 +137,11 @@ class Feed(NamedTuple):
     places: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is open, `device` is where kernels go that name none: Triton's, and the events of streams."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

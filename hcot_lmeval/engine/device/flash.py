@@ -28,6 +28,8 @@ class _Flash:
             return f"it needs CUDA, not {need.device.type}"
         if need.dtype not in DTYPES:
             return f"it computes in float16 and bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
+        if need.is_mixed:
+            return f"it reads keys and values in the dtype of the queries, not in {need.stored}".replace("torch.", "")
         if need.key_dim != need.value_dim or need.key_dim > LARGEST_DIM or need.key_dim % 8:
             return f"it needs equal head sizes, multiples of 8 up to {LARGEST_DIM}, not {need.key_dim}/{need.value_dim}"
         if need.sinks or (need.softcap is not None and not self._caps):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ EVERY = 16
 """Sizes of batches: the small ones, then every 16th."""
 WARM_UP = 3
 """Runs before a capture: kernels are compiled and chosen, and libraries take their memory."""
+PROGRAMS = 64
+"""Compiled forms of a step that may live side by side: one for each size of the batch, of several engines."""
 
 
 def bucket(rows: int) -> int:
@@ -56,8 +59,10 @@ class Runner:
         self._step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if compiled else step
         self._rows = torch.full((bucket(most),), padding, dtype=torch.int64, device=device)
         self._padding, self._size, self._capture, self._counter = padding, 0, graphs, counter
+        self._compiled = compiled
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # what the graphs share
+        self._aside: Any = None  # the stream on which they are captured
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -77,7 +82,17 @@ class Runner:
         if self._capture:
             self._graphs[self._size].replay()
         else:
-            self._step(self._rows[: self._size])
+            self._call(self._rows[: self._size])
+
+    def _call(self, rows: torch.Tensor) -> None:
+        """The step, kernel by kernel."""
+        if not self._compiled:
+            self._step(rows)
+            return
+        from torch._dynamo import config
+
+        with config.patch(recompile_limit=PROGRAMS):  # beyond the 8 of PyTorch a step in one piece would be refused
+            self._step(rows)
 
     def _try_to_capture(self) -> None:
         rows = self._rows[: self._size]
@@ -94,14 +109,44 @@ class Runner:
             self._counter.copy_(count)
 
     def _captured(self, rows: torch.Tensor) -> torch.cuda.CUDAGraph:
-        aside = torch.cuda.Stream(rows.device)
-        aside.wait_stream(torch.cuda.current_stream(rows.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self._step(rows)
-        torch.cuda.current_stream(rows.device).wait_stream(aside)
+        self._aside = self._aside or torch.cuda.Stream(rows.device)
+        with beside(self._aside):
+            for _ in range(WARM_UP - 1):
+                self._call(rows)
+            with no_waiting():
+                self._call(rows)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._step(rows)
+        # a capture that fails does not leave its stream; the outer context does
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(rows.device)),
+            torch.cuda.graph(graph, pool=self._memory, stream=self._aside, capture_error_mode="thread_local"),
+        ):
+            self._call(rows)
         self._memory = self._memory or graph.pool()
         return graph
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is queued while it is open comes after what was queued before and before what is queued later."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """While it is open, an operation for which the host would wait raises.
+
+    In a capture it would raise too, but leave PyTorch's random numbers on the device unusable.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -15,7 +15,7 @@ import torch
 
 from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.device.attention import attached
-from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Start, upload
+from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Start, on, upload
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
 from hcot_lmeval.engine.device.program import Program
 from hcot_lmeval.engine.device.readback import Readback
@@ -104,7 +104,7 @@ class DeviceLoop:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """To be open while it steps."""
-        with attached(self.program.decoder, self.program.context):
+        with on(self.program.state.device), attached(self.program.decoder, self.program.context):
             yield
 
     @torch.no_grad()  # not inference mode, in which torch 2.11 does not compile a step

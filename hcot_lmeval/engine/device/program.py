@@ -45,7 +45,7 @@ class Log:
     def write(self, rows: torch.Tensor, emitted: torch.Tensor) -> None:
         """Adds a line: `rows` and what they emitted, int64 [n]."""
         line = self.tick % self.lines
-        self.emitted[line] = NOTHING
+        self.emitted.index_fill_(0, line, NOTHING)
         self.emitted[line.expand_as(rows), rows] = emitted
         self.tick.add_(1)
 

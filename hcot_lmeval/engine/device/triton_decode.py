@@ -84,7 +84,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             keys_at + far[None, :] * key_place + key_dims[:, None],
             mask=inside[None, :] & (key_dims[:, None] < KEY_DIM),
             other=0.0,
-        )
+        ).to(q.dtype)
         scores = tl.dot(q, k, input_precision=PRECISION) * scaling
         if CAPPED:
             scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)  # cap * tanh(scores / cap)
@@ -96,7 +96,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             values_at + far[:, None] * value_place + value_dims[None, :],
             mask=inside[:, None] & (value_dims[None, :] < VALUE_DIM),
             other=0.0,
-        )
+        ).to(q.dtype)
         total = total * shrink + tl.sum(weights, 1)
         summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         peak = higher
@@ -145,6 +145,11 @@ class TritonDecode(Masked):
 
     name = "triton"
 
+    def __init__(self) -> None:
+        cuda = torch.cuda.is_available()
+        current = torch.cuda.get_device_properties(torch.cuda.current_device()) if cuda else None
+        self._processors = PROCESSORS if current is None else current.multi_processor_count
+
     def refuses(self, need: Need) -> str:
         """See `Backend.refuses`."""
         if need.dtype not in DTYPES:
@@ -159,7 +164,7 @@ class TritonDecode(Masked):
         """See `Backend.decode`."""
         query = query.contiguous()
         (rows, query_heads, key_dim), (heads, value_dim) = query.shape, values.shape[2:]
-        group, splits = query_heads // heads, _splits(rows * heads, keys.shape[1], query.device)
+        group, splits = query_heads // heads, self._splits(rows * heads, keys.shape[1])
         sums = query.new_empty(rows, query_heads, splits, value_dim, dtype=torch.float32)
         peaks, totals = (query.new_empty(rows, query_heads, splits, dtype=torch.float32) for _ in range(2))
         out = query.new_empty(rows, query_heads, value_dim)
@@ -186,7 +191,7 @@ class TritonDecode(Masked):
             VALUE_SIZE=max(16, triton.next_power_of_2(value_dim)),
             CAPPED=scores.softcap is not None,
             SPLITS=splits,
-            BLOCK=BLOCK if keys.dtype.itemsize <= 2 else BLOCK // 2,
+            BLOCK=BLOCK if query.dtype.itemsize <= 2 else BLOCK // 2,
             PRECISION="ieee",
         )
         sinks = scores.sinks
@@ -203,10 +208,7 @@ class TritonDecode(Masked):
         )
         return out
 
-
-def _splits(pairs: int, length: int, device: torch.device) -> int:
-    """Parts of the keys of each row and key head: a power of two, the same whatever the lengths are."""
-    cuda = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else PROCESSORS
-    wanted = min(triton.cdiv(PROGRAMS_EACH * processors, pairs), triton.cdiv(length, BLOCK), MOST_SPLITS)
-    return int(triton.next_power_of_2(wanted))
+    def _splits(self, pairs: int, length: int) -> int:
+        """Parts of the keys of each row and key head: a power of two, the same whatever the lengths are."""
+        wanted = min(-(-PROGRAMS_EACH * self._processors // pairs), -(-length // BLOCK), MOST_SPLITS)
+        return 1 << (wanted - 1).bit_length()
