@@ -16,13 +16,14 @@ from hcot_lmeval.bench import check, cli, floor, prune_events, shapes
 from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logits
 from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
 from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
+from hcot_lmeval.bench.engines.generate import Generate
 from hcot_lmeval.bench.floor import Floor, FloorTime
 from hcot_lmeval.bench.long_trace import measure_long
 from hcot_lmeval.bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
 from hcot_lmeval.bench.memory import PeakMemory
 from hcot_lmeval.bench.tables import engine_table
 from hcot_lmeval.bench.timing import StepClock, StepTime, Timing
-from hcot_lmeval.bench.work import CLOSE, LONG_LIVE, LONG_SCRIPT, MARKERS, OPEN, SPLIT, Script, Work, make_work
+from hcot_lmeval.bench.work import CLOSE, LONG_LIVE, LONG_SCRIPT, MARKERS, OPEN, SPLIT, Script, Work, fitted, make_work
 from hcot_lmeval.trace import LiveContext, live_ids
 from tests.tiny import tiny_model
 
@@ -391,6 +392,42 @@ def test_the_floor_streams_every_weight_once(model, monkeypatch):
     assert made.run().seconds > 0
 
 
+def test_keys_and_values_that_are_too_many_are_read_in_part(model, monkeypatch):
+    monkeypatch.setattr(floor, "KV_BYTES", 4096)
+    made = Floor(model, batch=1, kv_bytes=3 * 4096)
+    assert made._kv.nbytes == 4096 and made._kv_scale == 3
+
+
+def test_an_engine_whose_work_does_not_fit_has_a_reason(model, monkeypatch):
+    """At once, or in the middle: then its earlier runs do not count."""
+    monkeypatch.setattr(floor, "STEPS", 1)
+    plain, runs = Generate.run, []
+
+    def run(self):
+        runs.append(self)
+        if len(runs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return plain(self)
+
+    monkeypatch.setattr(Generate, "run", run)
+    given = setting(model)
+    found, floors = measure(given, ["generate", "off"], 3, quiet)
+    assert found[0].reason == "out of memory: CUDA out of memory." and len(runs) == 3
+    made = figures(found, floors, given.work)
+    assert made[0].tokens_per_second is None and made[1].tokens_per_second and made[1].times_base is None
+    assert "generate: not run: out of memory" in engine_table(made, floors, given.work)
+
+
+@pytest.mark.parametrize("live", [60, 100, 200])
+def test_thoughts_are_as_long_as_the_live_context_allows(live):
+    script = replace(SCRIPT, tokens=300)
+    thought = fitted(script, live).thought
+    peaks = [
+        make_work(1, replace(script, thought=n), VOCABULARY).peak_live("recompute") for n in (thought, thought + 1)
+    ]
+    assert peaks[0] <= live < peaks[1]
+
+
 def test_engines_take_turns_and_the_warm_up_does_not_count(model, monkeypatch):
     monkeypatch.setattr(floor, "STEPS", 1)
     done: list[str] = []
@@ -441,6 +478,21 @@ def test_an_event_and_its_prefill_forward_as_many_tokens_at_one_place(model, mon
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_live_contexts_are_asked_for_and_compared_with_the_best_batch(capsys, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    line = "--shape tiny --threads 1 --tokens 60 --prompt 7 --live 60 45 --batch 1 2 --repeats 1"
+    assert cli.main([*line.split(), "--engines", "generate", "recompute"]) == 0
+    table = capsys.readouterr().out.split("beside the best batch of generate, ")[1].splitlines()
+    best = table[0].removesuffix(" tokens/s").split(" at ")[1]
+    rows = [line.split() for line in table[2:10]]
+    assert [row[0] for row in rows] == ["generate", "recompute"] * 4
+    assert [row[1] for row in rows] == [*"11112222"]
+    assert [int(row[2]) <= limit for row, limit in zip(rows[1::2], (60, 45, 60, 45), strict=True)] == [True] * 4
+    assert [row[0] for row in rows if row[3:] == [best, "1.00"]] == ["generate"]
+    assert cli.main([*line.replace("60 45", "12").split(), "--engines", "generate"]) == 1
+    assert "live=12 is too little" in capsys.readouterr().err
 
 
 def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypatch):

@@ -36,6 +36,7 @@ examples:
   %(prog)s --shape 0.5B --dtype bfloat16 --batch 1 16 --tokens 256 --engines generate recompute llama.cpp
   %(prog)s --check --engines off recompute llama.cpp        first compare logits with a plain forward
   %(prog)s --option compute=torch --json bench.json
+  %(prog)s --device cuda --dtype bfloat16 --shape 1.5B --batch 64 256 --tokens 8192 --live 8192 4096 2048 1024
   %(prog)s prune --context 256 4096 --thought 64 1024
   %(prog)s long --batch 1 4 --tokens 4096
 
@@ -88,6 +89,8 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
                         help=f"some of {', '.join(ENGINES)} (default: all)")  # fmt: skip
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows side by side")
     _add_script(parser, Script())
+    parser.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
+                        help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
     parser.add_argument("--stagger", action="store_true", help="rows end their blocks in different steps")
     parser.add_argument("--check", action="store_true", help="first compare each engine's logits with a plain forward")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each engine, after one to warm up")
@@ -152,17 +155,21 @@ def _option(text: str) -> tuple[str, Any]:
 def run_engines(args: argparse.Namespace) -> int:
     """``engines``: a table for each batch size."""
     from hcot_lmeval.bench.measure import figures, measure
-    from hcot_lmeval.bench.tables import engine_table
+    from hcot_lmeval.bench.tables import best_table, engine_table
 
     results: list[dict[str, Any]] = []
-    for setting in _settings(args):
+    all_made = []
+    for setting in _settings(args, args.lives):
         if args.check and not results:
             print(_checks(setting, args.engines))
         with _progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
             found, floors = measure(setting, args.engines, args.repeats, report)
         made = figures(found, floors, setting.work)
         print(engine_table(made, floors, setting.work) + "\n")
+        all_made.append((setting.work, made))
         results.append(_result(setting, found, floors, made))
+    best = best_table(all_made)
+    print(best + "\n" if best else "", end="")
     _finish(args, results)
     return 0
 
@@ -210,15 +217,17 @@ def run_guard(args: argparse.Namespace) -> int:
     return int(not all(finding.passed for finding in found))
 
 
-def _settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """The work of each batch size for one model."""
+def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[Setting]:
+    """The work of each batch size, and of each live context that is asked for, for one model."""
     from hcot_lmeval.bench.engines.contract import Setting
     from hcot_lmeval.bench.shapes import make_model
-    from hcot_lmeval.bench.work import make_work
+    from hcot_lmeval.bench.work import fitted, make_work
 
     script = Script(args.tokens, args.prompt, args.thought, args.solution, args.text, args.stagger)
     vocabulary = SHAPES[args.shape]["vocab_size"]
-    works = [make_work(batch, script, vocabulary) for batch in args.batch]  # errors before the model is made
+    scripts = [fitted(script, live) for live in lives] or [script]
+    # errors come before the model is made
+    works = [make_work(batch, one, vocabulary) for batch in args.batch for one in scripts]
     model = make_model(args.shape, args.dtype, args.device, args.threads)
     for work in works:
         yield Setting(model, work, args.threads, dict(args.option))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hcot_lmeval.bench.clock import as_graph, seconds
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A matrix product with a weight: [batch, in] -> [batch, out]."""
 
 STEPS = 20
 """Steps that are timed at a time."""
+
+KV_BYTES = 2**31
+"""Most bytes of keys and values that are read in earnest; more take longer in proportion."""
 
 KEEP_WITHIN = 1.5
 """Kinds of product that are slower than the fastest by more than this in the first try are not tried again."""
@@ -60,6 +63,8 @@ class Floor:
     dtype; each kind is timed and the fastest counts: ``linear`` is plain `F.linear`, ``packed`` oneDNN with weights
     that were brought into its order beforehand (CPU only).
 
+    On CUDA each kind is one graph, and the time is that of the device: nothing in it waits for the host.
+
     Libraries do not reach the memory's speed on every chip, with one row least of all. So the weights are summed too,
     which does.
 
@@ -74,23 +79,32 @@ class Floor:
         matrices = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
         self._bits = [m.view(torch.float32) for m in matrices]  # the sum of narrower types would be work
         self._inputs = [torch.randn(batch, m.shape[1]).to(m.device, m.dtype) for m in matrices]
-        self._kv = torch.randn(max(1, kv_bytes // 4), device=self._device)  # as float32, whose sum is no work
+        taken = max(4, min(kv_bytes, KV_BYTES))
+        self._kv = torch.randn(taken // 4, device=self._device)  # as float32, whose sum is no work
+        self._kv_scale = kv_bytes / taken
         self._kinds: dict[str, list[Product]] = {"linear": [_linear(m) for m in matrices]}
         if self._device.type == "cpu" and torch.backends.mkldnn.is_available():
             self._kinds["packed"] = [_packed(m, batch) for m in matrices]
+        self._work = {kind: self._graph(partial(self._stream, made)) for kind, made in self._kinds.items()}
+        self._read_kv, self._read_weights = self._graph(self._kv.sum), self._graph(self._read)
         self._drop_slow_kinds()
+
+    def _graph(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return as_graph(work, self._device)
 
     def run(self) -> FloorTime:
         """Times some steps of every kind."""
-        weights = {kind: self._median(partial(self._stream, products)) for kind, products in self._kinds.items()}
-        return FloorTime(weights, self._median(self._kv.sum), self._median(self._read))
+        weights = {kind: self._median(work) for kind, work in self._work.items()}
+        return FloorTime(weights, self._median(self._read_kv) * self._kv_scale, self._median(self._read_weights))
 
     def _drop_slow_kinds(self) -> None:
         """Frees the copies of weights that will not win."""
         self.run()
         weights = self.run().weights
         best = min(weights.values())
-        self._kinds = {kind: self._kinds[kind] for kind, seconds in weights.items() if seconds <= KEEP_WITHIN * best}
+        kept = [kind for kind, taken in weights.items() if taken <= KEEP_WITHIN * best]
+        self._kinds = {kind: self._kinds[kind] for kind in kept}
+        self._work = {kind: self._work[kind] for kind in kept}
 
     @torch.inference_mode()
     def _stream(self, products: list[Product]) -> None:
@@ -103,14 +117,7 @@ class Floor:
             weight.sum()
 
     def _median(self, work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            work()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return seconds(work, self._device, runs=STEPS)
 
 
 def _linear(weight: torch.Tensor) -> Product:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from hcot_lmeval.bench.engines import prepare
 from hcot_lmeval.bench.engines.contract import Contender, Setting, UnavailableError
 from hcot_lmeval.bench.floor import Floor, FloorTime
@@ -17,6 +19,8 @@ from hcot_lmeval.trace import Policy
 
 Report = Callable[[str], None]
 """Called with what is being done, once for each run."""
+
+Run = Callable[["Measurement", Contender, Setting], Timing]
 
 
 @dataclass
@@ -72,15 +76,15 @@ def measure(
             if contender is not None:
                 ready[name] = contender
                 if warm_up:
-                    _metered_run(found[name], contender, setting)
+                    _attempted(_metered_run, found[name], contender, setting)
         for number in range(repeats):
             report(f"floor: {number + 1} of {repeats}")
             floors.append(floor.run())
             for name in engines:
                 report(f"{name}: {number + 1} of {repeats}")
-                if name in ready:
+                if name in ready and not found[name].reason:
                     run = checked_run if warm_up or number else _metered_run
-                    found[name].timings.append(run(found[name], ready[name], setting))
+                    found[name].timings += _attempted(run, found[name], ready[name], setting)
     finally:
         for contender in ready.values():
             contender.close()
@@ -104,6 +108,17 @@ def _get_ready(found: Measurement, setting: Setting) -> Contender | None:
     memory.forget()  # files that were written and weights that were converted on the way
     found.forced, found.memory = contender.forced, memory.mib()
     return contender
+
+
+def _attempted(run: Run, found: Measurement, contender: Contender, setting: Setting) -> list[Timing]:
+    """Runs an engine once; nothing comes back if its work does not fit into memory, which is then the reason."""
+    try:
+        return [run(found, contender, setting)]
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        found.reason = f"out of memory: {str(error).splitlines()[0]}"
+    if setting.model.device.type == "cuda":
+        torch.cuda.empty_cache()  # for the others
+    return []
 
 
 def _metered_run(found: Measurement, contender: Contender, setting: Setting) -> Timing:
@@ -174,7 +189,7 @@ def figures(
     measurements: Sequence[Measurement], floors: Sequence[FloorTime], work: Work, *, base: str = "generate"
 ) -> list[Figures]:
     """Makes the figures of all engines of one piece of work; `base` is the engine that whole runs are compared with."""
-    timings = next((m.timings for m in measurements if m.name == base), [])
+    timings = next((m.timings for m in measurements if m.name == base and not m.reason), [])
     return [_figures(measurement, floors, timings, work) for measurement in measurements]
 
 

@@ -78,6 +78,22 @@ def _floor_note(floors: Sequence[FloorTime]) -> str:
     )
 
 
+def best_table(made: Sequence[tuple[Work, Sequence[Figures]]], *, base: str = "generate") -> str:
+    """Returns whole runs of all pieces of work beside the best of one engine, whatever its batch; empty without it."""
+    of_base = [(f.tokens_per_second, work.batch) for work, figures in made for f in figures if f.engine == base]
+    known = [(speed, batch) for speed, batch in of_base if speed is not None]
+    if len(made) < 2 or not known:
+        return ""
+    best, batch = max(known)
+    rows = [["engine", "batch", "peak live", "tokens/s", "x best"]]
+    for work, figures in made:
+        for f in figures:
+            if f.tokens_per_second is not None:
+                speeds = f"{f.tokens_per_second:.1f}", f"{f.tokens_per_second / best:.2f}"
+                rows.append([f.engine, str(work.batch), number(f.peak_live, "d"), *speeds])
+    return "\n".join([f"beside the best batch of {base}, {batch}, at {best:.1f} tokens/s", *aligned(rows)])
+
+
 def event_table(events: Sequence[EventTime]) -> str:
     """Returns the curve of prune events: a line for each place, and the range of the ratios."""
     rows = [["solution", "context", "thought", "ms/event", "ms/prefill", "ratio"]]

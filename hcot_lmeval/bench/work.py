@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hcot_lmeval.markup import MarkerIds
@@ -140,6 +140,28 @@ def make_work(batch: int, script: Script, vocabulary: int) -> Work:
     lead = [row * script.block // batch if script.stagger else 0 for row in range(batch)]
     traces = tuple((*_words(rng, n, vocabulary), *trace)[: script.tokens] for n in lead)
     return Work(prompts, traces)
+
+
+def fitted(script: Script, live: int) -> Script:
+    """Returns the script with thoughts as long as they can be with so many live tokens at the peak, when it is pruned.
+
+    Raises:
+        ValueError: the prompt and what the blocks leave take more, however long the thoughts are.
+    """
+    low, high = 1, min(live, script.tokens)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _peak(script, middle) <= live else (low, middle - 1)
+    if _peak(script, low) > live:
+        raise ValueError(
+            f"live={live} is too little for this trace, however long its thoughts are: the prompt and what the blocks "
+            "leave take more; lower --prompt, --tokens, --solution or --text"
+        )
+    return replace(script, thought=low)
+
+
+def _peak(script: Script, thought: int) -> int:
+    return make_work(1, replace(script, thought=thought), FIRST_WORD + 1000).peak_live(Policy.RECOMPUTE)
 
 
 def _trace(rng: random.Random, script: Script, vocabulary: int) -> tuple[int, ...]:

@@ -183,8 +183,7 @@ def device_attention(
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(context.step, list):
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        asked = (key.dtype, key.device, sliding_window, softcap, s_aux is not None)
-        context.step.append(Need(*shape, *asked))
+        context.step.append(Need(*shape, key.dtype, key.device, sliding_window, softcap, s_aux is not None))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     assert context.pool is not None and context.backend is not None, "a step has a pool and a backend"
     layer: int = module.layer_idx  # type: ignore[assignment]
