@@ -100,7 +100,7 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=run_prune)
     parser.add_argument("--solution", type=int, nargs="+", default=[4, 16, 64], help="tokens of the solution")
-    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096, 8192], help="live tokens before")
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="live tokens before")
     parser.add_argument("--thought", type=int, nargs="+", default=[64, 512, 4096], help="tokens thrown away")
     parser.add_argument("--repeats", type=int, default=3, help="events at each place, after one to warm up")
     _add_common(parser)

@@ -13,12 +13,12 @@ from typing import Any
 from hcot_lmeval.bench.measure import Report
 from hcot_lmeval.bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.decoder import Chunk
+from hcot_lmeval.engine.decoder import Chunk, Decoder
 from hcot_lmeval.engine.slots import KVPool
 from hcot_lmeval.trace import Policy
 
-AFTER = 2
-"""Tokens that are generated after the return."""
+BEFORE, AFTER = 3, 2
+"""Tokens that are generated before the return, at most the solution, and after it: events come amid decoding."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def time_events(
 ) -> list[EventTime]:
     """Times a prune event of one row at each place, after one run to warm up.
 
-    Context, thought and solution are read as a prompt whose markers act, so that no time goes into decoding them.
+    Context, thought and solution are read as a prompt whose markers act, so that no time goes into decoding them; the
+    last words of the solution are decoded.
 
     Args:
         model: a causal language model of transformers.
@@ -92,15 +93,17 @@ def time_events(
 def _event(engine: Engine, place: Place) -> float:
     words = _words(engine, place.context + place.thought + place.solution + AFTER)
     thought, solution, after = place.context, place.context + place.thought, len(words) - AFTER
-    prompt = (*words[:thought], OPEN, *words[thought:solution], SPLIT, *words[solution:after])
-    forced = (CLOSE, *words[after:])
+    decoded = after - min(BEFORE, place.solution)
+    prompt = (*words[:thought], OPEN, *words[thought:solution], SPLIT, *words[solution:decoded])
+    forced = (*words[decoded:after], CLOSE, *words[after:])
     times: list[float] = []
     request = Request("event", prompt, SamplingParams(max_gen_toks=len(forced)), forced_ids=forced)
     (done,) = engine.stream([request], None, lambda *_: times.append(time.perf_counter()))
     live = place.context + place.solution + 2 + AFTER
     if done.token_ids != forced or len(done.live_ids) != live:
         raise AssertionError(f"{len(done.live_ids)} tokens are live at the end, not {live}: the thought was not pruned")
-    return times[1] - times[0]
+    closed = forced.index(CLOSE)
+    return times[closed + 1] - times[closed]
 
 
 def _prefill(engine: Engine, place: Place) -> float:
@@ -110,11 +113,18 @@ def _prefill(engine: Engine, place: Place) -> float:
     pool = KVPool(decoder.layers, slots=1, length=start + count)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.normal_()
-    chunk = Chunk(0, start, _words(engine, count), range(start + count))
+    words = _words(engine, count)
+    single, whole = Chunk(0, start, words[:1], range(start + 1)), Chunk(0, start, words, range(start + count))
     with decoder.attached():
+        for _ in range(min(BEFORE, place.solution)):  # amid decoding, too
+            _forward(decoder, pool, single)
         before = time.perf_counter()
-        decoder.forward(pool, [chunk]).argmax(-1).tolist()  # reading the result waits for the device
+        _forward(decoder, pool, whole)
         return time.perf_counter() - before
+
+
+def _forward(decoder: Decoder, pool: KVPool, chunk: Chunk) -> None:
+    decoder.forward(pool, [chunk]).argmax(-1).tolist()  # reading the result waits for the device
 
 
 def _words(engine: Engine, count: int) -> list[int]:
