@@ -418,13 +418,12 @@ def test_an_engine_whose_work_does_not_fit_has_a_reason(model, monkeypatch):
     assert "generate: not run: out of memory" in engine_table(made, floors, given.work)
 
 
-@pytest.mark.parametrize("live", [60, 100, 200])
+@pytest.mark.parametrize("live", [110, 150, 200])
 def test_thoughts_are_as_long_as_the_live_context_allows(live):
     script = replace(SCRIPT, tokens=300)
     thought = fitted(script, live).thought
-    peaks = [
-        make_work(1, replace(script, thought=n), VOCABULARY).peak_live("recompute") for n in (thought, thought + 1)
-    ]
+    longer = (replace(script, thought=n) for n in (thought, thought + 1))
+    peaks = [make_work(1, one, VOCABULARY).peak_live("recompute") for one in longer]
     assert peaks[0] <= live < peaks[1]
 
 
@@ -471,9 +470,10 @@ def test_an_event_and_its_prefill_forward_as_many_tokens_at_one_place(model, mon
 
     monkeypatch.setattr("hcot_lmeval.engine.decoder.Decoder.forward", spy)
     (found,) = prune_events.time_events(model, [prune_events.Place(5, 20, 30)], 2, quiet)
-    prompt, event, prefill = (0, 20 + 30 + 5 + 2), (21, 6), (21, 6)
-    after = [(27, 1)]
-    assert chunks == [prompt, event, *after, prefill] * 3
+    prompt, decoded = (0, 20 + 30 + 2 + 2), [(54, 1), (55, 1), (56, 1)]  # three words of the solution are decoded
+    event, after = (21, 6), (27, 1)
+    prefill = [*[(21, 1)] * 3, (21, 6)]
+    assert chunks == [prompt, *decoded, event, after, *prefill] * 3
     assert len(found.events) == len(found.prefills) == 2 and found.ratio > 0
 
 
