@@ -1,0 +1,162 @@
+"""The tokens of the device's loop against the slow twin: full recomputation with the model's own forward.
+
+Models are random and small, their vocabulary is so short that they write markers all the time, in no good order. A row
+begins with a block in a block that it is forced to write; every other token is sampled. The twin is given what the row
+has written and chooses each of these tokens once more, from logits of its own: plain forwards of the live context under
+``off`` and ``recompute``, one forward of the whole trace under its mask for ``evict``. Its noise is made on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.engine.sampling import gumbel
+from hcot_lmeval.markup import MarkerIds
+from hcot_lmeval.masks import attention_masks
+from hcot_lmeval.trace import LiveContext, Policy, compile_trace
+
+VOCABULARY, EOS, FIRST_WORD = 16, 0, 4
+MARKERS = MarkerIds(1, 2, 3)
+MOST = 240
+"""Most tokens of a trace, prompt included; also the largest position."""
+FORCED = (1, 5, 6, 1, 7, 8, 2, 9, 3, 10, 2, 11, 12, 3)
+"""A block in a block, which every row writes first."""
+KINDS = ("qwen2", "qwen3", "llama")
+
+
+@dataclass
+class Identity:
+    """One model under one policy.
+
+    Attributes:
+        kind: of the model.
+        policy: what a return does.
+        way: options of the engine.
+        tokens: that were compared.
+        prunes: among them.
+        mismatches: tokens that the twin would not have chosen.
+    """
+
+    kind: str
+    policy: str
+    way: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    prunes: int = 0
+    mismatches: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared, and nothing differs; prunes too unless there are none."""
+        return self.tokens > 0 and self.mismatches == 0 and (self.prunes > 0) == (self.policy != Policy.OFF)
+
+
+def ways(device: torch.device) -> list[dict[str, Any]]:
+    """Returns the ways to run that are compared."""
+    backends = ("triton", "sdpa") if device.type == "cuda" else ("sdpa",)
+    found: list[dict[str, Any]] = [{"attention": name, "reforward": "replay"} for name in backends]
+    found.append({"attention": "auto", "reforward": "chunk", "run_ahead": 2})
+    if device.type == "cuda":
+        found.append({"attention": "auto", "graphs": False})
+    return found
+
+
+def compare_all(device: torch.device, kinds: Sequence[str], *, rows: int, tokens: int) -> Iterator[Identity]:
+    """Yields the result for every kind of model, policy and way."""
+    for kind in kinds:
+        model = make_model(kind).to(device)
+        for policy in Policy:
+            for way in ways(device):
+                yield compare(model, Identity(kind, policy.value, way), rows=rows, tokens=tokens)
+
+
+def compare(model: Any, found: Identity, *, rows: int, tokens: int) -> Identity:
+    """Generates with the device's loop, compares with the twin, and returns `found` filled in."""
+    options = {"markers": MARKERS, "eos_ids": (EOS,), "poison": True, "slots": max(1, rows // 2), **found.way}
+    engine = Engine(model, policy=found.policy, loop="device", compute="torch", **options)
+    for done in engine.generate(_requests(rows, tokens)):
+        free = slice(len(FORCED), None)
+        expected, written = twin_tokens(model, done, found.policy)[free], done.token_ids[free]
+        found.tokens += len(expected)
+        found.prunes += done.statistics.prune_events
+        found.mismatches += sum(a != b for a, b in zip(expected, written, strict=True))
+    return found
+
+
+def make_model(kind: str) -> Any:
+    """Returns a random model in float32, the same one at each call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=MOST,
+        initializer_range=0.1,
+        eos_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _requests(rows: int, tokens: int) -> list[Request]:
+    """Prompts of different lengths, all sampled."""
+    return [
+        Request(
+            str(row),
+            tuple(FIRST_WORD + (row * 7 + i) % (VOCABULARY - FIRST_WORD) for i in range(1 + row % 9)),
+            SamplingParams(max_gen_toks=tokens, min_gen_toks=tokens // 2, temperature=1.0, seed=row),
+            forced_ids=FORCED,
+        )
+        for row in range(rows)
+    ]
+
+
+def twin_tokens(model: Any, done: Completion, policy: str) -> list[int]:
+    """Returns the token that the twin chooses at each place of what a row has written."""
+    params, count = done.request.params, len(done.token_ids)
+    logits = _masked_logits(model, done) if policy == Policy.EVICT else _plain_logits(model, done, policy)
+    logits[: params.min_gen_toks, EOS] = -torch.inf
+    seeds = [params.seed] * count
+    noise = gumbel(seeds, range(count), logits.shape[-1], torch.device("cpu"))
+    return [int(token) for token in (logits / params.temperature + noise).argmax(-1)]
+
+
+@torch.no_grad()
+def _plain_logits(model: Any, done: Completion, policy: str) -> torch.Tensor:
+    """Logits before each token: [tokens, vocabulary].
+
+    There is one forward of the live context for each stretch between prunes: its outputs are those of all the shorter
+    contexts in it.
+    """
+    context, found, wanted = LiveContext(MARKERS, policy), [], 0
+    for token in done.request.prompt_ids:
+        context.push_inert(token)
+    for index, token in enumerate(done.token_ids):
+        live, wanted = list(context.live), wanted + 1
+        if context.push(token).is_prune or index + 1 == len(done.token_ids):
+            ids = torch.tensor([live], device=model.device)
+            found.append(model(input_ids=ids, use_cache=False).logits[0, -wanted:])
+            wanted = 0
+    return torch.cat(found).float().cpu()
+
+
+@torch.no_grad()
+def _masked_logits(model: Any, done: Completion) -> torch.Tensor:
+    """The same for ``evict``, from one forward of the whole trace in which thoughts disappear by the mask."""
+    prompt = len(done.request.prompt_ids)
+    plan = compile_trace([*done.request.prompt_ids, *done.token_ids], prompt, MARKERS, Policy.EVICT)
+    ids, positions, death = (torch.tensor([x], device=model.device) for x in (plan.ids, plan.positions, plan.death))
+    masks = attention_masks(model.config, death, positions, model.config._attn_implementation, model.dtype)
+    output = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False)
+    return output.logits[0, prompt - 1 : prompt - 1 + len(done.token_ids)].float().cpu()

@@ -1,0 +1,8 @@
+"""Checks and times the engine's path for GPUs; see ``python scripts/check_gpu.py --help``."""
+
+import sys
+
+from hcot_lmeval.bench.gpu.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
