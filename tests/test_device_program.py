@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +142,96 @@ def test_without_graphs_the_steps_go_on_and_say_why(caplog):
     assert caplog.text.count("no CUDA graphs") == 1
     for a, b in zip(everything(program), everything(twin), strict=True):
         assert torch.equal(a, b)
+
+
+class StandIn:
+    """`torch.cuda` as far as captures need it; writes down what happens, and fails a capture if it is told to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.mode, self.on = fails, 0, "main"
+        self.seen: list[str] = []
+
+    def install(self, monkeypatch) -> None:
+        names = "Stream current_stream stream CUDAGraph graph get_sync_debug_mode set_sync_debug_mode"
+        for name in names.split():
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device):
+        return self._stream("aside")
+
+    def current_stream(self, device):
+        return self._stream(self.on)
+
+    def _stream(self, name: str):
+        return SimpleNamespace(name=name, device=CPU, wait_stream=lambda other: self.seen.append(f"wait {other.name}"))
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.on = self.on, stream.name
+        try:
+            yield
+        finally:
+            self.on = before
+
+    @contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        self.seen.append(f"capture in {pool}")
+        self.on = stream.name
+        if self.fails:
+            raise RuntimeError("not permitted when stream is capturing")  # and the stream stays, as with PyTorch's own
+        yield
+        self.on = "main"
+
+    def CUDAGraph(self):
+        return SimpleNamespace(pool=lambda: "pool", replay=lambda: self.seen.append("replay"))
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_in_the_order_that_cuda_wants(fails, monkeypatch, caplog):
+    """On a stand-in: warm-up aside, the last run with waits forbidden, then the capture; all put back afterwards."""
+    cuda = StandIn(fails)
+    cuda.install(monkeypatch)
+
+    def step(rows: torch.Tensor) -> None:
+        cuda.seen.append(f"step of {len(rows)} on {cuda.on}{', no waiting' if cuda.mode else ''}")
+
+    runner = Runner(step, 3, 9, CPU, counter=torch.zeros(1), graphs=True)
+    for rows in ([0, 1, 2], [0, 1]):
+        runner.seat(rows)
+        runner.run()
+
+    def warm_up(size: int) -> list[str]:
+        step = f"step of {size} on aside"
+        return ["wait main", step, step, f"{step}, no waiting", "wait aside"]
+
+    if fails:
+        assert cuda.seen == [*warm_up(4), "capture in None", "step of 4 on main", "step of 2 on main"]
+        assert "not permitted" in caplog.text and runner.captured == ()
+    else:
+        first = [*warm_up(4), "capture in None", "step of 4 on aside", "replay"]
+        assert cuda.seen == [*first, *warm_up(2), "capture in pool", "step of 2 on aside", "replay"]
+        assert runner.captured == (4, 2)
+    assert (cuda.mode, cuda.on) == (0, "main")
+
+
+def test_a_batch_that_empties_is_captured_at_every_halving(monkeypatch):
+    StandIn().install(monkeypatch)
+    sizes: list[int] = []
+    runner = Runner(lambda rows: sizes.append(len(rows)), 100, 0, CPU, counter=torch.zeros(1), graphs=True)
+    for rows in range(100, 0, -1):
+        runner.seat([1] * rows)
+        runner.run()
+        assert rows <= runner._size <= max(2 * rows + 16, 1)
+    assert runner.captured == (112, 48, 16, 8, 4, 2, 1)
+    runner.seat([1] * 90)
+    runner.run()
+    assert runner._size == 112 and len(sizes) == 7 * 4
 
 
 def test_warming_up_moves_no_row(monkeypatch):

@@ -30,8 +30,9 @@ def bucket(rows: int) -> int:
 class Runner:
     """Runs a step over rows of a batch, padded to the next size with a row that never runs.
 
-    A graph is captured when its size is needed for the first time. A batch begins full and empties, so the largest
-    comes first and the others share its memory.
+    A graph is captured when its size is needed for the first time and no other serves that is less than twice as
+    large: padding costs little, a capture several steps. A batch begins full and empties, so the largest comes first
+    and the others share its memory.
 
     Args:
         step: works on rows, int64 [size], and keeps everything else in memory that does not move.
@@ -71,9 +72,12 @@ class Runner:
 
     def seat(self, rows: Sequence[int]) -> None:
         """The next runs are over `rows`; takes effect in the order of the stream."""
-        self._size = bucket(len(rows))
+        self._size = self._choose(bucket(len(rows)))
         padded = [*rows, *[self._padding] * (self._size - len(rows))]
         self._rows[: self._size].copy_(upload(padded, torch.int64, self._rows.device), non_blocking=True)
+
+    def _choose(self, size: int) -> int:
+        return min((known for known in self._graphs if size <= known < 2 * size), default=size)
 
     def run(self) -> None:
         """One step."""
