@@ -239,7 +239,7 @@ class LiveContext:
         if alone or self._survives(token):
             tail, source = [*tail, token], [*source, self.length]
         else:
-            pruned = [*pruned, token]
+            pruned.append(token)
         if not tail:  # nothing survives behind the prefix: its last token is read again, for an output to sample from
             start -= 1
             tail, source = [self.live[start]], [self.source[start]]
@@ -258,8 +258,10 @@ class LiveContext:
         return step._replace(drop=spans, pruned=tuple(self._cut(spans)))
 
     def _cut(self, spans: Spans) -> list[int]:
-        """Removes live spans and returns their tokens."""
-        pruned = [token for start, stop in spans for token in self.live[start:stop]]
+        """Removes live spans and returns their tokens. By slices: thoughts are long, and rows wait meanwhile."""
+        pruned: list[int] = []
+        for start, stop in spans:
+            pruned += self.live[start:stop]
         for start, stop in reversed(spans):
             del self.live[start:stop], self.source[start:stop]
         return pruned
