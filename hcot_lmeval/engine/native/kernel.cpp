@@ -323,11 +323,23 @@ struct Context {
 };
 constexpr int BLOCK = 64;  // keys or values that stay in the nearest cache while all queries of a group use them
 
+// One of several queries that use the same keys and values, and take turns at fetching those of the next block.
+struct Turn {
+    int index, count;
+};
+
+static inline void fetch_next(const Context& c, const stored* row) {
+    const char* at = (const char*)(row + (size_t)BLOCK * c.stride);
+    for (int i = 0; i < c.dim * (int)sizeof(stored); i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 // scores[j] = query . key[j] for j in [from, to)
-static void score(const Context& c, const real* query, int from, int to, real* scores) {
+static void score(const Context& c, const real* query, int from, int to, real* scores, Turn turn) {
     int j = from;
     for (; j + 4 <= to; j += 4) {
         const stored* key = c.keys + (size_t)j * c.stride;
+        if (j / 4 % turn.count == turn.index)
+            for (int i = 0; i < 4; i++) fetch_next(c, key + (size_t)i * c.stride);
         Vector totals[4] = {Vector{}, Vector{}, Vector{}, Vector{}};
         int k = 0;
         for (; k + LANES <= c.dim; k += LANES) {
@@ -357,13 +369,14 @@ static void softmax(real* scores, int count) {
 }
 
 // out += sum of scores[j] * value[j] for j in [from, to)
-static void blend(const Context& c, const real* scores, int from, int to, real* out) {
+static void blend(const Context& c, const real* scores, int from, int to, real* out, Turn turn) {
     int k = 0;
     for (; k + 4 * LANES <= c.dim; k += 4 * LANES) {
         Vector parts[4];
         for (int i = 0; i < 4; i++) parts[i] = load(out + k + i * LANES);
         for (int j = from; j < to; j++) {
             const stored* value = c.values + (size_t)j * c.stride + k;
+            if (k == 0 && j % turn.count == turn.index) fetch_next(c, value);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) parts[i] += scores[j] * load(value + i * LANES);
         }
@@ -375,16 +388,15 @@ static void blend(const Context& c, const real* scores, int from, int to, real* 
 
 // Attention of `count` queries [count, dim] that share keys and values; scores [count, seen], out [count, dim].
 static void attend(const Context& c, const real* queries, int count, real* scores, real* out) {
+    auto end = [&](int from) { return from + BLOCK < c.seen ? from + BLOCK : c.seen; };
     for (int from = 0; from < c.seen; from += BLOCK)
         for (int g = 0; g < count; g++)
-            score(c, queries + (size_t)g * c.dim, from, from + BLOCK < c.seen ? from + BLOCK : c.seen,
-                  scores + (size_t)g * c.seen);
+            score(c, queries + (size_t)g * c.dim, from, end(from), scores + (size_t)g * c.seen, {g, count});
     for (int g = 0; g < count; g++) softmax(scores + (size_t)g * c.seen, c.seen);
     for (int i = 0; i < count * c.dim; i++) out[i] = 0;
     for (int from = 0; from < c.seen; from += BLOCK)
         for (int g = 0; g < count; g++)
-            blend(c, scores + (size_t)g * c.seen, from, from + BLOCK < c.seen ? from + BLOCK : c.seen,
-                  out + (size_t)g * c.dim);
+            blend(c, scores + (size_t)g * c.seen, from, end(from), out + (size_t)g * c.dim, {g, count});
 }
 
 // --------------------------------------------------------------------------------------------------------------- a step
