@@ -368,20 +368,24 @@ static void softmax(real* scores, int count) {
     for (int j = 0; j < count; j++) scores[j] /= total;
 }
 
-// out += sum of scores[j] * value[j] for j in [from, to)
+// out += sum of scores[j] * value[j] for j in [from, to), for MANY vectors of columns from k on
+template <int MANY>
+static void blend_columns(const Context& c, const real* scores, int from, int to, real* out, int k, Turn turn) {
+    Vector parts[MANY];
+    for (int i = 0; i < MANY; i++) parts[i] = load(out + k + i * LANES);
+    for (int j = from; j < to; j++) {
+        const stored* value = c.values + (size_t)j * c.stride;
+        if (k == 0 && j % turn.count == turn.index) fetch_next(c, value);
+#pragma GCC unroll 4
+        for (int i = 0; i < MANY; i++) parts[i] += scores[j] * load(value + k + i * LANES);
+    }
+    for (int i = 0; i < MANY; i++) store(out + k + i * LANES, parts[i]);
+}
+
 static void blend(const Context& c, const real* scores, int from, int to, real* out, Turn turn) {
     int k = 0;
-    for (; k + 4 * LANES <= c.dim; k += 4 * LANES) {
-        Vector parts[4];
-        for (int i = 0; i < 4; i++) parts[i] = load(out + k + i * LANES);
-        for (int j = from; j < to; j++) {
-            const stored* value = c.values + (size_t)j * c.stride + k;
-            if (k == 0 && j % turn.count == turn.index) fetch_next(c, value);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) parts[i] += scores[j] * load(value + i * LANES);
-        }
-        for (int i = 0; i < 4; i++) store(out + k + i * LANES, parts[i]);
-    }
+    for (; k + 4 * LANES <= c.dim; k += 4 * LANES) blend_columns<4>(c, scores, from, to, out, k, turn);
+    for (; k + LANES <= c.dim; k += LANES) blend_columns<1>(c, scores, from, to, out, k, turn);
     for (; k < c.dim; k++)
         for (int j = from; j < to; j++) out[k] += scores[j] * number(c.values[(size_t)j * c.stride + k]);
 }
