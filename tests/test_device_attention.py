@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hcot_lmeval.engine.computing import ATTENTION
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Decode
 from hcot_lmeval.engine.device.backends import Masked, Need, Scores, UnavailableError
@@ -92,6 +93,10 @@ def test_the_probe_notices_what_is_wrong():
     assert [kind for kind, _ in errors(Masked(), need)] == ["decode", "chunk"]
 
 
+def test_the_option_names_every_backend():
+    assert ("auto", *choice.MAKERS) == ATTENTION
+
+
 def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch, caplog):
     class Broken(Masked):
         def decode(self, query, keys, values, at, scores):
@@ -101,7 +106,7 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
         raise UnavailableError("it is not there")
 
     monkeypatch.setattr(choice, "MAKERS", {"a": missing, "b": Broken, "c": FlashAttnLike, "sdpa": Masked, "e": Masked})
-    monkeypatch.setattr(choice, "NAMES", ("auto", "a", "b", "c", "sdpa", "e"))
+    monkeypatch.setattr(choice, "ATTENTION", ("auto", "a", "b", "c", "sdpa", "e"))
     with caplog.at_level(logging.INFO):
         assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Masked
     assert "by sdpa; not a: it is not there; not b: its decode is off by 1.0e-02" in caplog.text

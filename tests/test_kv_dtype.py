@@ -53,7 +53,7 @@ def test_outliers_become_the_largest_number():
 
 def test_the_pool_takes_as_much_less_memory():
     plain, half, quarter = (
-        Decoder(tiny_model("qwen2"), kv_dtype=dtype).token_bytes for dtype in (None, "bfloat16", "float8_e4m3fn")
+        Decoder(tiny_model("qwen2"), kv_dtype=dtype).token_bytes for dtype in ("auto", "bfloat16", "float8_e4m3fn")
     )
     assert plain == 2 * half == 4 * quarter
 
@@ -91,5 +91,5 @@ def test_what_is_too_coarse_for_a_model_is_said(monkeypatch):
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="kv_dtype='int4' is unknown; choose one of None, bfloat16"):
+    with pytest.raises(ValueError, match="kv_dtype='int4' is unknown; choose one of auto, bfloat16"):
         Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], kv_dtype="int4")

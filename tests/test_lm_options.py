@@ -39,8 +39,9 @@ class TestModelArguments:
             ({"apply_chat_template": True}, {"apply_chat_template": True}),
             ({"apply_chat_template": "False"}, {"apply_chat_template": False}),
             ({"max_context": 4096, "max_gen_toks": 9}, {"max_context": 4096, "max_gen_toks": 9}),
-            ({"kv_dtype": "auto"}, {"kv_dtype": None}),
+            ({"kv_dtype": "auto"}, {"kv_dtype": "auto", "loop": "auto"}),
             ({"kv_dtype": "float8_e4m3fn"}, {"kv_dtype": "float8_e4m3fn"}),
+            ({"loop": "host", "graphs": False, "run_ahead": 4}, {"loop": "host", "graphs": False, "run_ahead": 4}),
             ({"seed": -1.0}, {"seed": -1}),  # as lm-eval reads -1
         ],
         ids=str,
@@ -56,7 +57,11 @@ class TestModelArguments:
             ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
             ({"any_policy": "yes"}, "any_policy='yes' is not one of true, false"),
             ({"markup": "hcott"}, "Did you mean 'hcot'"),
-            ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not one of auto, bfloat16, float16, float8_e4m3fn"),
+            ({"attention": "flash"}, "attention='flash' is unknown; choose one of auto, flash-attn, varlen, aten"),
+            ({"compute": "cuda"}, "compute='cuda' is unknown; choose one of auto, native, torch"),
+            ({"graphs": "yes"}, "graphs='yes' is neither true nor false"),
+            ({"run_ahead": 0}, "run_ahead=0 is not allowed; give a number of steps from 1 up"),
+            ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is unknown; choose one of auto, bfloat16, float16, float8_e4m3fn"),
             ({"max_context": 0}, "max_context=0 is too small: it has to be 1 or more"),
             ({"max_context": -4.0}, "max_context=-4 is too small: it has to be 1 or more"),  # as lm-eval reads -4
             ({"batch_size": "0"}, "batch_size='0' is neither a number of rows, 1 or more, nor 'auto'"),

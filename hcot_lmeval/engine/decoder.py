@@ -58,7 +58,7 @@ class Decoder:
         compute: who computes a step: ``torch``, the modules of the model with the attention of this package; or
             ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
             in float32 and bfloat16.
-        kv_dtype: dtype of keys and values in the slots, by name; by default the one in which the model computes them.
+        kv_dtype: dtype of keys and values in the slots, a name of `KV_DTYPES`, or ``auto`` for the model's own.
 
     Attributes:
         layers: layer index to what the layer stores per token.
@@ -76,7 +76,7 @@ class Decoder:
         *,
         check: bool = True,
         compute: Compute | str = Compute.AUTO,
-        kv_dtype: str | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
@@ -86,7 +86,7 @@ class Decoder:
         self.compute = Compute(compute)
         self.native: NativeStep | None = None
         self.layers, self.kv_dtype = self._layer_shapes(), kv_dtype
-        if kv_dtype is not None:
+        if kv_dtype != "auto":
             self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
         self.native = self._compiled()
         if check:
@@ -234,7 +234,7 @@ class Decoder:
         return difference
 
     def _likely_cause(self) -> str:
-        if self.kv_dtype is not None:
+        if self.kv_dtype != "auto":
             return f"Probably kv_dtype={self.kv_dtype!r} is too coarse for it; leave that out."
         return "Its layers probably keep a state other than keys and values. Use lm-eval's hf model for it."
 

@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.engine.native import Compute
-from hcot_lmeval.engine.slots import KV_DTYPES
+from hcot_lmeval.engine.computing import ComputeOptions
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
 
 
 @dataclass(frozen=True)
-class EngineOptions(ControlOptions):
-    """How the engine runs; what it does beside the model's wish is in `ControlOptions`.
+class EngineOptions(ControlOptions, ComputeOptions):
+    """How the engine runs; what it does beside the model's wish is in `ControlOptions`, how it computes in the other.
 
     Attributes:
         policy: what a closing marker does: off, recompute or evict; by default what the model was trained for, and
@@ -35,18 +34,6 @@ class EngineOptions(ControlOptions):
         think_ids: ids of these strings; looked up in the tokenizer by default, None for a string that is not one token.
         prompt_acts: whether markers in prompts open and close blocks too; by default they are inert.
         step_tokens: prompt tokens forwarded in one step.
-        compute: who computes a step: torch, the model's own modules; native, compiled code for models of the Llama
-            kind on the CPU; or auto, the latter where it can (see `hcot_lmeval.engine.decoder.Decoder`).
-        loop: who runs the steps: host; device, where tokens are chosen and thoughts pruned without the host (see
-            `hcot_lmeval.engine.device`); or auto, the latter on CUDA for requests that it can serve.
-        attention: who attends on the device: auto, or a name of `hcot_lmeval.engine.device.choice.NAMES`.
-        reforward: how solutions are read again on the device: chunk, in one piece; replay, token by token beside the
-            other rows; or auto, the former for few rows.
-        graphs: on CUDA, capture each size of the batch as a graph; without, steps run one kernel at a time.
-        compiled: compile the steps of the device with torch.compile, which takes minutes at first.
-        run_ahead: steps that the device may be ahead of the host; by default as many as suit the number of rows.
-        kv_dtype: dtype of keys and values in the slots: bfloat16, float16 or float8_e4m3fn (without scales); by default
-            the one in which the model computes them. A smaller one lets more rows into memory and rounds.
         self_check: compare slots with a plain forward when the model is loaded.
         poison: fill new memory with NaN, for tests.
     """
@@ -65,40 +52,20 @@ class EngineOptions(ControlOptions):
     think_ids: tuple[int | None, int | None] | None = None
     prompt_acts: bool = False
     step_tokens: int | None = None
-    compute: Compute | str = Compute.AUTO
-    loop: Literal["auto", "host", "device"] = "auto"
-    attention: str = "auto"
-    reforward: Literal["auto", "chunk", "replay"] = "auto"
-    graphs: bool = True
-    compiled: bool = False
-    run_ahead: int | None = None
-    kv_dtype: str | None = None
     self_check: bool = True
     poison: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ControlOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
         if self.policy is not None and self.policy not in list(Policy):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
-        if self.compute not in list(Compute):
-            raise ValueError(f"compute={self.compute!r} is unknown; choose one of {', '.join(Compute)}")
         if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                names = ", ".join(map(str, known))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {names}")
-        for name in ("max_context", "max_position", "max_slots", "step_tokens", "run_ahead"):
+        for name in ("max_context", "max_position", "max_slots", "step_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
-
-
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "loop": ("auto", "host", "device"),
-    "reforward": ("auto", "chunk", "replay"),
-    "kv_dtype": (None, *KV_DTYPES),
-}
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

@@ -278,9 +278,8 @@ class HcotLM(HFLM):
             max_slots=self.max_batch_size,
             think=self.think,
             prompt_acts=self.options.prompt_markers == "acting",
-            compute=self.options.compute,
-            kv_dtype=self.options.kv_dtype,
             **self.options.controls,
+            **self.options.computing,
         )
 
     @cached_property
@@ -293,8 +292,7 @@ class HcotLM(HFLM):
             **ours,
             **self.options.controls,
             "prompt_markers": self.options.prompt_markers,
-            "compute": self.options.compute.value,
-            "kv_dtype": self.options.kv_dtype,
+            **self.options.computing,
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,

@@ -15,8 +15,7 @@ from typing import Any
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
-from hcot_lmeval.engine.native import Compute
-from hcot_lmeval.engine.slots import KV_DTYPES
+from hcot_lmeval.engine.computing import ComputeOptions
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -47,8 +46,10 @@ PROMPT_MARKERS = ("text", "tokens", "acting")
 
 
 @dataclass(frozen=True)
-class Options(ControlOptions):
-    """What ``hcot`` takes beyond lm-eval's ``hf``; what it does beside the model's wish is in `ControlOptions`.
+class Options(ControlOptions, ComputeOptions):
+    """What ``hcot`` takes beyond lm-eval's ``hf``.
+
+    What it does beside the model's wish is in `ControlOptions`, how it computes in `ComputeOptions`.
 
     Attributes:
         pruning: ``off``, ``recompute`` or ``evict``: what the closing marker of a block does; None: what the model was
@@ -68,9 +69,6 @@ class Options(ControlOptions):
             problem and no few-shot example can act. ``tokens``: it becomes the control token, as in the traces of
             few-shot examples that are given on purpose, and opens and closes nothing. ``acting``: it does that too, so
             that the blocks of few-shot traces are pruned as the model's own.
-        compute: who computes a step: ``torch``, the modules of the model; ``native``, compiled code for models
-            of the Llama kind on the CPU; or ``auto``, the latter where it can.
-        kv_dtype: dtype of stored keys and values, a name of `KV_DTYPES`, or None (``auto``) for the model's own.
     """
 
     pruning: Policy | None = None
@@ -84,8 +82,10 @@ class Options(ControlOptions):
     apply_chat_template: bool | None = None
     seed: int = 0
     prompt_markers: str = "text"
-    compute: Compute = Compute.AUTO
-    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        ControlOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Options:
@@ -109,9 +109,8 @@ class Options(ControlOptions):
             apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
             seed=_integer("seed", values.get("seed", 0)),
             prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
-            compute=_compute(values.get("compute", Compute.AUTO)),
-            kv_dtype=_kv_dtype(values.get("kv_dtype", "auto")),
             **_controls(values),
+            **_computing(values),
         )
 
 
@@ -197,16 +196,9 @@ def _prompt_markers(value: Any) -> str:
     return str(value)
 
 
-def _compute(value: Any) -> Compute:
-    if value not in list(Compute):
-        raise ValueError(f"compute={value!r} is not one of {', '.join(Compute)}")
-    return Compute(value)
-
-
-def _kv_dtype(value: Any) -> str | None:
-    if value not in ("auto", *KV_DTYPES):
-        raise ValueError(f"kv_dtype={value!r} is not one of auto, {', '.join(KV_DTYPES)}")
-    return None if value == "auto" else str(value)
+def _computing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ComputeOptions`, which checks them."""
+    return {field.name: values[field.name] for field in fields(ComputeOptions) if field.name in values}
 
 
 def _integer(name: str, value: Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from hcot_lmeval.engine.computing import ATTENTION
 from hcot_lmeval.engine.device.backends import Backend, Masked, Need, Ragged, Scores, Segments, UnavailableError
 from hcot_lmeval.engine.device.flash import AtenFlash, FlashAttn, VarlenAttention
 
@@ -37,7 +38,6 @@ MAKERS: dict[str, Callable[[], Backend]] = {
     Masked.name: Masked,
 }
 """Backends in the order of preference; the last one serves everybody."""
-NAMES = ("auto", *MAKERS)
 
 
 def choose(needs: Sequence[Need], wanted: str = "auto") -> Backend:
@@ -50,8 +50,8 @@ def choose(needs: Sequence[Need], wanted: str = "auto") -> Backend:
     Raises:
         ValueError: there is no backend of that name, or it cannot serve this model on this machine.
     """
-    if wanted not in NAMES:
-        raise ValueError(f"attention={wanted!r} is unknown; choose one of {', '.join(NAMES)}")
+    if wanted not in ATTENTION:
+        raise ValueError(f"attention={wanted!r} is unknown; choose one of {', '.join(ATTENTION)}")
     passed_over: list[str] = []
     for name in MAKERS if wanted == "auto" else (wanted,):
         backend, reason = _tried(name, needs)
