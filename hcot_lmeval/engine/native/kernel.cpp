@@ -3,9 +3,10 @@
 // Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
 // bfloat16, for the processor at hand. Weights are read where the
 // model has them, row-major [out, in], never copied or repacked. What makes it fast: one parallel region for the whole
-// step; an output is a dot product along a row of weights, several rows of weights by several tokens at a time in
-// registers; the rows needed next are prefetched; attention reads exactly what is live. Vectors are those of GCC and
-// Clang, so that nothing but the bfloat16 instruction is bound to one family of processors.
+// step; an output is a dot product along a row of weights: for one token one row after the other, as they lie in memory,
+// for more tokens several rows by several tokens at a time in registers; the weights needed next are prefetched;
+// attention reads exactly what is live. Vectors are those of GCC and Clang, so that nothing but the bfloat16
+// instruction is bound to one family of processors.
 
 #include <atomic>
 #include <cmath>
@@ -162,15 +163,25 @@ struct Ahead {
     int lines;
 };
 
+// y[n] = rows[n] . x, of which totals[n] holds what whole vectors gave.
+template <int ROWS>
+static inline void finish(const weight* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
+    if constexpr (ROWS % 4 == 0) {
+#pragma GCC unroll 8
+        for (int n = 0; n < ROWS; n += 4) sums(totals[n], totals[n + 1], totals[n + 2], totals[n + 3], y + n);
+    } else {
+        for (int n = 0; n < ROWS; n++) y[n] = sum(totals[n]);
+    }
+    for (int n = 0; n < ROWS; n++)
+        for (int k = in - in % Product<weight>::WIDTH; k < in; k++) y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
+}
+
 // y[t][n] = rows[n] . x[t] for ROWS rows of weights and TOKENS tokens.
 template <int ROWS, int TOKENS>
 static inline void tile(const weight* rows, const operand* x, int in, real y[TOKENS][ROWS], Ahead ahead) {
     using P = Product<weight>;
-    Vector totals[ROWS][TOKENS];
-    for (int n = 0; n < ROWS; n++)
-        for (int t = 0; t < TOKENS; t++) totals[n][t] = Vector{};
-    int k = 0;
-    for (; k + P::WIDTH <= in; k += P::WIDTH) {
+    Vector totals[TOKENS][ROWS] = {};
+    for (int k = 0; k + P::WIDTH <= in; k += P::WIDTH) {
         for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
         P::Factor factors[TOKENS];
 #pragma GCC unroll 8
@@ -179,39 +190,64 @@ static inline void tile(const weight* rows, const operand* x, int in, real y[TOK
         for (int n = 0; n < ROWS; n++) {
             P::Factor w = P::get(rows + (size_t)n * in + k);
 #pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; t++) P::add(totals[n][t], w, factors[t]);
+            for (int t = 0; t < TOKENS; t++) P::add(totals[t][n], w, factors[t]);
         }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-        if constexpr (ROWS % 4 == 0) {
+    for (int t = 0; t < TOKENS; t++) finish<ROWS>(rows, x + (size_t)t * in, in, totals[t], y[t]);
+}
+
+// What whole vectors give of row . x; the sums do not wait for each other.
+static inline Vector dot(const weight* row, const operand* x, int in) {
+    using P = Product<weight>;
+    constexpr int SUMS = 4, SPAN = SUMS * P::WIDTH;
+    constexpr int FAR = 2560;  // bytes; 2 to 3 KiB were the best of 0 to 32 on a Zen 4, by up to a third
+    Vector parts[SUMS] = {};
+    int k = 0;
+    for (; k + SPAN <= in; k += SPAN) {
 #pragma GCC unroll 8
-            for (int n = 0; n < ROWS; n += 4)
-                sums(totals[n][t], totals[n + 1][t], totals[n + 2][t], totals[n + 3][t], y[t] + n);
-        } else {
-            for (int n = 0; n < ROWS; n++) y[t][n] = sum(totals[n][t]);
-        }
-        for (int n = 0; n < ROWS; n++)
-            for (int i = k; i < in; i++) y[t][n] += number(rows[(size_t)n * in + i]) * number(x[(size_t)t * in + i]);
+        for (int i = 0; i < SPAN * (int)sizeof(weight); i += 64)
+            __builtin_prefetch((const char*)(row + k) + FAR + i, 0, 2);
+#pragma GCC unroll 8
+        for (int i = 0; i < SUMS; i++) P::add(parts[i], P::get(row + k + i * P::WIDTH), P::get(x + k + i * P::WIDTH));
+    }
+    for (; k + P::WIDTH <= in; k += P::WIDTH) P::add(parts[0], P::get(row + k), P::get(x + k));
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// y[n] = rows[n] . x for ROWS rows of weights and a single token. Here the memory is all that matters, and it is faster
+// in the order of addresses than with several rows side by side.
+template <int ROWS> static inline void dots(const weight* rows, const operand* x, int in, real y[ROWS]) {
+    Vector totals[ROWS];
+    for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, x, in);
+    finish<ROWS>(rows, x, in, totals, y);
+}
+
+// What becomes of products with the rows from n on: they are stored at y, or added to what is there.
+template <bool ADD, int ROWS> static inline void keep(const Matrix& m, int n, const real products[ROWS], real* y) {
+    for (int i = 0; i < ROWS; i++) {
+        real value = m.bias ? products[i] + m.bias[n + i] : products[i];
+        y[n + i] = ADD ? y[n + i] + value : value;
     }
 }
 
-// What becomes of a product: it is stored, or added to what is there.
 template <bool ADD, int ROWS, int TOKENS>
 static inline void strip(const Matrix& m, int n, const operand* x, real* y, int width, Ahead ahead) {
     real out[TOKENS][ROWS];
     tile<ROWS, TOKENS>(m.rows + (size_t)n * m.in, x, m.in, out, ahead);
-    for (int t = 0; t < TOKENS; t++)
-        for (int i = 0; i < ROWS; i++) {
-            real value = m.bias ? out[t][i] + m.bias[n + i] : out[t][i];
-            real* at = y + (size_t)t * width + n + i;
-            *at = ADD ? *at + value : value;
-        }
+    for (int t = 0; t < TOKENS; t++) keep<ADD, ROWS>(m, n, out[t], y + (size_t)t * width);
+}
+
+template <bool ADD, int ROWS> static inline void single(const Matrix& m, int n, const operand* x, real* y) {
+    real out[ROWS];
+    dots<ROWS>(m.rows + (size_t)n * m.in, x, m.in, out);
+    keep<ADD, ROWS>(m, n, out, y);
 }
 
 // The tokens meet ROWS rows of weights in strips, and the strips share the work of fetching the rows after the next.
 template <bool ADD, int ROWS>
 static inline void strips(const Matrix& m, int n, const operand* x, int tokens, real* y, int width) {
+    if (tokens == 1) return single<ADD, ROWS>(m, n, x, y);
     constexpr int LINES = (ROWS * Product<weight>::WIDTH * (int)sizeof(weight) + 63) / 64;
     int count = (tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count;
     const char* next = (const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in);
