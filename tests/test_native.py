@@ -26,6 +26,7 @@ SHAPES = {
     "odd": {"hidden_size": 42, "intermediate_size": 77, "num_attention_heads": 3, "num_key_value_heads": 1},
     "wide": {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 80},
     "all": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True},
+    "long": {"hidden_size": 328, "intermediate_size": 600, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 
 
@@ -121,8 +122,11 @@ def generate(model, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_are_the_same_bit_for_bit_whatever_runs_beside(dtype):
-    """A token's logits depend neither on its batch, nor on how its prompt was cut, nor on the threads."""
-    model = tiny_model("qwen2", dtype)
+    """A token's logits depend neither on its batch, nor on how its prompt was cut, nor on the threads.
+
+    Rows of weights are long enough for every way to walk along them, unrolled or not, and for its remainder.
+    """
+    model = tiny_model("qwen2", dtype, **SHAPES["long"])
     alone = generate(model, slots=1, compute="native")
     threads = torch.get_num_threads()
     try:

@@ -197,22 +197,22 @@ static inline void tile(const weight* rows, const operand* x, int in, real y[TOK
     for (int t = 0; t < TOKENS; t++) finish<ROWS>(rows, x + (size_t)t * in, in, totals[t], y[t]);
 }
 
-// What whole vectors give of row . x; the sums do not wait for each other.
+// What whole vectors give of row . x, summed in the order in which a tile does it: bit for bit the same.
 static inline Vector dot(const weight* row, const operand* x, int in) {
     using P = Product<weight>;
-    constexpr int SUMS = 4, SPAN = SUMS * P::WIDTH;
+    constexpr int STEPS = 4, SPAN = STEPS * P::WIDTH;
     constexpr int FAR = 2560;  // bytes; 2 to 3 KiB were the best of 0 to 32 on a Zen 4, by up to a third
-    Vector parts[SUMS] = {};
+    Vector total = {};
     int k = 0;
     for (; k + SPAN <= in; k += SPAN) {
 #pragma GCC unroll 8
         for (int i = 0; i < SPAN * (int)sizeof(weight); i += 64)
             __builtin_prefetch((const char*)(row + k) + FAR + i, 0, 2);
 #pragma GCC unroll 8
-        for (int i = 0; i < SUMS; i++) P::add(parts[i], P::get(row + k + i * P::WIDTH), P::get(x + k + i * P::WIDTH));
+        for (int i = 0; i < SPAN; i += P::WIDTH) P::add(total, P::get(row + k + i), P::get(x + k + i));
     }
-    for (; k + P::WIDTH <= in; k += P::WIDTH) P::add(parts[0], P::get(row + k), P::get(x + k));
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    for (; k + P::WIDTH <= in; k += P::WIDTH) P::add(total, P::get(row + k), P::get(x + k));
+    return total;
 }
 
 // y[n] = rows[n] . x for ROWS rows of weights and a single token. Here the memory is all that matters, and it is faster
