@@ -5,6 +5,8 @@ That it decodes exactly, with pruning, is in test_engine_exact.py.
 
 import logging
 import platform
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,14 +233,13 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
         build.load_kernel.cache_clear()
 
 
-def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog):
-    wrong = build.SOURCE.read_text(encoding="utf-8").replace(
-        "1 / std::sqrt(total / size + eps)", "1 / std::sqrt(total)"
-    )
-    assert wrong != build.SOURCE.read_text(encoding="utf-8")
-    path = build.kernel_folder() / "wrong.cpp"
-    path.write_text(wrong, encoding="utf-8")
-    monkeypatch.setattr(build, "SOURCE", path)
+def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog, tmp_path):
+    sources = Path(shutil.copytree(build.SOURCES, tmp_path / "kernel"))
+    right = (sources / "step.cpp").read_text(encoding="utf-8")
+    wrong = right.replace("1 / std::sqrt(total / size + eps)", "1 / std::sqrt(total)")
+    assert wrong != right
+    (sources / "step.cpp").write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", sources)
     build.load_kernel.cache_clear()
     try:
         assert Decoder(tiny_model("qwen2")).native is None

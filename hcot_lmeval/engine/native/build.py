@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 """The types of weights that the kernel knows, by the names they have in it."""
@@ -82,7 +82,8 @@ def kernel_folder() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), about, _processor())
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.?pp"))]
+    parts = (*sources, " ".join(FLAGS), about, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -102,7 +103,7 @@ def _compile(compiler: str, weight: torch.dtype, cache: torch.dtype, path: Path)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
             types = f"-DWEIGHT={WEIGHTS[weight]}", f"-DCACHE={WEIGHTS[cache]}"
-            command = [compiler, *FLAGS, *types, str(SOURCE), "-o", str(target)]
+            command = [compiler, *FLAGS, *types, str(SOURCES / "step.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
                 raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")

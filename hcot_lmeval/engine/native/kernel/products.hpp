@@ -1,0 +1,145 @@
+// Rows of weights times tokens, in one thread.
+
+#pragma once
+
+#include <cstddef>
+
+#include "numbers.hpp"
+
+// How a vector of weights meets a vector of activations: the type of the activations, and one multiply-add.
+template <class T> struct Product {
+    using operand = real;
+    using Factor = Vector;
+    static constexpr int WIDTH = LANES;
+    template <class P> static Factor get(const P* p) { return load(p); }
+    static void add(Vector& total, Factor w, Factor x) { total += w * x; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Product<bfloat16> {
+    using operand = bfloat16;
+    using Factor = __m512bh;
+    static constexpr int WIDTH = 32;
+    static Factor get(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static void add(Vector& total, Factor w, Factor x) { total = (Vector)_mm512_dpbf16_ps((__m512)total, w, x); }
+};
+#endif
+using operand = Product<weight>::operand;
+
+struct Matrix {
+    const weight* rows;  // [out, in]
+    const real* bias;    // [out] or null
+    int out, in;
+};
+
+// Memory to fetch while computing: `lines` cache lines of 64 bytes for every step along a row.
+struct Ahead {
+    const char* from;
+    int lines;
+};
+
+// y[n] = rows[n] . x, of which totals[n] holds what whole vectors gave.
+template <int ROWS>
+static inline void finish(const weight* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
+    if constexpr (ROWS % 4 == 0) {
+#pragma GCC unroll 8
+        for (int n = 0; n < ROWS; n += 4) sums(totals[n], totals[n + 1], totals[n + 2], totals[n + 3], y + n);
+    } else {
+        for (int n = 0; n < ROWS; n++) y[n] = sum(totals[n]);
+    }
+    for (int n = 0; n < ROWS; n++)
+        for (int k = in - in % Product<weight>::WIDTH; k < in; k++) y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
+}
+
+// y[t][n] = rows[n] . x[t] for ROWS rows of weights and TOKENS tokens.
+template <int ROWS, int TOKENS>
+static inline void tile(const weight* rows, const operand* x, int in, real y[TOKENS][ROWS], Ahead ahead) {
+    using P = Product<weight>;
+    Vector totals[TOKENS][ROWS] = {};
+    for (int k = 0; k + P::WIDTH <= in; k += P::WIDTH) {
+        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+        P::Factor factors[TOKENS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++) factors[t] = P::get(x + (size_t)t * in + k);
+#pragma GCC unroll 8
+        for (int n = 0; n < ROWS; n++) {
+            P::Factor w = P::get(rows + (size_t)n * in + k);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; t++) P::add(totals[t][n], w, factors[t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++) finish<ROWS>(rows, x + (size_t)t * in, in, totals[t], y[t]);
+}
+
+// What whole vectors give of row . x, summed in the order in which a tile does it: bit for bit the same.
+static inline Vector dot(const weight* row, const operand* x, int in) {
+    using P = Product<weight>;
+    constexpr int STEPS = 4, SPAN = STEPS * P::WIDTH;
+    constexpr int FAR = 2560;  // bytes; 2 to 3 KiB were the best of 0 to 32 on a Zen 4, by up to a third
+    Vector total = {};
+    int k = 0;
+    for (; k + SPAN <= in; k += SPAN) {
+#pragma GCC unroll 8
+        for (int i = 0; i < SPAN * (int)sizeof(weight); i += 64)
+            __builtin_prefetch((const char*)(row + k) + FAR + i, 0, 2);
+#pragma GCC unroll 8
+        for (int i = 0; i < SPAN; i += P::WIDTH) P::add(total, P::get(row + k + i), P::get(x + k + i));
+    }
+    for (; k + P::WIDTH <= in; k += P::WIDTH) P::add(total, P::get(row + k), P::get(x + k));
+    return total;
+}
+
+// y[n] = rows[n] . x for ROWS rows of weights and a single token. Here the memory is all that matters, and it is faster
+// in the order of addresses than with several rows side by side.
+template <int ROWS> static inline void dots(const weight* rows, const operand* x, int in, real y[ROWS]) {
+    Vector totals[ROWS];
+    for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, x, in);
+    finish<ROWS>(rows, x, in, totals, y);
+}
+
+// What becomes of products with the rows from n on: they are stored at y, or added to what is there.
+template <bool ADD, int ROWS> static inline void keep(const Matrix& m, int n, const real products[ROWS], real* y) {
+    for (int i = 0; i < ROWS; i++) {
+        real value = m.bias ? products[i] + m.bias[n + i] : products[i];
+        y[n + i] = ADD ? y[n + i] + value : value;
+    }
+}
+
+template <bool ADD, int ROWS, int TOKENS>
+static inline void strip(const Matrix& m, int n, const operand* x, real* y, int width, Ahead ahead) {
+    real out[TOKENS][ROWS];
+    tile<ROWS, TOKENS>(m.rows + (size_t)n * m.in, x, m.in, out, ahead);
+    for (int t = 0; t < TOKENS; t++) keep<ADD, ROWS>(m, n, out[t], y + (size_t)t * width);
+}
+
+template <bool ADD, int ROWS> static inline void single(const Matrix& m, int n, const operand* x, real* y) {
+    real out[ROWS];
+    dots<ROWS>(m.rows + (size_t)n * m.in, x, m.in, out);
+    keep<ADD, ROWS>(m, n, out, y);
+}
+
+// The tokens meet ROWS rows of weights in strips, and the strips share the work of fetching the rows after the next.
+template <bool ADD, int ROWS>
+static inline void strips(const Matrix& m, int n, const operand* x, int tokens, real* y, int width) {
+    if (tokens == 1) return single<ADD, ROWS>(m, n, x, y);
+    constexpr int LINES = (ROWS * Product<weight>::WIDTH * (int)sizeof(weight) + 63) / 64;
+    int count = (tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count;
+    const char* next = (const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in);
+    const char* end = next + (size_t)ROWS * m.in * sizeof(weight);
+    for (int t = 0; t < tokens;) {
+        const operand* from = x + (size_t)t * m.in;
+        real* to = y + (size_t)t * width;
+        int left = tokens - t, many = left < MOST_TOKENS ? left : MOST_TOKENS;
+        Ahead ahead{next, next < end ? lines : 0};
+        switch (many) {
+            case 1: strip<ADD, ROWS, 1>(m, n, from, to, width, ahead); break;
+            case 2: strip<ADD, ROWS, 2>(m, n, from, to, width, ahead); break;
+            case 3: if constexpr (MOST_TOKENS >= 3) strip<ADD, ROWS, 3>(m, n, from, to, width, ahead); break;
+            case 4: if constexpr (MOST_TOKENS >= 4) strip<ADD, ROWS, 4>(m, n, from, to, width, ahead); break;
+            case 5: if constexpr (MOST_TOKENS >= 5) strip<ADD, ROWS, 5>(m, n, from, to, width, ahead); break;
+            default: if constexpr (MOST_TOKENS >= 6) strip<ADD, ROWS, 6>(m, n, from, to, width, ahead); break;
+        }
+        next += (size_t)lines * (m.in / Product<weight>::WIDTH) * 64;
+        t += many;
+    }
+}

@@ -1,0 +1,268 @@
+// One decoding step of a Llama-like model on the CPU: embedding, all layers, logits, over the slots of a KV pool.
+//
+// Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
+// bfloat16, for the processor at hand. Weights are read where the model has them, row-major [out, in], never copied or
+// repacked. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
+// weights: for one token one row after the other, as they lie in memory, for more tokens several rows by several tokens
+// at a time in registers; the weights needed next are prefetched; attention reads exactly what is live. Vectors are
+// those of GCC and Clang, so that nothing but the bfloat16 instruction is bound to one family of processors.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include <omp.h>
+
+#include "attention.hpp"
+#include "numbers.hpp"
+#include "products.hpp"
+#include "team.hpp"
+
+// -------------------------------------------------------------------------------------------------- parts of a layer
+
+// y[t][n] (+)= m.rows[n] . x[t] + m.bias[n]; y has rows of `width`.
+template <bool ADD> static void multiply(Team& team, const Matrix& m, const operand* x, int tokens, real* y, int width) {
+    int block = (m.out / (4 * team.size) + 7) / 8 * 8;
+    team.share(m.out, block < 16 ? 16 : block, [&](int n, int stop) {
+        if (tokens <= 3)
+            for (; n + 8 <= stop; n += 8) strips<ADD, 8>(m, n, x, tokens, y, width);
+        for (; n + 4 <= stop; n += 4) strips<ADD, 4>(m, n, x, tokens, y, width);
+        for (; n < stop; n++) strips<ADD, 1>(m, n, x, tokens, y, width);
+    });
+}
+
+// x * weight / sqrt(mean(x^2) + eps) (arXiv 1910.07467)
+template <class To> static void rms_norm(const real* x, const real* scale, int size, real eps, To* out) {
+    Vector squares{};
+    int k = 0;
+    for (; k + LANES <= size; k += LANES) squares += load(x + k) * load(x + k);
+    real total = sum(squares);
+    for (; k < size; k++) total += x[k] * x[k];
+    real factor = 1 / std::sqrt(total / size + eps);
+    for (k = 0; k < size; k++) put(out + k, x[k] * factor * scale[k]);
+}
+
+// Rotary embedding, halves rotated against each other (arXiv 2104.09864, layout of GPT-NeoX).
+static void rotate(real* x, const real* cosine, const real* sine, int dim) {
+    int half = dim / 2;
+    for (int i = 0; i < half; i++) {
+        real low = x[i], high = x[i + half];
+        x[i] = low * cosine[i] - high * sine[i];
+        x[i + half] = high * cosine[i + half] + low * sine[i + half];
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------- a step
+
+extern "C" {
+
+struct Layer {
+    Matrix query, key, value, output, gate, up, down;
+    const real *attention_norm, *mlp_norm;  // [hidden]
+    const real *query_norm, *key_norm;      // [dim] or null
+    stored *keys, *values;                  // of the pool: [slots x length, kv_heads, dim]
+};
+
+struct Model {
+    const Layer* layers;
+    const weight* embedding;  // [vocabulary, hidden]
+    const real* norm;         // [hidden]
+    Matrix head;
+    int count, hidden, inner, heads, kv_heads, dim;
+    double eps, scaling;
+};
+
+struct Step {
+    int tokens, outputs, threads;
+    const int64_t *ids, *positions;  // [tokens]
+    const int64_t *first, *row;      // [tokens]: first row of the token's slot in the pool, and the token's own
+    const int64_t* wanted;           // [outputs]: tokens whose logits are asked for
+    const real *cosine, *sine;       // [positions, dim]
+    real* logits;                    // [outputs, vocabulary]
+    char* scratch;                   // scratch_bytes
+};
+
+// Bytes of scratch for steps of up to `tokens` tokens that see up to `seen` keys.
+size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
+void decode(const Model* model, const Step* step);
+}
+
+namespace {
+
+size_t shares(const Model& m) { return (size_t)m.count * 12 + 3; }  // of the layers and around them
+
+struct Scratch {
+    Part* parts;  // [shares, threads]
+    real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores;
+    operand* input;
+};
+
+char* take(char*& at, size_t bytes) {
+    char* here = at;
+    at += (bytes + 63) / 64 * 64;
+    return here;
+}
+
+// With `at` null, the pointers are offsets and the end is the size.
+char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, size_t threads) {
+    auto reals = [&](size_t count) { return (real*)take(at, count * sizeof(real)); };
+    size_t group = m.heads / m.kv_heads, widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
+    if ((size_t)m.hidden > widest) widest = m.hidden;
+    s.parts = (Part*)take(at, shares(m) * threads * sizeof(Part));
+    s.hidden = reals(tokens * m.hidden);
+    s.query = reals(tokens * m.heads * m.dim);
+    s.key = reals(tokens * m.kv_heads * m.dim);
+    s.value = reals(tokens * m.kv_heads * m.dim);
+    s.gate = reals(tokens * m.inner);
+    s.up = reals(tokens * m.inner);
+    s.mixed = reals(threads * group * m.dim);
+    s.scores = reals(threads * group * seen);
+    s.input = (operand*)take(at, tokens * widest * sizeof(operand));
+    return at;
+}
+
+void norm_rows(Team& team, const Model& m, const real* x, const real* scale, int tokens, operand* out) {
+    team.share(tokens, 1, [&](int t, int) {
+        rms_norm(x + (size_t)t * m.hidden, scale, m.hidden, (real)m.eps, out + (size_t)t * m.hidden);
+    });
+}
+
+// Turns a head's query or key: norm, rotation.
+void turn(const Model& m, const Step& step, int token, const real* norm, real* x) {
+    if (norm) rms_norm(x, norm, m.dim, (real)m.eps, x);
+    size_t at = (size_t)step.positions[token] * m.dim;
+    rotate(x, step.cosine + at, step.sine + at, m.dim);
+}
+
+// Queries are turned where they are; keys and values go to the pool.
+void write_head(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int token, int head) {
+    if (head < m.heads) {
+        real* query = s.query + ((size_t)token * m.heads + head) * m.dim;
+        turn(m, step, token, layer.query_norm, query);
+        for (int i = 0; i < m.dim; i++) query[i] *= (real)m.scaling;
+        return;
+    }
+    head -= m.heads;
+    size_t from = ((size_t)token * m.kv_heads + head) * m.dim;
+    size_t to = ((size_t)step.row[token] * m.kv_heads + head) * m.dim;
+    turn(m, step, token, layer.key_norm, s.key + from);
+    for (int i = 0; i < m.dim; i++) put(layer.keys + to + i, s.key[from + i]);
+    for (int i = 0; i < m.dim; i++) put(layer.values + to + i, s.value[from + i]);
+}
+
+void write_heads(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s) {
+    int each = m.heads + m.kv_heads, units = step.tokens * each;
+    team.share(units, units / (2 * team.size) + 1, [&](int unit, int stop) {
+        for (; unit < stop; unit++) write_head(m, layer, step, s, unit / each, unit % each);
+    });
+}
+
+// Attention of `count` query heads of one token, from `unit` on, that share a head of keys.
+void mix_heads(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int unit, int count,
+               real* scores, real* mixed) {
+    int token = unit / m.heads, group = m.heads / m.kv_heads, stride = m.kv_heads * m.dim;
+    size_t at = (size_t)step.first[token] * stride + (size_t)(unit % m.heads / group) * m.dim;
+    Context context{layer.keys + at, layer.values + at, (int)(step.row[token] - step.first[token]) + 1, stride, m.dim};
+    attend(context, s.query + (size_t)unit * m.dim, count, scores, mixed);
+    for (int i = 0; i < count * m.dim; i++) put(s.input + (size_t)unit * m.dim + i, mixed[i]);
+}
+
+// A block is a group of heads, or a single head where there are fewer groups than threads.
+void mix(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
+    int group = m.heads / m.kv_heads;
+    real *scores = s.scores + (size_t)team.rank * group * longest, *mixed = s.mixed + (size_t)team.rank * group * m.dim;
+    team.share(step.tokens * m.heads, step.tokens * m.kv_heads < team.size ? 1 : group, [&](int unit, int stop) {
+        mix_heads(m, layer, step, s, unit, stop - unit, scores, mixed);
+    });
+}
+
+// silu(gate) * up for the columns [from, stop) of a token.
+void activate_part(const Model& m, const Scratch& s, int token, int from, int stop) {
+    real parts[64];
+    for (int n = from; n < stop; n += 64) {
+        int many = stop - n < 64 ? stop - n : 64;
+        size_t at = (size_t)token * m.inner + n;
+        for (int i = 0; i < many; i++) parts[i] = -s.gate[at + i];
+        exponentials(parts, many);
+        for (int i = 0; i < many; i++) put(s.input + at + i, s.gate[at + i] / (1 + parts[i]) * s.up[at + i]);
+    }
+}
+
+void activate(Team& team, const Model& m, int tokens, const Scratch& s) {
+    team.share(m.inner, (m.inner / team.size + 64) / 64 * 64, [&](int from, int stop) {
+        for (int t = 0; t < tokens; t++) activate_part(m, s, t, from, stop);
+    });
+}
+
+void run_layer(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
+    int tokens = step.tokens, wide = m.heads * m.dim, narrow = m.kv_heads * m.dim;
+    norm_rows(team, m, s.hidden, layer.attention_norm, tokens, s.input);
+    team.together();
+    multiply<false>(team, layer.query, s.input, tokens, s.query, wide);
+    multiply<false>(team, layer.key, s.input, tokens, s.key, narrow);
+    multiply<false>(team, layer.value, s.input, tokens, s.value, narrow);
+    team.together();
+    write_heads(team, m, layer, step, s);
+    team.together();
+    mix(team, m, layer, step, s, longest);
+    team.together();
+    multiply<true>(team, layer.output, s.input, tokens, s.hidden, m.hidden);
+    team.together();
+    norm_rows(team, m, s.hidden, layer.mlp_norm, tokens, s.input);
+    team.together();
+    multiply<false>(team, layer.gate, s.input, tokens, s.gate, m.inner);
+    multiply<false>(team, layer.up, s.input, tokens, s.up, m.inner);
+    team.together();
+    activate(team, m, tokens, s);
+    team.together();
+    multiply<true>(team, layer.down, s.input, tokens, s.hidden, m.hidden);
+    team.together();
+}
+
+void read_embedding(const Model& m, const Step& step, const Scratch& s, int token) {
+    const weight* from = m.embedding + (size_t)step.ids[token] * m.hidden;
+    real* to = s.hidden + (size_t)token * m.hidden;
+    for (int i = 0; i < m.hidden; i++) to[i] = number(from[i]);
+}
+
+void run(Team& team, const Model& m, const Step& step, const Scratch& s, int longest) {
+    team.share(step.tokens, 1, [&](int t, int) { read_embedding(m, step, s, t); });
+    team.together();
+    for (int i = 0; i < m.count; i++) run_layer(team, m, m.layers[i], step, s, longest);
+    team.share(step.outputs, 1, [&](int t, int) {
+        rms_norm(s.hidden + (size_t)step.wanted[t] * m.hidden, m.norm, m.hidden, (real)m.eps,
+                 s.input + (size_t)t * m.hidden);
+    });
+    team.together();
+    multiply<false>(team, m.head, s.input, step.outputs, step.logits, m.head.out);
+    team.together();
+}
+
+int most_seen(const Step& step) {
+    int most = 1;
+    for (int t = 0; t < step.tokens; t++) {
+        int seen = (int)(step.row[t] - step.first[t]) + 1;
+        if (seen > most) most = seen;
+    }
+    return most;
+}
+
+}  // namespace
+
+size_t scratch_bytes(const Model* model, int tokens, int seen, int threads) {
+    Scratch s;
+    return (size_t)lay_out(s, nullptr, *model, tokens, seen, threads);
+}
+
+void decode(const Model* model, const Step* step) {
+    Scratch s;
+    int longest = most_seen(*step);
+    lay_out(s, step->scratch, *model, step->tokens, longest, step->threads);
+    for (size_t i = 0; i < shares(*model) * step->threads; i++) new (s.parts + i) Part{{0}, {0}};
+#pragma omp parallel num_threads(step->threads)
+    {
+        Team team(s.parts, omp_get_thread_num(), omp_get_num_threads());
+        run(team, *model, *step, s, longest);
+    }
+}
