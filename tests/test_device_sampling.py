@@ -9,7 +9,16 @@ from hcot_lmeval.engine.device.fields import Rule, Start
 from hcot_lmeval.engine.device.sampling import Sampler
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
-from hcot_lmeval.engine.sampling import Draw, SamplingParams, derive_seed, derived_seeds, sample, signed
+from hcot_lmeval.engine.sampling import (
+    Draw,
+    SamplingParams,
+    derive_seed,
+    derived_seeds,
+    hash_places,
+    hashed_noise,
+    sample,
+    signed,
+)
 from hcot_lmeval.trace import Policy
 
 CPU = torch.device("cpu")
@@ -51,7 +60,7 @@ def state() -> State:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_choices_are_those_of_the_host(dtype):
-    rows, on_device, sampler = torch.arange(len(SETTINGS)), state(), Sampler()
+    rows, on_device, sampler = torch.arange(len(SETTINGS)), state(), Sampler(hash_places(SIZE, CPU))
     generator = torch.Generator().manual_seed(0)
     for count in range(6):
         logits = 3 * torch.randn(len(SETTINGS), SIZE, generator=generator).to(dtype)
@@ -64,16 +73,31 @@ def test_the_choices_are_those_of_the_host(dtype):
         on_device.moving[:, 5] += 1  # one more token generated
 
 
-def test_what_no_request_asks_for_is_left_out():
-    def requests(**settings) -> list[Request]:
-        return [Request("r", (1,), SamplingParams(**settings)), Request("s", (1,))]
+def test_compiled_noise_is_the_same():
+    """By the compiler that users have: it once made a loop of it that never ended."""
+    torch._dynamo.reset()
+    starts, places = torch.tensor([0, 5, -7, 2**62]), hash_places(SIZE, CPU)
 
-    assert Sampler.of(requests()) == Sampler(noise=False, truncates=False, bans=False, forces=False)
-    assert Sampler.of(requests(top_k=3)) == Sampler(noise=False, truncates=False, bans=False, forces=False)
-    assert Sampler.of(requests(temperature=1.0)) == Sampler(truncates=False, bans=False, forces=False)
-    assert Sampler.of(requests(temperature=1.0, min_p=0.1)) == Sampler(bans=False, forces=False)
-    assert Sampler.of(requests(min_gen_toks=2)) == Sampler(noise=False, truncates=False, forces=False)
-    assert Sampler.of([Request("r", (1,), forced_ids=(3,))]).forces
+    def best(starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return hashed_noise(starts, places).argmax(-1)
+
+    assert torch.compile(best, fullgraph=True)(starts, places).tolist() == best(starts, places).tolist()
+
+
+def test_what_no_request_asks_for_is_left_out():
+    def needed(**settings) -> set[str]:
+        requests = [Request("r", (1,), SamplingParams(**settings)), Request("s", (1,))]
+        found = Sampler.of(requests, SIZE, CPU)
+        return {name for name in ("truncates", "bans", "forces") if getattr(found, name)} | (
+            set() if found.places is None else {"noise"}
+        )
+
+    assert needed() == set()
+    assert needed(top_k=3) == set()
+    assert needed(temperature=1.0) == {"noise"}
+    assert needed(temperature=1.0, min_p=0.1) == {"noise", "truncates"}
+    assert needed(min_gen_toks=2) == {"bans"}
+    assert Sampler.of([Request("r", (1,), forced_ids=(3,))], SIZE, CPU).forces
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, -7])

@@ -62,6 +62,7 @@ class Decoder:
 
     Attributes:
         layers: layer index to what the layer stores per token.
+        vocabulary: length of the logits.
         kv_dtype: what the argument said.
         native: the compiled step, or None where PyTorch computes.
 
@@ -187,7 +188,7 @@ class Decoder:
     def _layer_shapes(self) -> dict[int, LayerShape]:
         shapes: dict[int, LayerShape] = {}
         with self.attached(), running(shapes):
-            self._call([0], [0], torch.tensor([0], device=self.device))
+            self.vocabulary = self._call([0], [0], torch.tensor([0], device=self.device)).shape[-1]
         expected = int(self.config.num_hidden_layers)
         if len(shapes) != expected:
             raise UnsupportedModelError(

@@ -269,12 +269,21 @@ def gumbel(seeds: Sequence[int], counts: Sequence[int], size: int, device: torch
     ``argmax(scores + noise)`` is a sample of softmax(scores) (Gumbel 1954; "Gumbel-max").
     """
     starts = [signed(derive_seed(seed, count + 1)) for seed, count in zip(seeds, counts, strict=True)]
-    return hashed_noise(torch.tensor(starts, device=device), size)
+    return hashed_noise(torch.tensor(starts, device=device), hash_places(size, device))
 
 
-def hashed_noise(starts: torch.Tensor, size: int) -> torch.Tensor:
-    """Standard Gumbel noise of rows whose hashes start at `starts`, int64 [rows]: float64 [rows, size]."""
-    bits = starts[:, None] + torch.arange(1, size + 1, device=starts.device) * signed(_GOLDEN)
+def hash_places(size: int, device: torch.device) -> torch.Tensor:
+    """What each token id adds to the hash of a sample: int64 [size].
+
+    To be made outside of compiled code: a compiler takes the product of an index for another index, which does not
+    overflow. C++ then never leaves the loop (torch 2.13 on the CPU), and Triton multiplies 32 bits.
+    """
+    return torch.arange(1, size + 1, device=device) * signed(_GOLDEN)
+
+
+def hashed_noise(starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of rows whose hashes start at `starts`, int64 [rows]: float64 [rows, len(places)]."""
+    bits = starts[:, None] + places
     uniform = (_shifted(_mixed(bits), 11).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
 

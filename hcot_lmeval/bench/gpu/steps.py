@@ -158,7 +158,7 @@ def make_program(decoder: Decoder, backend: Backend, batch: int, live: int, step
     state = State(batch, length, rule, device, forced=steps)
     for slot in range(batch):
         state.begin(slot, Start([WORD] * live, steps + 1, forced=[WORD] * steps))
-    sampler = Sampler(noise=False, truncates=False, bans=False, forces=True)
+    sampler = Sampler(places=None, truncates=False, bans=False, forces=True)
     return Program(decoder, pool, state, sampler, backend, Log(1 + WARM_UP, batch + 1, device))
 
 

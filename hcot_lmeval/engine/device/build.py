@@ -64,7 +64,7 @@ def make_loop(
     log = Log(DeviceLoop.lines(run_ahead), pool.slots + 1, device)
     with on(device):
         backend = choose(needs, options.attention)
-    program = Program(decoder, pool, state, Sampler.of(requests), backend, log)
+    program = Program(decoder, pool, state, Sampler.of(requests, decoder.vocabulary, device), backend, log)
     graphs = options.graphs and device.type == "cuda"
     runner = Runner(
         program.step, pool.slots, state.scratch, device, counter=log.tick, graphs=graphs, compiled=options.compiled
