@@ -21,7 +21,8 @@ Checks the engine's path for GPUs on this machine and times it. The order is tha
 
   probes    every attention backend against the textbook in double precision, NaN around everything in sight
   identity  tokens of the device's loop against full recomputation with the model's own forward, float32, every policy;
-            as CUDA graphs and kernel by kernel, solutions read again in one piece and token by token
+            as CUDA graphs and kernel by kernel (with L2 among the levels compiled too), solutions read again in one
+            piece and token by token
   steps     ms per step kernel by kernel (L0), as CUDA graphs (L1), compiled (L2), beside the bandwidth floor
 
 Without CUDA it runs a tiny model on the CPU and says what was left out. The exit status is 1 if a probe is wrong, a
@@ -137,8 +138,9 @@ def run_identity(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, 
     from hcot_lmeval.bench.gpu.identity import KINDS, compare_all, ways
     from hcot_lmeval.trace import Policy
 
-    total = len(KINDS) * len(Policy) * len(ways(device))
-    results = compare_all(device, KINDS, rows=args.rows, tokens=args.tokens)
+    compiled = "L2" in args.levels
+    total = len(KINDS) * len(Policy) * len(ways(device, compiled=compiled))
+    results = compare_all(device, KINDS, rows=args.rows, tokens=args.tokens, compiled=compiled)
     found = _watched(results, total, lambda f: f"{f.kind} {f.policy}")
     rows = [["model", "policy", "tokens", "prunes", "mismatches", "way"]]
     for f in found:
