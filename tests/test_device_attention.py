@@ -194,9 +194,9 @@ def _with_cache(q, keys, values, *, cache_seqlens, cache_batch_idx, softmax_scal
 def test_windows_count_positions_where_they_are_not_places():
     positions = torch.tensor([[0, 1, 2, 9, 10, 11, 0], [0, 1, 2, 3, 4, 5, 0]])
     at = torch.tensor([0, 1])
-    feed = Feed(at, at, torch.zeros(2), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
-    assert Decode(feed, positions).ragged(4).first.tolist() == [3, 0]
-    assert Decode(feed, positions).ragged(10).first.tolist() == [2, 0]
-    assert Decode(feed._replace(positions=feed.places)).ragged(4).first.tolist() == [2, 0]
-    assert Decode(feed).ragged(None).first.tolist() == [0, 0]
-    assert Decode(feed).ragged(None).lengths.tolist() == [6, 4]
+    feed = Feed(at, at, torch.zeros(2, dtype=torch.int64), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
+    assert Decode(feed, 7, positions).ragged(4).first.tolist() == [3, 0]
+    assert Decode(feed, 7, positions).ragged(10).first.tolist() == [2, 0]
+    assert Decode(feed._replace(positions=feed.places), 7).ragged(4).first.tolist() == [2, 0]
+    assert Decode(feed, 7).ragged(None).first.tolist() == [0, 0]
+    assert Decode(feed, 7).ragged(None).lengths.tolist() == [6, 4]

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import attached, survey
-from hcot_lmeval.engine.device.backends import Masked
+from hcot_lmeval.engine.device.backends import Backend, Masked
 from hcot_lmeval.engine.device.fields import NOTHING, Rule, Start
 from hcot_lmeval.engine.device.flash import AtenFlash
 from hcot_lmeval.engine.device.graphs import Runner, bucket
@@ -21,6 +21,7 @@ from hcot_lmeval.engine.device.program import Log, Program, ScratchPool
 from hcot_lmeval.engine.device.readback import Readback
 from hcot_lmeval.engine.device.sampling import Sampler
 from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.engine.sampling import hash_places
 from hcot_lmeval.trace import Policy
 from tests.random_traces import VOCAB_SIZE
 from tests.reference import EOS, MARKERS, POLICIES
@@ -32,13 +33,16 @@ MARKS = MARKERS["hcot"]
 TRACE = (MARKS.open, 20, 21, 22, MARKS.split, 30, 31, MARKS.close, 40, 41, MARKS.open, 42, MARKS.split, MARKS.close)
 
 
-def make_program(kind: str, policy: str, *, slots: int = 3, device=CPU, model=None, backend=None) -> Program:
+def make_program(
+    kind: str, policy: str, *, slots: int = 3, length: int = 40, device=CPU, model=None, backend=None
+) -> Program:
     """Rows whose prompts are one token, so that nothing has to be forwarded before the first step."""
     decoder = Decoder(model or make_model(kind), check=False)
     rule = Rule(Policy(policy), MARKS, 40, 100)
-    pool = ScratchPool(decoder.layers, slots, 40, poison=True)
-    state = State(slots, 40, rule, device, ends=1, forced=len(TRACE), positions=kind == "gemma2" and policy == "evict")
-    program = Program(decoder, pool, state, Sampler(), backend or Masked(), Log(5, slots + 1, device))
+    pool, windows = ScratchPool(decoder.layers, slots, length, poison=True), kind == "gemma2" and policy == "evict"
+    state = State(slots, length, rule, device, ends=1, forced=len(TRACE), positions=windows)
+    sampler = Sampler(hash_places(VOCAB_SIZE, device))
+    program = Program(decoder, pool, state, sampler, backend or Masked(), Log(5, slots + 1, device))
     for slot in range(slots):
         warmth = (float(slot), 0.9, 0.05)
         state.begin(slot, Start([10 + slot], 30, 3, seed=slot, top_k=20, warmth=warmth, ends=[EOS], forced=TRACE))
@@ -121,6 +125,36 @@ def test_a_compiled_step_is_one_graph_and_the_same_step(kind, policy):
     for a, b in zip(everything(plain), everything(compiled), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
     assert plain.state.moving[:3, 5].min() > 3  # so many tokens were generated
+
+
+class Blind(Masked):
+    """Reads what was written and takes no memory, so that what a step allocates is not its doing."""
+
+    def decode(self, query, keys, values, at, scores):
+        return query + keys.flatten(0, 1)[at.starts[:-1]].sum() + values.flatten(0, 1)[at.starts[:-1]].sum()
+
+
+def largest_allocation(backend: Backend) -> tuple[int, int]:
+    """The largest allocation of a compiled forward of one token a row, and the size of one layer's keys, in bytes."""
+    torch._dynamo.reset()
+    program = make_program("qwen2", "recompute", length=4000, backend=backend)
+    forward = torch.compile(program.logits, fullgraph=True, dynamic=False)
+    rows = torch.tensor([2, 0, 1, 3])
+    with torch.no_grad(), attached(program.decoder, program.context):
+        forward(rows)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            forward(rows)
+    assert not program.pool.keys[0][:3, 0].isnan().any()  # it has written
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]"), program.pool.keys[0].nbytes
+
+
+def test_a_compiled_forward_copies_no_slots():
+    """By the compiler that users have, which may write in place only where it is sure that nobody sees it."""
+    largest, keys = largest_allocation(Blind())
+    assert 0 < largest < keys / 100
+    largest, keys = largest_allocation(Masked())
+    assert largest >= keys  # so it would be noticed
 
 
 def test_sizes_of_batches():

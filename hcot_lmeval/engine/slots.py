@@ -75,11 +75,8 @@ class KVPool:
             key: [tokens, heads, key_dim].
             value: [tokens, heads, value_dim].
         """
-        for slots, new in ((self.keys[layer], key), (self.values[layer], value)):
-            flat, new = slots.flatten(0, 1), round_to(new, slots.dtype)
-            if slots.dtype.itemsize == 1:  # what few operations know as numbers is moved as bytes
-                flat, new = flat.view(torch.uint8), new.view(torch.uint8)
-            flat.index_copy_(0, rows, new)
+        write_rows(self.keys[layer], rows, key)
+        write_rows(self.values[layer], rows, value)
 
     def drop(self, slot: int, start: int, stop: int, length: int) -> None:
         """Removes the tokens [start, stop) of a slot that holds `length`; what lies behind them moves down."""
@@ -92,6 +89,14 @@ class KVPool:
         for tensors in (self.keys, self.values):
             for tensor in tensors.values():
                 tensor[target, :length] = tensor[source, :length]
+
+
+def write_rows(slots: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
+    """Stores `new`, [tokens, heads, dim], in slots [slots, length, heads, dim]; `rows` as in `KVPool.write`."""
+    flat, new = slots.flatten(0, 1), round_to(new, slots.dtype)
+    if slots.dtype.itemsize == 1:  # what few operations know as numbers is moved as bytes
+        flat, new = flat.view(torch.uint8), new.view(torch.uint8)
+    flat.index_copy_(0, rows, new)
 
 
 def round_to(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,12 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hcot_lmeval.engine.decoder import Chunk, Decoder
 from hcot_lmeval.engine.device.backends import Backend, Need, Ragged, Scores, Segments
 from hcot_lmeval.engine.device.fields import Feed, upload
-from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.engine.device.operator import decode, decode_as_one, handle_of
+from hcot_lmeval.engine.slots import KVPool, write_rows
 
 IMPLEMENTATION = "hcot_device"
 """The name under which the registry knows `device_attention`."""
 _STEP = "hcot_step"
 """The attribute of attention layers."""
+Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value of a layer."""
 
 
 @dataclass
@@ -34,19 +37,25 @@ class Decode:
 
     Attributes:
         feed: where its keys and values go, int64 [rows].
+        places: of a slot.
         positions: position ids of all places of all rows, int64 [rows, places], where windows are measured in them;
             None where the position of a token is its place.
+        rows: where keys and values go, flattened over slots: int64 [rows].
     """
 
     feed: Feed
+    places: int
     positions: torch.Tensor | None = None
     _ragged: dict[int | None, Ragged] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = self.feed.slots * self.places + self.feed.places
 
     def ragged(self, window: int | None) -> Ragged:
         """What each row sees through a sliding window."""
         if window not in self._ragged:
             first = self.feed.first if window is None else torch.maximum(self.feed.first, self._first(window))
-            self._ragged[window] = Ragged(self.feed.slots, first.int(), (self.feed.places + 1).int())
+            self._ragged[window] = Ragged.of(self.feed.slots, first, self.feed.places + 1, self.places)
         return self._ragged[window]
 
     def _first(self, window: int) -> torch.Tensor:
@@ -58,19 +67,14 @@ class Decode:
         return ((table <= hidden[:, None]) & held).sum(1)
 
     def attend(
-        self,
-        pool: KVPool,
-        layer: int,
-        backend: Backend,
-        projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        window: int | None,
-        scores: Scores,
+        self, context: Context, layer: int, projections: Projections, window: int | None, scores: Scores
     ) -> torch.Tensor:
         """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
-        query, key, value = projections
-        keys, values = pool.keys[layer], pool.values[layer]
-        pool.write(layer, self.feed.slots * pool.length + self.feed.places, key[:, :, 0], value[:, :, 0])
-        return backend.decode(query[:, :, 0], keys, values, self.ragged(window), scores)[:, None]
+        query, key, value = (part[:, :, 0] for part in projections)
+        slots, at, (scaling, softcap, sinks) = context.slots(layer), self.ragged(window), scores
+        attend = decode_as_one if torch.compiler.is_compiling() else decode
+        seen = attend(query, key, value, *slots, self.rows, at, sinks, scaling, softcap, context.handle)
+        return seen[:, None]
 
 
 @dataclass
@@ -93,19 +97,14 @@ class Packed:
         return cls(segments, upload(flat, torch.int64, device))
 
     def attend(
-        self,
-        pool: KVPool,
-        layer: int,
-        backend: Backend,
-        projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        window: int | None,
-        scores: Scores,
+        self, context: Context, layer: int, projections: Projections, window: int | None, scores: Scores
     ) -> torch.Tensor:
         """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
         query, key, value = (part[0].transpose(0, 1) for part in projections)
-        keys, values = pool.keys[layer], pool.values[layer]
-        pool.write(layer, self.rows, key, value)
-        return backend.chunk(query, keys, values, self.segments, window, scores)[None]
+        keys, values = context.slots(layer)
+        write_rows(keys, self.rows, key)
+        write_rows(values, self.rows, value)
+        return context.attends.chunk(query, keys, values, self.segments, window, scores)[None]
 
 
 @dataclass
@@ -116,11 +115,26 @@ class Context:
         pool: the keys and values.
         backend: who attends.
         step: the running step; a list instead is filled with what each layer needs.
+        handle: of the backend.
     """
 
     pool: KVPool | None = None
     backend: Backend | None = None
     step: Decode | Packed | list[Need] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.handle = "" if self.backend is None else handle_of(self.backend)
+
+    @property
+    def attends(self) -> Backend:
+        """The backend of a step."""
+        assert self.backend is not None, "a step has a backend"
+        return self.backend
+
+    def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer."""
+        assert self.pool is not None, "a step has a pool"
+        return self.pool.keys[layer], self.pool.values[layer]
 
 
 @contextmanager
@@ -185,9 +199,8 @@ def device_attention(
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         context.step.append(Need(*shape, key.dtype, key.device, sliding_window, softcap, s_aux is not None))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    assert context.pool is not None and context.backend is not None, "a step has a pool and a backend"
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out = context.step.attend(context.pool, layer, context.backend, (query, key, value), sliding_window, scores)
+    out = context.step.attend(context, layer, (query, key, value), sliding_window, scores)
     return out.to(query.dtype), None
 
 

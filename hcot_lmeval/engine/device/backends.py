@@ -50,17 +50,30 @@ class Scores(NamedTuple):
 
 
 class Ragged(NamedTuple):
-    """Which span of which slot the only query of each row sees.
+    """Which span of which slot the only query of each row sees, in the forms in which kernels ask for it; all int32.
 
     Attributes:
-        slots: int64 [rows].
-        first: the first place in sight, int32 [rows].
-        lengths: places in the slot, int32 [rows]; those in [first, lengths) are in sight.
+        slots: [rows].
+        first: the first place in sight, [rows].
+        lengths: places in the slot, [rows]; those in [first, lengths) are in sight.
+        used: places in sight, [rows].
+        starts: the first place in sight, flattened over slots; one more follows, which nobody reads: [rows + 1].
+        offsets: 0, 1, ... [rows + 1].
     """
 
     slots: torch.Tensor
     first: torch.Tensor
     lengths: torch.Tensor
+    used: torch.Tensor
+    starts: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, slots: torch.Tensor, first: torch.Tensor, lengths: torch.Tensor, places: int) -> Ragged:
+        """Made once for all layers: `slots`, `first` and `lengths` are int64 [rows], slots have so many `places`."""
+        offsets = torch.arange(len(slots) + 1, device=slots.device, dtype=torch.int32)
+        starts = F.pad(slots * places + first, (0, 1))
+        return cls(slots.int(), first.int(), lengths.int(), (lengths - first).int(), starts.int(), offsets)
 
 
 @dataclass(frozen=True)

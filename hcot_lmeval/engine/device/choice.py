@@ -125,7 +125,7 @@ def errors(backend: Backend, need: Need) -> Iterator[tuple[str, float]]:
 
 def _ragged(spans: Sequence[tuple[int, int, int]], device: torch.device) -> Ragged:
     slots, first, lengths = (torch.tensor(column, device=device) for column in zip(*spans, strict=True))
-    return Ragged(slots, first.int(), lengths.int())
+    return Ragged.of(slots, first, lengths, PROBE_LENGTH)
 
 
 def _hidden(tensor: torch.Tensor, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:

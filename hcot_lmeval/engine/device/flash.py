@@ -49,12 +49,8 @@ class _Varlen(_Flash):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: Ragged, scores: Scores
     ) -> torch.Tensor:
         """See `Backend.decode`."""
-        length = keys.shape[1]
-        offsets = torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32)
-        starts = torch.nn.functional.pad((at.slots * length + at.first).int(), (0, 1))
-        used = at.lengths - at.first
-        flat = (query, keys.flatten(0, 1), values.flatten(0, 1))
-        return self._call(flat, offsets, starts, (1, length), used, scores, causal=False, window=None)
+        flat, sizes = (query, keys.flatten(0, 1), values.flatten(0, 1)), (1, keys.shape[1])
+        return self._call(flat, at.offsets, at.starts, sizes, at.used, scores, causal=False, window=None)
 
     def chunk(
         self,
@@ -186,8 +182,7 @@ class FlashAttn(_Flash):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: Ragged, scores: Scores
     ) -> torch.Tensor:
         """See `Backend.decode`. Without windows only rows that do not run start behind 0: no matter what they read."""
-        used = at.lengths - at.first
-        return self._call(query[:, None], keys, values, at.slots, used, scores, causal=False)[:, 0]
+        return self._call(query[:, None], keys, values, at.slots, at.used, scores, causal=False)[:, 0]
 
     def chunk(
         self,

@@ -82,7 +82,7 @@ class Program:
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Forwards one token of each of `rows` and returns what predicts the next: [n, vocabulary]."""
         feed = self.state.feed(rows)
-        self.context.step = Decode(feed, self.state.positions)
+        self.context.step = Decode(feed, self.pool.length, self.state.positions)
         return self._call(feed.tokens[:, None], feed.positions[:, None])[:, 0]
 
     def offer(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
