@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hcot_lmeval.bench.gpu import probes
 from hcot_lmeval.engine.computing import ATTENTION
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Decode
-from hcot_lmeval.engine.device.backends import Masked, Need, Scores, UnavailableError
+from hcot_lmeval.engine.device.backends import Backend, Masked, Need, Ragged, Scores, UnavailableError
 from hcot_lmeval.engine.device.choice import choose, errors, wrong
 from hcot_lmeval.engine.device.fields import Feed
 from hcot_lmeval.engine.device.flash import AtenFlash, FlashAttn, VarlenAttention
@@ -69,6 +70,67 @@ for need in NEEDS.values():
         assert backend.refuses(need) == "" and wrong(backend, need) == "", (need, wrong(backend, need))
         print("checked")
 """
+
+
+class Launches:
+    """In place of a kernel; keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def __getitem__(self, grid):
+        return lambda *given, **constants: self.calls.append((given, constants))
+
+
+TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    int: "i32",
+    float: "fp32",
+}
+
+
+@pytest.mark.parametrize("need", probes.layers(CPU).values(), ids=probes.layers(CPU))
+def test_triton_compiles_for_gpus(need, monkeypatch):
+    """For compute capability 9.0 by Triton's own assembler, as it would be launched; that needs no GPU."""
+    triton = pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for CUDA")
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("the interpreter compiles nothing")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hcot_lmeval.engine.device import triton_decode
+
+    kernels = {name: getattr(triton_decode, name) for name in ("_attend_part", "_combine")}
+    launches = {name: Launches() for name in kernels}
+    for name, recorder in launches.items():
+        monkeypatch.setattr(triton_decode, name, recorder)
+    launch(triton_decode.TritonDecode(), need)
+    for name, kernel in kernels.items():
+        ((given, constants),) = launches[name].calls
+        types = [TRITON_TYPES[x.dtype if isinstance(x, torch.Tensor) else type(x)] for x in given]
+        signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
+        places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY
+
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have at compute capability 9.0 (CUDA C++ Programming Guide)."""
+
+
+def launch(backend: Backend, need: Need) -> None:
+    """Calls its decode for two rows."""
+    slots, first, lengths = torch.tensor([[1, 0], [0, 3], [9, 7]])
+    keys, values = (torch.zeros(3, 40, need.heads, dim, dtype=need.dtype) for dim in (need.key_dim, need.value_dim))
+    query = torch.zeros(2, need.query_heads, need.key_dim, dtype=need.dtype)
+    sinks = query[0, :, 0].contiguous() if need.sinks else None
+    scores, at = Scores(need.key_dim**-0.5, need.softcap, sinks), Ragged.of(slots, first, lengths, 40)
+    backend.decode(query, keys.to(need.stored or need.dtype), values.to(need.stored or need.dtype), at, scores)
 
 
 def test_the_probe_notices_what_is_wrong():
