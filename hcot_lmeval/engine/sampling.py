@@ -275,8 +275,8 @@ def gumbel(seeds: Sequence[int], counts: Sequence[int], size: int, device: torch
 def hash_places(size: int, device: torch.device) -> torch.Tensor:
     """What each token id adds to the hash of a sample: int64 [size].
 
-    To be made outside of compiled code: a compiler takes the product of an index for another index, which does not
-    overflow. C++ then never leaves the loop (torch 2.13 on the CPU), and Triton multiplies 32 bits.
+    To be made outside of compiled code: `torch.compile` takes the product of an index for another index, which does not
+    overflow. Its C++ then never leaves the loop; its Triton code has 32 bits for it and is refused (torch 2.11, 2.13).
     """
     return torch.arange(1, size + 1, device=device) * signed(_GOLDEN)
 
