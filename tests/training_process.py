@@ -7,6 +7,7 @@ Rank 0 writes the `Result` of every family and wrapper to OUT. They have to equa
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -102,6 +103,7 @@ def main(out: str) -> None:
     if dist.get_rank() == 0:
         torch.save({key: tuple(result) for key, result in results.items()}, out)
     dist.destroy_process_group()
+    os._exit(0)  # FSDP2 keeps the group and so Gloo's threads, which can abort a Python that shuts down
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.lm.worklist import Worklist
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import read_record, settle, write_record
 from hcot_lmeval.response import Response, split_thinking
 from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
@@ -362,6 +363,7 @@ class HcotLM(HFLM):
         self._rank = accelerator.process_index
         self._world_size = accelerator.num_processes
         self._device = accelerator.device
+        leave_group_at_exit()
 
     def barrier(self) -> None:
         """Waits for all ranks. lm-eval does so after each kind of request, so the ranks exchange their totals here."""

@@ -21,6 +21,7 @@ from transformers import (
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
+from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.tokens import Added, marker_ids, token_id
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
@@ -56,6 +57,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         FileNotFoundError: a data file does not exist.
         KeyboardInterrupt: it was stopped within a step; the message says where it will go on.
     """
+    leave_group_at_exit()
     check_settings(config)
     run = RunDirectory(config.output)
     if not restart:
