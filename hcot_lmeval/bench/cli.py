@@ -35,6 +35,7 @@ examples:
   %(prog)s                                                  26M parameters, batch 1 and 4, all engines
   %(prog)s --shape 0.5B --dtype bfloat16 --batch 1 16 --tokens 256 --engines generate recompute llama.cpp
   %(prog)s --check --engines off recompute llama.cpp        first compare logits with a plain forward
+  %(prog)s --shape 0.5B --temperature 0.6 --top-p 0.95 --engines generate recompute llama.cpp
   %(prog)s --option compute=torch --json bench.json
   %(prog)s --device cuda --dtype bfloat16 --shape 1.5B --batch 64 256 --tokens 8192 --live 8192 4096 2048 1024
   %(prog)s prune --context 256 4096 --thought 64 1024
@@ -92,6 +93,9 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
                         help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
     parser.add_argument("--stagger", action="store_true", help="rows end their blocks in different steps")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sample; 0, the default, decodes greedily")
+    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
+    parser.add_argument("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
     parser.add_argument("--check", action="store_true", help="first compare each engine's logits with a plain forward")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each engine, after one to warm up")
     _add_common(parser)
@@ -107,7 +111,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_long(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(action=run_long, stagger=False)
+    parser.set_defaults(action=run_long, stagger=False, temperature=0.0, top_p=1.0, top_k=0)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(LONG_ENGINES), metavar="NAME",
                         help=f"the first is the base (default: {' '.join(LONG_ENGINES)})")  # fmt: skip
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="rows side by side")
@@ -221,8 +225,9 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
     """The work of each batch size, and of each live context that is asked for, for one model."""
     from hcot_lmeval.bench.engines.contract import Setting
     from hcot_lmeval.bench.shapes import make_model
-    from hcot_lmeval.bench.work import fitted, make_work
+    from hcot_lmeval.bench.work import Sampling, fitted, make_work
 
+    sampling = Sampling(args.temperature, args.top_p, args.top_k)
     script = Script(args.tokens, args.prompt, args.thought, args.solution, args.text, args.stagger)
     vocabulary = SHAPES[args.shape]["vocab_size"]
     scripts = [fitted(script, live) for live in lives] or [script]
@@ -230,7 +235,7 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
     works = [make_work(batch, one, vocabulary) for batch in args.batch for one in scripts]
     model = make_model(args.shape, args.dtype, args.device, args.threads)
     for work in works:
-        yield Setting(model, work, args.threads, dict(args.option))
+        yield Setting(model, work, args.threads, dict(args.option), sampling)
 
 
 def _checks(setting: Setting, engines: Sequence[str]) -> str:

@@ -51,6 +51,30 @@ class Script:
         return self.thought + self.solution + self.text + 3
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How engines choose tokens before the script takes the place of their choice.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: 1 is off.
+        top_k: 0 is off.
+
+    Raises:
+        ValueError: a number is out of range, or top-p or top-k is given without a temperature.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"{self} is not allowed: temperature and top-k are at least 0, top-p is within (0, 1]")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError(f"top-p {self.top_p} and top-k {self.top_k} do nothing at temperature 0; set one")
+
+
 LONG_SCRIPT = Script(tokens=16384, prompt=128, thought=480, solution=4, text=2)
 LONG_LIVE = 1024
 """A long trace, and most live tokens that it has at any time when it is pruned."""

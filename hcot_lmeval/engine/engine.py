@@ -26,9 +26,10 @@ from hcot_lmeval.engine.device.fields import Rule
 from hcot_lmeval.engine.device.loop import DeviceLoop
 from hcot_lmeval.engine.device.needs import runs_on_device
 from hcot_lmeval.engine.device.program import ScratchPool
+from hcot_lmeval.engine.native import Compute, sampler_for
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
-from hcot_lmeval.engine.sampling import Choice, derive_seed, sample
+from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
@@ -187,8 +188,15 @@ class Engine:
         if on_logits is not None:
             for row, scores in zip(rows, logits, strict=True):
                 on_logits(row.request, row.sample, len(row.generated), scores)
-        for row, choice in zip(rows, sample(logits, [row.draw() for row in rows]), strict=True):
+        draws = [row.draw() for row in rows]
+        for row, choice in zip(rows, sample(logits, draws, self._chooser(logits)), strict=True):
             self._accept(row, choice)
+
+    def _chooser(self, logits: torch.Tensor) -> Chooser | None:
+        """Compiled code that chooses tokens, if there is any for these logits and the options allow it."""
+        if self.decoder.compute is Compute.TORCH or logits.device.type != "cpu":
+            return None
+        return sampler_for(logits.dtype)
 
     def _accept(self, row: Row, choice: Choice) -> Step | None:
         step = row.accept(choice)

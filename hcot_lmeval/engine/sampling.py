@@ -114,7 +114,11 @@ class Draw(NamedTuple):
     only: int | None = None
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+Chooser = Callable[[torch.Tensor, Sequence[Draw]], list[int]]
+"""A faster `choose` for draws without illegal tokens: from logits [rows, vocabulary] and draws to tokens."""
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None = None) -> list[Choice]:
     """Chooses one token a row.
 
     Illegal tokens are left out last, behind top-k, top-p, min-p and the noise: where the free choice is legal, it is
@@ -123,27 +127,48 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     Args:
         logits: [rows, vocabulary], float32 or float64.
         draws: one for each row.
+        chooser: takes the place of `choose` where nothing illegal is wanted.
     """
-    scaled = _cooled(_penalised(logits, draws), [draw.params.temperature or 1.0 for draw in draws])
-    tokens, wanted = _choose(scaled, draws)
+    scores = _penalised(logits, draws)
+    tokens, wanted = choose(scores, draws) if chooser is None else _chosen_by(chooser, scores, draws)
     for row, draw in enumerate(draws):
         if draw.forced is not None or draw.only is not None:
             tokens[row] = draw.only if draw.forced is None else draw.forced  # type: ignore[assignment]
     if not any(draw.params.logprobs for draw in draws):
         return [Choice(token, wanted=free) for token, free in zip(tokens, wanted, strict=True)]
+    scaled = _cooled(scores, draws)
     logprobs = zip(_logprobs(scaled, tokens), _legal_logprobs(scaled, tokens, draws), strict=True)
     return [Choice(token, *pair, free) for token, pair, free in zip(tokens, logprobs, wanted, strict=True)]
 
 
-def _cooled(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    """Divides by the temperatures; no copy is made if all are 1."""
+def _chosen_by(chooser: Chooser, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
+    """What `choose` returns; rows where the chooser takes an illegal token are left to it."""
+    wanted = chooser(logits, draws)
+    tokens = list(wanted)
+    astray = [row for row, draw in enumerate(draws) if tokens[row] in draw.illegal]
+    if astray:
+        again, _ = choose(logits[astray], [draws[row] for row in astray])
+        for row, token in zip(astray, again, strict=True):
+            tokens[row] = token
+    return tokens, wanted
+
+
+def _cooled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Divides by the temperatures, 0 counting as 1; no copy is made if all are 1."""
+    temperatures = [draw.params.temperature or 1.0 for draw in draws]
     if all(temperature == 1 for temperature in temperatures):
         return logits
     return logits / torch.tensor(temperatures, device=logits.device, dtype=logits.dtype)[:, None]
 
 
-def _choose(scaled: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
-    """Returns the best legal token of each row, and the best one whether legal or not."""
+def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
+    """Returns the best legal token of each row, and the best one whether legal or not.
+
+    Args:
+        logits: [rows, vocabulary], with penalties and bans.
+        draws: one for each row.
+    """
+    scaled = _cooled(logits, draws)
     tokens, wanted = _best(scaled, [() if d.params.temperature > 0 else d.illegal for d in draws])
     sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if sampled:

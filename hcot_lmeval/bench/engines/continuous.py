@@ -33,6 +33,8 @@ class Continuous:
     forced = True
 
     def __init__(self, setting: Setting) -> None:
+        if setting.sampling.temperature > 0:
+            raise UnavailableError("its tokens can be forced only if it decodes greedily")
         if not setting.work.aligned:
             raise UnavailableError("its tokens can be forced only if all rows generate the same trace")
         self._setting = setting

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hcot_lmeval.bench.timing import Timing
-from hcot_lmeval.bench.work import Work
+from hcot_lmeval.bench.work import Sampling, Work
 
 OnLogits = Callable[[int, int, Any], None]
 """Called with (row, tokens generated so far, logits [vocabulary]) before each token; the logits are lent, not given."""
@@ -26,6 +26,7 @@ class Setting:
         work: the prompts, and the tokens to generate.
         threads: CPU threads.
         options: fields of `EngineOptions` for our own engines.
+        sampling: how tokens are chosen.
         on_logits: sees all logits; for checks, not while time is taken.
     """
 
@@ -33,6 +34,7 @@ class Setting:
     work: Work
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
     on_logits: OnLogits | None = None
 
 

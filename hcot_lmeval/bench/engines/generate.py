@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from hcot_lmeval.bench.engines.contract import OnLogits, Setting
 from hcot_lmeval.bench.timing import StepClock, Timing
 from hcot_lmeval.bench.work import PAD
 
+CERTAIN = 1e9
+"""A score beyond all others; infinity has no softmax."""
+
 
 class Forced(LogitsProcessor):
-    """Makes greedy decoding take given tokens, by one number written to each row of the scores.
+    """Makes a decoder take given tokens, by one number written to each row of the scores.
 
     Args:
         tokens: for each row the tokens to take, all of one length: [rows, steps].
@@ -28,18 +32,22 @@ class Forced(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._tick(self._step, scores)
-        scores.scatter_(1, self._tokens[:, self._step, None], float("inf"))
+        scores.scatter_(1, self._tokens[:, self._step, None], CERTAIN)
         self._step += 1
         return scores
 
 
-def decode(model: Any, ids: torch.Tensor, mask: torch.Tensor, forced: Forced, *, steps: int, stop: int | None) -> Any:
+def decode(
+    setting: Setting, ids: torch.Tensor, mask: torch.Tensor, forced: Forced, *, steps: int, stop: int | None
+) -> Any:
     """Calls `model.generate` and returns what it wrote: [rows, at most `steps`], padded once a row has stopped."""
-    out = model.generate(
+    warm = asdict(setting.sampling) if setting.sampling.temperature > 0 else {}
+    out = setting.model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=steps,
-        do_sample=False,
+        do_sample=bool(warm),
+        **warm,
         eos_token_id=stop,
         pad_token_id=PAD,
         logits_processor=LogitsProcessorList([forced]),
@@ -76,7 +84,7 @@ class Generate:
 
         start = time.perf_counter()
         forced, mask = Forced(self._tokens, tick), torch.ones_like(self._ids)
-        out = decode(self._setting.model, self._ids, mask, forced, steps=work.tokens, stop=None).tolist()
+        out = decode(self._setting, self._ids, mask, forced, steps=work.tokens, stop=None).tolist()
         seconds = time.perf_counter() - start
         return Timing(seconds, tuple(map(tuple, out)), work.prompt + work.tokens, clock.steps())
 

@@ -32,8 +32,8 @@ class Llama:
     """The model as a temporary file, one sequence for each row.
 
     At a return the sequence is cut behind ``[open]`` (`llama_memory_seq_rm`), and the solution is decoded again with
-    the other rows' next tokens. Logits are computed for the last token of each row and their maximum is taken, as a
-    decoder must.
+    the other rows' next tokens. Logits are computed for the last token of each row, and a token is chosen from them, as
+    a decoder must: their maximum, or a sample by its own chain of samplers.
     """
 
     policy = "recompute"
@@ -50,6 +50,7 @@ class Llama:
         self._memory = self._lib.llama_get_memory(self._context)
         self._vocabulary = setting.model.config.vocab_size
         self._batch = self._lib.llama_batch_init(self._room, 0, 1)
+        self._sampler = self._make_sampler() if setting.sampling.temperature > 0 else None
 
     @property
     def _room(self) -> int:
@@ -68,12 +69,18 @@ class Llama:
         for generated in range(work.tokens):
             logits = self._decode(steps)
             clock.tick_all(range(work.batch), generated)
-            choices.append(logits.argmax(1))  # a greedy decoder would take these
+            choices.append(self._choose(logits))  # a decoder would take these
             self._show(generated, logits)
             steps = [c.push(trace[generated]) for c, trace in zip(contexts, work.traces, strict=True)]
             peak = max(peak, *(step.rewind + len(step.forward) for step in steps))
         seconds = time.perf_counter() - start
         return Timing(seconds, work.traces, peak, clock.steps())
+
+    def _choose(self, logits: np.ndarray) -> list[int]:
+        if self._sampler is None:
+            return logits.argmax(1).tolist()
+        sample = self._lib.llama_sampler_sample
+        return [sample(self._sampler, self._context, row - len(logits)) for row in range(len(logits))]
 
     def _show(self, generated: int, logits: np.ndarray) -> None:
         if self._setting.on_logits is not None:
@@ -125,7 +132,20 @@ class Llama:
             raise RuntimeError(f"llama.cpp made no context of {params.n_seq_max} sequences of {cells} tokens")
         return context
 
+    def _make_sampler(self) -> Any:
+        """Temperature, top-k, top-p, in the order of `generate`."""
+        lib, params = self._lib, self._setting.sampling
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        made = [lib.llama_sampler_init_temp(params.temperature)]
+        made += [lib.llama_sampler_init_top_k(params.top_k)] if params.top_k else []
+        made += [lib.llama_sampler_init_top_p(params.top_p, 1)] if params.top_p < 1 else []
+        for sampler in (*made, lib.llama_sampler_init_dist(0)):
+            lib.llama_sampler_chain_add(chain, sampler)
+        return chain
+
     def close(self) -> None:
+        if self._sampler is not None:
+            self._lib.llama_sampler_free(self._sampler)
         self._lib.llama_batch_free(self._batch)
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Ours:
         fixed = {"markers": MARKERS, "eos_ids": (), "slots": setting.work.batch, "self_check": False}
         fixed["max_context"] = setting.work.peak_live(policy)
         self._engine = Engine(setting.model, policy=policy, **{**fixed, **options, **setting.options})
-        params = SamplingParams(max_gen_toks=setting.work.tokens)
+        params = SamplingParams(max_gen_toks=setting.work.tokens, **asdict(setting.sampling))
         self._requests = [
             Request(str(row), prompt, params, forced_ids=trace)
             for row, (prompt, trace) in enumerate(zip(setting.work.prompts, setting.work.traces, strict=True))
@@ -54,7 +54,7 @@ class Ours:
 
     def _mean_step(self, seconds: float) -> float:
         """What a step took, of a run that took so long: reading the prompts is timed once more, and taken off."""
-        params = SamplingParams(max_gen_toks=1)
+        params = replace(self._requests[0].params, max_gen_toks=1)
         prompts = [replace(request, params=params, forced_ids=request.forced_ids[:1]) for request in self._requests]
         return (seconds - self._generate(prompts, None)[0]) / (self._work.tokens - 1)
 

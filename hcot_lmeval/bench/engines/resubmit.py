@@ -58,7 +58,7 @@ class Resubmit:
 
         tokens = torch.tensor([[*some, *[CLOSE] * (steps - len(some))] for some in wanted], device=model.device)
         ids, mask = _padded([contexts[row].live for row in rows], model.device)
-        out = decode(model, ids, mask, Forced(tokens, tick), steps=steps, stop=CLOSE).tolist()
+        out = decode(self._setting, ids, mask, Forced(tokens, tick), steps=steps, stop=CLOSE).tolist()
         return [written[: len(some)] for written, some in zip(out, wanted, strict=True)]
 
     def close(self) -> None:

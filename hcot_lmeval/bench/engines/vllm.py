@@ -40,7 +40,15 @@ class Vllm:
             enable_prefix_caching=False,
         )
         self._prompts = [{"prompt_token_ids": list(prompt)} for prompt in work.prompts]
-        self._params = vllm.SamplingParams(temperature=0, max_tokens=work.tokens, ignore_eos=True, detokenize=False)
+        warm = setting.sampling
+        self._params = vllm.SamplingParams(
+            temperature=warm.temperature,
+            top_p=warm.top_p,
+            top_k=warm.top_k or -1,
+            max_tokens=work.tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
 
     def run(self) -> Timing:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Compiles the kernel for the processor at hand, once; the result is kept in the user's cache."""
+"""Compiles the kernels for the processor at hand, once; the results are kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 """The types of weights that the kernel knows, by the names they have in it."""
+LOGITS = (torch.float32, torch.float64)
+"""The types of logits that tokens are chosen from."""
 COMPILE_SECONDS = 300
 """A compiler that takes longer hangs; ordinarily it takes three seconds."""
 
@@ -28,19 +31,40 @@ class KernelUnavailableError(RuntimeError):
 
 @functools.cache
 def load_kernel(weight: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
-    """Returns the compiled kernel for models with weights of the one type, and keys and values of the other.
-
-    The compiler is ``$CXX``, else c++, g++ or clang++. The library is kept in ``$HCOT_LMEVAL_CACHE/kernels``, else
-    ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor.
+    """Returns the compiled step for models with weights of the one type, and keys and values of the other.
 
     Raises:
         KernelUnavailableError: no kernel for this type, no compiler, or the compiler failed.
     """
     _check_types(weight, cache)
+    return _load("step", WEIGHT=WEIGHTS[weight], CACHE=WEIGHTS[cache])
+
+
+@functools.cache
+def load_sampler(logits: torch.dtype) -> ctypes.CDLL:
+    """Returns the compiled choice of tokens from logits of this type, as `load_kernel` does.
+
+    Raises:
+        KernelUnavailableError: logits are neither float32 nor float64, no compiler, or the compiler failed.
+    """
+    if logits not in LOGITS:
+        raise KernelUnavailableError(f"logits are {logits}; the kernel knows float32 and float64".replace("torch.", ""))
+    return _load("sample", WEIGHT=WEIGHTS[logits])
+
+
+def _load(source: str, **types: str) -> ctypes.CDLL:
+    """Returns the library of a source file, compiled with these types.
+
+    The compiler is ``$CXX``, else c++, g++ or clang++. The library is kept in ``$HCOT_LMEVAL_CACHE/kernels``, else
+    ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor.
+
+    Raises:
+        KernelUnavailableError: no compiler, or the compiler failed.
+    """
     compiler = find_compiler()
-    path = kernel_folder() / f"{WEIGHTS[weight]}-{WEIGHTS[cache]}-{_fingerprint(compiler)}.so"
+    path = kernel_folder() / f"{'-'.join((source, *types.values()))}-{_fingerprint(compiler)}.so"
     if not path.exists():
-        _compile(compiler, weight, cache, path)
+        _compile(compiler, source, types, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -96,14 +120,14 @@ def _processor() -> str:
     return "\n".join(sorted(found)) or f"{platform.machine()} {platform.processor()}"
 
 
-def _compile(compiler: str, weight: torch.dtype, cache: torch.dtype, path: Path) -> None:
+def _compile(compiler: str, source: str, types: Mapping[str, str], path: Path) -> None:
     """Compiles beside the target and renames, so that of several processes each finds a whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
-            types = f"-DWEIGHT={WEIGHTS[weight]}", f"-DCACHE={WEIGHTS[cache]}"
-            command = [compiler, *FLAGS, *types, str(SOURCES / "step.cpp"), "-o", str(target)]
+            defined = [f"-D{name}={value}" for name, value in types.items()]
+            command = [compiler, *FLAGS, *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
                 raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
