@@ -17,13 +17,26 @@ from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logit
 from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
 from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
 from hcot_lmeval.bench.engines.generate import Generate
+from hcot_lmeval.bench.engines.llama import _whole
 from hcot_lmeval.bench.floor import Floor, FloorTime
 from hcot_lmeval.bench.long_trace import measure_long
 from hcot_lmeval.bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
 from hcot_lmeval.bench.memory import PeakMemory
 from hcot_lmeval.bench.tables import engine_table
 from hcot_lmeval.bench.timing import StepClock, StepTime, Timing
-from hcot_lmeval.bench.work import CLOSE, LONG_LIVE, LONG_SCRIPT, MARKERS, OPEN, SPLIT, Script, Work, fitted, make_work
+from hcot_lmeval.bench.work import (
+    CLOSE,
+    LONG_LIVE,
+    LONG_SCRIPT,
+    MARKERS,
+    OPEN,
+    SPLIT,
+    Sampling,
+    Script,
+    Work,
+    fitted,
+    make_work,
+)
 from hcot_lmeval.trace import LiveContext, live_ids
 from tests.tiny import tiny_model
 
@@ -138,6 +151,47 @@ def test_steps_that_follow_a_prune_are_found(model, name):
     prunes = {i: 2 for i in given.work.prunes[0]} if contender.policy != "off" else {}
     assert {i: step.prunes for i, step in enumerate(steps) if step.prunes} == prunes
     assert [i for i, step in enumerate(steps) if not step.ordinary] == sorted(prunes)
+
+
+SAMPLED = Sampling(temperature=0.6, top_p=0.95, top_k=20)
+
+
+@pytest.mark.parametrize("name", [n for n in ENGINES if n not in ("vllm", "continuous")])
+def test_engines_that_sample_still_write_the_script(model, name, monkeypatch):
+    asked, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda *given, **more: asked.append(more) or generate(*given, **more))
+    given = setting(model, 2, sampling=SAMPLED)
+    contender = ready(name, given)
+    assert checked_run(Measurement(name), contender, given).tokens == given.work.traces
+    contender.close()
+    for more in asked:
+        assert more["do_sample"] and (more["temperature"], more["top_p"], more["top_k"]) == (0.6, 0.95, 20)
+
+
+def test_our_engine_and_llama_cpp_sample_as_they_are_told(model):
+    given = setting(model, 2, sampling=SAMPLED)
+    (params,) = {request.params for request in ready("recompute", given)._requests}
+    assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.95, 20)
+    llama = ready("llama.cpp", given)
+    assert llama._sampler is not None and ready("llama.cpp", setting(model, 2))._sampler is None
+    logits = llama._decode([_whole(prompt) for prompt in given.work.prompts])
+    best = {int(token) for token in logits.argpartition(-20)[:, -20:].ravel()}
+    chosen = [tuple(llama._choose(logits)) for _ in range(30)]
+    assert len(set(chosen)) > 1 and {token for pair in chosen for token in pair} <= best
+    llama.close()
+
+
+def test_an_engine_that_cannot_be_forced_while_it_samples_has_a_reason(model):
+    with pytest.raises(UnavailableError, match="decodes greedily"):
+        prepare("continuous", setting(model, 2, sampling=SAMPLED))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 0.9}, {"top_k": 5}]
+)
+def test_sampling_that_means_nothing_is_refused(bad):
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(**bad)
 
 
 def test_an_unknown_engine_is_an_error(model):

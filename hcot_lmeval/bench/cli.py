@@ -169,7 +169,7 @@ def run_engines(args: argparse.Namespace) -> int:
         with _progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
             found, floors = measure(setting, args.engines, args.repeats, report)
         made = figures(found, floors, setting.work)
-        print(engine_table(made, floors, setting.work) + "\n")
+        print(engine_table(made, floors, setting.work, sampling=setting.sampling) + "\n")
         all_made.append((setting.work, made))
         results.append(_result(setting, found, floors, made))
     best = best_table(all_made)

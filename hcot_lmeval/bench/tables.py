@@ -9,7 +9,7 @@ from typing import Any
 from hcot_lmeval.bench.floor import FloorTime
 from hcot_lmeval.bench.measure import Figures
 from hcot_lmeval.bench.prune_events import EventTime
-from hcot_lmeval.bench.work import Work
+from hcot_lmeval.bench.work import GREEDY, Sampling, Work
 
 NOTHING = "–"
 
@@ -26,14 +26,21 @@ COLUMNS: dict[str, tuple[str, str]] = {
 """Heading -> a field of `Figures`, and how it is written."""
 
 
-def engine_table(figures: Sequence[Figures], floors: Sequence[FloorTime], work: Work, *, base: str = "generate") -> str:
+def engine_table(
+    figures: Sequence[Figures],
+    floors: Sequence[FloorTime],
+    work: Work,
+    *,
+    base: str = "generate",
+    sampling: Sampling = GREEDY,
+) -> str:
     """Returns the table of one piece of work, with the floor and the engines that did not run."""
     rows = [["engine", *(heading.replace("base", base) for heading in COLUMNS)], _floor_row(floors, work)]
     rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
     notes = [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
     notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
     notes += [f"{f.engine}: ms/step is the mean of all steps, prune events included" for f in figures if f.mean]
-    return "\n".join([_heading(work), *aligned(rows), _floor_note(floors), *notes])
+    return "\n".join([_heading(work, sampling), *aligned(rows), _floor_note(floors), *notes])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -54,8 +61,8 @@ def _cell(figures: Figures, name: str, form: str) -> str:
     return number(getattr(figures, name), form)
 
 
-def _heading(work: Work) -> str:
-    return f"batch {work.batch}: {work.tokens} tokens a row after a prompt of {work.prompt}"
+def _heading(work: Work, sampling: Sampling) -> str:
+    return f"batch {work.batch}: {work.tokens} tokens a row after a prompt of {work.prompt}, {sampling}"
 
 
 def _floor_row(floors: Sequence[FloorTime], work: Work) -> list[str]:

@@ -70,10 +70,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"{self} is not allowed: temperature and top-k are at least 0, top-p is within (0, 1]")
+            raise ValueError(f"{self!r} is not allowed: temperature and top-k are at least 0, top-p is within (0, 1]")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise ValueError(f"top-p {self.top_p} and top-k {self.top_k} do nothing at temperature 0; set one")
+            raise ValueError(f"{self!r}: at temperature 0 top-p and top-k do nothing; set a temperature")
 
+    @property
+    def warm(self) -> bool:
+        """Whether tokens are sampled."""
+        return self.temperature > 0
+
+    def __str__(self) -> str:
+        if self.temperature == 0:
+            return "greedy"
+        return f"sampled (temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k})"
+
+
+GREEDY = Sampling()
 
 LONG_SCRIPT = Script(tokens=16384, prompt=128, thought=480, solution=4, text=2)
 LONG_LIVE = 1024

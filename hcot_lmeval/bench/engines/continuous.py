@@ -33,7 +33,7 @@ class Continuous:
     forced = True
 
     def __init__(self, setting: Setting) -> None:
-        if setting.sampling.temperature > 0:
+        if setting.sampling.warm:
             raise UnavailableError("its tokens can be forced only if it decodes greedily")
         if not setting.work.aligned:
             raise UnavailableError("its tokens can be forced only if all rows generate the same trace")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hcot_lmeval.bench.timing import Timing
-from hcot_lmeval.bench.work import Sampling, Work
+from hcot_lmeval.bench.work import GREEDY, Sampling, Work
 
 OnLogits = Callable[[int, int, Any], None]
 """Called with (row, tokens generated so far, logits [vocabulary]) before each token; the logits are lent, not given."""
@@ -34,7 +34,7 @@ class Setting:
     work: Work
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = GREEDY
     on_logits: OnLogits | None = None
 
 

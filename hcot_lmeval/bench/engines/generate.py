@@ -41,7 +41,7 @@ def decode(
     setting: Setting, ids: torch.Tensor, mask: torch.Tensor, forced: Forced, *, steps: int, stop: int | None
 ) -> Any:
     """Calls `model.generate` and returns what it wrote: [rows, at most `steps`], padded once a row has stopped."""
-    warm = asdict(setting.sampling) if setting.sampling.temperature > 0 else {}
+    warm = asdict(setting.sampling) if setting.sampling.warm else {}
     out = setting.model.generate(
         ids,
         attention_mask=mask,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -42,15 +43,14 @@ class Llama:
     def __init__(self, setting: Setting, *, flash: bool) -> None:
         self._setting, self._flash = setting, flash
         self._lib = import_module("llama_cpp")
-        self._silent = self._lib.llama_log_callback(_ignore)  # kept, or it would be collected while it is in use
-        self._lib.llama_log_set(self._silent, None)
+        self._lib.llama_log_set(_silence(), None)
         self._lib.llama_backend_init()
         self._model = self._load()
         self._context = self._make_context()
         self._memory = self._lib.llama_get_memory(self._context)
         self._vocabulary = setting.model.config.vocab_size
         self._batch = self._lib.llama_batch_init(self._room, 0, 1)
-        self._sampler = self._make_sampler() if setting.sampling.temperature > 0 else None
+        self._sampler = self._make_sampler() if setting.sampling.warm else None
 
     @property
     def _room(self) -> int:
@@ -155,6 +155,12 @@ def _whole(ids: Sequence[int]) -> Step:
     """The step that reads a prompt."""
     numbers = tuple(range(len(ids)))
     return Step(None, None, 0, 0, tuple(ids), numbers, numbers)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _silence() -> Any:
+    """A log that says nothing; kept for good, since all engines of the process write to the one that was set last."""
+    return import_module("llama_cpp").llama_log_callback(_ignore)
 
 
 def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
