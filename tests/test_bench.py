@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hcot_lmeval.bench import check, cli, floor, prune_events, shapes
+from hcot_lmeval.bench import check, choosing, cli, floor, prune_events, shapes
 from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logits
 from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
 from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
@@ -575,6 +575,22 @@ def test_other_measurements_have_commands(capsys, monkeypatch):
     assert "x off" in capsys.readouterr().out
     assert cli.main(["long", *tiny, "--tokens", "90", "--live", "50", "--batch", "1"]) == 1
     assert "error: the pruned trace has" in capsys.readouterr().err
+
+
+def test_ways_to_choose_a_token_take_turns(capsys, tmp_path):
+    assert cli.main(["sampling", "--batch", "1", "3", "--vocabulary", "400", "--repeats", "2",
+                     "--json", str(tmp_path / "file.json")]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "transformers" in printed and "native" in printed and "triton: not run: on CUDA only" in printed
+    results = json.loads((tmp_path / "file.json").read_text())["results"]
+    assert len(results) == 2 * 3 * 4
+    assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in results if not r["reason"])
+
+
+def test_a_way_that_chooses_other_tokens_is_an_error(monkeypatch):
+    monkeypatch.setattr(choosing, "sampler_for", lambda dtype: lambda logits, draws: [0] * len(draws))
+    with pytest.raises(AssertionError, match="native chose other tokens"):
+        choosing.time_choices([4], 300, torch.device("cpu"), 1, quiet)
 
 
 @pytest.mark.parametrize("line", ["--engines vlllm", "--option backend", "--shape 7B", "fast"])

@@ -28,6 +28,7 @@ Times engines on equal work, in one run: models with random weights are made to 
   engines  every engine beside the floor: tokens/s, ms per step and per prune event, memory (the default)
   prune    what a prune event costs, by the length of solution, context and thought
   long     a trace of 16k tokens with at most 1k of them live, pruned and unpruned
+  sampling what choosing a token costs, by batch and settings
   guard    a short form for tests: fails if a ratio is far from what it should be
 """
 EXAMPLES = """\
@@ -47,7 +48,9 @@ multiplying nothing; "x generate" compares whole runs. Ratios are medians of tho
 engines take turns. docs/speed.md tells more.
 """
 LONG_ENGINES = ("off", "recompute", "evict")
-COMMANDS = ("engines", "prune", "long", "guard")
+COMMANDS = ("engines", "prune", "long", "sampling", "guard")
+VOCABULARY = 151_936
+"""That of Qwen2.5 and Qwen3."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_engines(engines)
     _add_prune(kinds.add_parser("prune", help="what a prune event costs"))
     _add_long(kinds.add_parser("long", help="a long trace with a short live context"))
+    _add_sampling(kinds.add_parser("sampling", help="what choosing a token costs"))
     guard = kinds.add_parser("guard", help="a short form that fails on ratios")
     guard.set_defaults(action=run_guard)
     _add_common(guard, model=False)
@@ -119,6 +123,16 @@ def _add_long(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", type=int, default=LONG_LIVE, help="most live tokens that the pruned trace may have")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each engine; none to warm up")
     _add_common(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(action=run_sampling)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows side by side")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens to choose from (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each way, after one to warm up")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
 
 
 def _add_script(parser: argparse.ArgumentParser, script: Script) -> None:
@@ -208,6 +222,22 @@ def run_prune(args: argparse.Namespace) -> int:
         found = time_events(model, where, args.repeats, report, dict(args.option))
     print(event_table(found) + "\n")
     _finish(args, [_event_result(event) for event in found])
+    return 0
+
+
+def run_sampling(args: argparse.Namespace) -> int:
+    """``sampling``: a line for each batch and setting."""
+    import torch
+
+    from hcot_lmeval.bench.choosing import SETTINGS, time_choices
+    from hcot_lmeval.bench.tables import choice_table
+
+    torch.set_num_threads(args.threads)
+    with _progress(len(args.batch) * len(SETTINGS)) as report:
+        found = time_choices(args.batch, args.vocabulary, torch.device(args.device), args.repeats, report)
+    print(f"milliseconds to choose a token of each row, of {args.vocabulary}")
+    print(choice_table(found) + "\n")
+    _finish(args, [asdict(choice) for choice in found])
     return 0
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from hcot_lmeval.bench.choosing import ChoiceTime
 from hcot_lmeval.bench.floor import FloorTime
 from hcot_lmeval.bench.measure import Figures
 from hcot_lmeval.bench.prune_events import EventTime
@@ -99,6 +100,17 @@ def best_table(made: Sequence[tuple[Work, Sequence[Figures]]], *, base: str = "g
                 speeds = f"{f.tokens_per_second:.1f}", f"{f.tokens_per_second / best:.2f}"
                 rows.append([f.engine, str(work.batch), number(f.peak_live, "d"), *speeds])
     return "\n".join([f"beside the best batch of {base}, {batch}, at {best:.1f} tokens/s", *aligned(rows)])
+
+
+def choice_table(choices: Sequence[ChoiceTime]) -> str:
+    """Returns milliseconds by batch and setting, a column for each way that ran, and the reasons of the others."""
+    ways = list(dict.fromkeys(choice.way for choice in choices if not choice.reason))
+    rows = [["settings", "batch", *ways]]
+    for batch, sampling in dict.fromkeys((choice.batch, choice.sampling) for choice in choices):
+        times = {c.way: f"{c.ms:.2f}" for c in choices if (c.batch, c.sampling) == (batch, sampling) and not c.reason}
+        rows.append([str(sampling), str(batch), *(times[way] for way in ways)])
+    notes = dict.fromkeys(f"{choice.way}: not run: {choice.reason}" for choice in choices if choice.reason)
+    return "\n".join([*aligned(rows), *notes])
 
 
 def event_table(events: Sequence[EventTime]) -> str:

@@ -11,7 +11,7 @@ from hcot_lmeval.engine.device.fields import Rule, on
 from hcot_lmeval.engine.device.graphs import Runner
 from hcot_lmeval.engine.device.loop import Accept, DeviceLoop
 from hcot_lmeval.engine.device.program import Log, Program
-from hcot_lmeval.engine.device.sampling import Sampler
+from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.options import EngineOptions
 from hcot_lmeval.engine.rows import Request
@@ -64,7 +64,9 @@ def make_loop(
     log = Log(DeviceLoop.lines(run_ahead), pool.slots + 1, device)
     with on(device):
         backend = choose(needs, options.attention)
-    program = Program(decoder, pool, state, Sampler.of(requests, decoder.vocabulary, device), backend, log)
+    kernel = None if options.compute == "torch" else kernel_for(device)
+    sampler = Sampler.of(requests, decoder.vocabulary, device, kernel)
+    program = Program(decoder, pool, state, sampler, backend, log)
     graphs = options.graphs and device.type == "cuda"
     runner = Runner(
         program.step, pool.slots, state.scratch, device, counter=log.tick, graphs=graphs, compiled=options.compiled

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,6 +15,16 @@ from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import derived_seeds, hash_places, hashed_noise, truncate
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[..., torch.Tensor]
+"""Chooses tokens as `hcot_lmeval.engine.device.triton_sample.choose` does, whose arguments it takes."""
+
+PROBE_SIZE = 5003
+"""Tokens of the vocabulary on which a kernel is tried."""
+PROBE_WARMTH = ((0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.6, 0.9, 0.0), (1.5, 0.7, 0.01), (0.8, 1.0, 0.05), (3.0, 0.3, 0.0))
+"""Temperature, top-p and min-p of the probe's rows; every second one has a top-k too."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +36,21 @@ class Sampler:
         truncates: some row has top-k, top-p or min-p.
         bans: some row may not end before so many tokens.
         forces: some row has tokens to take whatever the scores.
+        most: the largest top-k of all rows.
+        kernel: chooses among scores in place of PyTorch.
     """
 
     places: torch.Tensor | None
     truncates: bool = True
     bans: bool = True
     forces: bool = True
+    most: int = 0
+    kernel: Kernel | None = None
 
     @classmethod
-    def of(cls, requests: Sequence[Request], vocabulary: int, device: torch.device) -> Sampler:
+    def of(
+        cls, requests: Sequence[Request], vocabulary: int, device: torch.device, kernel: Kernel | None = None
+    ) -> Sampler:
         """What these requests need of logits of so many tokens."""
         sampled = [r.params for r in requests if r.params.temperature > 0]
         return cls(
@@ -39,6 +58,8 @@ class Sampler:
             truncates=any(p.top_k or p.top_p < 1 or p.min_p for p in sampled),
             bans=any(r.params.min_gen_toks for r in requests),
             forces=any(r.forced_ids for r in requests),
+            most=max((p.top_k for p in sampled), default=0),
+            kernel=kernel,
         )
 
     def choose(self, state: State, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -52,9 +73,11 @@ class Sampler:
         row, fixed = state.read(rows), state.constants(rows)
         warmth = Warmth(*state.warmth[rows].to(logits.dtype).unbind(1))
         scores = self._banned(logits, state.ends[rows], row, fixed) if self.bans else logits
-        if self.places is not None:
-            scores = self._noisy(scores, self.places, row, fixed, warmth)
-        tokens = scores.argmax(-1)
+        if self.places is None:
+            tokens = scores.argmax(-1)
+        else:
+            scores = scores / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
+            tokens = self.sampled(scores, warmth, fixed.top_k, derived_seeds(fixed.seed, row.generated + 1))
         return self._forced(tokens, state.forced[rows], row, fixed) if self.forces else tokens
 
     def _banned(self, logits: torch.Tensor, ends: torch.Tensor, row: Moving, fixed: Fixed) -> torch.Tensor:
@@ -63,18 +86,75 @@ class Sampler:
         ceiling = torch.where(early, -math.inf, math.inf).to(logits.dtype)
         return logits.scatter_reduce(1, ends.clamp_min(0), ceiling, "amin")
 
-    def _noisy(
-        self, logits: torch.Tensor, places: torch.Tensor, row: Moving, fixed: Fixed, warmth: Warmth
-    ) -> torch.Tensor:
-        """Scores whose largest entry is the sample; rows at temperature 0 keep theirs."""
-        warm = warmth.temperature > 0
-        scores = logits / torch.where(warm, warmth.temperature, 1.0)[:, None]
+    def sampled(self, scores: torch.Tensor, warmth: Warmth, top_k: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Returns the tokens, int64 [n].
+
+        Args:
+            scores: logits over the temperature, [n, vocabulary].
+            warmth: in the type of the scores.
+            top_k: int64 [n]; 0 is off.
+            starts: where the hash of each row's noise starts, int64 [n].
+        """
+        if self.kernel is not None:
+            return self.kernel(scores, *warmth, top_k, starts, self.most, self.truncates)
+        assert self.places is not None, "without noise nothing is sampled"
+        kept = scores
         if self.truncates:
-            top_k = torch.where(fixed.top_k == 0, logits.shape[-1], fixed.top_k)
-            scores = torch.where(warm[:, None], truncate(scores, top_k, warmth.top_p, warmth.min_p), scores)
-        noise = hashed_noise(derived_seeds(fixed.seed, row.generated + 1), places)
-        return torch.where(warm[:, None], scores + noise, scores)
+            kept = truncate(scores, torch.where(top_k == 0, scores.shape[-1], top_k), warmth.top_p, warmth.min_p)
+        noisy = kept + hashed_noise(starts, self.places)
+        return torch.where((warmth.temperature > 0)[:, None], noisy, scores).argmax(-1)
 
     def _forced(self, tokens: torch.Tensor, forced: torch.Tensor, row: Moving, fixed: Fixed) -> torch.Tensor:
         at = row.generated.clamp_max(forced.shape[1] - 1)
         return torch.where(row.generated < fixed.forced, forced.gather(1, at[:, None])[:, 0], tokens)
+
+
+@functools.cache
+def kernel_for(device: torch.device) -> Kernel | None:
+    """Returns the Triton kernel if it runs on the device and chooses what PyTorch would; the log says why it does not.
+
+    PyTorch sorts the vocabulary of every row and makes noise for all of it.
+    """
+    try:
+        reason = _refusal(device)
+    except Exception as error:  # a kernel that does not compile or run here raises anything
+        reason = str(error) or type(error).__name__
+    if reason:
+        logger.info("tokens are sampled on %s by PyTorch; not by triton: %s", device, reason)
+        return None
+    logger.info("tokens are sampled on %s by triton", device)
+    return _by_triton
+
+
+def _refusal(device: torch.device) -> str:
+    """Why the kernel cannot be used; empty if it can."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        return f"it needs CUDA, not {device.type} (or TRITON_INTERPRET=1)"
+    return "" if chooses_alike(_by_triton, device) else "it chooses other tokens"
+
+
+def _by_triton(*given: Any) -> torch.Tensor:
+    from hcot_lmeval.engine.device import triton_sample
+
+    chosen = triton_sample.choose_as_one if torch.compiler.is_compiling() else triton_sample.choose
+    return chosen(*given)
+
+
+@torch.inference_mode()
+def chooses_alike(kernel: Kernel, device: torch.device) -> bool:
+    """Whether a kernel chooses the tokens that PyTorch chooses, for settings of every kind and scores of both types."""
+    plain = Sampler(hash_places(PROBE_SIZE, device), most=40)
+    generator = torch.Generator().manual_seed(0)
+    rows = len(PROBE_WARMTH)
+    top_k = torch.tensor([40 * (row % 2) for row in range(rows)], device=device)
+    starts = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
+    for dtype in (torch.float32, torch.float64):
+        scores = (3 * torch.randn(rows, PROBE_SIZE, generator=generator)).to(device, dtype)
+        given = scores, Warmth(*torch.tensor(PROBE_WARMTH, dtype=dtype, device=device).unbind(1)), top_k, starts
+        if not torch.equal(replace(plain, kernel=kernel).sampled(*given), plain.sampled(*given)):
+            return False
+    return True
