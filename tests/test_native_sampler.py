@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +127,25 @@ def test_without_a_compiler_pytorch_chooses(monkeypatch, caplog, tmp_path):
         with caplog.at_level(logging.INFO, "hcot_lmeval.engine.native.sampler"):
             assert sampler_for(torch.float32) is None
         assert "tokens are chosen by PyTorch: CXX=no-such-compiler is not on the PATH" in caplog.text
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_a_sampler_that_chooses_otherwise_is_not_used(monkeypatch, caplog, tmp_path):
+    sources = Path(shutil.copytree(build.SOURCES, tmp_path / "kernel"))
+    right = (sources / "sample.cpp").read_text(encoding="utf-8")
+    wrong = right.replace(" < top_p * total) break", " >= 0) break")  # no top-p
+    assert wrong != right
+    (sources / "sample.cpp").write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
+    caches = build.load_sampler, sampler.sampler_for
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert sampler_for(torch.float32) is None
+        assert "the compiled sampler chooses others on trial logits" in caplog.text
     finally:
         for cache in caches:
             cache.cache_clear()

@@ -21,6 +21,7 @@ class ComputeOptions:
     Attributes:
         compute: who computes a step: ``torch``, the model's own modules; ``native``, compiled code for models of the
             Llama kind on the CPU; or ``auto``, the latter where it can (see `hcot_lmeval.engine.decoder.Decoder`).
+            Tokens are chosen by kernels of this package, of any model and also on CUDA, unless it is ``torch``.
         kv_dtype: dtype of stored keys and values: ``bfloat16``, ``float16`` or ``float8_e4m3fn`` (without scales); or
             ``auto``, the one in which the model computes them. A smaller one lets more rows into memory and rounds.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host

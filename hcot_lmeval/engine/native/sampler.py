@@ -11,9 +11,20 @@ from collections.abc import Sequence
 import torch
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError, load_sampler
-from hcot_lmeval.engine.sampling import Draw, derive_seed, signed
+from hcot_lmeval.engine.sampling import Draw, SamplingParams, choose, derive_seed, signed
 
 logger = logging.getLogger(__name__)
+
+TRIALS = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.6, top_p=0.9),
+    SamplingParams(temperature=1.5, top_p=0.7, top_k=40, min_p=0.01),
+    SamplingParams(temperature=0.8, min_p=0.05),
+    SamplingParams(temperature=3.0, top_p=0.3, top_k=20),
+)
+TRIAL_SIZE = 5003
+"""Settings, and size of the vocabulary, on which a sampler is tried."""
 
 
 class _Rows(ctypes.Structure):
@@ -67,12 +78,24 @@ class NativeSampler:
 
 @functools.cache
 def sampler_for(dtype: torch.dtype) -> NativeSampler | None:
-    """Returns the sampler for logits of this type; None where it cannot be compiled, which the log says once."""
+    """Returns the sampler for logits of this type; None where it cannot be used, which the log says once."""
     try:
-        return NativeSampler(dtype)
+        sampler = NativeSampler(dtype)
     except KernelUnavailableError as error:
         logger.info("tokens are chosen by PyTorch: %s", error)
         return None
+    if not _chooses_alike(sampler):
+        logger.warning("tokens are chosen by PyTorch: the compiled sampler chooses others on trial logits")
+        return None
+    return sampler
+
+
+def _chooses_alike(sampler: NativeSampler) -> bool:
+    """Whether a sampler chooses what PyTorch does, on trial: a compiler may be at fault."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(len(TRIALS), TRIAL_SIZE, generator=generator, dtype=sampler.dtype)
+    draws = [Draw(params, seed, 1) for seed, params in enumerate(TRIALS)]
+    return sampler(logits, draws) == choose(logits, draws)[0]
 
 
 def _start(draw: Draw) -> int:
