@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.decoder import Chunk, Decoder, UnsupportedModelError
+from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build
-from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.reference import EOS, MARKERS
 from tests.tiny import in_full_precision, tiny_model
 

@@ -13,8 +13,8 @@ from typing import Any
 from hcot_lmeval.bench.measure import Report
 from hcot_lmeval.bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.decoder import Chunk, Decoder
-from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.slots import Chunk, KVPool
 from hcot_lmeval.trace import Policy
 
 BEFORE, AFTER = 3, 2

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
 from hcot_lmeval.engine.native import Compute, KernelUnavailableError, NativeStep, UnreadableModelError
-from hcot_lmeval.engine.slots import KV_DTYPES, KVPool, LayerShape
+from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +30,6 @@ CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float8_e4m3fn
 
 class UnsupportedModelError(ValueError):
     """The model cannot be decoded with pruning; the message says which part of it stands in the way."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens to forward for one row in one step.
-
-    Attributes:
-        slot: the row's slot.
-        start: live tokens that the slot holds.
-        ids: token ids to append.
-        positions: position ids of all live tokens after the step, ascending; the last `len(ids)` are those of `ids`.
-    """
-
-    slot: int
-    start: int
-    ids: Sequence[int]
-    positions: Sequence[int]
 
 
 class Decoder:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hcot_lmeval.control import FREE, Budget, Controller
-from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
+from hcot_lmeval.engine.slots import Chunk
 from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.events import Recorder, Statistics
 from hcot_lmeval.loops import LoopDetector

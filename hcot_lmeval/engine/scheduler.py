@@ -6,9 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.rows import Request, Row
-from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.engine.slots import Chunk, KVPool
 
 MakeRow = Callable[[Request, int, int], Row]
 

@@ -1,4 +1,4 @@
-"""The keys and values of all rows: one preallocated slot a row, pruned by changing a length.
+"""The keys and values of all rows: one preallocated slot a row, pruned by changing a length; and what is written to it.
 
 A slot holds the live context of one row, oldest token first. Nothing is ever zeroed: what lies behind a row's length is
 garbage (NaN when `poison` is set, so that a test notices if it is read).
@@ -6,7 +6,7 @@ garbage (NaN when `poison` is set, so that a test notices if it is read).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -34,6 +34,23 @@ class LayerShape:
     def token_bytes(self) -> int:
         """Bytes per token."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens to forward for one row in one step.
+
+    Attributes:
+        slot: the row's slot.
+        start: live tokens that the slot holds.
+        ids: token ids to append.
+        positions: position ids of all live tokens after the step, ascending; the last `len(ids)` are those of `ids`.
+    """
+
+    slot: int
+    start: int
+    ids: Sequence[int]
+    positions: Sequence[int]
 
 
 class KVPool:

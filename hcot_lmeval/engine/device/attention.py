@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hcot_lmeval.engine.decoder import Chunk, Decoder
+from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.backends import Backend, Need, Ragged, Scores, Segments
 from hcot_lmeval.engine.device.fields import Feed, upload
 from hcot_lmeval.engine.device.operator import decode, decode_as_one, handle_of
-from hcot_lmeval.engine.slots import KVPool, write_rows
+from hcot_lmeval.engine.slots import Chunk, KVPool, write_rows
 
 IMPLEMENTATION = "hcot_device"
 """The name under which the registry knows `device_attention`."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hcot_lmeval.engine.decoder import Chunk
 from hcot_lmeval.engine.device.attention import attached
 from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Start, on, upload
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
@@ -22,6 +21,7 @@ from hcot_lmeval.engine.device.readback import Readback
 from hcot_lmeval.engine.rows import Row
 from hcot_lmeval.engine.sampling import Choice, derive_seed, signed
 from hcot_lmeval.engine.scheduler import Scheduler
+from hcot_lmeval.engine.slots import Chunk
 from hcot_lmeval.trace import Policy, Step
 
 Accept = Callable[[Row, Choice], Step | None]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hcot_lmeval.engine.decoder import Chunk, Decoder
+from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import Context, Decode, Packed
 from hcot_lmeval.engine.device.backends import Backend
 from hcot_lmeval.engine.device.fields import NOTHING, upload
 from hcot_lmeval.engine.device.sampling import Sampler
 from hcot_lmeval.engine.device.state import State
-from hcot_lmeval.engine.slots import KVPool, LayerShape
+from hcot_lmeval.engine.slots import Chunk, KVPool, LayerShape
 
 
 class ScratchPool(KVPool):

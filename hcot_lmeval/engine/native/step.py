@@ -5,16 +5,13 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hcot_lmeval.engine.native.build import load_kernel
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
-from hcot_lmeval.engine.slots import KVPool
-
-if TYPE_CHECKING:
-    from hcot_lmeval.engine.decoder import Chunk
+from hcot_lmeval.engine.slots import Chunk, KVPool
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
