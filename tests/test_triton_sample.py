@@ -64,6 +64,7 @@ for _ in range(60):
     top_k = torch.tensor([p.top_k for p in params])
     found = triton_sample.choose(scores, *warmth, top_k, starts, int(top_k.max()), True)
     assert found.tolist() == choose(scores, draws)[0], (scores, draws)
+    assert sampling.choose_by(kernel, scores, draws) == found.tolist()
 print("compared")
 
 plain = test_device_sampling.Sampler

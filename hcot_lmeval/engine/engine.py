@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from hcot_lmeval.engine.device.fields import Rule
 from hcot_lmeval.engine.device.loop import DeviceLoop
 from hcot_lmeval.engine.device.needs import runs_on_device
 from hcot_lmeval.engine.device.program import ScratchPool
+from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
 from hcot_lmeval.engine.native import Compute, sampler_for
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
@@ -193,10 +195,13 @@ class Engine:
             self._accept(row, choice)
 
     def _chooser(self, logits: torch.Tensor) -> Chooser | None:
-        """Compiled code that chooses tokens, if there is any for these logits and the options allow it."""
-        if self.decoder.compute is Compute.TORCH or logits.device.type != "cpu":
+        """A kernel that chooses tokens, if there is one for these logits and the options allow it."""
+        if self.decoder.compute is Compute.TORCH:
             return None
-        return sampler_for(logits.dtype)
+        if logits.device.type == "cpu":
+            return sampler_for(logits.dtype)
+        kernel = kernel_for(logits.device)
+        return None if kernel is None else partial(choose_by, kernel)
 
     def _accept(self, row: Row, choice: Choice) -> Step | None:
         step = row.accept(choice)

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth
+from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth, upload
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
-from hcot_lmeval.engine.sampling import derived_seeds, hash_places, hashed_noise, truncate
+from hcot_lmeval.engine.sampling import (
+    Draw,
+    derive_seed,
+    derived_seeds,
+    hash_places,
+    hashed_noise,
+    signed,
+    truncate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +115,25 @@ class Sampler:
     def _forced(self, tokens: torch.Tensor, forced: torch.Tensor, row: Moving, fixed: Fixed) -> torch.Tensor:
         at = row.generated.clamp_max(forced.shape[1] - 1)
         return torch.where(row.generated < fixed.forced, forced.gather(1, at[:, None])[:, 0], tokens)
+
+
+def choose_by(kernel: Kernel, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """What a kernel chooses for the host's loop; its part of `hcot_lmeval.engine.sampling.Chooser`.
+
+    Args:
+        kernel: see `kernel_for`.
+        logits: [rows, vocabulary].
+        draws: one for each row.
+    """
+    params = [draw.params for draw in draws]
+    if not any(p.temperature > 0 for p in params):
+        return logits.argmax(-1).tolist()
+    numbers = ([p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params])
+    warmth = Warmth(*(upload(column, logits.dtype, logits.device) for column in numbers))
+    starts = [signed(derive_seed(draw.seed, draw.generated + 1)) for draw in draws]
+    integers = (upload(column, torch.int64, logits.device) for column in ([p.top_k for p in params], starts))
+    scores = logits / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
+    return kernel(scores, *warmth, *integers, max(p.top_k for p in params), True).tolist()
 
 
 @functools.cache
