@@ -601,6 +601,30 @@ def test_what_is_unknown_is_refused(line, capsys):
     assert line.split()[-1] in capsys.readouterr().err
 
 
+WRONG = {
+    "sampling --vocabulary 0": "vocabulary=0",
+    "sampling --batch 4 0": "batch=0",
+    "--temperature nan --shape tiny": "temperature=nan",
+    "--option compute=cuda --shape tiny": "compute='cuda' is unknown",
+    "--option foo=1 --shape tiny": "foo",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_numbers_and_options_are_looked_at_before_a_model_is_made(line, capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "make_model", lambda *_: pytest.fail("a model was made"))
+    assert cli.main(line.split()) == 1
+    assert WRONG[line] in capsys.readouterr().err
+
+
+def test_examples_in_the_help_are_commands_that_work(capsys):
+    for line in (["--help"], ["engines", "--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(line)
+        printed = capsys.readouterr().out
+        assert "engines prune" not in printed and " prune --context" in printed
+
+
 def test_help_needs_no_heavy_library():
     code = (
         "import sys\nfrom hcot_lmeval.bench.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"

@@ -105,6 +105,10 @@ class TestModelArguments:
         assert lm.max_context == 99
         assert lm.model.config._attn_implementation == "eager"
 
+    def test_without_a_device_it_takes_what_there_is(self, checkpoint):
+        """`hf` would ask for CUDA, there or not."""
+        assert HcotLM(pretrained=checkpoint).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
     def test_bitsandbytes_fields_become_a_quantization_config(self, checkpoint, monkeypatch):
         seen = {}
 

@@ -64,8 +64,11 @@ def time_choices(
         report: called with what is being done.
 
     Raises:
+        ValueError: there is nothing to choose from, or no row.
         AssertionError: a kernel chooses other tokens than PyTorch.
     """
+    if vocabulary < 2 or min(batches) < 1:
+        raise ValueError(f"vocabulary={vocabulary}, batch={min(batches)}: at least 2 tokens and 1 row are needed")
     found = []
     for batch in batches:
         logits = SPREAD * torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(batch))

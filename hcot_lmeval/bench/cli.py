@@ -30,6 +30,8 @@ Times engines on equal work, in one run: models with random weights are made to 
   long     a trace of 16k tokens with at most 1k of them live, pruned and unpruned
   sampling what choosing a token costs, by batch and settings
   guard    a short form for tests: fails if a ratio is far from what it should be
+
+Each has options of its own; those of the default are listed by `bench.py engines --help`.
 """
 EXAMPLES = """\
 examples:
@@ -77,7 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, formatter_class=form)
     kinds = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    engines = kinds.add_parser("engines", help="every engine beside the floor", epilog=EXAMPLES, formatter_class=form)
+    examples = EXAMPLES.replace("%(prog)s", parser.prog)  # else they would name the command twice
+    engines = kinds.add_parser("engines", help="every engine beside the floor", epilog=examples, formatter_class=form)
     _add_engines(engines)
     _add_prune(kinds.add_parser("prune", help="what a prune event costs"))
     _add_long(kinds.add_parser("long", help="a long trace with a short live context"))
@@ -256,8 +259,10 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
     from hcot_lmeval.bench.engines.contract import Setting
     from hcot_lmeval.bench.shapes import make_model
     from hcot_lmeval.bench.work import Sampling, fitted, make_work
+    from hcot_lmeval.engine.options import read_options
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
+    read_options(dict(args.option))
     script = Script(args.tokens, args.prompt, args.thought, args.solution, args.text, args.stagger)
     vocabulary = SHAPES[args.shape]["vocab_size"]
     scripts = [fitted(script, live) for live in lives] or [script]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,8 +70,10 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"{self!r} is not allowed: temperature and top-k are at least 0, top-p is within (0, 1]")
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise ValueError(
+                f"{self!r} is not allowed: temperature and top-k are finite and at least 0, top-p is within (0, 1]"
+            )
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise ValueError(f"{self!r}: at temperature 0 top-p and top-k do nothing; set a temperature")
 

@@ -160,7 +160,6 @@ class Decoder:
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
             attention_mask=None,
-            past_key_values=None,
             use_cache=False,
             **select,
         )

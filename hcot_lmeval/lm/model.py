@@ -92,7 +92,8 @@ class HcotLM(HFLM):
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
         if isinstance(pretrained, str):
-            _prepare_cpu_ranks(rest.get("device"))
+            rest.setdefault("device", _default_device())
+            _prepare_cpu_ranks(rest["device"])
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
         try:
             super().__init__(pretrained=pretrained, **rest)
@@ -411,6 +412,11 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return name in config.to_dict()
+
+
+def _default_device() -> str:
+    """An accelerator if there is one, else the CPU; the default of ``hf`` is CUDA, there or not."""
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def _prepare_cpu_ranks(device: Any) -> None:

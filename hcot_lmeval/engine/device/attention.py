@@ -157,7 +157,7 @@ def survey(decoder: Decoder) -> list[Need]:
     context = Context()
     zero = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
     with attached(decoder, context):
-        decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, past_key_values=None, use_cache=False)
+        decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, use_cache=False)
     assert isinstance(context.step, list)
     stored = [decoder.layers[layer].dtype for layer in sorted(decoder.layers)]
     return [need._replace(stored=dtype) for need, dtype in zip(context.step, stored, strict=True)]

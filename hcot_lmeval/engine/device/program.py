@@ -111,7 +111,6 @@ class Program:
             input_ids=ids,
             position_ids=positions,
             attention_mask=None,
-            past_key_values=None,
             use_cache=False,
             **select,
         )

@@ -40,6 +40,7 @@ void choose(const Rows* rows);
 namespace {
 
 constexpr int SPAN = 256;               // tokens at a time
+constexpr size_t WORTH_THREADS = 1 << 16;  // tokens; on a busy machine a thread may come milliseconds late
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
 constexpr uint64_t STEPS = 1ull << 53;  // of the hash as a number
 constexpr float MARGIN = 1.0001f;       // beyond the rounding of what is compared in float
@@ -170,6 +171,8 @@ int choose_row(const Rows& all, int row) {
 }  // namespace
 
 void choose(const Rows* rows) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(rows->threads)
+    int threads = rows->threads < rows->rows ? rows->threads : rows->rows;
+    bool much = (size_t)rows->rows * rows->vocabulary >= WORTH_THREADS;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && much)
     for (int row = 0; row < rows->rows; row++) rows->tokens[row] = choose_row(*rows, row);
 }

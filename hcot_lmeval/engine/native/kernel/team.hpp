@@ -13,7 +13,7 @@ struct alignas(64) Part {
 
 // One thread's view of a step. Work is split into a part for every thread, and parts into blocks; who is through with
 // its own part goes on with those of the others. So a thread that the system has put aside delays the others by the
-// block it holds and no more; at a barrier, all of them would wait for it.
+// block it holds, and the step at its end; at barriers between, all of them would wait for it each time.
 class Team {
   public:
     Team(Part* parts, int rank, int size) : rank(rank), size(size), parts(parts) {}
