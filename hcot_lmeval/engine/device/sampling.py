@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth, upload
+from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth, on, upload
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import (
@@ -133,7 +133,8 @@ def choose_by(kernel: Kernel, logits: torch.Tensor, draws: Sequence[Draw]) -> li
     starts = [signed(derive_seed(draw.seed, draw.generated + 1)) for draw in draws]
     integers = (upload(column, torch.int64, logits.device) for column in ([p.top_k for p in params], starts))
     scores = logits / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
-    return kernel(scores, *warmth, *integers, max(p.top_k for p in params), True).tolist()
+    with on(logits.device):
+        return kernel(scores, *warmth, *integers, max(p.top_k for p in params), True).tolist()
 
 
 @functools.cache
@@ -143,7 +144,8 @@ def kernel_for(device: torch.device) -> Kernel | None:
     PyTorch sorts the vocabulary of every row and makes noise for all of it.
     """
     try:
-        reason = _refusal(device)
+        with on(device):
+            reason = _refusal(device)
     except Exception as error:  # a kernel that does not compile or run here raises anything
         reason = str(error) or type(error).__name__
     if reason:
