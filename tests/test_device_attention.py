@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from hcot_lmeval.engine.device.backends import Backend, Masked, Need, Ragged, Sc
 from hcot_lmeval.engine.device.choice import choose, errors, wrong
 from hcot_lmeval.engine.device.fields import Feed
 from hcot_lmeval.engine.device.flash import AtenFlash, FlashAttn, VarlenAttention
+from tests.interpreter import run_in_interpreter
 
 CPU = torch.device("cpu")
 NEEDS = {
@@ -44,17 +42,8 @@ def test_plain_pytorch_reads_slots_of_another_dtype(stored):
 
 
 def test_triton():
-    """In the interpreter, which Triton has to be told of before it is imported. Skipped? ``pip install triton``.
-
-    It cannot multiply bfloat16; float16 goes the same way through the kernel.
-    """
-    reason = "needs triton 3.9 or newer (pip install triton); older interpreters do not work with numpy 2.4"
-    pytest.importorskip("triton", "3.9", reason=reason)
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).resolve().parents[1]
-    ran = subprocess.run([sys.executable, "-c", _IN_TRITON], env=environment, cwd=root, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["checked"] * 4 * len(NEEDS)
+    """In the interpreter. It cannot multiply bfloat16; float16 goes the same way through the kernel."""
+    assert run_in_interpreter(_IN_TRITON) == ["checked"] * 4 * len(NEEDS)
 
 
 _IN_TRITON = """

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from hcot_lmeval.engine.device import sampling
 from hcot_lmeval.engine.device.sampling import chooses_alike, kernel_for
+from tests.interpreter import run_in_interpreter
 
 CPU = torch.device("cpu")
 
 
 def test_in_the_interpreter_it_chooses_what_pytorch_does():
-    """Triton has to be told of the interpreter before it is imported. Skipped? ``pip install triton``."""
-    reason = "needs triton 3.9 or newer (pip install triton); older interpreters do not work with numpy 2.4"
-    pytest.importorskip("triton", "3.9", reason=reason)
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).resolve().parents[1]
-    ran = subprocess.run([sys.executable, "-c", _INSIDE], env=environment, cwd=root, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["probed", "compared", "decoded"]
+    assert run_in_interpreter(_INSIDE) == ["probed", "compared", "decoded"]
 
 
 _INSIDE = """

@@ -15,7 +15,7 @@ from hcot_lmeval.bench.work import Sampling
 from hcot_lmeval.engine.device.fields import Warmth
 from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
 from hcot_lmeval.engine.native import sampler_for
-from hcot_lmeval.engine.sampling import Draw, SamplingParams, derive_seed, hash_places, signed
+from hcot_lmeval.engine.sampling import Draw, SamplingParams, hash_places, noise_start
 
 SPREAD = 3.0
 """Standard deviation of the logits, which are normally distributed."""
@@ -101,12 +101,12 @@ def _by_turns(
 def _ways(logits: torch.Tensor, sampling: Sampling) -> dict[str, Chooser | str]:
     """The ways, or why there is none here."""
     batch, device = len(logits), logits.device
-    seeds = [derive_seed(row, 1) for row in range(batch)]
+    starts = torch.tensor([noise_start(row, 0) for row in range(batch)], device=device)
     truncates = sampling.top_p < 1 or sampling.top_k > 0
     plain = Sampler(hash_places(logits.shape[1], device), truncates, most=sampling.top_k)
     numbers = (sampling.temperature, sampling.top_p, 0.0)
     warmth = Warmth(*(torch.full((batch,), number, device=device) for number in numbers))
-    rest = torch.full((batch,), sampling.top_k, device=device), torch.tensor([signed(s) for s in seeds], device=device)
+    rest = torch.full((batch,), sampling.top_k, device=device), starts
     warpers = _warpers(sampling)
 
     def by_transformers() -> list[int]:

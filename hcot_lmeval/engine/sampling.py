@@ -114,6 +114,17 @@ class Draw(NamedTuple):
     only: int | None = None
 
 
+TRIALS = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.6, top_p=0.9),
+    SamplingParams(temperature=1.5, top_p=0.7, top_k=40, min_p=0.01),
+    SamplingParams(temperature=0.8, min_p=0.05),
+    SamplingParams(temperature=3.0, top_p=0.3, top_k=20),
+)
+TRIAL_SIZE = 5003
+"""Settings, and size of the vocabulary, on which a chooser is tried."""
+
 Chooser = Callable[[torch.Tensor, Sequence[Draw]], list[int]]
 """A faster `choose` for draws without illegal tokens: from logits [rows, vocabulary] and draws to tokens."""
 
@@ -151,6 +162,14 @@ def _chosen_by(chooser: Chooser, logits: torch.Tensor, draws: Sequence[Draw]) ->
         for row, token in zip(astray, again, strict=True):
             tokens[row] = token
     return tokens, wanted
+
+
+def passes_trials(chooser: Chooser, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a chooser takes the tokens that `choose` takes, on trial: compilers may be at fault."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(len(TRIALS), TRIAL_SIZE, generator=generator, dtype=dtype).to(device)
+    draws = [Draw(params, seed, 1) for seed, params in enumerate(TRIALS)]
+    return chooser(logits, draws) == choose(logits, draws)[0]
 
 
 def _cooled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -293,8 +312,13 @@ def gumbel(seeds: Sequence[int], counts: Sequence[int], size: int, device: torch
 
     ``argmax(scores + noise)`` is a sample of softmax(scores) (Gumbel 1954; "Gumbel-max").
     """
-    starts = [signed(derive_seed(seed, count + 1)) for seed, count in zip(seeds, counts, strict=True)]
+    starts = [noise_start(seed, count) for seed, count in zip(seeds, counts, strict=True)]
     return hashed_noise(torch.tensor(starts, device=device), hash_places(size, device))
+
+
+def noise_start(seed: int, generated: int) -> int:
+    """Returns where the hash of a row's noise starts after so many tokens: an int64."""
+    return signed(derive_seed(seed, generated + 1))
 
 
 def hash_places(size: int, device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import (
     Draw,
-    derive_seed,
     derived_seeds,
     hash_places,
     hashed_noise,
-    signed,
+    noise_start,
+    passes_trials,
     truncate,
 )
 
@@ -28,11 +28,6 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[..., torch.Tensor]
 """Chooses tokens as `hcot_lmeval.engine.device.triton_sample.choose` does, whose arguments it takes."""
-
-PROBE_SIZE = 5003
-"""Tokens of the vocabulary on which a kernel is tried."""
-PROBE_WARMTH = ((0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.6, 0.9, 0.0), (1.5, 0.7, 0.01), (0.8, 1.0, 0.05), (3.0, 0.3, 0.0))
-"""Temperature, top-p and min-p of the probe's rows; every second one has a top-k too."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def choose_by(kernel: Kernel, logits: torch.Tensor, draws: Sequence[Draw]) -> li
         return logits.argmax(-1).tolist()
     numbers = ([p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params])
     warmth = Warmth(*(upload(column, logits.dtype, logits.device) for column in numbers))
-    starts = [signed(derive_seed(draw.seed, draw.generated + 1)) for draw in draws]
+    starts = [noise_start(draw.seed, draw.generated) for draw in draws]
     integers = (upload(column, torch.int64, logits.device) for column in ([p.top_k for p in params], starts))
     scores = logits / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
     with on(logits.device):
@@ -176,14 +171,5 @@ def _by_triton(*given: Any) -> torch.Tensor:
 @torch.inference_mode()
 def chooses_alike(kernel: Kernel, device: torch.device) -> bool:
     """Whether a kernel chooses the tokens that PyTorch chooses, for settings of every kind and scores of both types."""
-    plain = Sampler(hash_places(PROBE_SIZE, device), most=40)
-    generator = torch.Generator().manual_seed(0)
-    rows = len(PROBE_WARMTH)
-    top_k = torch.tensor([40 * (row % 2) for row in range(rows)], device=device)
-    starts = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
-    for dtype in (torch.float32, torch.float64):
-        scores = (3 * torch.randn(rows, PROBE_SIZE, generator=generator)).to(device, dtype)
-        given = scores, Warmth(*torch.tensor(PROBE_WARMTH, dtype=dtype, device=device).unbind(1)), top_k, starts
-        if not torch.equal(replace(plain, kernel=kernel).sampled(*given), plain.sampled(*given)):
-            return False
-    return True
+    chooser = functools.partial(choose_by, kernel)
+    return all(passes_trials(chooser, dtype, device) for dtype in (torch.float32, torch.float64))

@@ -1,15 +1,8 @@
 """A Triton kernel that chooses a token of each row: no sort, and no noise for tokens that cannot win.
 
-A sample is the largest sum of score and Gumbel noise, and the noise of a token is a hash of its id.
-
-* With u the hash as a number in (0, 1), the noise -log(-log u) is at most -log(1 - u). So a token can beat the best sum
-  so far, b, only if 1 - u <= exp(score - b), and in a whole vocabulary about one does. Logarithms in double precision
-  are computed for blocks that hold such a token.
-* Top-k, top-p and min-p keep the tokens in front of some place in the order of the scores. If the winner among all
-  tokens is kept, it is the winner among those that are kept; if not, whatever ranks behind it is not kept either, and
-  the tokens in front of it play again.
-
-``native/kernel/sample.cpp`` does the same on CPUs.
+A sample is the largest sum of score and Gumbel noise. How the search for it leaves out sorting and nearly all of the
+noise is told at the top of ``native/kernel/sample.cpp``, which does the same on CPUs. Two things differ here: the
+logarithms of noise are computed for whole blocks in which a token can win, and PyTorch finds the k-th score.
 """
 
 from __future__ import annotations

@@ -11,20 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError, load_sampler
-from hcot_lmeval.engine.sampling import Draw, SamplingParams, choose, derive_seed, signed
+from hcot_lmeval.engine.sampling import Draw, noise_start, passes_trials
 
 logger = logging.getLogger(__name__)
-
-TRIALS = (
-    SamplingParams(),
-    SamplingParams(temperature=1.0),
-    SamplingParams(temperature=0.6, top_p=0.9),
-    SamplingParams(temperature=1.5, top_p=0.7, top_k=40, min_p=0.01),
-    SamplingParams(temperature=0.8, min_p=0.05),
-    SamplingParams(temperature=3.0, top_p=0.3, top_k=20),
-)
-TRIAL_SIZE = 5003
-"""Settings, and size of the vocabulary, on which a sampler is tried."""
 
 
 class _Rows(ctypes.Structure):
@@ -84,20 +73,12 @@ def sampler_for(dtype: torch.dtype) -> NativeSampler | None:
     except KernelUnavailableError as error:
         logger.info("tokens are chosen by PyTorch: %s", error)
         return None
-    if not _chooses_alike(sampler):
+    if not passes_trials(sampler, dtype, torch.device("cpu")):
         logger.warning("tokens are chosen by PyTorch: the compiled sampler chooses others on trial logits")
         return None
     return sampler
 
 
-def _chooses_alike(sampler: NativeSampler) -> bool:
-    """Whether a sampler chooses what PyTorch does, on trial: a compiler may be at fault."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(len(TRIALS), TRIAL_SIZE, generator=generator, dtype=sampler.dtype)
-    draws = [Draw(params, seed, 1) for seed, params in enumerate(TRIALS)]
-    return sampler(logits, draws) == choose(logits, draws)[0]
-
-
 def _start(draw: Draw) -> int:
     """Where the hash of a row's noise starts; nobody asks for it at temperature 0."""
-    return signed(derive_seed(draw.seed, draw.generated + 1)) if draw.params.temperature > 0 else 0
+    return noise_start(draw.seed, draw.generated) if draw.params.temperature > 0 else 0

@@ -6,8 +6,8 @@
 //   -log(-log u) is at most -log(1 - u). So a token can beat the best sum so far, b, only if 1 - u <= exp(score - b),
 //   and in a whole vocabulary about one does.
 // * Nothing is sorted for top-p and min-p. They keep the tokens in front of some place in the order of the scores. If the
-//   winner among all tokens is kept, it is the winner among those that are kept; if not, whatever ranks behind it is
-//   not kept either, and the tokens in front of it play again.
+//   winner among all tokens is kept, it is the winner among those that are kept. If not, whatever ranks behind it is
+//   not kept either, and the search is repeated among the tokens in front of it. Where top-k ends is found first.
 //
 // Compiled with WEIGHT = float or double, the type of the logits. Rows do not see one another, nor how many threads
 // there are; sums go by a fixed order.
