@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 
-from hcot_lmeval.bench import check, choosing, cli, floor, prune_events, shapes
+from hcot_lmeval.bench import check, floor, prune_events, shapes
 from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logits
 from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
 from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
@@ -529,106 +525,3 @@ def test_an_event_and_its_prefill_forward_as_many_tokens_at_one_place(model, mon
     prefill = [*[(21, 1)] * 3, (21, 6)]
     assert chunks == [prompt, *decoded, event, after, *prefill] * 3
     assert len(found.events) == len(found.prefills) == 2 and found.ratio > 0
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def test_live_contexts_are_asked_for_and_compared_with_the_best_batch(capsys, monkeypatch):
-    monkeypatch.setattr(floor, "STEPS", 1)
-    line = "--shape tiny --threads 1 --tokens 60 --prompt 7 --live 60 45 --batch 1 2 --repeats 1"
-    assert cli.main([*line.split(), "--engines", "generate", "recompute"]) == 0
-    table = capsys.readouterr().out.split("beside the best batch of generate, ")[1].splitlines()
-    best = table[0].removesuffix(" tokens/s").split(" at ")[1]
-    rows = [line.split() for line in table[2:10]]
-    assert [row[0] for row in rows] == ["generate", "recompute"] * 4
-    assert [row[1] for row in rows] == [*"11112222"]
-    assert [int(row[2]) <= limit for row, limit in zip(rows[1::2], (60, 45, 60, 45), strict=True)] == [True] * 4
-    assert [row[0] for row in rows if row[3:] == [best, "1.00"]] == ["generate"]
-    assert cli.main([*line.replace("60 45", "12").split(), "--engines", "generate"]) == 1
-    assert "live=12 is too little" in capsys.readouterr().err
-
-
-def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(floor, "STEPS", 1)
-    path = tmp_path / "bench.json"
-    line = "--shape tiny --threads 1 --tokens 40 --prompt 7 --thought 9 --batch 1 2 --repeats 1 --check"
-    engines = ["generate", "recompute", "vllm"]
-    assert cli.main([*line.split(), "--engines", *engines, "--json", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "recompute:" in out and "standard deviations" in out
-    assert "batch 2: 40 tokens a row after a prompt of 7" in out and "vllm: not run: not installed" in out
-    told = json.loads(path.read_text())
-    assert [result["batch"] for result in told["results"]] == [1, 2]
-    assert [engine["engine"] for engine in told["results"][0]["engines"]] == engines
-    assert told["versions"]["torch"] == version("torch") and told["machine"]["threads"] == "1"
-    assert told["arguments"]["thought"] == 9
-    assert len(told["results"][0]["engines"][0]["runs"]) == len(told["results"][0]["floors"]) == 1
-
-
-def test_other_measurements_have_commands(capsys, monkeypatch):
-    monkeypatch.setattr(floor, "STEPS", 1)
-    tiny = ["--shape", "tiny", "--threads", "1", "--repeats", "1"]
-    assert cli.main(["prune", *tiny, "--solution", "3", "--context", "20", "--thought", "9", "30"]) == 0
-    assert "ratio: median" in capsys.readouterr().out
-    assert cli.main(["long", *tiny, "--tokens", "90", "--thought", "20", "--prompt", "9", "--batch", "1"]) == 0
-    assert "x off" in capsys.readouterr().out
-    assert cli.main(["long", *tiny, "--tokens", "90", "--live", "50", "--batch", "1"]) == 1
-    assert "error: the pruned trace has" in capsys.readouterr().err
-
-
-def test_ways_to_choose_a_token_take_turns(capsys, tmp_path):
-    assert cli.main(["sampling", "--batch", "1", "3", "--vocabulary", "400", "--repeats", "2",
-                     "--json", str(tmp_path / "file.json")]) == 0  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "transformers" in printed and "native" in printed and "triton: not run: on CUDA only" in printed
-    results = json.loads((tmp_path / "file.json").read_text())["results"]
-    assert len(results) == 2 * 3 * 4
-    assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in results if not r["reason"])
-
-
-def test_a_way_that_chooses_other_tokens_is_an_error(monkeypatch):
-    monkeypatch.setattr(choosing, "sampler_for", lambda dtype: lambda logits, draws: [0] * len(draws))
-    with pytest.raises(AssertionError, match="native chose other tokens"):
-        choosing.time_choices([4], 300, torch.device("cpu"), 1, quiet)
-
-
-@pytest.mark.parametrize("line", ["--engines vlllm", "--option backend", "--shape 7B", "fast"])
-def test_what_is_unknown_is_refused(line, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(line.split())
-    assert stopped.value.code == 2
-    assert line.split()[-1] in capsys.readouterr().err
-
-
-WRONG = {
-    "sampling --vocabulary 0": "vocabulary=0",
-    "sampling --batch 4 0": "batch=0",
-    "--temperature nan --shape tiny": "temperature=nan",
-    "--option compute=cuda --shape tiny": "compute='cuda' is unknown",
-    "--option foo=1 --shape tiny": "foo",
-}
-
-
-@pytest.mark.parametrize("line", WRONG)
-def test_numbers_and_options_are_looked_at_before_a_model_is_made(line, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "make_model", lambda *_: pytest.fail("a model was made"))
-    assert cli.main(line.split()) == 1
-    assert WRONG[line] in capsys.readouterr().err
-
-
-def test_examples_in_the_help_are_commands_that_work(capsys):
-    for line in (["--help"], ["engines", "--help"]):
-        with pytest.raises(SystemExit):
-            cli.main(line)
-        printed = capsys.readouterr().out
-        assert "engines prune" not in printed and " prune --context" in printed
-
-
-def test_help_needs_no_heavy_library():
-    code = (
-        "import sys\nfrom hcot_lmeval.bench.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print([name for name in ('torch', 'transformers', 'numpy', 'tqdm') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "of floor" in done.stdout and done.stdout.strip().endswith("[]")

@@ -19,23 +19,22 @@ Differences to ``hf`` that a user should know:
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.lm.fingerprint import checkpoint_facts, library_versions, plain_arguments, tokenizer_digest
 from hcot_lmeval.lm.journal import Journal, digest
-from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, known_names, split_model_args, unknown_argument
+from hcot_lmeval.lm.loading import check_names, default_device, prepare_cpu_ranks
+from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
 from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
 from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
@@ -88,12 +87,12 @@ class HcotLM(HFLM):
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
         pretrained, rest["tokenizer"] = resolve(pretrained), resolve(rest.get("tokenizer"))
-        _check_names(pretrained, rest)
+        check_names(pretrained, rest)
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
         if isinstance(pretrained, str):
-            rest.setdefault("device", _default_device())
-            _prepare_cpu_ranks(rest["device"])
+            rest.setdefault("device", default_device())
+            prepare_cpu_ranks(rest["device"])
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
         try:
             super().__init__(pretrained=pretrained, **rest)
@@ -392,35 +391,3 @@ class HcotLM(HFLM):
             "compute": self.engine.decoder.compute_name if totals["requests"] else None,
         }
         return {**super().get_model_info(), "hcot": {**settings, **totals}}
-
-
-def _check_names(pretrained: Any, arguments: dict[str, Any]) -> None:
-    """Raises `ValueError` for an argument that neither we, ``hf``, `from_pretrained` nor the model's config knows."""
-    known = known_names()
-    unknown = [name for name in arguments if name not in known]
-    if unknown and isinstance(pretrained, str):
-        unknown = [name for name in unknown if not _is_config_field(pretrained, name, arguments)]
-    if unknown:
-        raise unknown_argument(unknown[0], known)
-
-
-def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> bool:
-    """Whether `from_pretrained` would take `name` as an override of the model's config."""
-    loading = ("revision", "trust_remote_code", "subfolder", "gguf_file")
-    try:
-        config = AutoConfig.from_pretrained(pretrained, **{k: arguments[k] for k in loading if k in arguments})
-    except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
-        return False
-    return name in config.to_dict()
-
-
-def _default_device() -> str:
-    """An accelerator if there is one, else the CPU; the default of ``hf`` is CUDA, there or not."""
-    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-
-def _prepare_cpu_ranks(device: Any) -> None:
-    """Lets accelerate see the ranks of ``torchrun`` on CPUs, as ``accelerate launch --cpu`` does."""
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
-    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
