@@ -96,17 +96,30 @@ def test_any_schedule(data):
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-@pytest.mark.skipif(not X86, reason="the flags are those of x86")
-@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",), ("-mno-avx512bf16",)], ids=" ".join)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_processors_that_can_do_less(flags, dtype, monkeypatch):
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    build.load_kernel.cache_clear()
-    try:
-        model = tiny_model("qwen3", dtype, initializer_range=0.1, **SHAPES["odd"])
-        assert compared(in_full_precision(model) if dtype == torch.float64 else model, STEPS) <= TOLERANCE[dtype]
-    finally:
+LESS = [
+    pytest.param(flag, marks=pytest.mark.skipif(not X86, reason="the flags are those of x86"))
+    for flag in ("-mno-avx512f", "-mno-avx", "-mno-avx512bf16")
+]
+
+
+@pytest.fixture
+def compiled_with(monkeypatch):
+    """Has the kernel compiled with further flags, as for another processor."""
+
+    def use(*flags):
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
         build.load_kernel.cache_clear()
+
+    yield use
+    build.load_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("flag", LESS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_processors_that_can_do_less(flag, dtype, compiled_with):
+    compiled_with(flag)
+    model = tiny_model("qwen3", dtype, initializer_range=0.1, **SHAPES["odd"])
+    assert compared(in_full_precision(model) if dtype == torch.float64 else model, STEPS) <= TOLERANCE[dtype]
 
 
 def generate(model, **options):
@@ -122,12 +135,14 @@ def generate(model, **options):
     return [(c.token_ids, c.logprobs) for c in done]
 
 
+@pytest.mark.parametrize("flag", ["", *LESS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_are_the_same_bit_for_bit_whatever_runs_beside(dtype):
+def test_results_are_the_same_bit_for_bit_whatever_runs_beside(dtype, flag, compiled_with):
     """A token's logits depend neither on its batch, nor on how its prompt was cut, nor on the threads.
 
     Rows of weights are long enough for every way to walk along them, unrolled or not, and for its remainder.
     """
+    compiled_with(*flag.split())
     model = tiny_model("qwen2", dtype, **SHAPES["long"])
     alone = generate(model, slots=1, compute="native")
     threads = torch.get_num_threads()

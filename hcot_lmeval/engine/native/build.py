@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).with_name("kernel")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 """The types of weights that the kernel knows, by the names they have in it."""
 LOGITS = (torch.float32, torch.float64)

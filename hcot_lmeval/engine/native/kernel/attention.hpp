@@ -35,7 +35,7 @@ static void score(const Context& c, const real* query, int from, int to, real* s
         for (; k + LANES <= c.dim; k += LANES) {
             Vector q = load(query + k);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) totals[i] += q * load(key + (size_t)i * c.stride + k);
+            for (int i = 0; i < 4; i++) totals[i] = fused(totals[i], q, load(key + (size_t)i * c.stride + k));
         }
         sums(totals[0], totals[1], totals[2], totals[3], scores + j);
         for (; k < c.dim; k++)
@@ -66,8 +66,9 @@ static void blend_columns(const Context& c, const real* scores, int from, int to
     for (int j = from; j < to; j++) {
         const stored* value = c.values + (size_t)j * c.stride;
         if (k == 0 && j % turn.count == turn.index) fetch_next(c, value);
+        Vector share = splat(scores[j]);
 #pragma GCC unroll 4
-        for (int i = 0; i < MANY; i++) parts[i] += scores[j] * load(value + k + i * LANES);
+        for (int i = 0; i < MANY; i++) parts[i] = fused(parts[i], share, load(value + k + i * LANES));
     }
     for (int i = 0; i < MANY; i++) store(out + k + i * LANES, parts[i]);
 }

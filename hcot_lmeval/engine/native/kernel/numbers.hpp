@@ -33,7 +33,7 @@ using real = Compute<weight>::type;  // activations and sums
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, MOST_TOKENS = 6;  // 4 rows of weights x MOST_TOKENS sums, and their factors, fit in registers
 #elif defined(__AVX__)
-constexpr int BYTES = 32, MOST_TOKENS = 2;
+constexpr int BYTES = 32, MOST_TOKENS = 3;
 #else
 constexpr int BYTES = 16, MOST_TOKENS = 4;
 #endif
@@ -48,6 +48,23 @@ static inline Vector load(const real* p) { return *(const Unaligned*)p; }
 static inline void store(real* p, Vector v) { *(Unaligned*)p = v; }
 template <class T, class V = Vector> static inline V load(const T* p) {  // a bfloat16 is the upper half of a float
     return (V)(__builtin_convertvector(*(const Halves*)p, Words) << 16);
+}
+
+static inline Vector splat(real x) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v[i] = x;
+    return v;
+}
+
+// total + a * b, rounded once where the processor can. Nothing is contracted unless it says so here: compilers would do
+// it in one copy of a loop and not in another, and results would depend on what runs beside.
+static inline Vector fused(Vector total, Vector a, Vector b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < LANES; i++) total[i] = std::fma(a[i], b[i], total[i]);  // becomes a single instruction
+    return total;
+#else
+    return total + a * b;
+#endif
 }
 
 static inline real number(real x) { return x; }
@@ -74,25 +91,33 @@ static inline real sum(Vector v) {
 template <class V> static inline void sums(V a, V b, V c, V d, real out[4]) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Lanes16){__VA_ARGS__})
-typedef int32_t Lanes16 __attribute__((vector_size(64)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
+typedef int32_t Lanes __attribute__((vector_size(BYTES)));
 #endif
-typedef float Float16 __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(BYTES)));
 // A tree that halves four vectors together takes a third of the instructions of four separate sums.
-static inline void sums(Float16 a, Float16 b, Float16 c, Float16 d, float out[4]) {
-    Float16 ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                 SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    Float16 cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                 SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    Float16 all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                  SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+static inline void sums(Floats a, Floats b, Floats c, Floats d, float out[4]) {
+#if defined(__AVX512F__)
+    Floats ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    Floats cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    Floats all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                 SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     all = SHUFFLE(all, all, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+#else
+    Floats ab = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    Floats cd = SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    Floats all = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6);  // a, a, c, c, b, b, d, d
+    all = SHUFFLE(all, all, 0, 4, 2, 6, 0, 4, 2, 6);
+#endif
     memcpy(out, &all, 4 * sizeof(float));
 }
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "numbers.hpp"
 
@@ -12,7 +13,7 @@ template <class T> struct Product {
     using Factor = Vector;
     static constexpr int WIDTH = LANES;
     template <class P> static Factor get(const P* p) { return load(p); }
-    static void add(Vector& total, Factor w, Factor x) { total += w * x; }
+    static void add(Vector& total, Factor w, Factor x) { total = fused(total, w, x); }
 };
 #if defined(__AVX512BF16__)
 template <> struct Product<bfloat16> {
@@ -31,6 +32,19 @@ struct Matrix {
     int out, in;
 };
 
+// What a matrix is multiplied with, and what one thread needs for it.
+struct Input {
+    const operand* x;  // [tokens, in]
+    int tokens;
+    int far;     // bytes by which a single token's products fetch ahead
+    real* wide;  // [WIDE_ROWS, in]
+};
+
+// Without an instruction for their type, rows that meet several strips of tokens are brought into the type of the
+// activations once, not by every strip.
+constexpr bool WIDENS = !std::is_same<weight, operand>::value;
+constexpr int WIDE_ROWS = WIDENS ? 4 : 0;
+
 // Memory to fetch while computing: `lines` cache lines of 64 bytes for every step along a row.
 struct Ahead {
     const char* from;
@@ -38,8 +52,8 @@ struct Ahead {
 };
 
 // y[n] = rows[n] . x, of which totals[n] holds what whole vectors gave.
-template <int ROWS>
-static inline void finish(const weight* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
+template <int ROWS, class Row>
+static inline void finish(const Row* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
     if constexpr (ROWS % 4 == 0) {
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; n += 4) sums(totals[n], totals[n + 1], totals[n + 2], totals[n + 3], y + n);
@@ -51,18 +65,18 @@ static inline void finish(const weight* rows, const operand* x, int in, const Ve
 }
 
 // y[t][n] = rows[n] . x[t] for ROWS rows of weights and TOKENS tokens.
-template <int ROWS, int TOKENS>
-static inline void tile(const weight* rows, const operand* x, int in, real y[TOKENS][ROWS], Ahead ahead) {
+template <int ROWS, int TOKENS, class Row>
+static inline void tile(const Row* rows, const operand* x, int in, real y[TOKENS][ROWS], Ahead ahead) {
     using P = Product<weight>;
     Vector totals[TOKENS][ROWS] = {};
     for (int k = 0; k + P::WIDTH <= in; k += P::WIDTH) {
         for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
-        P::Factor factors[TOKENS];
+        typename P::Factor factors[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) factors[t] = P::get(x + (size_t)t * in + k);
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; n++) {
-            P::Factor w = P::get(rows + (size_t)n * in + k);
+            typename P::Factor w = P::get(rows + (size_t)n * in + k);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++) P::add(totals[t][n], w, factors[t]);
         }
@@ -72,16 +86,15 @@ static inline void tile(const weight* rows, const operand* x, int in, real y[TOK
 }
 
 // What whole vectors give of row . x, summed in the order in which a tile does it: bit for bit the same.
-static inline Vector dot(const weight* row, const operand* x, int in) {
+static inline Vector dot(const weight* row, const operand* x, int in, int far) {
     using P = Product<weight>;
     constexpr int STEPS = 4, SPAN = STEPS * P::WIDTH;
-    constexpr int FAR = 2560;  // bytes; 2 to 3 KiB were the best of 0 to 32 on a Zen 4, by up to a third
     Vector total = {};
     int k = 0;
     for (; k + SPAN <= in; k += SPAN) {
 #pragma GCC unroll 8
         for (int i = 0; i < SPAN * (int)sizeof(weight); i += 64)
-            __builtin_prefetch((const char*)(row + k) + FAR + i, 0, 2);
+            __builtin_prefetch((const char*)(row + k) + far + i, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < SPAN; i += P::WIDTH) P::add(total, P::get(row + k + i), P::get(x + k + i));
     }
@@ -91,10 +104,10 @@ static inline Vector dot(const weight* row, const operand* x, int in) {
 
 // y[n] = rows[n] . x for ROWS rows of weights and a single token. Here the memory is all that matters, and it is faster
 // in the order of addresses than with several rows side by side.
-template <int ROWS> static inline void dots(const weight* rows, const operand* x, int in, real y[ROWS]) {
+template <int ROWS> static inline void dots(const weight* rows, const Input& input, int in, real y[ROWS]) {
     Vector totals[ROWS];
-    for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, x, in);
-    finish<ROWS>(rows, x, in, totals, y);
+    for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, input.x, in, input.far);
+    finish<ROWS>(rows, input.x, in, totals, y);
 }
 
 // What becomes of products with the rows from n on: they are stored at y, or added to what is there.
@@ -105,41 +118,52 @@ template <bool ADD, int ROWS> static inline void keep(const Matrix& m, int n, co
     }
 }
 
-template <bool ADD, int ROWS, int TOKENS>
-static inline void strip(const Matrix& m, int n, const operand* x, real* y, int width, Ahead ahead) {
+template <bool ADD, int ROWS, int TOKENS, class Row>
+static inline void strip(const Matrix& m, int n, const Row* rows, const operand* x, real* y, int width, Ahead ahead) {
     real out[TOKENS][ROWS];
-    tile<ROWS, TOKENS>(m.rows + (size_t)n * m.in, x, m.in, out, ahead);
+    tile<ROWS, TOKENS>(rows, x, m.in, out, ahead);
     for (int t = 0; t < TOKENS; t++) keep<ADD, ROWS>(m, n, out[t], y + (size_t)t * width);
 }
 
-template <bool ADD, int ROWS> static inline void single(const Matrix& m, int n, const operand* x, real* y) {
-    real out[ROWS];
-    dots<ROWS>(m.rows + (size_t)n * m.in, x, m.in, out);
-    keep<ADD, ROWS>(m, n, out, y);
-}
-
-// The tokens meet ROWS rows of weights in strips, and the strips share the work of fetching the rows after the next.
-template <bool ADD, int ROWS>
-static inline void strips(const Matrix& m, int n, const operand* x, int tokens, real* y, int width) {
-    if (tokens == 1) return single<ADD, ROWS>(m, n, x, y);
+// The tokens meet ROWS rows in strips of even sizes, which share the work of fetching the rows after the next.
+template <bool ADD, int ROWS, class Row>
+static inline void strips(const Matrix& m, int n, const Row* rows, const Input& input, real* y, int width) {
     constexpr int LINES = (ROWS * Product<weight>::WIDTH * (int)sizeof(weight) + 63) / 64;
-    int count = (tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count;
+    int count = (input.tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count;
     const char* next = (const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in);
     const char* end = next + (size_t)ROWS * m.in * sizeof(weight);
-    for (int t = 0; t < tokens;) {
-        const operand* from = x + (size_t)t * m.in;
+    for (int t = 0; count; count--) {
+        const operand* x = input.x + (size_t)t * m.in;
         real* to = y + (size_t)t * width;
-        int left = tokens - t, many = left < MOST_TOKENS ? left : MOST_TOKENS;
+        int many = (input.tokens - t + count - 1) / count;
         Ahead ahead{next, next < end ? lines : 0};
         switch (many) {
-            case 1: strip<ADD, ROWS, 1>(m, n, from, to, width, ahead); break;
-            case 2: strip<ADD, ROWS, 2>(m, n, from, to, width, ahead); break;
-            case 3: if constexpr (MOST_TOKENS >= 3) strip<ADD, ROWS, 3>(m, n, from, to, width, ahead); break;
-            case 4: if constexpr (MOST_TOKENS >= 4) strip<ADD, ROWS, 4>(m, n, from, to, width, ahead); break;
-            case 5: if constexpr (MOST_TOKENS >= 5) strip<ADD, ROWS, 5>(m, n, from, to, width, ahead); break;
-            default: if constexpr (MOST_TOKENS >= 6) strip<ADD, ROWS, 6>(m, n, from, to, width, ahead); break;
+            case 1: strip<ADD, ROWS, 1>(m, n, rows, x, to, width, ahead); break;
+            case 2: strip<ADD, ROWS, 2>(m, n, rows, x, to, width, ahead); break;
+            case 3: strip<ADD, ROWS, 3>(m, n, rows, x, to, width, ahead); break;
+            case 4: if constexpr (MOST_TOKENS >= 4) strip<ADD, ROWS, 4>(m, n, rows, x, to, width, ahead); break;
+            case 5: if constexpr (MOST_TOKENS >= 5) strip<ADD, ROWS, 5>(m, n, rows, x, to, width, ahead); break;
+            default: if constexpr (MOST_TOKENS >= 6) strip<ADD, ROWS, 6>(m, n, rows, x, to, width, ahead); break;
         }
         next += (size_t)lines * (m.in / Product<weight>::WIDTH) * 64;
         t += many;
     }
+}
+
+// y[t][n..] (+)= rows[n..] . x[t] for ROWS rows and all tokens.
+template <bool ADD, int ROWS>
+static inline void multiply_rows(const Matrix& m, int n, const Input& input, real* y, int width) {
+    const weight* rows = m.rows + (size_t)n * m.in;
+    if (input.tokens == 1) {
+        real out[ROWS];
+        dots<ROWS>(rows, input, m.in, out);
+        return keep<ADD, ROWS>(m, n, out, y);
+    }
+    if constexpr (WIDENS && ROWS <= WIDE_ROWS) {
+        if (input.tokens > MOST_TOKENS) {
+            for (int i = 0; i < ROWS * m.in; i++) input.wide[i] = number(rows[i]);
+            return strips<ADD, ROWS>(m, n, input.wide, input, y, width);
+        }
+    }
+    strips<ADD, ROWS>(m, n, rows, input, y, width);
 }

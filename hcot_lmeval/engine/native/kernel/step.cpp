@@ -22,13 +22,13 @@
 // -------------------------------------------------------------------------------------------------- parts of a layer
 
 // y[t][n] (+)= m.rows[n] . x[t] + m.bias[n]; y has rows of `width`.
-template <bool ADD> static void multiply(Team& team, const Matrix& m, const operand* x, int tokens, real* y, int width) {
+template <bool ADD> static void multiply(Team& team, const Matrix& m, const Input& input, real* y, int width) {
     int block = (m.out / (4 * team.size) + 7) / 8 * 8;
     team.share(m.out, block < 16 ? 16 : block, [&](int n, int stop) {
-        if (tokens <= 3)
-            for (; n + 8 <= stop; n += 8) strips<ADD, 8>(m, n, x, tokens, y, width);
-        for (; n + 4 <= stop; n += 4) strips<ADD, 4>(m, n, x, tokens, y, width);
-        for (; n < stop; n++) strips<ADD, 1>(m, n, x, tokens, y, width);
+        if (input.tokens <= 3)
+            for (; n + 8 <= stop; n += 8) multiply_rows<ADD, 8>(m, n, input, y, width);
+        for (; n + 4 <= stop; n += 4) multiply_rows<ADD, 4>(m, n, input, y, width);
+        for (; n < stop; n++) multiply_rows<ADD, 1>(m, n, input, y, width);
     });
 }
 
@@ -70,6 +70,7 @@ struct Model {
     const real* norm;         // [hidden]
     Matrix head;
     int count, hidden, inner, heads, kv_heads, dim;
+    int far;  // see Input
     double eps, scaling;
 };
 
@@ -86,6 +87,8 @@ struct Step {
 // Bytes of scratch for steps of up to `tokens` tokens that see up to `seen` keys.
 size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
 void decode(const Model* model, const Step* step);
+// Seconds that a single token takes through products of the layers, of which at least `bytes` are read if there are.
+double time_products(const Model* model, const Step* step, size_t bytes);
 }
 
 namespace {
@@ -94,9 +97,14 @@ size_t shares(const Model& m) { return (size_t)m.count * 12 + 3; }  // of the la
 
 struct Scratch {
     Part* parts;  // [shares, threads]
-    real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores;
+    real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores, *wide;
     operand* input;
 };
+
+size_t widest_input(const Model& m) {
+    int widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
+    return m.hidden > widest ? m.hidden : widest;
+}
 
 char* take(char*& at, size_t bytes) {
     char* here = at;
@@ -107,8 +115,7 @@ char* take(char*& at, size_t bytes) {
 // With `at` null, the pointers are offsets and the end is the size.
 char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, size_t threads) {
     auto reals = [&](size_t count) { return (real*)take(at, count * sizeof(real)); };
-    size_t group = m.heads / m.kv_heads, widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
-    if ((size_t)m.hidden > widest) widest = m.hidden;
+    size_t group = m.heads / m.kv_heads, widest = widest_input(m);
     s.parts = (Part*)take(at, shares(m) * threads * sizeof(Part));
     s.hidden = reals(tokens * m.hidden);
     s.query = reals(tokens * m.heads * m.dim);
@@ -118,8 +125,14 @@ char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, 
     s.up = reals(tokens * m.inner);
     s.mixed = reals(threads * group * m.dim);
     s.scores = reals(threads * group * seen);
+    s.wide = reals(threads * WIDE_ROWS * widest);
     s.input = (operand*)take(at, tokens * widest * sizeof(operand));
     return at;
+}
+
+// What the products of a thread are made with.
+Input input_of(const Team& team, const Model& m, const Scratch& s, int tokens) {
+    return {s.input, tokens, m.far, s.wide + (size_t)team.rank * WIDE_ROWS * widest_input(m)};
 }
 
 void norm_rows(Team& team, const Model& m, const real* x, const real* scale, int tokens, operand* out) {
@@ -197,26 +210,27 @@ void activate(Team& team, const Model& m, int tokens, const Scratch& s) {
 
 void run_layer(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
     int tokens = step.tokens, wide = m.heads * m.dim, narrow = m.kv_heads * m.dim;
+    Input in = input_of(team, m, s, tokens);
     norm_rows(team, m, s.hidden, layer.attention_norm, tokens, s.input);
     team.together();
-    multiply<false>(team, layer.query, s.input, tokens, s.query, wide);
-    multiply<false>(team, layer.key, s.input, tokens, s.key, narrow);
-    multiply<false>(team, layer.value, s.input, tokens, s.value, narrow);
+    multiply<false>(team, layer.query, in, s.query, wide);
+    multiply<false>(team, layer.key, in, s.key, narrow);
+    multiply<false>(team, layer.value, in, s.value, narrow);
     team.together();
     write_heads(team, m, layer, step, s);
     team.together();
     mix(team, m, layer, step, s, longest);
     team.together();
-    multiply<true>(team, layer.output, s.input, tokens, s.hidden, m.hidden);
+    multiply<true>(team, layer.output, in, s.hidden, m.hidden);
     team.together();
     norm_rows(team, m, s.hidden, layer.mlp_norm, tokens, s.input);
     team.together();
-    multiply<false>(team, layer.gate, s.input, tokens, s.gate, m.inner);
-    multiply<false>(team, layer.up, s.input, tokens, s.up, m.inner);
+    multiply<false>(team, layer.gate, in, s.gate, m.inner);
+    multiply<false>(team, layer.up, in, s.up, m.inner);
     team.together();
     activate(team, m, tokens, s);
     team.together();
-    multiply<true>(team, layer.down, s.input, tokens, s.hidden, m.hidden);
+    multiply<true>(team, layer.down, in, s.hidden, m.hidden);
     team.together();
 }
 
@@ -235,8 +249,19 @@ void run(Team& team, const Model& m, const Step& step, const Scratch& s, int lon
                  s.input + (size_t)t * m.hidden);
     });
     team.together();
-    multiply<false>(team, m.head, s.input, step.outputs, step.logits, m.head.out);
+    multiply<false>(team, m.head, input_of(team, m, s, step.outputs), step.logits, m.head.out);
     team.together();
+}
+
+void run_products(Team& team, const Model& m, const Scratch& s, size_t bytes) {
+    Input in = input_of(team, m, s, 1);
+    size_t each = ((size_t)m.hidden * m.inner * 3) * sizeof(weight);
+    for (int i = 0; i < m.count && i * each < bytes; i++) {
+        multiply<false>(team, m.layers[i].gate, in, s.gate, m.inner);
+        multiply<false>(team, m.layers[i].up, in, s.up, m.inner);
+        multiply<false>(team, m.layers[i].down, in, s.hidden, m.hidden);
+        team.together();
+    }
 }
 
 int most_seen(const Step& step) {
@@ -255,14 +280,25 @@ size_t scratch_bytes(const Model* model, int tokens, int seen, int threads) {
     return (size_t)lay_out(s, nullptr, *model, tokens, seen, threads);
 }
 
-void decode(const Model* model, const Step* step) {
+// Calls work(team, scratch) in all threads.
+template <class Work> static void in_parallel(const Model& model, const Step& step, int longest, Work work) {
     Scratch s;
-    int longest = most_seen(*step);
-    lay_out(s, step->scratch, *model, step->tokens, longest, step->threads);
-    for (size_t i = 0; i < shares(*model) * step->threads; i++) new (s.parts + i) Part{{0}, {0}};
-#pragma omp parallel num_threads(step->threads)
+    lay_out(s, step.scratch, model, step.tokens, longest, step.threads);
+    for (size_t i = 0; i < shares(model) * step.threads; i++) new (s.parts + i) Part{{0}, {0}};
+#pragma omp parallel num_threads(step.threads)
     {
         Team team(s.parts, omp_get_thread_num(), omp_get_num_threads());
-        run(team, *model, *step, s, longest);
+        work(team, s);
     }
+}
+
+void decode(const Model* model, const Step* step) {
+    int longest = most_seen(*step);
+    in_parallel(*model, *step, longest, [&](Team& team, const Scratch& s) { run(team, *model, *step, s, longest); });
+}
+
+double time_products(const Model* model, const Step* step, size_t bytes) {
+    double start = omp_get_wtime();
+    in_parallel(*model, *step, 1, [&](Team& team, const Scratch& s) { run_products(team, *model, s, bytes); });
+    return omp_get_wtime() - start;
 }
