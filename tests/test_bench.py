@@ -442,6 +442,15 @@ def test_the_floor_streams_every_weight_once(model, monkeypatch):
     assert made.run().seconds > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_processors_that_onednn_does_not_serve_have_a_floor_too(dtype, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    made = Floor(shapes.make_model("tiny", dtype), batch=2, kv_bytes=64)
+    assert made.run().seconds > 0  # whatever this processor can do
+    monkeypatch.setattr(floor, "_packs", lambda _: False)
+    assert set(Floor(shapes.make_model("tiny", dtype), batch=2, kv_bytes=64).run().weights) == {"linear"}
+
+
 def test_keys_and_values_that_are_too_many_are_read_in_part(model, monkeypatch):
     monkeypatch.setattr(floor, "KV_BYTES", 4096)
     made = Floor(model, batch=1, kv_bytes=3 * 4096)

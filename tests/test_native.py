@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build
+from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, step
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.reference import EOS, MARKERS
 from tests.tiny import in_full_precision, tiny_model
@@ -268,3 +268,22 @@ def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog, t
 def test_an_unknown_value_is_an_error():
     with pytest.raises(ValueError, match="compute='cuda' is unknown; choose one of auto, native, torch"):
         Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], compute="cuda")
+
+
+def test_the_way_to_read_weights_changes_nothing_but_the_time(monkeypatch):
+    """It is tried where the model is large; whichever is taken, the bits are the same."""
+    model = tiny_model("qwen2", torch.float32, **SHAPES["long"])
+    decoder = Decoder(model, check=False, compute="torch")
+    assert NativeStep(model).distance == step.DISTANCES[0]
+    tried = []
+    time_products = NativeStep._time_products
+    monkeypatch.setattr(step, "TRIED_BYTES", 1000)
+    monkeypatch.setattr(NativeStep, "_time_products", lambda self, far: tried.append(far) or time_products(self, far))
+    logits = []
+    for fastest in step.DISTANCES:
+        monkeypatch.setattr(step, "DISTANCES", (fastest, *(d for d in step.DISTANCES if d != fastest)))
+        monkeypatch.setattr(step, "GAIN", float("inf"))
+        native = NativeStep(model)
+        assert native.distance == fastest and set(tried) == set(step.DISTANCES)
+        logits.append(native.forward(KVPool(decoder.layers, 1, 8), [Chunk(0, 0, [9], range(1))]))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])

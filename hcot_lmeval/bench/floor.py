@@ -83,7 +83,7 @@ class Floor:
         self._kv = torch.randn(taken // 4, device=self._device)  # as float32, whose sum is no work
         self._kv_scale = kv_bytes / taken
         self._kinds: dict[str, list[Product]] = {"linear": [_linear(m) for m in matrices]}
-        if self._device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if self._device.type == "cpu" and _packs(model.dtype):
             self._kinds["packed"] = [_packed(m, batch) for m in matrices]
         self._work = {kind: self._graph(partial(self._stream, made)) for kind, made in self._kinds.items()}
         self._read_kv, self._read_weights = self._graph(self._kv.sum), self._graph(self._read)
@@ -122,6 +122,17 @@ class Floor:
 
 def _linear(weight: torch.Tensor) -> Product:
     return lambda rows: F.linear(rows, weight)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can bring weights of this type into its own order here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    narrow = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype == torch.float32 or (dtype in narrow and bool(narrow[dtype]()))
 
 
 def _packed(weight: torch.Tensor, batch: int) -> Product:

@@ -10,41 +10,54 @@
 struct Context {
     const stored *keys, *values;
     int seen, stride, dim;
+    const stored* next;  // the keys that are needed afterwards, or null
 };
-constexpr int BLOCK = 64;  // keys or values that stay in the nearest cache while all queries of a group use them
+constexpr int BLOCK = 64;  // values that stay in the nearest cache while all queries use them; keys or values to fetch ahead
+constexpr int WIDTH = 4;   // vectors of columns of a value that are blended at a time
 
-// One of several queries that use the same keys and values, and take turns at fetching those of the next block.
-struct Turn {
-    int index, count;
-};
-
-static inline void fetch_next(const Context& c, const stored* row) {
-    const char* at = (const char*)(row + (size_t)BLOCK * c.stride);
-    for (int i = 0; i < c.dim * (int)sizeof(stored); i += 64) __builtin_prefetch(at + i, 0, 2);
+// Fetches `bytes` of what follows a block behind row j: behind the last row come those of `next`.
+static inline void fetch_ahead(const Context& c, const stored* rows, const stored* next, int j, size_t offset, int bytes) {
+    int ahead = j + BLOCK;
+    if (ahead >= c.seen) {
+        if (!next) return;
+        rows = next, ahead -= c.seen > BLOCK ? c.seen : BLOCK;
+    }
+    const char* at = (const char*)(rows + (size_t)ahead * c.stride + offset);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-// scores[j] = query . key[j] for j in [from, to)
-static void score(const Context& c, const real* query, int from, int to, real* scores, Turn turn) {
-    int j = from;
-    for (; j + 4 <= to; j += 4) {
-        const stored* key = c.keys + (size_t)j * c.stride;
-        if (j / 4 % turn.count == turn.index)
-            for (int i = 0; i < 4; i++) fetch_next(c, key + (size_t)i * c.stride);
-        Vector totals[4] = {Vector{}, Vector{}, Vector{}, Vector{}};
-        int k = 0;
-        for (; k + LANES <= c.dim; k += LANES) {
-            Vector q = load(query + k);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) totals[i] = fused(totals[i], q, load(key + (size_t)i * c.stride + k));
+// scores[q][j..] = queries[q] . keys[j..] for KEYS keys and QUERIES queries
+template <int KEYS, int QUERIES>
+static inline void score_tile(const Context& c, const real* queries, int j, real* scores) {
+    const stored* keys = c.keys + (size_t)j * c.stride;
+    Vector totals[QUERIES][KEYS] = {};
+    int k = 0;
+    for (; k + LANES <= c.dim; k += LANES) {
+        Vector factors[QUERIES];
+#pragma GCC unroll 8
+        for (int q = 0; q < QUERIES; q++) factors[q] = load(queries + (size_t)q * c.dim + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < KEYS; i++) {
+            Vector key = load(keys + (size_t)i * c.stride + k);
+#pragma GCC unroll 8
+            for (int q = 0; q < QUERIES; q++) totals[q][i] = fused(totals[q][i], factors[q], key);
         }
-        sums(totals[0], totals[1], totals[2], totals[3], scores + j);
-        for (; k < c.dim; k++)
-            for (int i = 0; i < 4; i++) scores[j + i] += query[k] * number(key[(size_t)i * c.stride + k]);
     }
-    for (; j < to; j++) {
-        scores[j] = 0;
-        for (int k = 0; k < c.dim; k++) scores[j] += query[k] * number(c.keys[(size_t)j * c.stride + k]);
+#pragma GCC unroll 8
+    for (int q = 0; q < QUERIES; q++) {
+        real* out = scores + (size_t)q * c.seen + j;
+        sums<KEYS>(totals[q], out);
+        for (int rest = k; rest < c.dim; rest++)
+            for (int i = 0; i < KEYS; i++)
+                out[i] += queries[(size_t)q * c.dim + rest] * number(keys[(size_t)i * c.stride + rest]);
     }
+}
+
+template <int KEYS> static inline void score_keys(const Context& c, const real* queries, int count, int j, real* scores) {
+    for (int i = 0; i < KEYS; i++) fetch_ahead(c, c.keys, c.values, j + i, 0, c.dim * sizeof(stored));
+    in_strips(count, [&](auto many, int q) {
+        score_tile<KEYS, many.value>(c, queries + (size_t)q * c.dim, j, scores + (size_t)q * c.seen);
+    });
 }
 
 static void softmax(real* scores, int count) {
@@ -58,38 +71,56 @@ static void softmax(real* scores, int count) {
     for (int j = 0; j < count; j++) scores[j] /= total;
 }
 
-// out += sum of scores[j] * value[j] for j in [from, to), for MANY vectors of columns from k on
-template <int MANY>
-static void blend_columns(const Context& c, const real* scores, int from, int to, real* out, int k, Turn turn) {
-    Vector parts[MANY];
-    for (int i = 0; i < MANY; i++) parts[i] = load(out + k + i * LANES);
+// out[q][k..] += sum of scores[q][j] * values[j][k..] over j in [from, to), for MANY vectors of columns
+template <int MANY, int QUERIES>
+static inline void blend_tile(const Context& c, const real* scores, int from, int to, real* out, int k, bool fetches) {
+    Vector parts[QUERIES][MANY];
+#pragma GCC unroll 8
+    for (int q = 0; q < QUERIES; q++)
+#pragma GCC unroll 8
+        for (int i = 0; i < MANY; i++) parts[q][i] = load(out + (size_t)q * c.dim + k + i * LANES);
     for (int j = from; j < to; j++) {
-        const stored* value = c.values + (size_t)j * c.stride;
-        if (k == 0 && j % turn.count == turn.index) fetch_next(c, value);
-        Vector share = splat(scores[j]);
-#pragma GCC unroll 4
-        for (int i = 0; i < MANY; i++) parts[i] = fused(parts[i], share, load(value + k + i * LANES));
+        const stored* value = c.values + (size_t)j * c.stride + k;
+        if (fetches) fetch_ahead(c, c.values, c.next, j, k, MANY * LANES * sizeof(stored));
+        Vector columns[MANY];
+#pragma GCC unroll 8
+        for (int i = 0; i < MANY; i++) columns[i] = load(value + i * LANES);
+#pragma GCC unroll 8
+        for (int q = 0; q < QUERIES; q++) {
+            Vector share = splat(scores[(size_t)q * c.seen + j]);
+#pragma GCC unroll 8
+            for (int i = 0; i < MANY; i++) parts[q][i] = fused(parts[q][i], share, columns[i]);
+        }
     }
-    for (int i = 0; i < MANY; i++) store(out + k + i * LANES, parts[i]);
+#pragma GCC unroll 8
+    for (int q = 0; q < QUERIES; q++)
+#pragma GCC unroll 8
+        for (int i = 0; i < MANY; i++) store(out + (size_t)q * c.dim + k + i * LANES, parts[q][i]);
 }
 
-static void blend(const Context& c, const real* scores, int from, int to, real* out, Turn turn) {
+template <int QUERIES>
+static inline void blend(const Context& c, const real* scores, int from, int to, real* out, bool fetches) {
     int k = 0;
-    for (; k + 4 * LANES <= c.dim; k += 4 * LANES) blend_columns<4>(c, scores, from, to, out, k, turn);
-    for (; k + LANES <= c.dim; k += LANES) blend_columns<1>(c, scores, from, to, out, k, turn);
+    for (; k + WIDTH * LANES <= c.dim; k += WIDTH * LANES)
+        blend_tile<WIDTH, QUERIES>(c, scores, from, to, out, k, fetches);
+    for (; k + LANES <= c.dim; k += LANES) blend_tile<1, QUERIES>(c, scores, from, to, out, k, fetches);
     for (; k < c.dim; k++)
-        for (int j = from; j < to; j++) out[k] += scores[j] * number(c.values[(size_t)j * c.stride + k]);
+        for (int q = 0; q < QUERIES; q++)
+            for (int j = from; j < to; j++)
+                out[(size_t)q * c.dim + k] += scores[(size_t)q * c.seen + j] * number(c.values[(size_t)j * c.stride + k]);
 }
 
 // Attention of `count` queries [count, dim] that share keys and values; scores [count, seen], out [count, dim].
 static void attend(const Context& c, const real* queries, int count, real* scores, real* out) {
-    auto end = [&](int from) { return from + BLOCK < c.seen ? from + BLOCK : c.seen; };
-    for (int from = 0; from < c.seen; from += BLOCK)
-        for (int g = 0; g < count; g++)
-            score(c, queries + (size_t)g * c.dim, from, end(from), scores + (size_t)g * c.seen, {g, count});
-    for (int g = 0; g < count; g++) softmax(scores + (size_t)g * c.seen, c.seen);
+    int j = 0;
+    for (; j + 4 <= c.seen; j += 4) score_keys<4>(c, queries, count, j, scores);
+    for (; j < c.seen; j++) score_keys<1>(c, queries, count, j, scores);
+    for (int q = 0; q < count; q++) softmax(scores + (size_t)q * c.seen, c.seen);
     for (int i = 0; i < count * c.dim; i++) out[i] = 0;
-    for (int from = 0; from < c.seen; from += BLOCK)
-        for (int g = 0; g < count; g++)
-            blend(c, scores + (size_t)g * c.seen, from, end(from), out + (size_t)g * c.dim, {g, count});
+    for (int from = 0; from < c.seen; from += BLOCK) {
+        int to = from + BLOCK < c.seen ? from + BLOCK : c.seen;
+        in_strips(count, [&](auto many, int q) {
+            blend<many.value>(c, scores + (size_t)q * c.seen, from, to, out + (size_t)q * c.dim, q == 0);
+        });
+    }
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -37,6 +38,7 @@ constexpr int BYTES = 32, MOST_TOKENS = 3;
 #else
 constexpr int BYTES = 16, MOST_TOKENS = 4;
 #endif
+template <int N> using Constant = std::integral_constant<int, N>;
 constexpr int LANES = BYTES / sizeof(real);
 
 typedef real Vector __attribute__((vector_size(BYTES)));
@@ -121,6 +123,32 @@ static inline void sums(Floats a, Floats b, Floats c, Floats d, float out[4]) {
     memcpy(out, &all, 4 * sizeof(float));
 }
 #endif
+
+template <int COUNT> static inline void sums(const Vector* v, real* out) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i += 4) sums(v[i], v[i + 1], v[i + 2], v[i + 3], out + i);
+    } else {
+        for (int i = 0; i < COUNT; i++) out[i] = sum(v[i]);
+    }
+}
+
+// Calls work(size, start) for strips of [0, count) of even sizes, MOST_TOKENS at most; `size` is a constant.
+template <class Work> static inline void in_strips(int count, Work work) {
+    int start = 0;
+    for (int left = (count + MOST_TOKENS - 1) / MOST_TOKENS; left; left--) {
+        int size = (count - start + left - 1) / left;
+        switch (size) {
+            case 1: work(Constant<1>{}, start); break;
+            case 2: work(Constant<2>{}, start); break;
+            case 3: if constexpr (MOST_TOKENS >= 3) work(Constant<3>{}, start); break;
+            case 4: if constexpr (MOST_TOKENS >= 4) work(Constant<4>{}, start); break;
+            case 5: if constexpr (MOST_TOKENS >= 5) work(Constant<5>{}, start); break;
+            default: if constexpr (MOST_TOKENS >= 6) work(Constant<6>{}, start); break;
+        }
+        start += size;
+    }
+}
 
 // exp by 2^n * 2^f with |f| <= 1/2 and the Taylor polynomial of 2^f, whose error is below a rounding of float.
 static inline void exponentials(float* x, int count) {

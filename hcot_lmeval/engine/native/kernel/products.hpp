@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <type_traits>
 
 #include "numbers.hpp"
 
@@ -36,7 +35,7 @@ struct Matrix {
 struct Input {
     const operand* x;  // [tokens, in]
     int tokens;
-    int far;     // bytes by which a single token's products fetch ahead
+    int far;     // a single token meets one row after the other, fetched so many bytes ahead; 0: several side by side
     real* wide;  // [WIDE_ROWS, in]
 };
 
@@ -45,21 +44,17 @@ struct Input {
 constexpr bool WIDENS = !std::is_same<weight, operand>::value;
 constexpr int WIDE_ROWS = WIDENS ? 4 : 0;
 
-// Memory to fetch while computing: `lines` cache lines of 64 bytes for every step along a row.
+// Memory to fetch while computing: `lines` cache lines of 64 bytes for every `span` numbers of a row, a power of two.
+// Spread evenly, or the processor's few places for lines under way are full, and computing waits.
 struct Ahead {
     const char* from;
-    int lines;
+    int lines, span;
 };
 
 // y[n] = rows[n] . x, of which totals[n] holds what whole vectors gave.
 template <int ROWS, class Row>
 static inline void finish(const Row* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
-    if constexpr (ROWS % 4 == 0) {
-#pragma GCC unroll 8
-        for (int n = 0; n < ROWS; n += 4) sums(totals[n], totals[n + 1], totals[n + 2], totals[n + 3], y + n);
-    } else {
-        for (int n = 0; n < ROWS; n++) y[n] = sum(totals[n]);
-    }
+    sums<ROWS>(totals, y);
     for (int n = 0; n < ROWS; n++)
         for (int k = in - in % Product<weight>::WIDTH; k < in; k++) y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
 }
@@ -70,7 +65,8 @@ static inline void tile(const Row* rows, const operand* x, int in, real y[TOKENS
     using P = Product<weight>;
     Vector totals[TOKENS][ROWS] = {};
     for (int k = 0; k + P::WIDTH <= in; k += P::WIDTH) {
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+        if ((k & (ahead.span - 1)) == 0)
+            for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
         typename P::Factor factors[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) factors[t] = P::get(x + (size_t)t * in + k);
@@ -102,8 +98,8 @@ static inline Vector dot(const weight* row, const operand* x, int in, int far) {
     return total;
 }
 
-// y[n] = rows[n] . x for ROWS rows of weights and a single token. Here the memory is all that matters, and it is faster
-// in the order of addresses than with several rows side by side.
+// y[n] = rows[n] . x for ROWS rows of weights and a single token, read in the order of addresses: some memories are faster
+// so than with several rows side by side, while those hide the latency of the sums.
 template <int ROWS> static inline void dots(const weight* rows, const Input& input, int in, real y[ROWS]) {
     Vector totals[ROWS];
     for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, input.x, in, input.far);
@@ -125,36 +121,26 @@ static inline void strip(const Matrix& m, int n, const Row* rows, const operand*
     for (int t = 0; t < TOKENS; t++) keep<ADD, ROWS>(m, n, out[t], y + (size_t)t * width);
 }
 
-// The tokens meet ROWS rows in strips of even sizes, which share the work of fetching the rows after the next.
+// The tokens meet ROWS rows in strips, which share the work of fetching the rows after the next.
 template <bool ADD, int ROWS, class Row>
 static inline void strips(const Matrix& m, int n, const Row* rows, const Input& input, real* y, int width) {
-    constexpr int LINES = (ROWS * Product<weight>::WIDTH * (int)sizeof(weight) + 63) / 64;
-    int count = (input.tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count;
+    constexpr int STEP = Product<weight>::WIDTH, LINES = (ROWS * STEP * (int)sizeof(weight) + 63) / 64;
+    int count = (input.tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count, span = STEP;
+    while (2 * span * LINES <= count * STEP) span *= 2;
     const char* next = (const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in);
     const char* end = next + (size_t)ROWS * m.in * sizeof(weight);
-    for (int t = 0; count; count--) {
-        const operand* x = input.x + (size_t)t * m.in;
-        real* to = y + (size_t)t * width;
-        int many = (input.tokens - t + count - 1) / count;
-        Ahead ahead{next, next < end ? lines : 0};
-        switch (many) {
-            case 1: strip<ADD, ROWS, 1>(m, n, rows, x, to, width, ahead); break;
-            case 2: strip<ADD, ROWS, 2>(m, n, rows, x, to, width, ahead); break;
-            case 3: strip<ADD, ROWS, 3>(m, n, rows, x, to, width, ahead); break;
-            case 4: if constexpr (MOST_TOKENS >= 4) strip<ADD, ROWS, 4>(m, n, rows, x, to, width, ahead); break;
-            case 5: if constexpr (MOST_TOKENS >= 5) strip<ADD, ROWS, 5>(m, n, rows, x, to, width, ahead); break;
-            default: if constexpr (MOST_TOKENS >= 6) strip<ADD, ROWS, 6>(m, n, rows, x, to, width, ahead); break;
-        }
-        next += (size_t)lines * (m.in / Product<weight>::WIDTH) * 64;
-        t += many;
-    }
+    in_strips(input.tokens, [&](auto size, int t) {
+        Ahead ahead{next, next < end ? lines : 0, span};
+        strip<ADD, ROWS, size.value>(m, n, rows, input.x + (size_t)t * m.in, y + (size_t)t * width, width, ahead);
+        next += (size_t)lines * (m.in / span) * 64;
+    });
 }
 
 // y[t][n..] (+)= rows[n..] . x[t] for ROWS rows and all tokens.
 template <bool ADD, int ROWS>
 static inline void multiply_rows(const Matrix& m, int n, const Input& input, real* y, int width) {
     const weight* rows = m.rows + (size_t)n * m.in;
-    if (input.tokens == 1) {
+    if (input.tokens == 1 && input.far) {
         real out[ROWS];
         dots<ROWS>(rows, input, m.in, out);
         return keep<ADD, ROWS>(m, n, out, y);

@@ -171,12 +171,19 @@ void write_heads(Team& team, const Model& m, const Layer& layer, const Step& ste
     });
 }
 
+// What the queries from `unit` on attend to, and those from `then` on, if there are any, behind them.
+Context context_of(const Model& m, const Layer& layer, const Step& step, int unit, int then) {
+    int stride = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
+    auto at = [&](int u) { return (size_t)step.first[u / m.heads] * stride + (size_t)(u % m.heads / group) * m.dim; };
+    int token = unit / m.heads, seen = (int)(step.row[token] - step.first[token]) + 1;
+    const stored* next = then < step.tokens * m.heads ? layer.keys + at(then) : nullptr;
+    return {layer.keys + at(unit), layer.values + at(unit), seen, stride, m.dim, next};
+}
+
 // Attention of `count` query heads of one token, from `unit` on, that share a head of keys.
 void mix_heads(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int unit, int count,
                real* scores, real* mixed) {
-    int token = unit / m.heads, group = m.heads / m.kv_heads, stride = m.kv_heads * m.dim;
-    size_t at = (size_t)step.first[token] * stride + (size_t)(unit % m.heads / group) * m.dim;
-    Context context{layer.keys + at, layer.values + at, (int)(step.row[token] - step.first[token]) + 1, stride, m.dim};
+    Context context = context_of(m, layer, step, unit, unit + count);
     attend(context, s.query + (size_t)unit * m.dim, count, scores, mixed);
     for (int i = 0; i < count * m.dim; i++) put(s.input + (size_t)unit * m.dim + i, mixed[i]);
 }
