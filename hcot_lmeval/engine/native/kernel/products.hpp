@@ -31,18 +31,17 @@ struct Matrix {
     int out, in;
 };
 
-// What a matrix is multiplied with, and what one thread needs for it.
+// What a matrix is multiplied with, and how.
 struct Input {
     const operand* x;  // [tokens, in]
     int tokens;
-    int far;     // a single token meets one row after the other, fetched so many bytes ahead; 0: several side by side
-    real* wide;  // [WIDE_ROWS, in]
+    int far;  // a single token meets one row after the other, fetched so many bytes ahead; 0: several side by side
 };
 
-// Without an instruction for their type, rows that meet several strips of tokens are brought into the type of the
-// activations once, not by every strip.
+// Without an instruction for their type, weights that meet several strips of tokens are brought into the type of the
+// activations once and not by every strip: a piece of some rows that stays in the nearest cache, for MANY tokens.
 constexpr bool WIDENS = !std::is_same<weight, operand>::value;
-constexpr int WIDE_ROWS = WIDENS ? 4 : 0;
+constexpr int PIECE = 256, MANY = 64;
 
 // Memory to fetch while computing: `lines` cache lines of 64 bytes for every `span` numbers of a row, a power of two.
 // Spread evenly, or the processor's few places for lines under way are full, and computing waits.
@@ -59,29 +58,40 @@ static inline void finish(const Row* rows, const operand* x, int in, const Vecto
         for (int k = in - in % Product<weight>::WIDTH; k < in; k++) y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
 }
 
-// y[t][n] = rows[n] . x[t] for ROWS rows of weights and TOKENS tokens.
+// totals[t][n] += rows[n] . x[t] over the whole vectors of `count` numbers, for ROWS rows of weights, `stride` apart, and
+// TOKENS tokens.
 template <int ROWS, int TOKENS, class Row>
-static inline void tile(const Row* rows, const operand* x, int in, real y[TOKENS][ROWS], Ahead ahead) {
+static inline void accumulate(const Row* rows, int stride, const operand* x, int in, int count, Vector totals[TOKENS][ROWS],
+                              Ahead& ahead) {
     using P = Product<weight>;
-    Vector totals[TOKENS][ROWS] = {};
-    for (int k = 0; k + P::WIDTH <= in; k += P::WIDTH) {
-        if ((k & (ahead.span - 1)) == 0)
-            for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+    Vector held[TOKENS][ROWS];  // in registers, as the rest is
+    const int lines = ahead.lines, span = ahead.span;
+    const char* from = ahead.from;
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 8
+        for (int n = 0; n < ROWS; n++) held[t][n] = totals[t][n];
+    for (int k = 0; k + P::WIDTH <= count; k += P::WIDTH) {
+        if ((k & (span - 1)) == 0)
+            for (int i = 0; i < lines; i++, from += 64) __builtin_prefetch(from, 0, 2);
         typename P::Factor factors[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) factors[t] = P::get(x + (size_t)t * in + k);
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; n++) {
-            typename P::Factor w = P::get(rows + (size_t)n * in + k);
+            typename P::Factor w = P::get(rows + (size_t)n * stride + k);
 #pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; t++) P::add(totals[t][n], w, factors[t]);
+            for (int t = 0; t < TOKENS; t++) P::add(held[t][n], w, factors[t]);
         }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) finish<ROWS>(rows, x + (size_t)t * in, in, totals[t], y[t]);
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 8
+        for (int n = 0; n < ROWS; n++) totals[t][n] = held[t][n];
+    ahead.from = from;
 }
 
-// What whole vectors give of row . x, summed in the order in which a tile does it: bit for bit the same.
+// What whole vectors give of row . x, summed in the order in which they are accumulated: bit for bit the same.
 static inline Vector dot(const weight* row, const operand* x, int in, int far) {
     using P = Product<weight>;
     constexpr int STEPS = 4, SPAN = STEPS * P::WIDTH;
@@ -114,42 +124,82 @@ template <bool ADD, int ROWS> static inline void keep(const Matrix& m, int n, co
     }
 }
 
-template <bool ADD, int ROWS, int TOKENS, class Row>
-static inline void strip(const Matrix& m, int n, const Row* rows, const operand* x, real* y, int width, Ahead ahead) {
-    real out[TOKENS][ROWS];
-    tile<ROWS, TOKENS>(rows, x, m.in, out, ahead);
-    for (int t = 0; t < TOKENS; t++) keep<ADD, ROWS>(m, n, out[t], y + (size_t)t * width);
+// What is fetched while `tokens` meet ROWS rows from n on: the rows after the next, their last byte being before `end`.
+template <int ROWS> struct Fetch {
+    Ahead ahead;
+    const char* end;
+
+    Fetch(const Matrix& m, int n, int tokens) {
+        constexpr int STEP = Product<weight>::WIDTH, LINES = (ROWS * STEP * (int)sizeof(weight) + 63) / 64;
+        int count = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+        ahead = {(const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in), (LINES + count - 1) / count, STEP};
+        while (2 * ahead.span * LINES <= count * STEP) ahead.span *= 2;
+        end = ahead.from + (size_t)ROWS * m.in * sizeof(weight);
+    }
+    Ahead& now() {
+        if (ahead.from >= end) ahead.lines = 0;
+        return ahead;
+    }
+};
+
+// The tokens meet ROWS rows in strips, which share the work of fetching.
+template <bool ADD, int ROWS>
+static inline void strips(const Matrix& m, int n, const Input& input, real* y, int width) {
+    const weight* rows = m.rows + (size_t)n * m.in;
+    Fetch<ROWS> fetch(m, n, input.tokens);
+    in_strips(input.tokens, [&](auto size, int first) {
+        constexpr int TOKENS = size.value;
+        const operand* x = input.x + (size_t)first * m.in;
+        Vector totals[TOKENS][ROWS] = {};
+        accumulate<ROWS, TOKENS>(rows, m.in, x, m.in, m.in, totals, fetch.now());
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++) {
+            real out[ROWS];
+            finish<ROWS>(rows, x + (size_t)t * m.in, m.in, totals[t], out);
+            keep<ADD, ROWS>(m, n, out, y + (size_t)(first + t) * width);
+        }
+    });
 }
 
-// The tokens meet ROWS rows in strips, which share the work of fetching the rows after the next.
-template <bool ADD, int ROWS, class Row>
-static inline void strips(const Matrix& m, int n, const Row* rows, const Input& input, real* y, int width) {
-    constexpr int STEP = Product<weight>::WIDTH, LINES = (ROWS * STEP * (int)sizeof(weight) + 63) / 64;
-    int count = (input.tokens + MOST_TOKENS - 1) / MOST_TOKENS, lines = (LINES + count - 1) / count, span = STEP;
-    while (2 * span * LINES <= count * STEP) span *= 2;
-    const char* next = (const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in);
-    const char* end = next + (size_t)ROWS * m.in * sizeof(weight);
-    in_strips(input.tokens, [&](auto size, int t) {
-        Ahead ahead{next, next < end ? lines : 0, span};
-        strip<ADD, ROWS, size.value>(m, n, rows, input.x + (size_t)t * m.in, y + (size_t)t * width, width, ahead);
-        next += (size_t)lines * (m.in / span) * 64;
-    });
+// The same for MANY tokens at most, piece by piece of the rows, each of them widened first.
+template <bool ADD, int ROWS>
+static inline void widened_strips(const Matrix& m, int n, const Input& input, real* y, int width) {
+    const weight* rows = m.rows + (size_t)n * m.in;
+    Fetch<ROWS> fetch(m, n, input.tokens);
+    Vector totals[MANY][ROWS];
+    operand wide[ROWS * PIECE];
+    for (int t = 0; t < input.tokens; t++)
+        for (int i = 0; i < ROWS; i++) totals[t][i] = Vector{};
+    for (int from = 0; from < m.in; from += PIECE) {
+        int count = m.in - from < PIECE ? m.in - from : PIECE;
+        for (int i = 0; i < ROWS; i++)
+            for (int k = 0; k < count; k++) put(wide + i * PIECE + k, number(rows[(size_t)i * m.in + from + k]));
+        in_strips(input.tokens, [&](auto size, int t) {
+            const operand* x = input.x + (size_t)t * m.in + from;
+            accumulate<ROWS, size.value>(wide, PIECE, x, m.in, count, totals + t, fetch.now());
+        });
+    }
+    for (int t = 0; t < input.tokens; t++) {
+        real out[ROWS];
+        finish<ROWS>(rows, input.x + (size_t)t * m.in, m.in, totals[t], out);
+        keep<ADD, ROWS>(m, n, out, y + (size_t)t * width);
+    }
 }
 
 // y[t][n..] (+)= rows[n..] . x[t] for ROWS rows and all tokens.
 template <bool ADD, int ROWS>
 static inline void multiply_rows(const Matrix& m, int n, const Input& input, real* y, int width) {
-    const weight* rows = m.rows + (size_t)n * m.in;
     if (input.tokens == 1 && input.far) {
         real out[ROWS];
-        dots<ROWS>(rows, input, m.in, out);
-        return keep<ADD, ROWS>(m, n, out, y);
-    }
-    if constexpr (WIDENS && ROWS <= WIDE_ROWS) {
-        if (input.tokens > MOST_TOKENS) {
-            for (int i = 0; i < ROWS * m.in; i++) input.wide[i] = number(rows[i]);
-            return strips<ADD, ROWS>(m, n, input.wide, input, y, width);
+        dots<ROWS>(m.rows + (size_t)n * m.in, input, m.in, out);
+        keep<ADD, ROWS>(m, n, out, y);
+    } else if (WIDENS && input.tokens > MOST_TOKENS) {
+        for (int t = 0; t < input.tokens; t += MANY) {
+            int count = input.tokens - t < MANY ? input.tokens - t : MANY;
+            Input some{input.x + (size_t)t * m.in, count, input.far};
+            widened_strips<ADD, ROWS>(m, n, some, y + (size_t)t * width, width);
         }
+    } else {
+        strips<ADD, ROWS>(m, n, input, y, width);
     }
-    strips<ADD, ROWS>(m, n, rows, input, y, width);
 }

@@ -97,14 +97,9 @@ size_t shares(const Model& m) { return (size_t)m.count * 12 + 3; }  // of the la
 
 struct Scratch {
     Part* parts;  // [shares, threads]
-    real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores, *wide;
+    real *hidden, *query, *key, *value, *gate, *up, *mixed, *scores;
     operand* input;
 };
-
-size_t widest_input(const Model& m) {
-    int widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
-    return m.hidden > widest ? m.hidden : widest;
-}
 
 char* take(char*& at, size_t bytes) {
     char* here = at;
@@ -115,7 +110,8 @@ char* take(char*& at, size_t bytes) {
 // With `at` null, the pointers are offsets and the end is the size.
 char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, size_t threads) {
     auto reals = [&](size_t count) { return (real*)take(at, count * sizeof(real)); };
-    size_t group = m.heads / m.kv_heads, widest = widest_input(m);
+    size_t group = m.heads / m.kv_heads, widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
+    if ((size_t)m.hidden > widest) widest = m.hidden;
     s.parts = (Part*)take(at, shares(m) * threads * sizeof(Part));
     s.hidden = reals(tokens * m.hidden);
     s.query = reals(tokens * m.heads * m.dim);
@@ -125,14 +121,8 @@ char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, 
     s.up = reals(tokens * m.inner);
     s.mixed = reals(threads * group * m.dim);
     s.scores = reals(threads * group * seen);
-    s.wide = reals(threads * WIDE_ROWS * widest);
     s.input = (operand*)take(at, tokens * widest * sizeof(operand));
     return at;
-}
-
-// What the products of a thread are made with.
-Input input_of(const Team& team, const Model& m, const Scratch& s, int tokens) {
-    return {s.input, tokens, m.far, s.wide + (size_t)team.rank * WIDE_ROWS * widest_input(m)};
 }
 
 void norm_rows(Team& team, const Model& m, const real* x, const real* scale, int tokens, operand* out) {
@@ -217,7 +207,7 @@ void activate(Team& team, const Model& m, int tokens, const Scratch& s) {
 
 void run_layer(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
     int tokens = step.tokens, wide = m.heads * m.dim, narrow = m.kv_heads * m.dim;
-    Input in = input_of(team, m, s, tokens);
+    Input in{s.input, tokens, m.far};
     norm_rows(team, m, s.hidden, layer.attention_norm, tokens, s.input);
     team.together();
     multiply<false>(team, layer.query, in, s.query, wide);
@@ -256,12 +246,12 @@ void run(Team& team, const Model& m, const Step& step, const Scratch& s, int lon
                  s.input + (size_t)t * m.hidden);
     });
     team.together();
-    multiply<false>(team, m.head, input_of(team, m, s, step.outputs), step.logits, m.head.out);
+    multiply<false>(team, m.head, Input{s.input, step.outputs, m.far}, step.logits, m.head.out);
     team.together();
 }
 
 void run_products(Team& team, const Model& m, const Scratch& s, size_t bytes) {
-    Input in = input_of(team, m, s, 1);
+    Input in{s.input, 1, m.far};
     size_t each = ((size_t)m.hidden * m.inner * 3) * sizeof(weight);
     for (int i = 0; i < m.count && i * each < bytes; i++) {
         multiply<false>(team, m.layers[i].gate, in, s.gate, m.inner);
