@@ -12,11 +12,12 @@ struct Context {
     int seen, stride, dim;
     const stored* next;  // the keys that are needed afterwards, or null
 };
-constexpr int BLOCK = 64;  // values that stay in the nearest cache while all queries use them; keys or values to fetch ahead
+constexpr int BLOCK = 64;  // values that stay in the nearest cache while all queries use them; rows to fetch ahead
 constexpr int WIDTH = 4;   // vectors of columns of a value that are blended at a time
 
 // Fetches `bytes` of what follows a block behind row j: behind the last row come those of `next`.
-static inline void fetch_ahead(const Context& c, const stored* rows, const stored* next, int j, size_t offset, int bytes) {
+static inline void fetch_ahead(const Context& c, const stored* rows, const stored* next, int j, size_t offset,
+                               int bytes) {
     int ahead = j + BLOCK;
     if (ahead >= c.seen) {
         if (!next) return;
@@ -53,7 +54,8 @@ static inline void score_tile(const Context& c, const real* queries, int j, real
     }
 }
 
-template <int KEYS> static inline void score_keys(const Context& c, const real* queries, int count, int j, real* scores) {
+template <int KEYS>
+static inline void score_keys(const Context& c, const real* queries, int count, int j, real* scores) {
     for (int i = 0; i < KEYS; i++) fetch_ahead(c, c.keys, c.values, j + i, 0, c.dim * sizeof(stored));
     in_strips(count, [&](auto many, int q) {
         score_tile<KEYS, many.value>(c, queries + (size_t)q * c.dim, j, scores + (size_t)q * c.seen);
@@ -105,9 +107,11 @@ static inline void blend(const Context& c, const real* scores, int from, int to,
         blend_tile<WIDTH, QUERIES>(c, scores, from, to, out, k, fetches);
     for (; k + LANES <= c.dim; k += LANES) blend_tile<1, QUERIES>(c, scores, from, to, out, k, fetches);
     for (; k < c.dim; k++)
-        for (int q = 0; q < QUERIES; q++)
+        for (int q = 0; q < QUERIES; q++) {
+            real& sum = out[(size_t)q * c.dim + k];
             for (int j = from; j < to; j++)
-                out[(size_t)q * c.dim + k] += scores[(size_t)q * c.seen + j] * number(c.values[(size_t)j * c.stride + k]);
+                sum += scores[(size_t)q * c.seen + j] * number(c.values[(size_t)j * c.stride + k]);
+        }
 }
 
 // Attention of `count` queries [count, dim] that share keys and values; scores [count, seen], out [count, dim].

@@ -55,14 +55,15 @@ template <int ROWS, class Row>
 static inline void finish(const Row* rows, const operand* x, int in, const Vector totals[ROWS], real y[ROWS]) {
     sums<ROWS>(totals, y);
     for (int n = 0; n < ROWS; n++)
-        for (int k = in - in % Product<weight>::WIDTH; k < in; k++) y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
+        for (int k = in - in % Product<weight>::WIDTH; k < in; k++)
+            y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
 }
 
-// totals[t][n] += rows[n] . x[t] over the whole vectors of `count` numbers, for ROWS rows of weights, `stride` apart, and
-// TOKENS tokens.
+// totals[t][n] += rows[n] . x[t] over the whole vectors of `count` numbers, for ROWS rows of weights, `stride` apart,
+// and TOKENS tokens.
 template <int ROWS, int TOKENS, class Row>
-static inline void accumulate(const Row* rows, int stride, const operand* x, int in, int count, Vector totals[TOKENS][ROWS],
-                              Ahead& ahead) {
+static inline void accumulate(const Row* rows, int stride, const operand* x, int in, int count,
+                              Vector totals[TOKENS][ROWS], Ahead& ahead) {
     using P = Product<weight>;
     Vector held[TOKENS][ROWS];  // in registers, as the rest is
     const int lines = ahead.lines, span = ahead.span;
@@ -108,8 +109,8 @@ static inline Vector dot(const weight* row, const operand* x, int in, int far) {
     return total;
 }
 
-// y[n] = rows[n] . x for ROWS rows of weights and a single token, read in the order of addresses: some memories are faster
-// so than with several rows side by side, while those hide the latency of the sums.
+// y[n] = rows[n] . x for ROWS rows of weights and a single token, read in the order of addresses: some memories are
+// faster so than with several rows side by side, while those hide the latency of the sums.
 template <int ROWS> static inline void dots(const weight* rows, const Input& input, int in, real y[ROWS]) {
     Vector totals[ROWS];
     for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, input.x, in, input.far);

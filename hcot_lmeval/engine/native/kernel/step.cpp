@@ -3,9 +3,10 @@
 // Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
 // bfloat16, for the processor at hand. Weights are read where the model has them, row-major [out, in], never copied or
 // repacked. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
-// weights: for one token one row after the other, as they lie in memory, for more tokens several rows by several tokens
-// at a time in registers; the weights needed next are prefetched; attention reads exactly what is live. Vectors are
-// those of GCC and Clang, so that nothing but the bfloat16 instruction is bound to one family of processors.
+// weights: for one token one row after the other or several side by side, whatever was tried to be faster, for more
+// tokens several rows by several tokens at a time in registers; the weights needed next are prefetched; attention reads
+// exactly what is live, for all queries of a group together. Vectors are those of GCC and Clang, so that nothing but
+// the bfloat16 instruction is bound to one family of processors.
 
 #include <cmath>
 #include <cstddef>
