@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import namedtuple
 from importlib.metadata import version
 
 import pytest
 import torch
 
-from hcot_lmeval.bench import choosing, cli, floor, shapes
+from hcot_lmeval.bench import choosing, cli, floor, neighbours, shapes
 
 
 def quiet(doing: str) -> None:
@@ -45,7 +46,7 @@ def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, mon
     assert [result["batch"] for result in told["results"]] == [1, 2]
     assert [engine["engine"] for engine in told["results"][0]["engines"]] == engines
     assert told["versions"]["torch"] == version("torch") and told["machine"]["threads"] == "1"
-    assert told["arguments"]["thought"] == 9
+    assert told["arguments"]["thought"] == 9 and float(told["machine"]["cores used by others"]) >= 0
     assert len(told["results"][0]["engines"][0]["runs"]) == len(told["results"][0]["floors"]) == 1
 
 
@@ -74,6 +75,27 @@ def test_a_way_that_chooses_other_tokens_is_an_error(monkeypatch):
     monkeypatch.setattr(choosing, "sampler_for", lambda dtype: lambda logits, draws: [0] * len(draws))
     with pytest.raises(AssertionError, match="native chose other tokens"):
         choosing.time_choices([4], 300, torch.device("cpu"), 1, quiet)
+
+
+def test_who_else_used_the_processors_is_said(monkeypatch):
+    """Of 4 seconds in which a core was busy 1.5 were this process's own and its children's."""
+    Everyone, Own = namedtuple("Everyone", "user nice system idle steal"), namedtuple("Own", "a b c d iowait")
+    clock = iter([10.0, 12.0, 12.0])
+    readings = iter([Everyone(1, 1, 1, 50, 1), Everyone(3, 1, 2, 80, 2), Everyone(3, 1, 2, 80, 2)])
+    own = iter([Own(1, 0, 0, 0, 9), Own(1.5, 0.5, 0.25, 0.25, 99), Own(1.5, 0.5, 0.25, 0.25, 99)])
+    monkeypatch.setattr(neighbours.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(neighbours.psutil, "cpu_times", lambda: next(readings))
+    monkeypatch.setattr(neighbours.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(neighbours.psutil.Process, "cpu_times", lambda _: next(own))
+    found = neighbours.Neighbours()
+    assert found.cores() == 2.5 / 2
+    assert found.warning().startswith("warning: others used 1.2 of 2 cores meanwhile")
+
+
+def test_a_machine_of_ones_own_is_not_worth_a_word(monkeypatch):
+    found = neighbours.Neighbours()
+    monkeypatch.setattr(neighbours.Neighbours, "cores", lambda _: 0.01)
+    assert found.warning() == ""
 
 
 @pytest.mark.parametrize("line", ["--engines vlllm", "--option backend", "--shape 7B", "fast"])

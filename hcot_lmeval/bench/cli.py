@@ -62,13 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.insert(0, "engines")
     args = make_parser().parse_args(given)
     try:
-        return int(args.action(args))
+        return _run(args)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except (ValueError, MemoryError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the command that was chosen and counts who else computes meanwhile."""
+    from hcot_lmeval.bench.neighbours import Neighbours
+
+    args.neighbours = Neighbours()
+    return int(args.action(args))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -305,9 +313,13 @@ def _finish(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None
     from hcot_lmeval.bench.facts import machine, versions
 
     facts = {"versions": versions(), "machine": machine(args.device, args.threads)}
+    facts["machine"]["cores used by others"] = f"{args.neighbours.cores():.2f}"
     print(", ".join(f"{name} {value}" for part in facts.values() for name, value in part.items()))
+    if warning := args.neighbours.warning():
+        print(warning, file=sys.stderr)
     if args.json:
-        arguments = {name: value for name, value in vars(args).items() if name not in ("action", "json")}
+        hidden = ("action", "json", "neighbours")
+        arguments = {name: value for name, value in vars(args).items() if name not in hidden}
         args.json.write_text(json.dumps({**facts, "arguments": arguments, "results": list(results)}, indent=1) + "\n")
 
 

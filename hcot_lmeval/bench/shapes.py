@@ -49,6 +49,8 @@ POSITIONS = 65536
 def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads: int | None = None) -> Any:
     """Returns a `Qwen2ForCausalLM` with random weights, in evaluation mode; the same ones at each call.
 
+    On the CPU they lie on huge pages, where there are any: for the floor and for every engine that shares the model.
+
     Args:
         shape: a key of `SHAPES`.
         dtype: one of `DTYPES`.
@@ -61,6 +63,8 @@ def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from hcot_lmeval.engine.native import move_to_huge_pages
+
     if shape not in SHAPES or dtype not in DTYPES:
         raise ValueError(f"shape={shape!r}, dtype={dtype!r}: known are {', '.join(SHAPES)} and {', '.join(DTYPES)}")
     if threads is not None:
@@ -69,7 +73,9 @@ def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads:
         torch.manual_seed(0)
         config = Qwen2Config(**SHAPES[shape], max_position_embeddings=POSITIONS, tie_word_embeddings=True)
         model = Qwen2ForCausalLM(config)
-    return model.to(device, getattr(torch, dtype)).eval()
+    model = model.to(device, getattr(torch, dtype)).eval()
+    move_to_huge_pages(model)
+    return model
 
 
 def token_bytes(model: Any) -> int:

@@ -24,6 +24,8 @@ class ComputeOptions:
             Tokens are chosen by kernels of this package, of any model and also on CUDA, unless it is ``torch``.
         kv_dtype: dtype of stored keys and values: ``bfloat16``, ``float16`` or ``float8_e4m3fn`` (without scales); or
             ``auto``, the one in which the model computes them. A smaller one lets more rows into memory and rounds.
+        huge_pages: compiled code on the CPU copies the weights to pages of 2 MiB where Linux has them
+            (`hcot_lmeval.engine.native.pages`); they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host
             (see `hcot_lmeval.engine.device`); or ``auto``, the latter on CUDA for requests that it can serve.
         attention: who attends in the device's loop, one of `ATTENTION`; ``auto``: the first that can and is right.
@@ -39,6 +41,7 @@ class ComputeOptions:
 
     compute: Compute | str = Compute.AUTO
     kv_dtype: str = AUTO
+    huge_pages: bool = True
     loop: str = AUTO
     attention: str = AUTO
     reforward: str = AUTO
@@ -50,7 +53,7 @@ class ComputeOptions:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in ("graphs", "compiled"):
+        for name in ("huge_pages", "graphs", "compiled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false")
         ahead = self.run_ahead

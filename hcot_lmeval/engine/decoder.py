@@ -42,6 +42,7 @@ class Decoder:
             ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
             in float32 and bfloat16.
         kv_dtype: dtype of keys and values in the slots, a name of `KV_DTYPES`, or ``auto`` for the model's own.
+        huge_pages: let compiled code move the weights to pages of 2 MiB.
 
     Attributes:
         layers: layer index to what the layer stores per token.
@@ -61,6 +62,7 @@ class Decoder:
         check: bool = True,
         compute: Compute | str = Compute.AUTO,
         kv_dtype: str = "auto",
+        huge_pages: bool = True,
     ) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
@@ -72,7 +74,7 @@ class Decoder:
         self.layers, self.kv_dtype = self._layer_shapes(), kv_dtype
         if kv_dtype != "auto":
             self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
-        self.native = self._compiled()
+        self.native = self._compiled(huge_pages)
         if check:
             self._check()
 
@@ -81,7 +83,7 @@ class Decoder:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
-    def _compiled(self) -> NativeStep | None:
+    def _compiled(self, huge_pages: bool) -> NativeStep | None:
         """The compiled step, if the compute allows it and there is one for this model."""
         if self.compute is Compute.TORCH:
             return None
@@ -89,7 +91,7 @@ class Decoder:
             self._leave_to_torch("double precision is for comparisons with the model's own modules")
             return None
         try:
-            step = NativeStep(self.model, self.layers[0].dtype)
+            step = NativeStep(self.model, self.layers[0].dtype, huge_pages=huge_pages)
         except (KernelUnavailableError, UnreadableModelError) as error:
             self._leave_to_torch(str(error))
             return None

@@ -99,7 +99,13 @@ class Engine:
         self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
         self._check_controls()
-        self.decoder = Decoder(model, check=given.self_check, compute=given.compute, kv_dtype=given.kv_dtype)
+        self.decoder = Decoder(
+            model,
+            check=given.self_check,
+            compute=given.compute,
+            kv_dtype=given.kv_dtype,
+            huge_pages=given.huge_pages,
+        )
         self.limits = self._find_limits()
         self.live = Progress()
         self._hidden_ids = self._find_hidden_ids()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hcot_lmeval.engine.native.build import load_kernel
+from hcot_lmeval.engine.native.pages import move_to_huge_pages
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
 from hcot_lmeval.engine.slots import Chunk, KVPool
 
@@ -73,13 +74,14 @@ class NativeStep:
     Args:
         model: a causal language model of transformers.
         cache: dtype of keys and values; by default that of the weights.
+        huge_pages: move the model's weights to such pages, if there are any (`move_to_huge_pages`).
 
     Raises:
         KernelUnavailableError: the kernel cannot be compiled here.
         UnreadableModelError: the model is not of the kind the kernel knows.
     """
 
-    def __init__(self, model: Any, cache: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, cache: torch.dtype | None = None, *, huge_pages: bool = False) -> None:
         self._hf_model = model
         weight = next(model.parameters()).dtype
         self._kernel = load_kernel(weight, cache or weight)
@@ -88,7 +90,11 @@ class NativeStep:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_sizes = (0, 0, 0)
         self.distance = DISTANCES[0]
-        self._read(read_weights(model))
+        weights = read_weights(model)
+        if huge_pages and (done := move_to_huge_pages(model)):
+            logger.info("%s", done)
+            weights = read_weights(model)
+        self._read(weights)
         self._find_distance()
 
     def refresh(self) -> None:

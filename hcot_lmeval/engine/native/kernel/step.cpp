@@ -24,7 +24,7 @@
 
 // y[t][n] (+)= m.rows[n] . x[t] + m.bias[n]; y has rows of `width`.
 template <bool ADD> static void multiply(Team& team, const Matrix& m, const Input& input, real* y, int width) {
-    int block = (m.out / (4 * team.size) + 7) / 8 * 8;
+    int block = (m.out / (12 * team.size) + 7) / 8 * 8;
     team.share(m.out, block < 16 ? 16 : block, [&](int n, int stop) {
         if (input.tokens <= 3)
             for (; n + 8 <= stop; n += 8) multiply_rows<ADD, 8>(m, n, input, y, width);
