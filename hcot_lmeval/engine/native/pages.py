@@ -1,4 +1,4 @@
-"""Weights on pages of 2 MiB: reading them takes a tenth to a fifth less time where the system's pages are of 4 KiB."""
+"""Weights on pages of 2 MiB, which are read somewhat faster than those of 4 KiB; docs/engine.md says how much."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def move_to_huge_pages(model: Any) -> str:
 
     They stay the same objects with the same values and are only stored elsewhere, one after the other, so that at no
     time there are two copies of more than one of them. Transformers maps a checkpoint's file, of which no such pages
-    can be had.
+    can be had. Tensors outside the model that shared a parameter's memory, such as an earlier `state_dict`, keep the
+    old memory and its numbers.
 
     Returns:
         What was done, in words; an empty text if there is nothing to do or nothing to be had: a model of less than 64

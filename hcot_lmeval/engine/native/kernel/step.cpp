@@ -251,6 +251,7 @@ void run(Team& team, const Model& m, const Step& step, const Scratch& s, int lon
     team.together();
 }
 
+// What is timed to find the best way to read weights: products of one token, whatever its numbers are.
 void run_products(Team& team, const Model& m, const Scratch& s, size_t bytes) {
     Input in{s.input, 1, m.far};
     size_t each = ((size_t)m.hidden * m.inner * 3) * sizeof(weight);
