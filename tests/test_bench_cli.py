@@ -50,6 +50,21 @@ def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, mon
     assert len(told["results"][0]["engines"][0]["runs"]) == len(told["results"][0]["floors"]) == 1
 
 
+def test_weights_can_have_the_values_of_a_checkpoint_in_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(floor, "STEPS", 1)
+    models, make_model = [], shapes.make_model
+    monkeypatch.setattr(shapes, "make_model", lambda *a, **k: models.append(make_model(*a, **k)) or models[-1])
+    line = ["--shape", "tiny", "--tokens", "40", "--prompt", "7", "--thought", "9", "--repeats", "1", "--batch", "1"]
+    for given in ([], ["--rounded"]):
+        path = tmp_path / "bench.json"
+        options = ["--option", "weights=packed", "--engines", "recompute", "--json", str(path)]
+        assert cli.main([*line, *given, *options]) == 0
+        assert json.loads(path.read_text())["arguments"]["rounded"] is bool(given)
+    as_made, rounded = (model.lm_head.weight for model in models)
+    assert as_made.dtype == rounded.dtype == torch.float32
+    assert torch.equal(rounded, as_made.bfloat16().float()) and not torch.equal(rounded, as_made)
+
+
 def test_other_measurements_have_commands(capsys, monkeypatch):
     monkeypatch.setattr(floor, "STEPS", 1)
     tiny = ["--shape", "tiny", "--threads", "1", "--repeats", "1"]
@@ -117,7 +132,7 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 def test_numbers_and_options_are_looked_at_before_a_model_is_made(line, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "make_model", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(shapes, "make_model", lambda *_, **__: pytest.fail("a model was made"))
     assert cli.main(line.split()) == 1
     assert WRONG[line] in capsys.readouterr().err
 

@@ -163,6 +163,8 @@ def _add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     if model:
         parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
         parser.add_argument("--dtype", choices=DTYPES, default="float32")
+        parser.add_argument("--rounded", action="store_true",
+                            help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
         parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
@@ -227,7 +229,7 @@ def run_prune(args: argparse.Namespace) -> int:
     from hcot_lmeval.bench.shapes import make_model
     from hcot_lmeval.bench.tables import event_table
 
-    model = make_model(args.shape, args.dtype, args.device, args.threads)
+    model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
     where = places(args.solution, args.context, args.thought)
     with _progress(len(where)) as report:
         found = time_events(model, where, args.repeats, report, dict(args.option))
@@ -276,7 +278,7 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
     scripts = [fitted(script, live) for live in lives] or [script]
     # errors come before the model is made
     works = [make_work(batch, one, vocabulary) for batch in args.batch for one in scripts]
-    model = make_model(args.shape, args.dtype, args.device, args.threads)
+    model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
     for work in works:
         yield Setting(model, work, args.threads, dict(args.option), sampling)
 

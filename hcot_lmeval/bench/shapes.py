@@ -46,7 +46,9 @@ POSITIONS = 65536
 """`max_position_embeddings`: beyond every trace that is timed. It costs no memory."""
 
 
-def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads: int | None = None) -> Any:
+def make_model(
+    shape: str, dtype: str = "float32", device: str = "cpu", threads: int | None = None, *, rounded: bool = False
+) -> Any:
     """Returns a `Qwen2ForCausalLM` with random weights, in evaluation mode; the same ones at each call.
 
     On the CPU they lie on huge pages, where there are any: for the floor and for every engine that shares the model.
@@ -56,6 +58,7 @@ def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads:
         dtype: one of `DTYPES`.
         device: as torch names it.
         threads: CPU threads from now on; as many as before by default.
+        rounded: give the weights values of bfloat16, as those of most checkpoints have in any dtype.
 
     Raises:
         ValueError: the shape or the dtype is unknown.
@@ -73,7 +76,7 @@ def make_model(shape: str, dtype: str = "float32", device: str = "cpu", threads:
         torch.manual_seed(0)
         config = Qwen2Config(**SHAPES[shape], max_position_embeddings=POSITIONS, tie_word_embeddings=True)
         model = Qwen2ForCausalLM(config)
-    model = model.to(device, getattr(torch, dtype)).eval()
+    model = (model.bfloat16() if rounded else model).to(device, getattr(torch, dtype)).eval()
     move_to_huge_pages(model)
     return model
 
