@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, step
+from hcot_lmeval.engine.native.reading import DISTANCES, Reading
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.reference import EOS, MARKERS
 from tests.tiny import in_full_precision, tiny_model
@@ -274,16 +275,17 @@ def test_the_way_to_read_weights_changes_nothing_but_the_time(monkeypatch):
     """It is tried where the model is large; whichever is taken, the bits are the same."""
     model = tiny_model("qwen2", torch.float32, **SHAPES["long"])
     decoder = Decoder(model, check=False, compute="torch")
-    assert NativeStep(model).distance == step.DISTANCES[0]
+    assert NativeStep(model).reading == Reading(False, DISTANCES[0])
     tried = []
-    time_products = NativeStep._time_products
+    seconds = NativeStep._seconds
+    monkeypatch.setattr(step, "LEAST_BYTES", 1000)
     monkeypatch.setattr(step, "TRIED_BYTES", 1000)
-    monkeypatch.setattr(NativeStep, "_time_products", lambda self, far: tried.append(far) or time_products(self, far))
+    monkeypatch.setattr(NativeStep, "_seconds", lambda self, way: tried.append(way) or seconds(self, way))
     logits = []
-    for fastest in step.DISTANCES:
-        monkeypatch.setattr(step, "DISTANCES", (fastest, *(d for d in step.DISTANCES if d != fastest)))
-        monkeypatch.setattr(step, "GAIN", float("inf"))
+    for distance in DISTANCES:
+        fastest = Reading(False, distance)
+        monkeypatch.setattr(step, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
         native = NativeStep(model)
-        assert native.distance == fastest and set(tried) == set(step.DISTANCES)
+        assert native.reading == fastest and {way.distance for way in tried} == set(DISTANCES)
         logits.append(native.forward(KVPool(decoder.layers, 1, 8), [Chunk(0, 0, [9], range(1))]))
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])

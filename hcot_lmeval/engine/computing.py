@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from hcot_lmeval.engine.native import Compute
+from hcot_lmeval.engine.native import Compute, WeightForm
 from hcot_lmeval.engine.slots import KV_DTYPES
 
 AUTO = "auto"
@@ -24,6 +24,10 @@ class ComputeOptions:
             Tokens are chosen by kernels of this package, of any model and also on CUDA, unless it is ``torch``.
         kv_dtype: dtype of stored keys and values: ``bfloat16``, ``float16`` or ``float8_e4m3fn`` (without scales); or
             ``auto``, the one in which the model computes them. A smaller one lets more rows into memory and rounds.
+        weights: how compiled code on the CPU reads float32 weights: ``plain``, as the model has them; ``packed``, from
+            a copy in fewer bits that has the same values (`hcot_lmeval.engine.native.packing`) and serves a single
+            row, or some of a checkpoint in bfloat16; or ``auto``, the latter where no more run at a time, it is faster
+            and takes at most half of the free memory.
         huge_pages: compiled code on the CPU copies the weights to pages of 2 MiB where Linux has them
             (`hcot_lmeval.engine.native.pages`); they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host
@@ -41,6 +45,7 @@ class ComputeOptions:
 
     compute: Compute | str = Compute.AUTO
     kv_dtype: str = AUTO
+    weights: str = AUTO
     huge_pages: bool = True
     loop: str = AUTO
     attention: str = AUTO
@@ -56,6 +61,10 @@ class ComputeOptions:
         for name in ("huge_pages", "graphs", "compiled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false")
+        if self.weights == WeightForm.PACKED and self.compute == Compute.TORCH:
+            raise ValueError(
+                "weights='packed' is for compiled steps, and compute='torch' switches them off; leave out one"
+            )
         ahead = self.run_ahead
         if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1):
             raise ValueError(f"run_ahead={ahead!r} is not allowed; give a number of steps from 1 up, or leave it out")
@@ -70,6 +79,7 @@ class ComputeOptions:
 CHOICES: dict[str, tuple[str, ...]] = {
     "compute": tuple(Compute),
     "kv_dtype": (AUTO, *KV_DTYPES),
+    "weights": tuple(WeightForm),
     "loop": (AUTO, "host", "device"),
     "attention": ATTENTION,
     "reforward": (AUTO, "chunk", "replay"),

@@ -13,7 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
-from hcot_lmeval.engine.native import Compute, KernelUnavailableError, NativeStep, UnreadableModelError
+from hcot_lmeval.engine.native import (
+    Compute,
+    KernelUnavailableError,
+    NativeStep,
+    NoCopyError,
+    UnreadableModelError,
+    WeightForm,
+)
 from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerShape
 
 logger = logging.getLogger(__name__)
@@ -42,6 +49,9 @@ class Decoder:
             ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
             in float32 and bfloat16.
         kv_dtype: dtype of keys and values in the slots, a name of `KV_DTYPES`, or ``auto`` for the model's own.
+        weights: how compiled code reads them: ``plain``, as the model has them; ``packed``, from a copy in fewer bits
+            that has the same values; or ``auto``, whichever is faster for so many rows, if memory is free.
+        rows: that run at the same time at most.
         huge_pages: let compiled code move the weights to pages of 2 MiB.
 
     Attributes:
@@ -62,6 +72,8 @@ class Decoder:
         check: bool = True,
         compute: Compute | str = Compute.AUTO,
         kv_dtype: str = "auto",
+        weights: WeightForm | str = WeightForm.AUTO,
+        rows: int = 1,
         huge_pages: bool = True,
     ) -> None:
         self.model: PreTrainedModel = _unwrap(model)
@@ -69,12 +81,12 @@ class Decoder:
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
         refuse_recurrent(self.config, self.name)
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.compute = Compute(compute)
+        self.compute, self.weights = Compute(compute), WeightForm(weights)
         self.native: NativeStep | None = None
         self.layers, self.kv_dtype = self._layer_shapes(), kv_dtype
         if kv_dtype != "auto":
             self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
-        self.native = self._compiled(huge_pages)
+        self.native = self._compiled(weights=self.weights, rows=rows, huge_pages=huge_pages)
         if check:
             self._check()
 
@@ -83,7 +95,7 @@ class Decoder:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
-    def _compiled(self, huge_pages: bool) -> NativeStep | None:
+    def _compiled(self, **reading: Any) -> NativeStep | None:
         """The compiled step, if the compute allows it and there is one for this model."""
         if self.compute is Compute.TORCH:
             return None
@@ -91,8 +103,8 @@ class Decoder:
             self._leave_to_torch("double precision is for comparisons with the model's own modules")
             return None
         try:
-            step = NativeStep(self.model, self.layers[0].dtype, huge_pages=huge_pages)
-        except (KernelUnavailableError, UnreadableModelError) as error:
+            step = NativeStep(self.model, self.layers[0].dtype, **reading)
+        except (KernelUnavailableError, UnreadableModelError, NoCopyError) as error:
             self._leave_to_torch(str(error))
             return None
         logger.info("%s: compiled steps, %d threads", self.name, torch.get_num_threads())
@@ -100,10 +112,14 @@ class Decoder:
 
     def _leave_to_torch(self, reason: str) -> None:
         """Says why PyTorch computes the steps, or raises if that was not wanted."""
-        if self.compute is Compute.NATIVE:
-            raise UnsupportedModelError(
-                f"compute='native' cannot run {self.name}: {reason}. Use compute='auto', which leaves it to PyTorch."
-            )
+        for name, value, wanted in (
+            ("compute", self.compute, Compute.NATIVE),
+            ("weights", self.weights, WeightForm.PACKED),
+        ):
+            if value is wanted:
+                raise UnsupportedModelError(
+                    f"{name}={value.value!r} cannot run {self.name}: {reason}. Use {name}='auto', which takes what can."
+                )
         logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), reason)
 
     @contextmanager
@@ -121,7 +137,7 @@ class Decoder:
         if self.native is not None:
             try:
                 self.native.refresh()
-            except UnreadableModelError as error:
+            except (UnreadableModelError, NoCopyError) as error:
                 self._leave_to_torch(str(error))
                 self.native = None
 

@@ -104,6 +104,8 @@ class Engine:
             check=given.self_check,
             compute=given.compute,
             kv_dtype=given.kv_dtype,
+            weights=given.weights,
+            rows=given.max_slots if given.slots == "auto" else given.slots,
             huge_pages=given.huge_pages,
         )
         self.limits = self._find_limits()

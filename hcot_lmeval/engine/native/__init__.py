@@ -3,16 +3,19 @@
 from enum import StrEnum
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError
+from hcot_lmeval.engine.native.packing import NoCopyError
 from hcot_lmeval.engine.native.pages import move_to_huge_pages
 from hcot_lmeval.engine.native.sampler import sampler_for
-from hcot_lmeval.engine.native.step import NativeStep
+from hcot_lmeval.engine.native.step import NativeStep, WeightForm
 from hcot_lmeval.engine.native.weights import UnreadableModelError
 
 __all__ = [
     "Compute",
     "KernelUnavailableError",
     "NativeStep",
+    "NoCopyError",
     "UnreadableModelError",
+    "WeightForm",
     "move_to_huge_pages",
     "sampler_for",
 ]

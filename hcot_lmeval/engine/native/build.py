@@ -21,6 +21,11 @@ WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfl
 """The types of weights that the kernel knows, by the names they have in it."""
 LOGITS = (torch.float32, torch.float64)
 """The types of logits that tokens are chosen from."""
+RESULTS = {
+    **dict.fromkeys(("scratch_bytes", "blocks", "pack"), ctypes.c_size_t),
+    "time_products": ctypes.c_double,
+}
+"""What functions of the compiled step return, other than an int."""
 COMPILE_SECONDS = 300
 """A compiler that takes longer hangs; ordinarily it takes three seconds."""
 
@@ -37,7 +42,10 @@ def load_kernel(weight: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
         KernelUnavailableError: no kernel for this type, no compiler, or the compiler failed.
     """
     _check_types(weight, cache)
-    return _load("step", WEIGHT=WEIGHTS[weight], CACHE=WEIGHTS[cache])
+    kernel = _load("step", WEIGHT=WEIGHTS[weight], CACHE=WEIGHTS[cache])
+    for name, result in RESULTS.items():
+        getattr(kernel, name).restype = result
+    return kernel
 
 
 @functools.cache

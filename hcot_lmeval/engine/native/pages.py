@@ -54,6 +54,14 @@ def move_to_huge_pages(model: Any) -> str:
     return f"{total / 2**30:.1f} GiB of weights on pages of 2 MiB, in {time.perf_counter() - start:.1f} s"
 
 
+def allocate(size: int) -> torch.Tensor:
+    """Returns so many bytes of memory, uint8, on such pages where Linux offers them."""
+    if not _offered():
+        return torch.empty(size, dtype=torch.uint8)
+    memory = _allocate(size)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=memory.first - _address(memory))
+
+
 def _offered() -> bool:
     """Whether the system gives huge pages to those who ask."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -6,12 +6,23 @@ import ctypes
 import logging
 from array import array
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
 import torch
 
 from hcot_lmeval.engine.native.build import load_kernel
+from hcot_lmeval.engine.native.packing import NoCopyError, WeightCopy, copy_weights
 from hcot_lmeval.engine.native.pages import move_to_huge_pages
+from hcot_lmeval.engine.native.reading import (
+    DISTANCES,
+    LEAST_BYTES,
+    PACKED_DISTANCES,
+    TRIED_BYTES,
+    Reading,
+    choose_reading,
+)
+from hcot_lmeval.engine.native.structures import Layer, Matrix, Model, Step
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
 from hcot_lmeval.engine.slots import Chunk, KVPool
 
@@ -19,50 +30,18 @@ logger = logging.getLogger(__name__)
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
-DISTANCES = (512, 2560, 0)
-"""Ways to read the weights for one row of activations: one row of weights after the other, so many bytes being fetched
-ahead, or (0) several side by side. Of the first two, the first was the faster on a Zen 3, by up to a tenth, the second
-on a Zen 4, by up to a third; the last is faster in bfloat16 where rows are long and there is no instruction for it."""
-TRIED_BYTES, TRIALS, GAIN = 2**28, 10, 1.05
-"""Weights that are read, and how often, to choose a way; how many times as fast as the first another has to be."""
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+"""Of a layer, in the kernel's order."""
+SHARE = {"auto": 0.5, "packed": 0.9}
+"""Of the free memory, at most, goes to a copy of the weights."""
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_int),
-        ("in", ctypes.c_int),
-    )
+class WeightForm(StrEnum):
+    """How weights are read: as the model has them, from a copy in fewer bits, or whichever is faster."""
 
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.POINTER(_Layer)),
-        ("embedding", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("head", _Matrix),
-        *((name, ctypes.c_int) for name in ("count", "hidden", "inner", "heads", "kv_heads", "dim", "far")),
-        ("eps", ctypes.c_double),
-        ("scaling", ctypes.c_double),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("tokens", "outputs", "threads")),
-        *((name, ctypes.c_void_p) for name in ("ids", "positions", "first", "row", "wanted")),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "logits", "scratch")),
-    )
+    AUTO = "auto"
+    PLAIN = "plain"
+    PACKED = "packed"
 
 
 class NativeStep:
@@ -74,44 +53,62 @@ class NativeStep:
     Args:
         model: a causal language model of transformers.
         cache: dtype of keys and values; by default that of the weights.
+        weights: how they are read; a copy is made where it is faster and takes at most half of the free memory, or
+            where it is asked for. Once the weights change, it is made anew only in the latter case.
+        rows: that run at the same time at most; a copy serves few.
         huge_pages: move the model's weights to such pages, if there are any (`move_to_huge_pages`).
 
     Raises:
         KernelUnavailableError: the kernel cannot be compiled here.
         UnreadableModelError: the model is not of the kind the kernel knows.
+        NoCopyError: a copy was asked for, and cannot be had.
     """
 
-    def __init__(self, model: Any, cache: torch.dtype | None = None, *, huge_pages: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: torch.dtype | None = None,
+        *,
+        weights: WeightForm | str = WeightForm.PLAIN,
+        rows: int = 1,
+        huge_pages: bool = False,
+    ) -> None:
         self._hf_model = model
         weight = next(model.parameters()).dtype
         self._kernel = load_kernel(weight, cache or weight)
-        self._kernel.scratch_bytes.restype = ctypes.c_size_t
-        self._kernel.time_products.restype = ctypes.c_double
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_sizes = (0, 0, 0)
-        self.distance = DISTANCES[0]
-        weights = read_weights(model)
+        self._form, self._rows = WeightForm(weights), rows
+        self.reading = Reading(False, DISTANCES[0])
+        found = read_weights(model)
         if huge_pages and (done := move_to_huge_pages(model)):
             logger.info("%s", done)
-            weights = read_weights(model)
-        self._read(weights)
-        self._find_distance()
+            found = read_weights(model)
+        self._read(found)
+        self._find_reading()
 
     def refresh(self) -> None:
         """Reads the model again if it has changed.
 
         Raises:
             UnreadableModelError: it has become one that the kernel does not know.
+            NoCopyError: a copy was asked for, and can no more be had.
         """
         weights = read_weights(self._hf_model)
-        if weights.state != self._state:
-            self._read(weights)
+        if weights.state == self._state:
+            return
+        self._read(weights)
+        if self._form is WeightForm.PACKED:
+            self._find_reading()
 
     def _read(self, weights: ModelWeights) -> None:
         self._weights, self._state = weights, weights.state
         self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
+        self._copy: WeightCopy | None = None
+        if self.reading.copied:
+            self.reading = Reading(False, DISTANCES[0])
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
-        self._layers = (_Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
+        self._layers = (Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
         self._model = self._describe(self._weights)
         self._pool: KVPool | None = None
         self._angles = torch.empty(2, 0)
@@ -149,28 +146,60 @@ class NativeStep:
         address, _ = numbers.buffer_info()
         lists = (address + i * tokens * numbers.itemsize for i in range(5))
         scratch = self._scratch_for(tokens, seen, threads)
-        step = _Step(tokens, outputs, threads, *lists, cosine, sine, logits.data_ptr(), scratch)
+        step = Step(tokens, outputs, threads, *lists, cosine, sine, logits.data_ptr(), scratch)
         self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
-    def _find_distance(self) -> None:
-        """Tries how weights are best read here. It changes the time of a step and nothing else."""
-        if sum(p.nbytes for p in self._hf_model.parameters()) < TRIED_BYTES // 4:
-            return  # they stay in the cache
-        times = [[self._time_products(distance) for distance in DISTANCES] for _ in range(TRIALS)]  # by turns
-        best = dict(zip(DISTANCES, map(min, zip(*times, strict=True)), strict=True))
-        first, *others = DISTANCES
-        fastest = min(others, key=lambda distance: best[distance])
-        self.distance = self._model.far = fastest if GAIN * best[fastest] < best[first] else first
-        told = ", ".join(f"{distance}: {1000 * best[distance]:.1f} ms" for distance in DISTANCES)
-        logger.info("single rows fetch weights %d bytes ahead (%s)", self.distance, told)
+    # --- ways to read weights -----------------------------------------------------------------------------------------
 
-    def _time_products(self, distance: int) -> float:
-        self._model.far, threads = distance, torch.get_num_threads()
-        step = _Step(tokens=1, threads=threads, scratch=self._scratch_for(1, 1, threads))
+    def _find_reading(self) -> None:
+        """Chooses how weights are read from now on, by trying if the model is large."""
+        large = sum(p.nbytes for p in self._weights.parameters) >= LEAST_BYTES
+        copied = self._copied() if large or self._form is WeightForm.PACKED else []
+        own = [] if self._form is WeightForm.PACKED else [Reading(False, distance) for distance in DISTANCES]
+        if large:
+            self._use(choose_reading(own, copied, self._seconds))
+            logger.info("weights are read %s", self.reading)
+        else:
+            self._use([*own, *copied][0])
+        if not self.reading.copied:
+            self._copy = None
+
+    def _copied(self) -> list[Reading]:
+        """Copies the weights into fewer bits; returns the ways to read them, none if there is no copy."""
+        if self._form is WeightForm.PLAIN:
+            return []
+        asked = self._form is WeightForm.PACKED
+        rows, share = 1 if asked else self._rows, SHARE[self._form]
+        source = self._hf_model, self._kernel, self._weights, self._matrices
+        try:
+            self._copy = copy_weights(*source, rows=rows, share=share)
+        except NoCopyError:
+            if asked:
+                raise
+            return []
+        return [Reading(True, distance) for distance in (DISTANCES if self._copy.narrow else PACKED_DISTANCES)]
+
+    def _use(self, reading: Reading) -> None:
+        self.reading, self._model.far = reading, reading.distance
+        if self._copy is not None:
+            self._copy.show_to(self._matrices, shown=reading.copied)
+
+    def _seconds(self, reading: Reading) -> float:
+        """Seconds of products of a single token, read like that."""
+        self._use(reading)
+        threads = torch.get_num_threads()
+        step = Step(tokens=1, threads=threads, scratch=self._scratch_for(1, 1, threads))
         self._scratch.zero_()
         model = ctypes.byref(self._model)
         return float(self._kernel.time_products(model, ctypes.byref(step), ctypes.c_size_t(TRIED_BYTES)))
+
+    @property
+    def _matrices(self) -> list[Matrix]:
+        """In the order of `ModelWeights.matrices`."""
+        return [*(getattr(layer, name) for layer in self._layers for name in MATRICES), self._model.head]
+
+    # --- memory -------------------------------------------------------------------------------------------------------
 
     def _scratch_for(self, tokens: int, seen: int, threads: int) -> int:
         """The address of enough scratch memory; it grows by doubling, so that contexts may."""
@@ -200,9 +229,9 @@ class NativeStep:
 
     # --- the kernel's structures --------------------------------------------------------------------------------------
 
-    def _describe(self, weights: ModelWeights) -> _Model:
+    def _describe(self, weights: ModelWeights) -> Model:
         inner, hidden = weights.layers[0].gate.weight.shape
-        return _Model(
+        return Model(
             self._layers,
             weights.embedding.data_ptr(),
             self._vector(weights.norm),
@@ -213,19 +242,18 @@ class NativeStep:
             weights.heads,
             weights.kv_heads,
             weights.dim,
-            self.distance,
+            self.reading.distance,
             weights.eps,
             weights.scaling,
         )
 
-    def _layer(self, layer: LayerWeights) -> _Layer:
-        matrices = (layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down)
+    def _layer(self, layer: LayerWeights) -> Layer:
         vectors = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
-        return _Layer(*map(self._matrix, matrices), *map(self._vector, vectors), None, None)
+        return Layer(*map(self._matrix, layer.matrices), *map(self._vector, vectors), None, None)
 
-    def _matrix(self, linear: Linear) -> _Matrix:
+    def _matrix(self, linear: Linear) -> Matrix:
         out, size = linear.weight.shape
-        return _Matrix(linear.weight.data_ptr(), self._vector(linear.bias), out, size)
+        return Matrix(linear.weight.data_ptr(), self._vector(linear.bias), out, size)
 
     def _vector(self, vector: torch.Tensor | None) -> int | None:
         """The address of a vector in the type of sums, or None."""

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "numbers.hpp"
+#include "packed.hpp"
 
 // How a vector of weights meets a vector of activations: the type of the activations, and one multiply-add.
 template <class T> struct Product {
@@ -25,10 +26,14 @@ template <> struct Product<bfloat16> {
 #endif
 using operand = Product<weight>::operand;
 
+// The weights, and copies of them in fewer bits that have the same values, if there are any.
 struct Matrix {
-    const weight* rows;  // [out, in]
-    const real* bias;    // [out] or null
+    const weight* rows;      // [out, in]
+    const real* bias;        // [out] or null
     int out, in;
+    const bfloat16* narrow;  // [out, in] or null
+    const uint32_t* blocks;  // [out / SIDE, in / LANES, BLOCK_WORDS] or null: packed rows
+    const uint8_t* bases;    // [out / SIDE, in / LANES]
 };
 
 // What a matrix is multiplied with, and how.
@@ -40,7 +45,7 @@ struct Input {
 
 // Without an instruction for their type, weights that meet several strips of tokens are brought into the type of the
 // activations once and not by every strip: a piece of some rows that stays in the nearest cache, for MANY tokens.
-constexpr bool WIDENS = !std::is_same<weight, operand>::value;
+template <class Row> constexpr bool WIDENS = !std::is_same<Row, operand>::value;
 constexpr int PIECE = 256, MANY = 64;
 
 // Memory to fetch while computing: `lines` cache lines of 64 bytes for every `span` numbers of a row, a power of two.
@@ -93,14 +98,14 @@ static inline void accumulate(const Row* rows, int stride, const operand* x, int
 }
 
 // What whole vectors give of row . x, summed in the order in which they are accumulated: bit for bit the same.
-static inline Vector dot(const weight* row, const operand* x, int in, int far) {
+template <class Row> static inline Vector dot(const Row* row, const operand* x, int in, int far) {
     using P = Product<weight>;
     constexpr int STEPS = 4, SPAN = STEPS * P::WIDTH;
     Vector total = {};
     int k = 0;
     for (; k + SPAN <= in; k += SPAN) {
 #pragma GCC unroll 8
-        for (int i = 0; i < SPAN * (int)sizeof(weight); i += 64)
+        for (int i = 0; i < SPAN * (int)sizeof(Row); i += 64)
             __builtin_prefetch((const char*)(row + k) + far + i, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < SPAN; i += P::WIDTH) P::add(total, P::get(row + k + i), P::get(x + k + i));
@@ -111,7 +116,7 @@ static inline Vector dot(const weight* row, const operand* x, int in, int far) {
 
 // y[n] = rows[n] . x for ROWS rows of weights and a single token, read in the order of addresses: some memories are
 // faster so than with several rows side by side, while those hide the latency of the sums.
-template <int ROWS> static inline void dots(const weight* rows, const Input& input, int in, real y[ROWS]) {
+template <int ROWS, class Row> static inline void dots(const Row* rows, const Input& input, int in, real y[ROWS]) {
     Vector totals[ROWS];
     for (int n = 0; n < ROWS; n++) totals[n] = dot(rows + (size_t)n * in, input.x, in, input.far);
     finish<ROWS>(rows, input.x, in, totals, y);
@@ -125,17 +130,17 @@ template <bool ADD, int ROWS> static inline void keep(const Matrix& m, int n, co
     }
 }
 
-// What is fetched while `tokens` meet ROWS rows from n on: the rows after the next, their last byte being before `end`.
-template <int ROWS> struct Fetch {
+// What is fetched while `tokens` meet ROWS rows: the rows after the next, their last byte being before `end`.
+template <int ROWS, class Row> struct Fetch {
     Ahead ahead;
     const char* end;
 
-    Fetch(const Matrix& m, int n, int tokens) {
-        constexpr int STEP = Product<weight>::WIDTH, LINES = (ROWS * STEP * (int)sizeof(weight) + 63) / 64;
+    Fetch(const Row* rows, int in, int tokens) {
+        constexpr int STEP = Product<weight>::WIDTH, LINES = (ROWS * STEP * (int)sizeof(Row) + 63) / 64;
         int count = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
-        ahead = {(const char*)(m.rows + ((size_t)n + 2 * ROWS) * m.in), (LINES + count - 1) / count, STEP};
+        ahead = {(const char*)(rows + (size_t)2 * ROWS * in), (LINES + count - 1) / count, STEP};
         while (2 * ahead.span * LINES <= count * STEP) ahead.span *= 2;
-        end = ahead.from + (size_t)ROWS * m.in * sizeof(weight);
+        end = ahead.from + (size_t)ROWS * in * sizeof(Row);
     }
     Ahead& now() {
         if (ahead.from >= end) ahead.lines = 0;
@@ -144,10 +149,9 @@ template <int ROWS> struct Fetch {
 };
 
 // The tokens meet ROWS rows in strips, which share the work of fetching.
-template <bool ADD, int ROWS>
-static inline void strips(const Matrix& m, int n, const Input& input, real* y, int width) {
-    const weight* rows = m.rows + (size_t)n * m.in;
-    Fetch<ROWS> fetch(m, n, input.tokens);
+template <bool ADD, int ROWS, class Row>
+static inline void strips(const Matrix& m, const Row* rows, int n, const Input& input, real* y, int width) {
+    Fetch<ROWS, Row> fetch(rows, m.in, input.tokens);
     in_strips(input.tokens, [&](auto size, int first) {
         constexpr int TOKENS = size.value;
         const operand* x = input.x + (size_t)first * m.in;
@@ -163,10 +167,9 @@ static inline void strips(const Matrix& m, int n, const Input& input, real* y, i
 }
 
 // The same for MANY tokens at most, piece by piece of the rows, each of them widened first.
-template <bool ADD, int ROWS>
-static inline void widened_strips(const Matrix& m, int n, const Input& input, real* y, int width) {
-    const weight* rows = m.rows + (size_t)n * m.in;
-    Fetch<ROWS> fetch(m, n, input.tokens);
+template <bool ADD, int ROWS, class Row>
+static inline void widened_strips(const Matrix& m, const Row* rows, int n, const Input& input, real* y, int width) {
+    Fetch<ROWS, Row> fetch(rows, m.in, input.tokens);
     Vector totals[MANY][ROWS];
     operand wide[ROWS * PIECE];
     for (int t = 0; t < input.tokens; t++)
@@ -187,20 +190,68 @@ static inline void widened_strips(const Matrix& m, int n, const Input& input, re
     }
 }
 
-// y[t][n..] (+)= rows[n..] . x[t] for ROWS rows and all tokens.
-template <bool ADD, int ROWS>
-static inline void multiply_rows(const Matrix& m, int n, const Input& input, real* y, int width) {
+// y[t][n..] (+)= rows . x[t] for the ROWS rows from n on, which begin at `rows`, and all tokens.
+template <bool ADD, int ROWS, class Row>
+static inline void multiply_rows(const Matrix& m, const Row* rows, int n, const Input& input, real* y, int width) {
     if (input.tokens == 1 && input.far) {
         real out[ROWS];
-        dots<ROWS>(m.rows + (size_t)n * m.in, input, m.in, out);
+        dots<ROWS>(rows, input, m.in, out);
         keep<ADD, ROWS>(m, n, out, y);
-    } else if (WIDENS && input.tokens > MOST_TOKENS) {
+    } else if (WIDENS<Row> && input.tokens > MOST_TOKENS) {
         for (int t = 0; t < input.tokens; t += MANY) {
-            int count = input.tokens - t < MANY ? input.tokens - t : MANY;
-            Input some{input.x + (size_t)t * m.in, count, input.far};
-            widened_strips<ADD, ROWS>(m, n, some, y + (size_t)t * width, width);
+            Input some = input;
+            some.x += (size_t)t * m.in;
+            some.tokens = input.tokens - t < MANY ? input.tokens - t : MANY;
+            widened_strips<ADD, ROWS>(m, rows, n, some, y + (size_t)t * width, width);
         }
     } else {
-        strips<ADD, ROWS>(m, n, input, y, width);
+        strips<ADD, ROWS>(m, rows, n, input, y, width);
     }
+}
+
+// The same for the rows [n, stop), of all of which `all` has the first.
+template <bool ADD, class Row>
+static inline void multiply_range(const Matrix& m, const Row* all, int n, int stop, const Input& input, real* y,
+                                  int width) {
+    auto rows = [&] { return all + (size_t)n * m.in; };
+    if (input.tokens <= 3)
+        for (; n + 8 <= stop; n += 8) multiply_rows<ADD, 8>(m, rows(), n, input, y, width);
+    for (; n + 4 <= stop; n += 4) multiply_rows<ADD, 4>(m, rows(), n, input, y, width);
+    for (; n < stop; n++) multiply_rows<ADD, 1>(m, rows(), n, input, y, width);
+}
+
+// A single token meets the packed rows from n on, a multiple of SIDE; returns the first that is left.
+template <bool ADD> static inline int multiply_packed(const Matrix& m, int n, int stop, const Input& input, real* y) {
+    const size_t across = m.in / LANES, first = n / SIDE * across;
+    const uint32_t* block = m.blocks + first * BLOCK_WORDS;
+    const uint8_t* base = m.bases + first;
+    for (; n + SIDE <= stop; n += SIDE) {
+        const weight* rows = m.rows + (size_t)n * m.in;
+        Vector totals[SIDE] = {};
+        for (int k = 0; k + LANES <= m.in; k += LANES, block += BLOCK_WORDS, base++) {
+#pragma GCC unroll 8
+            for (size_t i = 0; i < BLOCK_WORDS * 4; i += 64) __builtin_prefetch((const char*)block + input.far + i, 0, 2);
+            Vector x = load(input.x + k);
+            if (__builtin_expect(*base == MARK, 0))
+                for (int i = 0; i < SIDE; i++) totals[i] = fused(totals[i], load(rows + (size_t)i * m.in + k), x);
+            else unpack(block, *base, [&](int i, Vector w) { totals[i] = fused(totals[i], w, x); });
+        }
+        real out[SIDE];
+        finish<SIDE>(rows, input.x, m.in, totals, out);
+        keep<ADD, SIDE>(m, n, out, y);
+    }
+    return n;
+}
+
+// For more tokens than FEW arithmetic is the limit, and the fewer bytes of narrow rows do not pay for widening them.
+constexpr int FEW = MOST_TOKENS > 4 ? MOST_TOKENS : 4;
+
+// The same for the rows [n, stop), of the copy that serves so many tokens best.
+template <bool ADD>
+static inline void multiply_rows(const Matrix& m, int n, int stop, const Input& input, real* y, int width) {
+    if constexpr (std::is_same<weight, float>::value) {
+        if (m.narrow && input.tokens <= FEW) return multiply_range<ADD>(m, m.narrow, n, stop, input, y, width);
+        if (m.blocks && input.tokens == 1) n = multiply_packed<ADD>(m, n, stop, input, y);
+    }
+    multiply_range<ADD>(m, m.rows, n, stop, input, y, width);
 }

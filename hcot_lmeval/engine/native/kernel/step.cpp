@@ -1,8 +1,8 @@
 // One decoding step of a Llama-like model on the CPU: embedding, all layers, logits, over the slots of a KV pool.
 //
 // Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
-// bfloat16, for the processor at hand. Weights are read where the model has them, row-major [out, in], never copied or
-// repacked. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
+// bfloat16, for the processor at hand. Weights are read where the model has them, row-major [out, in], or from a copy
+// in fewer bits. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
 // weights: for one token one row after the other or several side by side, whatever was tried to be faster, for more
 // tokens several rows by several tokens at a time in registers; the weights needed next are prefetched; attention reads
 // exactly what is live, for all queries of a group together. Vectors are those of GCC and Clang, so that nothing but
@@ -26,10 +26,7 @@
 template <bool ADD> static void multiply(Team& team, const Matrix& m, const Input& input, real* y, int width) {
     int block = (m.out / (12 * team.size) + 7) / 8 * 8;
     team.share(m.out, block < 16 ? 16 : block, [&](int n, int stop) {
-        if (input.tokens <= 3)
-            for (; n + 8 <= stop; n += 8) multiply_rows<ADD, 8>(m, n, input, y, width);
-        for (; n + 4 <= stop; n += 4) multiply_rows<ADD, 4>(m, n, input, y, width);
-        for (; n < stop; n++) multiply_rows<ADD, 1>(m, n, input, y, width);
+        multiply_rows<ADD>(m, n, stop, input, y, width);
     });
 }
 
@@ -90,6 +87,16 @@ size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
 void decode(const Model* model, const Step* step);
 // Seconds that a single token takes through products of the layers, of which at least `bytes` are read if there are.
 double time_products(const Model* model, const Step* step, size_t bytes);
+
+struct Packing {
+    int numbers, words;  // in a block of packed rows
+    int few;             // tokens that meet narrow rows at most
+};
+
+void packing(Packing* p);
+size_t blocks(const Matrix* m);
+// Packs a matrix into m->blocks and m->bases; returns how many blocks are marked.
+size_t pack(const Matrix* m, int threads);
 }
 
 namespace {
@@ -300,4 +307,21 @@ double time_products(const Model* model, const Step* step, size_t bytes) {
     double start = omp_get_wtime();
     in_parallel(*model, *step, 1, [&](Team& team, const Scratch& s) { run_products(team, *model, s, bytes); });
     return omp_get_wtime() - start;
+}
+
+void packing(Packing* p) { *p = {SIDE * LANES, (int)BLOCK_WORDS, FEW}; }
+
+size_t blocks(const Matrix* m) { return (size_t)(m->out / SIDE) * (m->in / LANES); }
+
+size_t pack(const Matrix* m, int threads) {
+    size_t marked = 0, across = m->in / LANES;
+    if constexpr (std::is_same<weight, float>::value)
+#pragma omp parallel for num_threads(threads) reduction(+ : marked)
+        for (size_t at = 0; at < blocks(m); at++) {
+            const float* rows = (const float*)m->rows + at / across * SIDE * m->in + at % across * LANES;
+            uint8_t base = pack_block(rows, m->in, (uint32_t*)m->blocks + at * BLOCK_WORDS);
+            ((uint8_t*)m->bases)[at] = base;
+            marked += base == MARK;
+        }
+    return marked;
 }

@@ -1,0 +1,141 @@
+"""Weights in fewer bits, without loss: a copy that the kernel reads instead where the memory is the limit.
+
+Float32 weights of a checkpoint that was written in bfloat16 are copied as bfloat16. Of others, those that lie together
+are of a few magnitudes: 16 exponents hold nearly all of any 64, so that 28 bits are enough; kernel/packed.hpp has the
+layout. Both have the same values as the model's own weights, which stay where they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from hcot_lmeval.engine.native.pages import allocate
+from hcot_lmeval.engine.native.structures import Matrix, Packing
+from hcot_lmeval.engine.native.weights import ModelWeights
+
+logger = logging.getLogger(__name__)
+
+MOST_MARKED = 1 / 16
+"""Of all blocks may hold too many magnitudes to be packed; where there are more, a copy does not pay."""
+ROWS = 256
+"""Rows that are looked at together, so that no copy of a whole matrix is made in passing."""
+
+
+class NoCopyError(ValueError):
+    """The weights cannot be copied into fewer bits; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightCopy:
+    """The matrices of a model in fewer bits.
+
+    Attributes:
+        key: changes with the weights and with the layout.
+        narrow: whether it is in bfloat16; else it is in packed blocks.
+        addresses: of each matrix's rows in bfloat16, or of its blocks and bases.
+        memory: that they lie in.
+    """
+
+    key: object
+    narrow: bool
+    addresses: tuple[tuple[int, ...], ...]
+    memory: torch.Tensor
+
+    def __str__(self) -> str:
+        return f"{self.memory.nbytes / 2**30:.2f} GiB, {'bfloat16' if self.narrow else '28 bits each'}"
+
+    def show_to(self, matrices: Sequence[Matrix], *, shown: bool) -> None:
+        """Has the kernel find it, or no more."""
+        names = ("narrow",) if self.narrow else ("blocks", "bases")
+        for matrix, addresses in zip(matrices, self.addresses, strict=True):
+            for name, address in zip(names, addresses, strict=True):
+                setattr(matrix, name, address if shown else None)
+
+
+_COPIES: weakref.WeakKeyDictionary[Any, weakref.ref[WeightCopy]] = weakref.WeakKeyDictionary()
+
+
+def copy_weights(
+    model: Any, kernel: ctypes.CDLL, weights: ModelWeights, matrices: Sequence[Matrix], *, rows: int, share: float
+) -> WeightCopy:
+    """Copies the matrices of a float32 model into fewer bits; all engines of the model have the same copy.
+
+    Args:
+        model: whose weights they are.
+        kernel: the compiled step.
+        weights: of the model.
+        matrices: the same as the kernel has them.
+        rows: that will run at the same time.
+        share: of the free memory that may be taken.
+
+    Raises:
+        NoCopyError: the weights are not float32, or of too many magnitudes, the copy does not fit, or does not serve so
+            many rows.
+    """
+    if weights.dtype != torch.float32:
+        raise NoCopyError(f"its weights are {weights.dtype}; only those in torch.float32 are copied into fewer bits")
+    packing = Packing()
+    kernel.packing(ctypes.byref(packing))
+    key = (weights.state, packing.numbers)
+    known = _COPIES.get(model, lambda: None)()
+    if known is None or known.key != key:
+        tensors = [linear.weight.detach() for linear in weights.matrices]
+        narrow = all(map(_is_bfloat16, tensors))
+        _check_rows(rows, packing.few if narrow else 1)
+        start = time.perf_counter()
+        known = _narrow(key, tensors, share) if narrow else _packed(key, kernel, matrices, packing, share)
+        logger.info("weights copied into %s, in %.1f s", known, time.perf_counter() - start)
+        _COPIES[model] = weakref.ref(known)
+    _check_rows(rows, packing.few if known.narrow else 1)
+    return known
+
+
+def _check_rows(rows: int, most: int) -> None:
+    if rows > most:
+        raise NoCopyError(f"{rows} rows run at the same time, and its weights in fewer bits serve {most} at most")
+
+
+def _is_bfloat16(tensor: torch.Tensor) -> bool:
+    return all(torch.equal(rows.bfloat16().float(), rows) for rows in tensor.split(ROWS))
+
+
+def _narrow(key: object, tensors: Sequence[torch.Tensor], share: float) -> WeightCopy:
+    memory = _allocate(sum(2 * tensor.numel() for tensor in tensors), share)
+    numbers, addresses, at = memory.view(torch.bfloat16), [], 0
+    for tensor in tensors:
+        numbers[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
+        addresses.append((memory.data_ptr() + 2 * at,))
+        at += tensor.numel()
+    return WeightCopy(key, True, tuple(addresses), memory)
+
+
+def _packed(key: object, kernel: ctypes.CDLL, matrices: Sequence[Matrix], packing: Packing, share: float) -> WeightCopy:
+    blocks = [kernel.blocks(ctypes.byref(matrix)) for matrix in matrices]
+    size, total, marked, addresses = 4 * packing.words, sum(blocks), 0, []
+    memory = _allocate(total * (size + 1), share)
+    at, base = memory.data_ptr(), memory.data_ptr() + size * total
+    for matrix, count in zip(matrices, blocks, strict=True):
+        target = Matrix.from_buffer_copy(matrix)
+        target.blocks, target.bases = at, base
+        marked += kernel.pack(ctypes.byref(target), torch.get_num_threads())
+        addresses.append((at, base))
+        at, base = at + size * count, base + count
+    if marked > MOST_MARKED * total:
+        raise NoCopyError(f"{marked / total:.0%} of the blocks of its weights hold too many magnitudes")
+    return WeightCopy(key, False, tuple(addresses), memory)
+
+
+def _allocate(size: int, share: float) -> torch.Tensor:
+    free = psutil.virtual_memory().available
+    if size > share * free:
+        raise NoCopyError(f"a copy of its weights takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    return allocate(size)
