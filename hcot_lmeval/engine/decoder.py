@@ -72,7 +72,7 @@ class Decoder:
         check: bool = True,
         compute: Compute | str = Compute.AUTO,
         kv_dtype: str = "auto",
-        weights: WeightForm | str = WeightForm.AUTO,
+        weights: WeightForm | str = WeightForm.PLAIN,
         rows: int = 1,
         huge_pages: bool = True,
     ) -> None:
