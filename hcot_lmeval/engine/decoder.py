@@ -203,7 +203,7 @@ class Decoder:
         try:
             self.self_check()
         except UnsupportedModelError as error:
-            if self.native is None or self.compute is Compute.NATIVE:
+            if self.native is None or self.compute is Compute.NATIVE or self.weights is WeightForm.PACKED:
                 raise
             logger.warning("the compiled step is not used: %s", error)
             self.native = None
