@@ -6,6 +6,7 @@ That it decodes exactly, with pruning, is in test_engine_exact.py.
 import logging
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,17 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
         assert list((tmp_path / "kernels").iterdir()) == [kept]
     finally:
         build.load_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("weight", build.WEIGHTS.values())
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_every_compiler_takes_every_kernel(compiler, weight):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-shared")]
+    command = [compiler, "-fsyntax-only", *flags, f"-DWEIGHT={weight}", str(build.SOURCES / "step.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog, tmp_path):

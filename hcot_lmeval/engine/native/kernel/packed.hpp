@@ -21,7 +21,7 @@ constexpr size_t BLOCK_WORDS = (SIDE - 1) * LANES;
 
 // Calls use(row, vector) for the rows of a block.
 template <class Use, class V = Vector> static inline void unpack(const uint32_t* block, uint8_t base, Use use) {
-    typedef uint32_t Loaded __attribute__((vector_size(BYTES), aligned(4)));
+    typedef uint32_t Loaded __attribute__((vector_size(LANES * 4), aligned(4)));
     const Words above = Words{} + ((uint32_t)base << MANTISSA);
     Words last = {};
 #pragma GCC unroll 8
