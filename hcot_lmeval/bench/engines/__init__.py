@@ -12,6 +12,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "off": ("ours", {"policy": "off"}),
     "recompute": ("ours", {"policy": "recompute"}),
     "recompute+grammar": ("ours", {"policy": "recompute", "constraints": "grammar"}),
+    "recompute+plain": ("ours", {"policy": "recompute", "weights": "plain"}),
     "evict": ("ours", {"policy": "evict"}),
     "resubmit": ("resubmit", {}),
     "continuous": ("continuous", {}),
