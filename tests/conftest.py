@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,16 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.getbasetemp() / "kernels"
     path.mkdir(exist_ok=True)
     return path
+
+
+@pytest.fixture
+def compiled_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Has the kernel compiled with further flags, as for another processor."""
+    from hcot_lmeval.engine.native import build
+
+    def use(*flags: str) -> None:
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+        build.load_kernel.cache_clear()
+
+    yield use
+    build.load_kernel.cache_clear()

@@ -9,9 +9,9 @@ from hcot_lmeval.engine import Engine
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.native import NativeStep
 from hcot_lmeval.engine.slots import KV_DTYPES, KVPool, round_to
+from tests.native_cases import STEPS
 from tests.reference import MARKERS, POLICIES
 from tests.test_engine_exact import FP64, check_all, make_engine, make_model, random_requests, run
-from tests.test_native import STEPS
 from tests.tiny import tiny_model
 
 KINDS = ("qwen2", "qwen3", "llama")

@@ -4,7 +4,6 @@ That it decodes exactly, with pruning, is in test_engine_exact.py.
 """
 
 import logging
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,18 +19,12 @@ from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, step
 from hcot_lmeval.engine.native.reading import DISTANCES, Reading
 from hcot_lmeval.engine.slots import Chunk, KVPool
+from tests.native_cases import LESS, SHAPES, STEPS, chunk
 from tests.reference import EOS, MARKERS
 from tests.tiny import in_full_precision, tiny_model
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of a logit, relative to the largest."""
-SHAPES = {
-    "even": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "odd": {"hidden_size": 42, "intermediate_size": 77, "num_attention_heads": 3, "num_key_value_heads": 1},
-    "wide": {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 80},
-    "all": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True},
-    "long": {"hidden_size": 328, "intermediate_size": 600, "num_attention_heads": 4, "num_key_value_heads": 2},
-}
 
 
 def compared(model, steps, *, length=40):
@@ -47,19 +40,6 @@ def compared(model, steps, *, length=40):
         gap = (found - expected).abs().max() / expected.abs().max()
         worst = max(worst, gap.item()) if gap == gap else float("nan")
     return worst
-
-
-def chunk(slot, start, ids, positions=None):
-    return Chunk(slot, start, tuple(ids), positions or list(range(start + len(ids))))
-
-
-STEPS = [
-    [chunk(2, 0, range(9, 20)), chunk(0, 0, [5, 6])],
-    [chunk(2, 11, [7]), chunk(0, 2, [8, 9], [0, 1, 6, 7]), chunk(1, 0, [9])],
-    [chunk(2, 4, [21, 22, 23]), chunk(0, 3, [10], [0, 1, 6, 9])],
-    [chunk(0, 4, range(30, 39)), chunk(1, 1, range(31, 39))],
-]
-"""Prompts, single tokens, a rewind, positions with gaps; ragged."""
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -93,27 +73,6 @@ def test_any_schedule(data):
                 held[slot] = 20
         steps.append(chunks)
     assert compared(model, steps) <= TOLERANCE[torch.float64]
-
-
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-
-LESS = [
-    pytest.param(flag, marks=pytest.mark.skipif(not X86, reason="the flags are those of x86"))
-    for flag in ("-mno-avx512f", "-mno-avx", "-mno-avx512bf16")
-]
-
-
-@pytest.fixture
-def compiled_with(monkeypatch):
-    """Has the kernel compiled with further flags, as for another processor."""
-
-    def use(*flags):
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-        build.load_kernel.cache_clear()
-
-    yield use
-    build.load_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("flag", LESS)

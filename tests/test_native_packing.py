@@ -17,11 +17,9 @@ from hcot_lmeval.engine.native import NativeStep, NoCopyError, WeightForm, build
 from hcot_lmeval.engine.native.reading import DISTANCES, PACKED_DISTANCES, Reading, choose_reading
 from hcot_lmeval.engine.native.structures import Matrix, Packing
 from hcot_lmeval.engine.slots import Chunk, KVPool
+from tests.native_cases import LESS, SHAPES
 from tests.reference import EOS, MARKERS
-from tests.test_native import LESS, SHAPES, compiled_with
 from tests.tiny import tiny_model
-
-__all__ = ["compiled_with"]  # a fixture
 
 
 def in_bfloat16(model):
