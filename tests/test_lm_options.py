@@ -8,7 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hcot_lmeval.lm import HcotLM
-from hcot_lmeval.lm.options import LOADING_KWARGS, QUANTIZATION_KWARGS, Options, known_names, split_model_args
+from hcot_lmeval.lm.options import (
+    LOADING_KWARGS,
+    QUANTIZATION_KWARGS,
+    Options,
+    known_names,
+    split_model_args,
+    unknown_argument,
+)
 from hcot_lmeval.lm.requests import GEN_KWARGS, GenerationSettings, repeat_indices, request_seed
 from hcot_lmeval.notes import NotesFile
 from hcot_lmeval.trace import Policy
@@ -59,6 +66,7 @@ class TestModelArguments:
             ({"markup": "hcott"}, "Did you mean 'hcot'"),
             ({"attention": "flash"}, "attention='flash' is unknown; choose one of auto, flash-attn, varlen, aten"),
             ({"compute": "cuda"}, "compute='cuda' is unknown; choose one of auto, native, torch"),
+            ({"weights": "int8"}, "weights='int8' is unknown; choose one of auto, plain, packed"),
             ({"graphs": "yes"}, "graphs='yes' is neither true nor false"),
             ({"run_ahead": 0}, "run_ahead=0 is not allowed; give a number of steps from 1 up"),
             ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is unknown; choose one of auto, bfloat16, float16, float8_e4m3fn"),
@@ -82,6 +90,10 @@ class TestModelArguments:
     def test_values_that_are_not_allowed(self, given, message):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             split_model_args(given)
+
+    @pytest.mark.parametrize(("name", "flag"), [("slots", "--batch_size"), ("max_slots", "--max_batch_size")])
+    def test_options_of_the_engine_are_named_as_lm_eval_has_them(self, name, flag):
+        assert f"{name!r} is unknown. Here that is {flag}. Allowed" in str(unknown_argument(name, ["notes"]))
 
     @pytest.mark.parametrize(
         ("name", "near"), [("prunning", "pruning"), ("max_ctx", None), ("max_contxt", "max_context"), ("dtyp", "dtype")]

@@ -151,6 +151,18 @@ def test_other_weights_never_reuse(load, checkpoint):
     assert generated(load(pretrained=other)) == 3
 
 
+@pytest.mark.parametrize(
+    ("option", "anew"), [({"weights": "plain"}, 0), ({"huge_pages": False}, 0), ({"compute": "torch"}, 3)]
+)
+def test_options_that_change_no_bit_go_on_with_the_same_journal(tmp_path, option, anew):
+    def make(**options):
+        model, files = tiny_model("qwen2"), {"journal": tmp_path, "max_context": 256}
+        return HcotLM(pretrained=model, tokenizer=tiny_tokenizer(), **files, **options)
+
+    assert generated(make()) == 3
+    assert generated(make(**option)) == anew
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_models_in_memory_are_told_apart_by_their_weights(tmp_path, seed):
     def make(seed):

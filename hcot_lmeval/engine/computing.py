@@ -10,6 +10,8 @@ from hcot_lmeval.engine.native import Compute, WeightForm
 from hcot_lmeval.engine.slots import KV_DTYPES
 
 AUTO = "auto"
+SPEED_ALONE = ("weights", "huge_pages")
+"""Options that change no bit of a result."""
 ATTENTION = (AUTO, "flash-attn", "varlen", "aten", "triton", "sdpa")
 """Who may attend in the device's loop; see `hcot_lmeval.engine.device.choice`."""
 

@@ -104,22 +104,28 @@ class Decoder:
             return None
         try:
             step = NativeStep(self.model, self.layers[0].dtype, **reading)
-        except (KernelUnavailableError, UnreadableModelError, NoCopyError) as error:
+        except NoCopyError as error:
+            raise self._no_copy(error) from None
+        except (KernelUnavailableError, UnreadableModelError) as error:
             self._leave_to_torch(str(error))
             return None
         logger.info("%s: compiled steps, %d threads", self.name, torch.get_num_threads())
         return step
 
+    def _no_copy(self, error: NoCopyError) -> UnsupportedModelError:
+        return UnsupportedModelError(f"weights='packed': {self.name} has no packed copy, since {error}.")
+
     def _leave_to_torch(self, reason: str) -> None:
         """Says why PyTorch computes the steps, or raises if that was not wanted."""
-        for name, value, wanted in (
-            ("compute", self.compute, Compute.NATIVE),
-            ("weights", self.weights, WeightForm.PACKED),
-        ):
-            if value is wanted:
-                raise UnsupportedModelError(
-                    f"{name}={value.value!r} cannot run {self.name}: {reason}. Use {name}='auto', which takes what can."
-                )
+        if self.compute is Compute.NATIVE:
+            raise UnsupportedModelError(
+                f"compute='native' cannot run {self.name}: {reason}. Use compute='auto', which leaves it to PyTorch."
+            )
+        if self.weights is WeightForm.PACKED:
+            raise UnsupportedModelError(
+                f"weights='packed': {self.name} is left to PyTorch, which has no packed weights: {reason}. "
+                "Use weights='auto'."
+            )
         logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), reason)
 
     @contextmanager
@@ -137,7 +143,9 @@ class Decoder:
         if self.native is not None:
             try:
                 self.native.refresh()
-            except (UnreadableModelError, NoCopyError) as error:
+            except NoCopyError as error:
+                raise self._no_copy(error) from None
+            except UnreadableModelError as error:
                 self._leave_to_torch(str(error))
                 self.native = None
 
@@ -145,6 +153,12 @@ class Decoder:
     def compute_name(self) -> str:
         """Who computes the steps now."""
         return (Compute.TORCH if self.native is None else Compute.NATIVE).value
+
+    @property
+    def weights_name(self) -> str:
+        """How the weights are read now: plain, or packed."""
+        copied = self.native is not None and self.native.reading.copied
+        return (WeightForm.PACKED if copied else WeightForm.PLAIN).value
 
     @property
     def token_bytes(self) -> int:

@@ -31,6 +31,7 @@ from transformers import BitsAndBytesConfig
 
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.engine import Completion, Engine, Request
+from hcot_lmeval.engine.computing import SPEED_ALONE
 from hcot_lmeval.lm.fingerprint import checkpoint_facts, library_versions, plain_arguments, tokenizer_digest
 from hcot_lmeval.lm.journal import Journal, digest
 from hcot_lmeval.lm.loading import check_names, default_device, prepare_cpu_ranks
@@ -293,7 +294,7 @@ class HcotLM(HFLM):
             **ours,
             **self.options.controls,
             "prompt_markers": self.options.prompt_markers,
-            **self.options.computing,
+            **{name: value for name, value in self.options.computing.items() if name not in SPEED_ALONE},
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
@@ -389,5 +390,6 @@ class HcotLM(HFLM):
             "kv_dtype": self.options.kv_dtype,
             "kv_bytes_per_token": self.engine.decoder.token_bytes if totals["requests"] else None,
             "compute": self.engine.decoder.compute_name if totals["requests"] else None,
+            "weights": self.engine.decoder.weights_name if totals["requests"] else None,
         }
         return {**super().get_model_info(), "hcot": {**settings, **totals}}

@@ -156,6 +156,8 @@ def unknown_argument(name: str, known: Iterable[str]) -> ValueError:
     """Returns the error for a model argument that nobody knows, naming the nearest known one."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if name in ("slots", "max_slots"):
+        hint = f" Here that is --{name.replace('slots', 'batch_size')}."
     return ValueError(
         f"model_args: {name!r} is unknown.{hint} Allowed are {', '.join(sorted(OPTION_NAMES))}, the arguments of "
         "lm-eval's hf model, those of from_pretrained, and the fields of the model's configuration."

@@ -82,7 +82,8 @@ def copy_weights(
             many rows.
     """
     if weights.dtype != torch.float32:
-        raise NoCopyError(f"its weights are {weights.dtype}; only those in torch.float32 are copied into fewer bits")
+        kind = str(weights.dtype).removeprefix("torch.")
+        raise NoCopyError(f"its weights are {kind}: load it with dtype='float32', or use weights='auto'")
     packing = Packing()
     kernel.packing(ctypes.byref(packing))
     key = (weights.state, packing.numbers)
@@ -130,12 +131,17 @@ def _packed(key: object, kernel: ctypes.CDLL, matrices: Sequence[Matrix], packin
         addresses.append((at, base))
         at, base = at + size * count, base + count
     if marked > MOST_MARKED * total:
-        raise NoCopyError(f"{marked / total:.0%} of the blocks of its weights hold too many magnitudes")
+        raise NoCopyError(
+            f"{marked / total:.0%} of the blocks of its weights hold numbers of too many magnitudes: use weights='auto'"
+        )
     return WeightCopy(key, False, tuple(addresses), memory)
 
 
 def _allocate(size: int, share: float) -> torch.Tensor:
     free = psutil.virtual_memory().available
     if size > share * free:
-        raise NoCopyError(f"a copy of its weights takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+        raise NoCopyError(
+            f"it takes {size / 2**30:.1f} GiB, and {share:.0%} of the {free / 2**30:.1f} GiB that are free may go to "
+            "it: free memory, or use weights='auto'"
+        )
     return allocate(size)

@@ -31,7 +31,10 @@ class Reading(NamedTuple):
     distance: int
 
     def __str__(self) -> str:
-        return f"{'from the copy' if self.copied else 'as they are'}, {self.distance or 'side by side'}"
+        order = (
+            f"one row after the other, {self.distance} bytes ahead" if self.distance else "several rows side by side"
+        )
+        return f"{'from the copy' if self.copied else 'as they are'}, {order}"
 
 
 def choose_reading(own: Sequence[Reading], copied: Sequence[Reading], time: Callable[[Reading], float]) -> Reading:

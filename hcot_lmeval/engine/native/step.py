@@ -159,9 +159,9 @@ class NativeStep:
         own = [] if self._form is WeightForm.PACKED else [Reading(False, distance) for distance in DISTANCES]
         if large:
             self._use(choose_reading(own, copied, self._seconds))
-            logger.info("weights are read %s", self.reading)
         else:
             self._use([*own, *copied][0])
+        logger.info("for a single row, weights are read %s", self.reading)
         if not self.reading.copied:
             self._copy = None
 
