@@ -1,8 +1,8 @@
 """Weights in fewer bits, without loss: a copy that the kernel reads instead where the memory is the limit.
 
 Float32 weights of a checkpoint that was written in bfloat16 are copied as bfloat16. Of others, those that lie together
-are of a few magnitudes: 16 exponents hold nearly all of any 64, so that 28 bits are enough; kernel/packed.hpp has the
-layout. Both have the same values as the model's own weights, which stay where they are.
+are of a few magnitudes: the exponents of any 64 seldom differ by 16 or more, so that 28 bits are enough;
+kernel/packed.hpp has the layout. Both have the same values as the model's own weights, which stay where they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from hcot_lmeval.engine.native.pages import allocate
-from hcot_lmeval.engine.native.structures import Matrix, Packing
+from hcot_lmeval.engine.native.structures import MATRICES, Matrix, Packing
 from hcot_lmeval.engine.native.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ def copy_weights(
     key = (weights.state, packing.numbers)
     known = _COPIES.get(model, lambda: None)()
     if known is None or known.key != key:
-        tensors = [linear.weight.detach() for linear in weights.matrices]
+        linears = [getattr(layer, name) for layer in weights.layers for name in MATRICES] + [weights.head]
+        tensors = [linear.weight.detach() for linear in linears]
         narrow = all(map(_is_bfloat16, tensors))
         _check_rows(rows, packing.few if narrow else 1)
         start = time.perf_counter()

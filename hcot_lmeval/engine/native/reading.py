@@ -31,9 +31,7 @@ class Reading(NamedTuple):
     distance: int
 
     def __str__(self) -> str:
-        order = (
-            f"one row after the other, {self.distance} bytes ahead" if self.distance else "several rows side by side"
-        )
+        order = f"{self.distance} bytes ahead" if self.distance else "several rows side by side"
         return f"{'from the copy' if self.copied else 'as they are'}, {order}"
 
 

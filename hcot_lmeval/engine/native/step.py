@@ -22,7 +22,7 @@ from hcot_lmeval.engine.native.reading import (
     Reading,
     choose_reading,
 )
-from hcot_lmeval.engine.native.structures import Layer, Matrix, Model, Step
+from hcot_lmeval.engine.native.structures import MATRICES, Layer, Matrix, Model, Step
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
 from hcot_lmeval.engine.slots import Chunk, KVPool
 
@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
-MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
-"""Of a layer, in the kernel's order."""
-SHARE = {"auto": 0.5, "packed": 0.9}
-"""Of the free memory, at most, goes to a copy of the weights."""
 
 
 class WeightForm(StrEnum):
@@ -42,6 +38,10 @@ class WeightForm(StrEnum):
     AUTO = "auto"
     PLAIN = "plain"
     PACKED = "packed"
+
+
+SHARE = {WeightForm.AUTO: 0.5, WeightForm.PACKED: 0.9}
+"""Of the free memory, at most, goes to a copy of the weights."""
 
 
 class NativeStep:
@@ -196,7 +196,7 @@ class NativeStep:
 
     @property
     def _matrices(self) -> list[Matrix]:
-        """In the order of `ModelWeights.matrices`."""
+        """Layer by layer, and the head."""
         return [*(getattr(layer, name) for layer in self._layers for name in MATRICES), self._model.head]
 
     # --- memory -------------------------------------------------------------------------------------------------------
@@ -249,7 +249,9 @@ class NativeStep:
 
     def _layer(self, layer: LayerWeights) -> Layer:
         vectors = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
-        return Layer(*map(self._matrix, layer.matrices), *map(self._vector, vectors), None, None)
+        return Layer(
+            *(self._matrix(getattr(layer, name)) for name in MATRICES), *map(self._vector, vectors), None, None
+        )
 
     def _matrix(self, linear: Linear) -> Matrix:
         out, size = linear.weight.shape

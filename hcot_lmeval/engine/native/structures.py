@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+"""Of a layer, in the kernel's order; `hcot_lmeval.engine.native.weights` has them under the same names."""
+
 
 class Matrix(ctypes.Structure):
     """Rows of weights, a bias or null, and copies of the rows or null."""
@@ -23,7 +26,7 @@ class Layer(ctypes.Structure):
     """One layer, and its keys and values in the pool."""
 
     _fields_ = (
-        *((name, Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, Matrix) for name in MATRICES),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),

@@ -46,11 +46,6 @@ class LayerWeights:
     up: Linear
     down: Linear
 
-    @property
-    def matrices(self) -> tuple[Linear, ...]:
-        """In the kernel's order."""
-        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-
 
 @dataclass(frozen=True)
 class ModelWeights:
@@ -80,11 +75,6 @@ class ModelWeights:
     def dtype(self) -> torch.dtype:
         """Of weights, keys and values."""
         return self.embedding.dtype
-
-    @property
-    def matrices(self) -> tuple[Linear, ...]:
-        """All products, layer by layer, and the head."""
-        return (*(linear for layer in self.layers for linear in layer.matrices), self.head)
 
     @property
     def state(self) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,7 @@
 // Rows of float weights in 28 bits a number, without loss: the exponents of weights that lie together differ little.
 //
 // A matrix is cut into blocks of SIDE rows and LANES columns, which lie in memory as they are read. If the exponents of
-// a block are within 16 of each other, a number is its sign, what its exponent is above the block's base, and its
+// a block differ by less than 16, a number is its sign, what its exponent is above the block's base, and its
 // mantissa. So the words of seven rows have four bits to spare each, and there the numbers of the eighth are. Other
 // blocks are marked, and read from the rows themselves.
 // (Exponents of bfloat16 in codes of varying length, for other processors: arXiv 2504.11651.)

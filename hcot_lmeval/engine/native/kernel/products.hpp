@@ -40,7 +40,7 @@ struct Matrix {
 struct Input {
     const operand* x;  // [tokens, in]
     int tokens;
-    int far;  // a single token meets one row after the other, fetched so many bytes ahead; 0: several side by side
+    int far;  // a single token meets one row (packed: SIDE) after the other, so many bytes ahead; 0: several side by side
 };
 
 // Without an instruction for their type, weights that meet several strips of tokens are brought into the type of the
