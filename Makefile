@@ -16,8 +16,9 @@ BIN := $(VENV)/bin
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# A process a core, at most four: the tests of a file share what it has prepared.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
