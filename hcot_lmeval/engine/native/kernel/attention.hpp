@@ -12,16 +12,17 @@ struct Context {
     int seen, stride, dim;
     const stored* next;  // the keys that are needed afterwards, or null
 };
-constexpr int BLOCK = 64;  // values that stay in the nearest cache while all queries use them; rows to fetch ahead
+constexpr int BLOCK = 64;  // values that stay in the nearest cache while all queries use them
+constexpr int AHEAD = 16;  // rows to fetch ahead
 constexpr int WIDTH = 4;   // vectors of columns of a value that are blended at a time
 
-// Fetches `bytes` of what follows a block behind row j: behind the last row come those of `next`.
+// Fetches `bytes` of what follows AHEAD rows behind row j: behind the last row come those of `next`.
 static inline void fetch_ahead(const Context& c, const stored* rows, const stored* next, int j, size_t offset,
                                int bytes) {
-    int ahead = j + BLOCK;
+    int ahead = j + AHEAD;
     if (ahead >= c.seen) {
         if (!next) return;
-        rows = next, ahead -= c.seen > BLOCK ? c.seen : BLOCK;
+        rows = next, ahead -= c.seen > AHEAD ? c.seen : AHEAD;
     }
     const char* at = (const char*)(rows + (size_t)ahead * c.stride + offset);
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
@@ -114,17 +115,31 @@ static inline void blend(const Context& c, const real* scores, int from, int to,
         }
 }
 
-// Attention of `count` queries [count, dim] that share keys and values; scores [count, seen], out [count, dim].
-static void attend(const Context& c, const real* queries, int count, real* scores, real* out) {
+// The keys and values of the head that lies `further` behind.
+static inline Context head(const Context& c, int further) {
+    size_t at = (size_t)further * c.dim;
+    return {c.keys + at, c.values + at, c.seen, c.stride, c.dim, c.next ? c.next + at : nullptr};
+}
+
+// Attention to `heads` heads of keys and values that lie side by side, of `count` queries each: queries and out
+// [heads, count, dim], scores [heads, count, seen]. All heads of some keys are read before the next keys.
+static void attend(const Context& c, int heads, const real* queries, int count, real* scores, real* out) {
+    const size_t wide = (size_t)count * c.dim, long_ = (size_t)count * c.seen;  // of a head
+    auto score = [&](auto keys, int j) {
+        for (int h = 0; h < heads; h++)
+            score_keys<keys.value>(head(c, h), queries + h * wide, count, j, scores + h * long_);
+    };
     int j = 0;
-    for (; j + 4 <= c.seen; j += 4) score_keys<4>(c, queries, count, j, scores);
-    for (; j < c.seen; j++) score_keys<1>(c, queries, count, j, scores);
-    for (int q = 0; q < count; q++) softmax(scores + (size_t)q * c.seen, c.seen);
-    for (int i = 0; i < count * c.dim; i++) out[i] = 0;
-    for (int from = 0; from < c.seen; from += BLOCK) {
-        int to = from + BLOCK < c.seen ? from + BLOCK : c.seen;
-        in_strips(count, [&](auto many, int q) {
-            blend<many.value>(c, scores + (size_t)q * c.seen, from, to, out + (size_t)q * c.dim, q == 0);
-        });
-    }
+    for (; j + 4 <= c.seen; j += 4) score(Constant<4>{}, j);
+    for (; j < c.seen; j++) score(Constant<1>{}, j);
+    for (int q = 0; q < heads * count; q++) softmax(scores + (size_t)q * c.seen, c.seen);
+    for (size_t i = 0; i < heads * wide; i++) out[i] = 0;
+    for (int from = 0; from < c.seen; from += BLOCK)
+        for (int h = 0; h < heads; h++) {
+            int to = from + BLOCK < c.seen ? from + BLOCK : c.seen;
+            in_strips(count, [&](auto many, int q) {
+                const real* some = scores + h * long_ + (size_t)q * c.seen;
+                blend<many.value>(head(c, h), some, from, to, out + h * wide + (size_t)q * c.dim, q == 0);
+            });
+        }
 }

@@ -109,6 +109,16 @@ struct Scratch {
     operand* input;
 };
 
+// Scores of all heads of a token that a thread holds in its cache; where there are more, it has those of a group.
+constexpr size_t MOST_SCORES = 1 << 16;
+
+// Numbers that the scores of one thread take, of tokens that see up to `seen` keys.
+size_t scores_of(const Model& m, size_t seen) {
+    size_t all = m.heads * seen, group = all / m.kv_heads;
+    if (all > MOST_SCORES) all = MOST_SCORES;
+    return all > group ? all : group;
+}
+
 char* take(char*& at, size_t bytes) {
     char* here = at;
     at += (bytes + 63) / 64 * 64;
@@ -118,7 +128,7 @@ char* take(char*& at, size_t bytes) {
 // With `at` null, the pointers are offsets and the end is the size.
 char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, size_t threads) {
     auto reals = [&](size_t count) { return (real*)take(at, count * sizeof(real)); };
-    size_t group = m.heads / m.kv_heads, widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
+    size_t widest = m.inner > m.heads * m.dim ? m.inner : m.heads * m.dim;
     if ((size_t)m.hidden > widest) widest = m.hidden;
     s.parts = (Part*)take(at, shares(m) * threads * sizeof(Part));
     s.hidden = reals(tokens * m.hidden);
@@ -127,8 +137,8 @@ char* lay_out(Scratch& s, char* at, const Model& m, size_t tokens, size_t seen, 
     s.value = reals(tokens * m.kv_heads * m.dim);
     s.gate = reals(tokens * m.inner);
     s.up = reals(tokens * m.inner);
-    s.mixed = reals(threads * group * m.dim);
-    s.scores = reals(threads * group * seen);
+    s.mixed = reals(threads * m.heads * m.dim);
+    s.scores = reals(threads * scores_of(m, seen));
     s.input = (operand*)take(at, tokens * widest * sizeof(operand));
     return at;
 }
@@ -178,19 +188,27 @@ Context context_of(const Model& m, const Layer& layer, const Step& step, int uni
     return {layer.keys + at(unit), layer.values + at(unit), seen, stride, m.dim, next};
 }
 
-// Attention of `count` query heads of one token, from `unit` on, that share a head of keys.
+// Attention of `count` query heads of one token, from `unit` on: of a group that shares a head of keys, or all of them.
 void mix_heads(const Model& m, const Layer& layer, const Step& step, const Scratch& s, int unit, int count,
                real* scores, real* mixed) {
     Context context = context_of(m, layer, step, unit, unit + count);
-    attend(context, s.query + (size_t)unit * m.dim, count, scores, mixed);
+    int group = m.heads / m.kv_heads, groups = count > group ? count / group : 1;
+    attend(context, groups, s.query + (size_t)unit * m.dim, count / groups, scores, mixed);
     for (int i = 0; i < count * m.dim; i++) put(s.input + (size_t)unit * m.dim + i, mixed[i]);
 }
 
-// A block is a group of heads, or a single head where there are fewer groups than threads.
+// Query heads in a block of work. All of a token read its keys and values as they lie in memory, but there have to be
+// many tokens to share; else a block is a group of heads, or a single head where there are fewer groups than threads.
+int heads_together(const Model& m, int tokens, int threads, int longest) {
+    if (tokens >= 4 * threads && (size_t)m.heads * longest <= MOST_SCORES) return m.heads;
+    return tokens * m.kv_heads < threads ? 1 : m.heads / m.kv_heads;
+}
+
 void mix(Team& team, const Model& m, const Layer& layer, const Step& step, const Scratch& s, int longest) {
-    int group = m.heads / m.kv_heads;
-    real *scores = s.scores + (size_t)team.rank * group * longest, *mixed = s.mixed + (size_t)team.rank * group * m.dim;
-    team.share(step.tokens * m.heads, step.tokens * m.kv_heads < team.size ? 1 : group, [&](int unit, int stop) {
+    real* scores = s.scores + team.rank * scores_of(m, longest);
+    real* mixed = s.mixed + (size_t)team.rank * m.heads * m.dim;
+    int block = heads_together(m, step.tokens, team.size, longest);
+    team.share(step.tokens * m.heads, block, [&](int unit, int stop) {
         mix_heads(m, layer, step, s, unit, stop - unit, scores, mixed);
     });
 }
