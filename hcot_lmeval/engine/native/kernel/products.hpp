@@ -64,9 +64,16 @@ static inline void finish(const Row* rows, const operand* x, int in, const Vecto
             y[n] += number(rows[(size_t)n * in + k]) * number(x[k]);
 }
 
+// Has a factor in a register of its own. Compilers rather load it anew for each product.
+template <class Factor> static inline void hold([[maybe_unused]] Factor& factor) {
+#if defined(__AVX__)
+    asm("" : "+v"(factor));
+#endif
+}
+
 // totals[t][n] += rows[n] . x[t] over the whole vectors of `count` numbers, for ROWS rows of weights, `stride` apart,
-// and TOKENS tokens.
-template <int ROWS, int TOKENS, class Row>
+// and TOKENS tokens. HOLD: factors are held, since loads would be the limit, and not the memory.
+template <int ROWS, int TOKENS, bool HOLD, class Row>
 static inline void accumulate(const Row* rows, int stride, const operand* x, int in, int count,
                               Vector totals[TOKENS][ROWS], Ahead& ahead) {
     using P = Product<weight>;
@@ -82,10 +89,14 @@ static inline void accumulate(const Row* rows, int stride, const operand* x, int
             for (int i = 0; i < lines; i++, from += 64) __builtin_prefetch(from, 0, 2);
         typename P::Factor factors[TOKENS];
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; t++) factors[t] = P::get(x + (size_t)t * in + k);
+        for (int t = 0; t < TOKENS; t++) {
+            factors[t] = P::get(x + (size_t)t * in + k);
+            if constexpr (HOLD) hold(factors[t]);
+        }
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; n++) {
             typename P::Factor w = P::get(rows + (size_t)n * stride + k);
+            if constexpr (HOLD) hold(w);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++) P::add(held[t][n], w, factors[t]);
         }
@@ -156,7 +167,9 @@ static inline void strips(const Matrix& m, const Row* rows, int n, const Input& 
         constexpr int TOKENS = size.value;
         const operand* x = input.x + (size_t)first * m.in;
         Vector totals[TOKENS][ROWS] = {};
-        accumulate<ROWS, TOKENS>(rows, m.in, x, m.in, m.in, totals, fetch.now());
+        bool hold = TOKENS > 2 || input.tokens > 2 * MOST_TOKENS;
+        auto meet = hold ? accumulate<ROWS, TOKENS, true, Row> : accumulate<ROWS, TOKENS, false, Row>;
+        meet(rows, m.in, x, m.in, m.in, totals, fetch.now());
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) {
             real out[ROWS];
@@ -180,7 +193,7 @@ static inline void widened_strips(const Matrix& m, const Row* rows, int n, const
             for (int k = 0; k < count; k++) put(wide + i * PIECE + k, number(rows[(size_t)i * m.in + from + k]));
         in_strips(input.tokens, [&](auto size, int t) {
             const operand* x = input.x + (size_t)t * m.in + from;
-            accumulate<ROWS, size.value>(wide, PIECE, x, m.in, count, totals + t, fetch.now());
+            accumulate<ROWS, size.value, true>(wide, PIECE, x, m.in, count, totals + t, fetch.now());
         });
     }
     for (int t = 0; t < input.tokens; t++) {
@@ -214,7 +227,7 @@ template <bool ADD, class Row>
 static inline void multiply_range(const Matrix& m, const Row* all, int n, int stop, const Input& input, real* y,
                                   int width) {
     auto rows = [&] { return all + (size_t)n * m.in; };
-    if (input.tokens <= 3)
+    if (2 * input.tokens <= MOST_TOKENS)  // the sums of 8 rows fit into registers, too
         for (; n + 8 <= stop; n += 8) multiply_rows<ADD, 8>(m, rows(), n, input, y, width);
     for (; n + 4 <= stop; n += 4) multiply_rows<ADD, 4>(m, rows(), n, input, y, width);
     for (; n < stop; n++) multiply_rows<ADD, 1>(m, rows(), n, input, y, width);
