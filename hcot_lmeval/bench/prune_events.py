@@ -110,7 +110,7 @@ def _prefill(engine: Engine, place: Place) -> float:
     """Forwards as many tokens as the event does, behind as many live ones; random keys and values do for the time."""
     start, count = place.context + 1, place.solution + 1
     decoder = engine.decoder
-    pool = KVPool(decoder.layers, slots=1, length=start + count)
+    pool = KVPool(decoder.layers, slots=1, length=start + count, huge_pages=True)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.normal_()
     words = _words(engine, count)

@@ -66,7 +66,7 @@ def make_model(
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from hcot_lmeval.engine.native import move_to_huge_pages
+    from hcot_lmeval.engine.pages import move_to_huge_pages
 
     if shape not in SHAPES or dtype not in DTYPES:
         raise ValueError(f"shape={shape!r}, dtype={dtype!r}: known are {', '.join(SHAPES)} and {', '.join(DTYPES)}")

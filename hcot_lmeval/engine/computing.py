@@ -30,8 +30,8 @@ class ComputeOptions:
             a copy in fewer bits that has the same values (`hcot_lmeval.engine.native.packing`) and serves a single
             row, or some of a checkpoint in bfloat16; or ``auto``, the latter where no more run at a time, it is faster
             and takes at most half of the free memory.
-        huge_pages: compiled code on the CPU copies the weights to pages of 2 MiB where Linux has them
-            (`hcot_lmeval.engine.native.pages`); they stay the model's parameters.
+        huge_pages: on the CPU, keys and values lie on pages of 2 MiB where Linux has them (`hcot_lmeval.engine.pages`),
+            and compiled code copies the weights there; they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host
             (see `hcot_lmeval.engine.device`); or ``auto``, the latter on CUDA for requests that it can serve.
         attention: who attends in the device's loop, one of `ATTENTION`; ``auto``: the first that can and is right.

@@ -241,7 +241,8 @@ class Engine:
         slots = plan_slots(self.decoder.layers, length, wanted)
         if slots < wanted and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
-        pool = kind(self.decoder.layers, slots, length, poison=self.options.poison)
+        options = {"poison": self.options.poison, "huge_pages": self.options.huge_pages}
+        pool = kind(self.decoder.layers, slots, length, **options)
         self.live.kv_bytes = pool.bytes
         logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
         return pool

@@ -6,11 +6,14 @@ garbage (NaN when `poison` is set, so that a test notices if it is read).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
+
+from hcot_lmeval.engine.pages import allocate
 
 MEMORY_SHARE = 0.9
 """Part of the free memory that the pool may take; the rest is left to activations and logits."""
@@ -61,21 +64,33 @@ class KVPool:
         slots: rows held at the same time.
         length: live tokens a slot can hold.
         poison: fill with NaN, for tests.
+        huge_pages: on the CPU, lie on pages of 2 MiB where there are any.
 
     Attributes:
         keys: layer index to a tensor [slots, length, heads, key_dim].
         values: layer index to a tensor [slots, length, heads, value_dim].
     """
 
-    def __init__(self, layers: Mapping[int, LayerShape], slots: int, length: int, *, poison: bool = False) -> None:
-        self.slots, self.length = slots, length
-        self.keys = {i: self._allocate(shape, shape.key_dim, poison) for i, shape in layers.items()}
-        self.values = {i: self._allocate(shape, shape.value_dim, poison) for i, shape in layers.items()}
-
-    def _allocate(self, shape: LayerShape, dim: int, poison: bool) -> torch.Tensor:
-        size = (self.slots, self.length, shape.heads, dim)
+    def __init__(
+        self,
+        layers: Mapping[int, LayerShape],
+        slots: int,
+        length: int,
+        *,
+        poison: bool = False,
+        huge_pages: bool = False,
+    ) -> None:
+        self.slots, self.length, self._huge_pages = slots, length, huge_pages
+        self.keys = {i: self._empty(shape, shape.key_dim) for i, shape in layers.items()}
+        self.values = {i: self._empty(shape, shape.value_dim) for i, shape in layers.items()}
         if poison:
-            return torch.full(size, float("nan"), dtype=shape.dtype, device=shape.device)
+            for tensor in (*self.keys.values(), *self.values.values()):
+                tensor.fill_(float("nan"))
+
+    def _empty(self, shape: LayerShape, dim: int) -> torch.Tensor:
+        size = (self.slots, self.length, shape.heads, dim)
+        if self._huge_pages and shape.device.type == "cpu":
+            return allocate(math.prod(size) * shape.dtype.itemsize).view(shape.dtype).view(size)
         return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
     @property

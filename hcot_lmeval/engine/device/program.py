@@ -20,8 +20,8 @@ from hcot_lmeval.engine.slots import Chunk, KVPool, LayerShape
 class ScratchPool(KVPool):
     """A pool whose slots have one place more than a row may use: rows that do not run write there."""
 
-    def __init__(self, layers: Mapping[int, LayerShape], slots: int, length: int, *, poison: bool = False) -> None:
-        super().__init__(layers, slots, length + 1, poison=poison)
+    def __init__(self, layers: Mapping[int, LayerShape], slots: int, length: int, **options: bool) -> None:
+        super().__init__(layers, slots, length + 1, **options)
 
 
 class Log:

@@ -4,7 +4,6 @@ from enum import StrEnum
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError
 from hcot_lmeval.engine.native.packing import NoCopyError
-from hcot_lmeval.engine.native.pages import move_to_huge_pages
 from hcot_lmeval.engine.native.sampler import sampler_for
 from hcot_lmeval.engine.native.step import NativeStep, WeightForm
 from hcot_lmeval.engine.native.weights import UnreadableModelError
@@ -16,7 +15,6 @@ __all__ = [
     "NoCopyError",
     "UnreadableModelError",
     "WeightForm",
-    "move_to_huge_pages",
     "sampler_for",
 ]
 

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from hcot_lmeval.engine.native.pages import allocate
 from hcot_lmeval.engine.native.structures import MATRICES, Matrix, Packing
 from hcot_lmeval.engine.native.weights import ModelWeights
+from hcot_lmeval.engine.pages import allocate
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import torch
 
 from hcot_lmeval.engine.native.build import load_kernel
 from hcot_lmeval.engine.native.packing import NoCopyError, WeightCopy, copy_weights
-from hcot_lmeval.engine.native.pages import move_to_huge_pages
 from hcot_lmeval.engine.native.reading import (
     DISTANCES,
     LEAST_BYTES,
@@ -24,6 +23,7 @@ from hcot_lmeval.engine.native.reading import (
 )
 from hcot_lmeval.engine.native.structures import MATRICES, Layer, Matrix, Model, Step
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
+from hcot_lmeval.engine.pages import move_to_huge_pages
 from hcot_lmeval.engine.slots import Chunk, KVPool
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Weights on pages of 2 MiB, which are read somewhat faster than those of 4 KiB; docs/engine.md says how much."""
+"""Memory on pages of 2 MiB, which is read somewhat faster than on those of 4 KiB; docs/engine.md says how much."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def move_to_huge_pages(model: Any) -> str:
 
 
 def allocate(size: int) -> torch.Tensor:
-    """Returns so many bytes of memory, uint8, on such pages where Linux offers them."""
-    if not _offered():
+    """Returns so many bytes of memory, uint8, on such pages where Linux offers them and one of them is filled."""
+    if size < PAGE or not _offered():
         return torch.empty(size, dtype=torch.uint8)
     memory = _allocate(size)
     return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=memory.first - _address(memory))

@@ -1,15 +1,16 @@
-"""Weights on huge pages: the same parameters with the same numbers, stored elsewhere, and only where it is safe."""
+"""Weights, keys and values on huge pages: the same numbers, stored elsewhere, and only where it is safe."""
 
 import copy
+import gc
 import itertools
 import sys
 
 import pytest
 import torch
 
-from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.native import pages
-from hcot_lmeval.engine.native.pages import PAGE, move_to_huge_pages
+from hcot_lmeval.engine import Engine, Request, SamplingParams, pages, slots
+from hcot_lmeval.engine.pages import PAGE, allocate, move_to_huge_pages
+from hcot_lmeval.engine.slots import KVPool, LayerShape
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
 
@@ -111,6 +112,30 @@ def test_the_engine_moves_weights_unless_it_is_told_not_to():
         assert completion.statistics.prune_events
         done.append(completion.token_ids)
     assert done[0] == done[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_keys_and_values_that_fill_a_page_lie_on_such_pages(dtype):
+    shape = LayerShape(heads=2, key_dim=64, value_dim=4, dtype=dtype, device=torch.device("cpu"))
+    pool = KVPool({0: shape}, slots=3, length=PAGE // 128, poison=True, huge_pages=True)
+    assert pool.keys[0].shape == (3, PAGE // 128, 2, 64) and pool.keys[0].dtype == dtype
+    assert pool.keys[0].data_ptr() % PAGE == 0 and bool(pool.keys[0].isnan().all())
+    assert pool.values[0].nbytes < PAGE and bool(pool.values[0].isnan().all())
+
+
+def test_memory_outlives_whoever_asked_for_it():
+    kept = allocate(2 * PAGE)[PAGE : PAGE + 8]
+    gc.collect()
+    assert kept.fill_(7).tolist() == [7] * 8
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_the_engine_has_its_slots_there_unless_it_is_told_not_to(huge, monkeypatch):
+    asked = []
+    monkeypatch.setattr(slots, "allocate", lambda size: asked.append(size) or allocate(size))
+    engine = Engine(tiny_model("qwen2", torch.float32), markers=MARKERS["hcot"], eos_ids=(EOS,), huge_pages=huge)
+    engine.generate([Request("1", (8, 9), SamplingParams(max_gen_toks=4))])
+    assert sum(asked) == (engine.live.kv_bytes if huge else 0)
 
 
 def test_the_switch_of_the_engine_is_true_or_false():
