@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, step
+from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, reading, step
 from hcot_lmeval.engine.native.reading import DISTANCES, Reading
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.native_cases import LESS, SHAPES, STEPS, chunk
@@ -73,6 +73,22 @@ def test_any_schedule(data):
                 held[slot] = 20
         steps.append(chunks)
     assert compared(model, steps) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("longest", [12_000, 20_000])
+def test_long_contexts_beside_short_ones(longest):
+    """All heads of a row attend together, or, where their scores do not fit into the cache, a group after the other."""
+    model = tiny_model("qwen2", torch.float32, **SHAPES["even"])
+    decoder, native = Decoder(model, check=False, compute="torch"), NativeStep(model)
+    pool = KVPool(decoder.layers, 5, longest + 1, huge_pages=True)
+    for tensor in (*pool.keys.values(), *pool.values.values()):
+        tensor.normal_(generator=torch.Generator().manual_seed(len(tensor)))
+    chunks = [chunk(slot, held, [9 + slot]) for slot, held in enumerate((longest, 3, longest // 2, 900, longest))]
+    found = native.forward(pool, chunks)
+    assert torch.equal(found, torch.cat([native.forward(pool, [one]) for one in chunks]))
+    with decoder.attached():
+        expected = decoder.forward(pool, chunks)
+    assert (found - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
 
 
 @pytest.mark.parametrize("flag", LESS)
@@ -248,14 +264,14 @@ def test_the_way_to_read_weights_changes_nothing_but_the_time(monkeypatch):
     decoder = Decoder(model, check=False, compute="torch")
     assert NativeStep(model).reading == Reading(False, DISTANCES[0])
     tried = []
-    seconds = NativeStep._seconds
-    monkeypatch.setattr(step, "LEAST_BYTES", 1000)
+    seconds = NativeStep._product_seconds
+    monkeypatch.setattr(reading, "LEAST_BYTES", 1000)
     monkeypatch.setattr(step, "TRIED_BYTES", 1000)
-    monkeypatch.setattr(NativeStep, "_seconds", lambda self, way: tried.append(way) or seconds(self, way))
+    monkeypatch.setattr(NativeStep, "_product_seconds", lambda self: tried.append(self.reading) or seconds(self))
     logits = []
     for distance in DISTANCES:
         fastest = Reading(False, distance)
-        monkeypatch.setattr(step, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
+        monkeypatch.setattr(reading, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
         native = NativeStep(model)
         assert native.reading == fastest and {way.distance for way in tried} == set(DISTANCES)
         logits.append(native.forward(KVPool(decoder.layers, 1, 8), [Chunk(0, 0, [9], range(1))]))

@@ -4,8 +4,9 @@ from enum import StrEnum
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError
 from hcot_lmeval.engine.native.packing import NoCopyError
+from hcot_lmeval.engine.native.reading import WeightForm
 from hcot_lmeval.engine.native.sampler import sampler_for
-from hcot_lmeval.engine.native.step import NativeStep, WeightForm
+from hcot_lmeval.engine.native.step import NativeStep
 from hcot_lmeval.engine.native.weights import UnreadableModelError
 
 __all__ = [

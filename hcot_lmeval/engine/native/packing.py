@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from hcot_lmeval.engine.native.structures import MATRICES, Matrix, Packing
+from hcot_lmeval.engine.native.structures import MATRICES, Matrix, Model, Packing
 from hcot_lmeval.engine.native.weights import ModelWeights
 from hcot_lmeval.engine.pages import allocate
 
@@ -61,19 +61,42 @@ class WeightCopy:
                 setattr(matrix, name, address if shown else None)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is copied.
+
+    Attributes:
+        owner: the model that the weights belong to.
+        weights: as PyTorch has them.
+        kernel: the compiled step.
+        model: as the kernel has them.
+    """
+
+    owner: Any
+    weights: ModelWeights
+    kernel: ctypes.CDLL
+    model: Model
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Of the kernel's model."""
+        return self.model.matrices
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The same in PyTorch, [out, in] each."""
+        linears = [getattr(layer, name) for layer in self.weights.layers for name in MATRICES]
+        return [linear.weight.detach() for linear in (*linears, self.weights.head)]
+
+
 _COPIES: weakref.WeakKeyDictionary[Any, weakref.ref[WeightCopy]] = weakref.WeakKeyDictionary()
 
 
-def copy_weights(
-    model: Any, kernel: ctypes.CDLL, weights: ModelWeights, matrices: Sequence[Matrix], *, rows: int, share: float
-) -> WeightCopy:
+def copy_weights(source: Source, *, rows: int, share: float) -> WeightCopy:
     """Copies the matrices of a float32 model into fewer bits; all engines of the model have the same copy.
 
     Args:
-        model: whose weights they are.
-        kernel: the compiled step.
-        weights: of the model.
-        matrices: the same as the kernel has them.
+        source: the weights.
         rows: that will run at the same time.
         share: of the free memory that may be taken.
 
@@ -81,22 +104,20 @@ def copy_weights(
         NoCopyError: the weights are not float32, or of too many magnitudes, the copy does not fit, or does not serve so
             many rows.
     """
-    if weights.dtype != torch.float32:
-        kind = str(weights.dtype).removeprefix("torch.")
+    if source.weights.dtype != torch.float32:
+        kind = str(source.weights.dtype).removeprefix("torch.")
         raise NoCopyError(f"its weights are {kind}: load it with dtype='float32', or use weights='auto'")
     packing = Packing()
-    kernel.packing(ctypes.byref(packing))
-    key = (weights.state, packing.numbers)
-    known = _COPIES.get(model, lambda: None)()
+    source.kernel.packing(ctypes.byref(packing))
+    key = (source.weights.state, packing.numbers)
+    known = _COPIES.get(source.owner, lambda: None)()
     if known is None or known.key != key:
-        linears = [getattr(layer, name) for layer in weights.layers for name in MATRICES] + [weights.head]
-        tensors = [linear.weight.detach() for linear in linears]
-        narrow = all(map(_is_bfloat16, tensors))
+        narrow = all(map(_is_bfloat16, source.tensors))
         _check_rows(rows, packing.few if narrow else 1)
         start = time.perf_counter()
-        known = _narrow(key, tensors, share) if narrow else _packed(key, kernel, matrices, packing, share)
+        known = _narrow(key, source.tensors, share) if narrow else _packed(key, source, packing, share)
         logger.info("weights copied into %s, in %.1f s", known, time.perf_counter() - start)
-        _COPIES[model] = weakref.ref(known)
+        _COPIES[source.owner] = weakref.ref(known)
     _check_rows(rows, packing.few if known.narrow else 1)
     return known
 
@@ -120,7 +141,8 @@ def _narrow(key: object, tensors: Sequence[torch.Tensor], share: float) -> Weigh
     return WeightCopy(key, True, tuple(addresses), memory)
 
 
-def _packed(key: object, kernel: ctypes.CDLL, matrices: Sequence[Matrix], packing: Packing, share: float) -> WeightCopy:
+def _packed(key: object, source: Source, packing: Packing, share: float) -> WeightCopy:
+    kernel, matrices = source.kernel, source.matrices
     blocks = [kernel.blocks(ctypes.byref(matrix)) for matrix in matrices]
     size, total, marked, addresses = 4 * packing.words, sum(blocks), 0, []
     memory = _allocate(total * (size + 1), share)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import NamedTuple
+
+from hcot_lmeval.engine.native.packing import NoCopyError, Source, WeightCopy, copy_weights
+
+logger = logging.getLogger(__name__)
 
 DISTANCES = (512, 2560, 0)
 """Bytes by which the weights for one row of activations are fetched ahead, one row of weights after the other; or (0)
@@ -11,12 +17,24 @@ several rows side by side. Of the first two, the first was the faster on a Zen 3
 Zen 4, by up to a third; the last is faster in bfloat16 where rows are long and there is no instruction for it."""
 PACKED_DISTANCES = (1536, 1024, 2560)
 """The same for packed rows, of which every eight are read together."""
-TRIED_BYTES, TRIALS = 2**28, 10
-"""Weights that are read, and how often, to choose a way."""
+TRIALS = 10
+"""How often each way is tried."""
 LEAST_BYTES = 2**26
 """Weights of a smaller model stay in the processor's cache, more or less; there nothing is tried."""
 GAIN, COPY_GAIN = 1.05, 1.02
 """How many times as fast as the first distance another has to be; and a copy, which takes memory, as the weights."""
+
+
+class WeightForm(StrEnum):
+    """How weights are read: as the model has them, from a copy in fewer bits, or whichever is faster."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    PACKED = "packed"
+
+
+SHARE = {WeightForm.AUTO: 0.5, WeightForm.PACKED: 0.9}
+"""Of the free memory, at most, goes to a copy of the weights."""
 
 
 class Reading(NamedTuple):
@@ -33,6 +51,73 @@ class Reading(NamedTuple):
     def __str__(self) -> str:
         order = f"{self.distance} bytes ahead" if self.distance else "several rows side by side"
         return f"{'from the copy' if self.copied else 'as they are'}, {order}"
+
+
+OWN = tuple(Reading(False, distance) for distance in DISTANCES)
+"""The ways to read the model's own weights."""
+
+
+class WeightReader:
+    """Has the kernel read weights in the fastest way.
+
+    Args:
+        form: which weights: the model's own, those of a copy, or whichever are read faster.
+        rows: that run at the same time at most; a copy serves few.
+
+    Attributes:
+        reading: the way in which they are read now.
+        copy: of the weights, in fewer bits; None where it would not be read.
+    """
+
+    def __init__(self, form: WeightForm | str, rows: int) -> None:
+        self.form, self._rows = WeightForm(form), rows
+        self.reading = OWN[0]
+        self.copy: WeightCopy | None = None
+        self._source: Source
+
+    def open(self, source: Source) -> None:
+        """Reads these weights from now on, as they are: a copy of others is given up."""
+        self._source, self.copy = source, None
+        self._use(OWN[0] if self.reading.copied else self.reading)
+
+    def find(self, seconds: Callable[[], float]) -> None:
+        """Chooses a way, by trying if the model is large.
+
+        Args:
+            seconds: returns the time that products of a single token take, in the way of the moment.
+
+        Raises:
+            NoCopyError: a copy was asked for, and cannot be had.
+        """
+        large = sum(p.nbytes for p in self._source.weights.parameters) >= LEAST_BYTES
+        asked = self.form is WeightForm.PACKED
+        own, copied = [] if asked else OWN, self._copied() if large or asked else []
+        self._use(choose_reading(own, copied, lambda way: self._timed(way, seconds)) if large else [*own, *copied][0])
+        logger.info("for a single row, weights are read %s", self.reading)
+        if not self.reading.copied:
+            self.copy = None
+
+    def _copied(self) -> list[Reading]:
+        """Copies the weights into fewer bits; returns the ways to read them, none if there is no copy."""
+        if self.form is WeightForm.PLAIN:
+            return []
+        asked = self.form is WeightForm.PACKED
+        try:
+            self.copy = copy_weights(self._source, rows=1 if asked else self._rows, share=SHARE[self.form])
+        except NoCopyError:
+            if asked:
+                raise
+            return []
+        return [Reading(True, distance) for distance in (DISTANCES if self.copy.narrow else PACKED_DISTANCES)]
+
+    def _timed(self, reading: Reading, seconds: Callable[[], float]) -> float:
+        self._use(reading)
+        return seconds()
+
+    def _use(self, reading: Reading) -> None:
+        self.reading, self._source.model.far = reading, reading.distance
+        if self.copy is not None:
+            self.copy.show_to(self._source.matrices, shown=reading.copied)
 
 
 def choose_reading(own: Sequence[Reading], copied: Sequence[Reading], time: Callable[[Reading], float]) -> Reading:

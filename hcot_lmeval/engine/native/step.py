@@ -6,21 +6,13 @@ import ctypes
 import logging
 from array import array
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Any
 
 import torch
 
 from hcot_lmeval.engine.native.build import load_kernel
-from hcot_lmeval.engine.native.packing import NoCopyError, WeightCopy, copy_weights
-from hcot_lmeval.engine.native.reading import (
-    DISTANCES,
-    LEAST_BYTES,
-    PACKED_DISTANCES,
-    TRIED_BYTES,
-    Reading,
-    choose_reading,
-)
+from hcot_lmeval.engine.native.packing import Source
+from hcot_lmeval.engine.native.reading import Reading, WeightForm, WeightReader
 from hcot_lmeval.engine.native.structures import MATRICES, Layer, Matrix, Model, Step
 from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
 from hcot_lmeval.engine.pages import move_to_huge_pages
@@ -30,18 +22,8 @@ logger = logging.getLogger(__name__)
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
-
-
-class WeightForm(StrEnum):
-    """How weights are read: as the model has them, from a copy in fewer bits, or whichever is faster."""
-
-    AUTO = "auto"
-    PLAIN = "plain"
-    PACKED = "packed"
-
-
-SHARE = {WeightForm.AUTO: 0.5, WeightForm.PACKED: 0.9}
-"""Of the free memory, at most, goes to a copy of the weights."""
+TRIED_BYTES = 2**28
+"""Weights that are read to time a way of reading them."""
 
 
 class NativeStep:
@@ -78,14 +60,18 @@ class NativeStep:
         self._kernel = load_kernel(weight, cache or weight)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_sizes = (0, 0, 0)
-        self._form, self._rows = WeightForm(weights), rows
-        self.reading = Reading(False, DISTANCES[0])
+        self._reader = WeightReader(weights, rows)
         found = read_weights(model)
         if huge_pages and (done := move_to_huge_pages(model)):
             logger.info("%s", done)
             found = read_weights(model)
         self._read(found)
-        self._find_reading()
+        self._reader.find(self._product_seconds)
+
+    @property
+    def reading(self) -> Reading:
+        """How weights are read now."""
+        return self._reader.reading
 
     def refresh(self) -> None:
         """Reads the model again if it has changed.
@@ -98,18 +84,16 @@ class NativeStep:
         if weights.state == self._state:
             return
         self._read(weights)
-        if self._form is WeightForm.PACKED:
-            self._find_reading()
+        if self._reader.form is WeightForm.PACKED:
+            self._reader.find(self._product_seconds)
 
     def _read(self, weights: ModelWeights) -> None:
         self._weights, self._state = weights, weights.state
         self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
-        self._copy: WeightCopy | None = None
-        if self.reading.copied:
-            self.reading = Reading(False, DISTANCES[0])
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
         self._layers = (Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
         self._model = self._describe(self._weights)
+        self._reader.open(Source(self._hf_model, weights, self._kernel, self._model))
         self._pool: KVPool | None = None
         self._angles = torch.empty(2, 0)
         self._angle_addresses = (0, 0)
@@ -150,54 +134,13 @@ class NativeStep:
         self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
-    # --- ways to read weights -----------------------------------------------------------------------------------------
-
-    def _find_reading(self) -> None:
-        """Chooses how weights are read from now on, by trying if the model is large."""
-        large = sum(p.nbytes for p in self._weights.parameters) >= LEAST_BYTES
-        copied = self._copied() if large or self._form is WeightForm.PACKED else []
-        own = [] if self._form is WeightForm.PACKED else [Reading(False, distance) for distance in DISTANCES]
-        if large:
-            self._use(choose_reading(own, copied, self._seconds))
-        else:
-            self._use([*own, *copied][0])
-        logger.info("for a single row, weights are read %s", self.reading)
-        if not self.reading.copied:
-            self._copy = None
-
-    def _copied(self) -> list[Reading]:
-        """Copies the weights into fewer bits; returns the ways to read them, none if there is no copy."""
-        if self._form is WeightForm.PLAIN:
-            return []
-        asked = self._form is WeightForm.PACKED
-        rows, share = 1 if asked else self._rows, SHARE[self._form]
-        source = self._hf_model, self._kernel, self._weights, self._matrices
-        try:
-            self._copy = copy_weights(*source, rows=rows, share=share)
-        except NoCopyError:
-            if asked:
-                raise
-            return []
-        return [Reading(True, distance) for distance in (DISTANCES if self._copy.narrow else PACKED_DISTANCES)]
-
-    def _use(self, reading: Reading) -> None:
-        self.reading, self._model.far = reading, reading.distance
-        if self._copy is not None:
-            self._copy.show_to(self._matrices, shown=reading.copied)
-
-    def _seconds(self, reading: Reading) -> float:
-        """Seconds of products of a single token, read like that."""
-        self._use(reading)
+    def _product_seconds(self) -> float:
+        """Seconds of products of a single token, weights being read as they are now."""
         threads = torch.get_num_threads()
         step = Step(tokens=1, threads=threads, scratch=self._scratch_for(1, 1, threads))
         self._scratch.zero_()
         model = ctypes.byref(self._model)
         return float(self._kernel.time_products(model, ctypes.byref(step), ctypes.c_size_t(TRIED_BYTES)))
-
-    @property
-    def _matrices(self) -> list[Matrix]:
-        """Layer by layer, and the head."""
-        return [*(getattr(layer, name) for layer in self._layers for name in MATRICES), self._model.head]
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -242,7 +185,7 @@ class NativeStep:
             weights.heads,
             weights.kv_heads,
             weights.dim,
-            self.reading.distance,
+            0,  # which the reader sets
             weights.eps,
             weights.scaling,
         )

@@ -46,6 +46,12 @@ class Model(ctypes.Structure):
         ("scaling", ctypes.c_double),
     )
 
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Layer by layer, and the head."""
+        layers = [self.layers[index] for index in range(self.count)]
+        return [*(getattr(layer, name) for layer in layers for name in MATRICES), self.head]
+
 
 class Step(ctypes.Structure):
     """Tokens of a step, and where its results and its scratch go."""
