@@ -35,7 +35,7 @@ Each has options of its own; those of the default are listed by `bench.py engine
 """
 EXAMPLES = """\
 examples:
-  %(prog)s                                                  26M parameters, batch 1 and 4, all engines
+  %(prog)s                                                  the shape 26M, batch 1 and 4, all engines
   %(prog)s --shape 0.5B --dtype bfloat16 --batch 1 16 --tokens 256 --engines generate recompute llama.cpp
   %(prog)s --check --engines off recompute llama.cpp        first compare logits with a plain forward
   %(prog)s --shape 0.5B --temperature 0.6 --top-p 0.95 --engines generate recompute llama.cpp

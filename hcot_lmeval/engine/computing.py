@@ -62,7 +62,7 @@ class ComputeOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         for name in ("huge_pages", "graphs", "compiled"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false")
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of them")
         if self.weights == WeightForm.PACKED and self.compute == Compute.TORCH:
             raise ValueError(
                 "weights='packed' is for compiled steps, and compute='torch' switches them off; leave out one"

@@ -1,7 +1,7 @@
 """Weights in fewer bits, without loss: a copy that the kernel reads instead where the memory is the limit.
 
 Float32 weights of a checkpoint that was written in bfloat16 are copied as bfloat16. Of others, those that lie together
-are of a few magnitudes: the exponents of any 64 seldom differ by 16 or more, so that 28 bits are enough;
+are of a few magnitudes: the exponents of a block seldom differ by 16 or more, so that 28 bits are enough;
 kernel/packed.hpp has the layout. Both have the same values as the model's own weights, which stay where they are.
 """
 
