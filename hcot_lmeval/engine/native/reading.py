@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from hcot_lmeval.engine.native.packing import NoCopyError, Source, WeightCopy, copy_weights
+from hcot_lmeval.engine.pages import LEAST_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,6 @@ PACKED_DISTANCES = (1536, 1024, 2560)
 """The same for packed rows, of which every eight are read together."""
 TRIALS = 10
 """How often each way is tried."""
-LEAST_BYTES = 2**26
-"""Weights of a smaller model stay in the processor's cache, more or less; there nothing is tried."""
 GAIN, COPY_GAIN = 1.05, 1.02
 """How many times as fast as the first distance another has to be; and a copy, which takes memory, as the weights."""
 
