@@ -75,6 +75,20 @@ def test_any_schedule(data):
     assert compared(model, steps) <= TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_long_prompt_at_once_is_read_as_in_pieces(dtype):
+    """Products take so many tokens block by block; blocks end in the middle of a prompt, and the last one is short."""
+    model = tiny_model("qwen2", dtype, initializer_range=0.1, **SHAPES["long"])
+    model = in_full_precision(model) if dtype == torch.float64 else model
+    ids = [(7 * i + i * i) % 300 + 8 for i in range(199)]  # three blocks of 66 and a single token
+    whole = [chunk(0, 0, ids)]
+    assert compared(model, [whole], length=200) <= TOLERANCE[dtype]
+    native, pools = NativeStep(model), [KVPool(Decoder(model, check=False).layers, 1, 200, poison=True) for _ in "ab"]
+    for start in range(0, 199, 40):
+        in_pieces = native.forward(pools[1], [chunk(0, start, ids[start : start + 40])])
+    assert torch.equal(native.forward(pools[0], whole), in_pieces)
+
+
 @pytest.mark.parametrize("longest", [12_000, 20_000])
 def test_long_contexts_beside_short_ones(longest):
     """All heads of a row attend together, or, where their scores do not fit into the cache, a group after the other."""

@@ -43,10 +43,13 @@ struct Input {
     int far;  // a single token meets one row (packed: SIDE) after the other, so many bytes ahead; 0: several side by side
 };
 
+// Tokens that meet some rows one strip after the other: the activations of more would leave the nearer caches in between.
+constexpr int MANY = 66;
+
 // Without an instruction for their type, weights that meet several strips of tokens are brought into the type of the
-// activations once and not by every strip: a piece of some rows that stays in the nearest cache, for MANY tokens.
+// activations once and not by every strip: a piece of some rows that stays in the nearest cache.
 template <class Row> constexpr bool WIDENS = !std::is_same<Row, operand>::value;
-constexpr int PIECE = 256, MANY = 64;
+constexpr int PIECE = 256;
 
 // Memory to fetch while computing: `lines` cache lines of 64 bytes for every `span` numbers of a row, a power of two.
 // Spread evenly, or the processor's few places for lines under way are full, and computing waits.
@@ -108,6 +111,13 @@ static inline void accumulate(const Row* rows, int stride, const operand* x, int
     ahead.from = from;
 }
 
+// The same over whole rows, with all registers to itself: elsewhere some of what it holds would go through memory.
+template <int ROWS, int TOKENS, class Row>
+__attribute__((noinline)) static void accumulate_apart(const Row* rows, const operand* x, int in,
+                                                       Vector totals[TOKENS][ROWS], Ahead& ahead) {
+    accumulate<ROWS, TOKENS, true>(rows, in, x, in, in, totals, ahead);
+}
+
 // What whole vectors give of row . x, summed in the order in which they are accumulated: bit for bit the same.
 template <class Row> static inline Vector dot(const Row* row, const operand* x, int in, int far) {
     using P = Product<weight>;
@@ -167,9 +177,10 @@ static inline void strips(const Matrix& m, const Row* rows, int n, const Input& 
         constexpr int TOKENS = size.value;
         const operand* x = input.x + (size_t)first * m.in;
         Vector totals[TOKENS][ROWS] = {};
-        bool hold = TOKENS > 2 || input.tokens > 2 * MOST_TOKENS;
-        auto meet = hold ? accumulate<ROWS, TOKENS, true, Row> : accumulate<ROWS, TOKENS, false, Row>;
-        meet(rows, m.in, x, m.in, m.in, totals, fetch.now());
+        if (TOKENS > 2 || input.tokens > 2 * MOST_TOKENS)
+            accumulate_apart<ROWS, TOKENS>(rows, x, m.in, totals, fetch.now());
+        else
+            accumulate<ROWS, TOKENS, false>(rows, m.in, x, m.in, m.in, totals, fetch.now());
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) {
             real out[ROWS];
@@ -179,7 +190,7 @@ static inline void strips(const Matrix& m, const Row* rows, int n, const Input& 
     });
 }
 
-// The same for MANY tokens at most, piece by piece of the rows, each of them widened first.
+// The same piece by piece of the rows, each of them widened first.
 template <bool ADD, int ROWS, class Row>
 static inline void widened_strips(const Matrix& m, const Row* rows, int n, const Input& input, real* y, int width) {
     Fetch<ROWS, Row> fetch(rows, m.in, input.tokens);
@@ -203,7 +214,7 @@ static inline void widened_strips(const Matrix& m, const Row* rows, int n, const
     }
 }
 
-// y[t][n..] (+)= rows . x[t] for the ROWS rows from n on, which begin at `rows`, and all tokens.
+// y[t][n..] (+)= rows . x[t] for the ROWS rows from n on, which begin at `rows`, and MANY tokens at most.
 template <bool ADD, int ROWS, class Row>
 static inline void multiply_rows(const Matrix& m, const Row* rows, int n, const Input& input, real* y, int width) {
     if (input.tokens == 1 && input.far) {
@@ -211,12 +222,7 @@ static inline void multiply_rows(const Matrix& m, const Row* rows, int n, const 
         dots<ROWS>(rows, input, m.in, out);
         keep<ADD, ROWS>(m, n, out, y);
     } else if (WIDENS<Row> && input.tokens > MOST_TOKENS) {
-        for (int t = 0; t < input.tokens; t += MANY) {
-            Input some = input;
-            some.x += (size_t)t * m.in;
-            some.tokens = input.tokens - t < MANY ? input.tokens - t : MANY;
-            widened_strips<ADD, ROWS>(m, rows, n, some, y + (size_t)t * width, width);
-        }
+        widened_strips<ADD, ROWS>(m, rows, n, input, y, width);
     } else {
         strips<ADD, ROWS>(m, rows, n, input, y, width);
     }
@@ -266,5 +272,9 @@ static inline void multiply_rows(const Matrix& m, int n, int stop, const Input& 
         if (m.narrow && input.tokens <= FEW) return multiply_range<ADD>(m, m.narrow, n, stop, input, y, width);
         if (m.blocks && input.tokens == 1) n = multiply_packed<ADD>(m, n, stop, input, y);
     }
-    multiply_range<ADD>(m, m.rows, n, stop, input, y, width);
+    for (int t = 0; t < input.tokens; t += MANY) {
+        int tokens = input.tokens - t < MANY ? input.tokens - t : MANY;
+        Input some{input.x + (size_t)t * m.in, tokens, input.far};
+        multiply_range<ADD>(m, m.rows, n, stop, some, y + (size_t)t * width, width);
+    }
 }
