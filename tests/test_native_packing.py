@@ -21,6 +21,8 @@ from tests.native_cases import LESS, SHAPES
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
 
+NO_MEMORY = type("Memory", (), {"available": 1000})
+
 
 def in_bfloat16(model):
     """Has every weight a value of bfloat16, as those of such a checkpoint are."""
@@ -208,6 +210,17 @@ def test_weights_that_are_no_more_of_bfloat16_are_packed_instead():
     assert torch.equal(logits_of(native), logits_of(NativeStep(model)))
 
 
+def test_a_copy_that_cannot_be_made_anew_is_asked_for_again(monkeypatch):
+    model = make()
+    native = NativeStep(model, weights="packed")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: NO_MEMORY)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    for _ in range(2):
+        with pytest.raises(NoCopyError, match="that are free"):
+            native.refresh()
+
+
 # --- whether it pays --------------------------------------------------------------------------------------------------
 
 
@@ -265,8 +278,7 @@ def test_what_cannot_be_copied_is_said(monkeypatch):
             layer.mlp.up_proj.weight[:, ::3] *= 1e-9
     with pytest.raises(NoCopyError, match=r"\d+% of the blocks of its weights hold numbers of too many"):
         NativeStep(wild, weights="packed")
-    none = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: none)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: NO_MEMORY)
     with pytest.raises(NoCopyError, match=r"it takes 0.0 GiB, and 90% of the 0.0 GiB that are free"):
         NativeStep(make(), weights="packed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
 
 from hcot_lmeval.engine.native.packing import NoCopyError, Source, WeightCopy, copy_weights
@@ -72,51 +73,58 @@ class WeightReader:
         self.form, self._rows = WeightForm(form), rows
         self.reading = OWN[0]
         self.copy: WeightCopy | None = None
-        self._source: Source
+        self._opened = False
 
-    def open(self, source: Source) -> None:
-        """Reads these weights from now on, as they are: a copy of others is given up."""
-        self._source, self.copy = source, None
-        self._use(OWN[0] if self.reading.copied else self.reading)
+    def open(self, source: Source, seconds: Callable[[], float]) -> None:
+        """Reads these weights from now on, in a way found by trying if the model is large.
 
-    def find(self, seconds: Callable[[], float]) -> None:
-        """Chooses a way, by trying if the model is large.
+        Weights that take the place of others are read as they are, unless a copy was asked for: while a model is
+        trained, a copy would not live long enough to pay.
 
         Args:
+            source: the weights.
             seconds: returns the time that products of a single token take, in the way of the moment.
 
         Raises:
             NoCopyError: a copy was asked for, and cannot be had.
         """
-        large = sum(p.nbytes for p in self._source.weights.parameters) >= LEAST_BYTES
+        self.copy = None
+        self._use(source, OWN[0] if self.reading.copied else self.reading)
+        if not self._opened or self.form is WeightForm.PACKED:
+            self._find(source, seconds)
+        self._opened = True
+
+    def _find(self, source: Source, seconds: Callable[[], float]) -> None:
+        large = sum(p.nbytes for p in source.weights.parameters) >= LEAST_BYTES
         asked = self.form is WeightForm.PACKED
-        own, copied = [] if asked else OWN, self._copied() if large or asked else []
-        self._use(choose_reading(own, copied, lambda way: self._timed(way, seconds)) if large else [*own, *copied][0])
+        own, copied = [] if asked else OWN, self._copied(source) if large or asked else []
+        timed = partial(self._timed, source, seconds)
+        self._use(source, choose_reading(own, copied, timed) if large else [*own, *copied][0])
         logger.info("for a single row, weights are read %s", self.reading)
         if not self.reading.copied:
             self.copy = None
 
-    def _copied(self) -> list[Reading]:
+    def _copied(self, source: Source) -> list[Reading]:
         """Copies the weights into fewer bits; returns the ways to read them, none if there is no copy."""
         if self.form is WeightForm.PLAIN:
             return []
         asked = self.form is WeightForm.PACKED
         try:
-            self.copy = copy_weights(self._source, rows=1 if asked else self._rows, share=SHARE[self.form])
+            self.copy = copy_weights(source, rows=1 if asked else self._rows, share=SHARE[self.form])
         except NoCopyError:
             if asked:
                 raise
             return []
         return [Reading(True, distance) for distance in (DISTANCES if self.copy.narrow else PACKED_DISTANCES)]
 
-    def _timed(self, reading: Reading, seconds: Callable[[], float]) -> float:
-        self._use(reading)
+    def _timed(self, source: Source, seconds: Callable[[], float], reading: Reading) -> float:
+        self._use(source, reading)
         return seconds()
 
-    def _use(self, reading: Reading) -> None:
-        self.reading, self._source.model.far = reading, reading.distance
+    def _use(self, source: Source, reading: Reading) -> None:
+        self.reading, source.model.far = reading, reading.distance
         if self.copy is not None:
-            self.copy.show_to(self._source.matrices, shown=reading.copied)
+            self.copy.show_to(source.matrices, shown=reading.copied)
 
 
 def choose_reading(own: Sequence[Reading], copied: Sequence[Reading], time: Callable[[Reading], float]) -> Reading:

@@ -66,7 +66,6 @@ class NativeStep:
             logger.info("%s", done)
             found = read_weights(model)
         self._read(found)
-        self._reader.find(self._product_seconds)
 
     @property
     def reading(self) -> Reading:
@@ -81,22 +80,20 @@ class NativeStep:
             NoCopyError: a copy was asked for, and can no more be had.
         """
         weights = read_weights(self._hf_model)
-        if weights.state == self._state:
-            return
-        self._read(weights)
-        if self._reader.form is WeightForm.PACKED:
-            self._reader.find(self._product_seconds)
+        if weights.state != self._state:
+            self._read(weights)
 
     def _read(self, weights: ModelWeights) -> None:
-        self._weights, self._state = weights, weights.state
+        self._weights = weights
         self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
         self._layers = (Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
         self._model = self._describe(self._weights)
-        self._reader.open(Source(self._hf_model, weights, self._kernel, self._model))
         self._pool: KVPool | None = None
         self._angles = torch.empty(2, 0)
         self._angle_addresses = (0, 0)
+        self._reader.open(Source(self._hf_model, weights, self._kernel, self._model), self._product_seconds)
+        self._state = weights.state  # last, so that what failed is tried again
 
     def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Appends the chunks to their slots.
