@@ -103,7 +103,7 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=run_engines)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME",
                         help=f"some of {', '.join(ENGINES)} (default: all)")  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows side by side")
+    _add_several(parser, "--batch", [1, 4], "rows side by side")
     _add_script(parser, Script())
     parser.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
                         help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
@@ -112,16 +112,18 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
     parser.add_argument("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
     parser.add_argument("--check", action="store_true", help="first compare each engine's logits with a plain forward")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each engine, after one to warm up")
+    parser.add_argument("--repeats", type=int, default=3,
+                        help="timed runs of each engine, after one to warm up (%(default)s)")  # fmt: skip
     _add_common(parser)
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=run_prune)
-    parser.add_argument("--solution", type=int, nargs="+", default=[4, 16, 64], help="tokens of the solution")
-    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="live tokens before")
-    parser.add_argument("--thought", type=int, nargs="+", default=[64, 512, 4096], help="tokens thrown away")
-    parser.add_argument("--repeats", type=int, default=3, help="events at each place, after one to warm up")
+    _add_several(parser, "--solution", [4, 16, 64], "tokens of the solution")
+    _add_several(parser, "--context", [256, 1024, 4096], "live tokens before")
+    _add_several(parser, "--thought", [64, 512, 4096], "tokens thrown away")
+    parser.add_argument("--repeats", type=int, default=3,
+                        help="events at each place, after one to warm up (%(default)s)")  # fmt: skip
     _add_common(parser)
 
 
@@ -129,21 +131,26 @@ def _add_long(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=run_long, stagger=False, temperature=0.0, top_p=1.0, top_k=0)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(LONG_ENGINES), metavar="NAME",
                         help=f"the first is the base (default: {' '.join(LONG_ENGINES)})")  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="rows side by side")
+    _add_several(parser, "--batch", [1, 4, 16], "rows side by side")
     _add_script(parser, LONG_SCRIPT)
-    parser.add_argument("--live", type=int, default=LONG_LIVE, help="most live tokens that the pruned trace may have")
-    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each engine; none to warm up")
+    parser.add_argument("--live", type=int, default=LONG_LIVE,
+                        help="most live tokens that the pruned trace may have (%(default)s)")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=1,
+                        help="timed runs of each engine; none to warm up (%(default)s)")  # fmt: skip
     _add_common(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=run_sampling)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows side by side")
+    _add_several(parser, "--batch", [1, 16], "rows side by side")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens to choose from (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each way, after one to warm up")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each way, after one to warm up (%(default)s)")
+    _add_machine(parser)
+
+
+def _add_several(parser: argparse.ArgumentParser, name: str, default: list[int], meaning: str) -> None:
+    shown = " ".join(map(str, default))
+    parser.add_argument(name, type=int, nargs="+", default=default, help=f"{meaning} ({shown})")
 
 
 def _add_script(parser: argparse.ArgumentParser, script: Script) -> None:
@@ -162,14 +169,24 @@ def _add_script(parser: argparse.ArgumentParser, script: Script) -> None:
 def _add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     if model:
         parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
-        parser.add_argument("--dtype", choices=DTYPES, default="float32")
+        parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
         parser.add_argument("--rounded", action="store_true",
                             help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
-        parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
+        _add_machine(parser)
+    else:
+        _add_threads(parser)
     parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
                         help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
+    _add_threads(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
 
 
 def _option(text: str) -> tuple[str, Any]:
