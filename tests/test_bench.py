@@ -418,6 +418,11 @@ def test_ratios_are_taken_within_each_repeat(model):
     assert median_ratio([1.0, 1.0], [2.0, None]) is None
     table = engine_table(list(found.values()), floors, work)
     assert "vllm: not run: not installed" in table and "x generate" in table
+    assert "nothing is pruned" not in table
+    unpruned = Work(work.prompts, ((OPEN, 15, 16),) * work.batch)
+    assert "nothing is pruned: no row generates as far as its first return" in engine_table(
+        list(found.values()), floors, unpruned
+    )
 
 
 def test_the_fastest_products_make_the_floor():

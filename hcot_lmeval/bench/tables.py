@@ -38,7 +38,8 @@ def engine_table(
     """Returns the table of one piece of work, with the floor and the engines that did not run."""
     rows = [["engine", *(heading.replace("base", base) for heading in COLUMNS)], _floor_row(floors, work)]
     rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
-    notes = [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
+    notes = [] if any(work.prunes) else ["nothing is pruned: no row generates as far as its first return"]
+    notes += [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
     notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
     notes += [f"{f.engine}: ms/step is the mean of all steps, prune events included" for f in figures if f.mean]
     return "\n".join([_heading(work, sampling), *aligned(rows), _floor_note(floors), *notes])
