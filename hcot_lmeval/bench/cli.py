@@ -95,7 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sampling(kinds.add_parser("sampling", help="what choosing a token costs"))
     guard = kinds.add_parser("guard", help="a short form that fails on ratios")
     guard.set_defaults(action=run_guard)
-    _add_common(guard, model=False)
+    _add_threads(guard)
+    _add_option(guard)
     return parser
 
 
@@ -166,17 +167,13 @@ def _add_script(parser: argparse.ArgumentParser, script: Script) -> None:
         group.add_argument(f"--{name}", type=int, default=getattr(script, name), help=f"{text} (%(default)s)")
 
 
-def _add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
-    if model:
-        parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
-        parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
-        parser.add_argument("--rounded", action="store_true",
-                            help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
-        _add_machine(parser)
-    else:
-        _add_threads(parser)
-    parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
-                        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
+    parser.add_argument("--rounded", action="store_true",
+                        help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
+    _add_machine(parser)
+    _add_option(parser)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +184,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
+
+
+def _add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
+                        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -43,7 +43,7 @@ struct Input {
     int far;  // a single token meets one row (packed: SIDE) after the other, so many bytes ahead; 0: several side by side
 };
 
-// Tokens that meet some rows one strip after the other: the activations of more would leave the nearer caches in between.
+// Tokens that meet some rows one strip after the other: activations of more would leave the nearer caches in between.
 constexpr int MANY = 66;
 
 // Without an instruction for their type, weights that meet several strips of tokens are brought into the type of the
