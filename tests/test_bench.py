@@ -516,9 +516,9 @@ def test_a_long_trace_has_to_stay_short_alive(model, monkeypatch):
     monkeypatch.setattr(floor, "STEPS", 1)
     given = setting(model)
     peak = given.work.peak_live("recompute")
-    with pytest.raises(ValueError, match=f"has {peak} live tokens at its peak, more than --live {peak - 1}"):
-        measure_long(given, ["off"], 1, quiet, live=peak - 1)
-    found, _ = measure_long(given, ["off", "recompute"], 1, quiet, live=peak)
+    with pytest.raises(ValueError, match=f"has {peak} live tokens at its peak, more than --max-live {peak - 1}"):
+        measure_long(given, ["off"], 1, quiet, max_live=peak - 1)
+    found, _ = measure_long(given, ["off", "recompute"], 1, quiet, max_live=peak)
     assert [m.timings[0].peak_live for m in found] == [47, peak]
 
 

@@ -72,7 +72,7 @@ def test_other_measurements_have_commands(capsys, monkeypatch):
     assert "ratio: median" in capsys.readouterr().out
     assert cli.main(["long", *tiny, "--tokens", "90", "--thought", "20", "--prompt", "9", "--batch", "1"]) == 0
     assert "x off" in capsys.readouterr().out
-    assert cli.main(["long", *tiny, "--tokens", "90", "--live", "50", "--batch", "1"]) == 1
+    assert cli.main(["long", *tiny, "--tokens", "90", "--max-live", "50", "--batch", "1"]) == 1
     assert "error: the pruned trace has" in capsys.readouterr().err
 
 

@@ -134,7 +134,7 @@ def _add_long(parser: argparse.ArgumentParser) -> None:
                         help=f"the first is the base (default: {' '.join(LONG_ENGINES)})")  # fmt: skip
     _add_several(parser, "--batch", [1, 4, 16], "rows side by side")
     _add_script(parser, LONG_SCRIPT)
-    parser.add_argument("--live", type=int, default=LONG_LIVE,
+    parser.add_argument("--max-live", type=int, default=LONG_LIVE,
                         help="most live tokens that the pruned trace may have (%(default)s)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=1,
                         help="timed runs of each engine; none to warm up (%(default)s)")  # fmt: skip
@@ -233,7 +233,7 @@ def run_long(args: argparse.Namespace) -> int:
     results, base = [], args.engines[0]
     for setting in _settings(args):
         with _progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
-            found, floors = measure_long(setting, args.engines, args.repeats, report, live=args.live)
+            found, floors = measure_long(setting, args.engines, args.repeats, report, max_live=args.max_live)
         made = figures(found, floors, setting.work, base=base)
         print(engine_table(made, floors, setting.work, base=base))
         print("peak live tokens are those of the simulation, exactly\n")

@@ -12,7 +12,7 @@ from hcot_lmeval.trace import Policy
 
 
 def measure_long(
-    setting: Setting, engines: Sequence[str], repeats: int, report: Report, *, live: int = LONG_LIVE
+    setting: Setting, engines: Sequence[str], repeats: int, report: Report, *, max_live: int = LONG_LIVE
 ) -> tuple[list[Measurement], list[FloorTime]]:
     """Times the engines on a long trace, without a run to warm up.
 
@@ -24,16 +24,16 @@ def measure_long(
         engines: names; the first is what the others are compared with.
         repeats: timed runs of each engine.
         report: called with what is being done.
-        live: most live tokens of a row that the pruned trace may have.
+        max_live: most live tokens of a row that the pruned trace may have.
 
     Raises:
         ValueError: the pruned trace has more.
         WrongTokensError: an engine did other work than it was given, or held more or less than the simulation.
     """
     peak = setting.work.peak_live(Policy.RECOMPUTE)
-    if peak > live:
+    if peak > max_live:
         raise ValueError(
-            f"the pruned trace has {peak} live tokens at its peak, more than --live {live}; "
+            f"the pruned trace has {peak} live tokens at its peak, more than --max-live {max_live}; "
             "lower --prompt, --thought, --solution or --text"
         )
     return measure(setting, engines, repeats, report, warm_up=False)
