@@ -24,6 +24,7 @@ from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.runner import Failure, run_cells
 from hcot_lmeval.settings import describe_settings, parse_settings
 from tests.fake_evaluation import arguments_of
+from tests.interrupts import heed_interrupts
 from tests.result_files import build_run
 
 ROOT = Path(__file__).parents[1]
@@ -444,7 +445,7 @@ def test_interrupt_ends_lm_eval_too(tmp_path, starts, monkeypatch):
     process = subprocess.Popen(
         driver(tmp_path / "out", (sys.executable, str(forever))),
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        preexec_fn=heed_interrupts,
     )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.05)

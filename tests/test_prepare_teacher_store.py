@@ -22,6 +22,7 @@ from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Task, Usage
 from hcot_lmeval.prepare.teacher.runner import ask, estimate
 from hcot_lmeval.prepare.teacher.store import AnswerStore, StoreError
+from tests.interrupts import heed_interrupts
 from tests.scripted_teacher import Say, ScriptedTeacher, Status
 from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, make_task, options_for
 
@@ -161,7 +162,7 @@ def test_an_interrupted_run_ends_at_once_and_quietly(tmp_path, keys):
     path = tmp_path / "answers.jsonl"
     with ScriptedTeacher(lambda asked: Say("said", seconds=0.05 if len(server.requests) < 9 else 30)) as server:
         command = [sys.executable, "-c", CHILD, server.url("local"), str(path)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
         while len(server.requests) < 11:
             assert process.poll() is None
             time.sleep(0.01)

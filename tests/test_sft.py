@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import read_record
 from hcot_lmeval.training.monitor.curves import read_records
+from tests.interrupts import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -57,7 +58,7 @@ def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in the background
+        preexec_fn=heed_interrupts,
     )
 
 
