@@ -44,10 +44,12 @@ examples:
   %(prog)s prune --context 256 4096 --thought 64 1024
   %(prog)s long --batch 1 4 --tokens 4096
 
+"""
+TERMS = """\
 "of floor" is the floor's step over the engine's median step (1 is the floor, which streams all weights through bare
 matrix products and reads the live keys and values); "of memory" is the same for reading weights, keys and values and
-multiplying nothing; "x generate" compares whole runs. Ratios are medians of those within each repeat, in which the
-engines take turns. docs/speed.md tells more.
+multiplying nothing; "x generate" and "x off" compare whole runs. Ratios are medians of those within each repeat, in
+which the engines take turns. docs/speed.md tells more.
 """
 LONG_ENGINES = ("off", "recompute", "evict")
 COMMANDS = ("engines", "prune", "long", "sampling", "guard")
@@ -85,13 +87,14 @@ def _run(args: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, formatter_class=form)
+    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES + TERMS, formatter_class=form)
     kinds = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    examples = EXAMPLES.replace("%(prog)s", parser.prog)  # else they would name the command twice
+    examples = EXAMPLES.replace("%(prog)s", parser.prog) + TERMS  # else they would name the command twice
     engines = kinds.add_parser("engines", help="every engine beside the floor", epilog=examples, formatter_class=form)
     _add_engines(engines)
     _add_prune(kinds.add_parser("prune", help="what a prune event costs"))
-    _add_long(kinds.add_parser("long", help="a long trace with a short live context"))
+    long = kinds.add_parser("long", help="a long trace with a short live context", epilog=TERMS, formatter_class=form)
+    _add_long(long)
     _add_sampling(kinds.add_parser("sampling", help="what choosing a token costs"))
     guard = kinds.add_parser("guard", help="a short form that fails on ratios")
     guard.set_defaults(action=run_guard)
@@ -135,7 +138,7 @@ def _add_long(parser: argparse.ArgumentParser) -> None:
     _add_several(parser, "--batch", [1, 4, 16], "rows side by side")
     _add_script(parser, LONG_SCRIPT)
     parser.add_argument("--max-live", type=int, default=LONG_LIVE,
-                        help="most live tokens that the pruned trace may have (%(default)s)")  # fmt: skip
+                        help="an error if the pruned trace has more live tokens at once (%(default)s)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=1,
                         help="timed runs of each engine; none to warm up (%(default)s)")  # fmt: skip
     _add_common(parser)

@@ -24,7 +24,7 @@ def measure_long(
         engines: names; the first is what the others are compared with.
         repeats: timed runs of each engine.
         report: called with what is being done.
-        max_live: most live tokens of a row that the pruned trace may have.
+        max_live: most live tokens of a row that the trace, pruned by `recompute`, may have.
 
     Raises:
         ValueError: the pruned trace has more.
@@ -34,6 +34,6 @@ def measure_long(
     if peak > max_live:
         raise ValueError(
             f"the pruned trace has {peak} live tokens at its peak, more than --max-live {max_live}; "
-            "lower --prompt, --thought, --solution or --text"
+            "lower --prompt, --thought, --solution or --text, or allow more"
         )
     return measure(setting, engines, repeats, report, warm_up=False)
