@@ -32,11 +32,11 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiled_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Has the kernel compiled with further flags, as for another processor."""
+    """Has the kernel compiled with further flags, as for another processor, and optimised less, to save time."""
     from hcot_lmeval.engine.native import build
 
     def use(*flags: str) -> None:
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1", *flags) if flags else build.FLAGS)
         build.load_kernel.cache_clear()
 
     yield use

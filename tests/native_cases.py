@@ -28,8 +28,11 @@ STEPS = [
 """Prompts, single tokens, a rewind, positions with gaps; ragged."""
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+NARROWER = ("-mno-avx512f", "-mno-avx", "-mno-avx512bf16")
+"""Flags that leave instructions out, as for another processor of the x86 kind."""
 LESS = [
-    pytest.param(flag, marks=pytest.mark.skipif(not X86, reason="the flags are those of x86"))
-    for flag in ("-mno-avx512f", "-mno-avx", "-mno-avx512bf16")
+    *(pytest.param(flag, marks=pytest.mark.skipif(not X86, reason="the flags are those of x86")) for flag in NARROWER),
+    "-DVECTOR_BYTES=64",
+    "-DVECTOR_BYTES=32",
 ]
-"""Flags that leave instructions out, as for another processor."""
+"""Other processors than the host, or at least the width of their vectors: 16 and 8 lanes of float on any host."""

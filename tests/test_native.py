@@ -3,6 +3,7 @@
 That it decodes exactly, with pruning, is in test_engine_exact.py.
 """
 
+import ctypes
 import logging
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, reading, step
 from hcot_lmeval.engine.native.reading import DISTANCES, Reading
+from hcot_lmeval.engine.native.structures import Packing
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.native_cases import LESS, SHAPES, STEPS, chunk
 from tests.reference import EOS, MARKERS
@@ -235,6 +237,23 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
         monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
         build.load_kernel(torch.float32, torch.float32)
         assert list((tmp_path / "kernels").iterdir()) == [kept]
+    finally:
+        build.load_kernel.cache_clear()
+
+
+def test_a_width_that_is_asked_for_is_taken_or_an_error(monkeypatch):
+    model, found = tiny_model("qwen2", torch.float32), Packing()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))  # as `compiled_with` has it, so that others share it
+    try:
+        for width in ("32", "64"):
+            monkeypatch.setenv("HCOT_LMEVAL_VECTOR_BYTES", width)
+            build.load_kernel.cache_clear()
+            NativeStep(model)._kernel.packing(ctypes.byref(found))
+            assert found.numbers == 8 * int(width) // 4
+        monkeypatch.setenv("HCOT_LMEVAL_VECTOR_BYTES", "48")
+        build.load_kernel.cache_clear()
+        with pytest.raises(ValueError, match="HCOT_LMEVAL_VECTOR_BYTES=48 is not one of 16, 32, 64; unset it"):
+            NativeStep(model)
     finally:
         build.load_kernel.cache_clear()
 

@@ -17,6 +17,8 @@ import torch
 
 SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+VECTOR_BYTES = (16, 32, 64)
+"""Widths of vectors that ``$HCOT_LMEVAL_VECTOR_BYTES`` may ask for; the processor's own is the fastest."""
 WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 """The types of weights that the kernel knows, by the names they have in it."""
 LOGITS = (torch.float32, torch.float64)
@@ -112,10 +114,25 @@ def kernel_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "kernels"
 
 
+def _flags() -> tuple[str, ...]:
+    """What the compiler is called with.
+
+    Raises:
+        ValueError: ``$HCOT_LMEVAL_VECTOR_BYTES`` is no width that the kernel knows.
+    """
+    width = os.environ.get("HCOT_LMEVAL_VECTOR_BYTES")
+    if not width:
+        return FLAGS
+    if width not in map(str, VECTOR_BYTES):
+        allowed = ", ".join(map(str, VECTOR_BYTES))
+        raise ValueError(f"HCOT_LMEVAL_VECTOR_BYTES={width} is not one of {allowed}; unset it for the processor's own")
+    return (*FLAGS, f"-DVECTOR_BYTES={width}")
+
+
 def _fingerprint(compiler: str) -> str:
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.?pp"))]
-    parts = (*sources, " ".join(FLAGS), about, _processor())
+    parts = (*sources, " ".join(_flags()), about, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -135,7 +152,7 @@ def _compile(compiler: str, source: str, types: Mapping[str, str], path: Path) -
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
             defined = [f"-D{name}={value}" for name, value in types.items()]
-            command = [compiler, *FLAGS, *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
+            command = [compiler, *_flags(), *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
                 raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")

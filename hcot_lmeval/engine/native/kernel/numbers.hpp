@@ -32,12 +32,17 @@ using stored = CACHE;                // keys and values in memory
 using real = Compute<weight>::type;  // activations and sums
 
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, MOST_TOKENS = 6;  // 4 rows of weights x MOST_TOKENS sums, and their factors, fit in registers
+#define REGISTER_BYTES 64
 #elif defined(__AVX__)
-constexpr int BYTES = 32, MOST_TOKENS = 3;
+#define REGISTER_BYTES 32
 #else
-constexpr int BYTES = 16, MOST_TOKENS = 4;
+#define REGISTER_BYTES 16
 #endif
+#ifndef VECTOR_BYTES  // may be given: compilers make wider vectors of several registers, so any host runs any width
+#define VECTOR_BYTES REGISTER_BYTES
+#endif
+constexpr int BYTES = VECTOR_BYTES;
+constexpr int MOST_TOKENS = BYTES == 64 ? 6 : BYTES == 32 ? 3 : 4;  // x 4 rows: sums and factors fit in registers
 template <int N> using Constant = std::integral_constant<int, N>;
 constexpr int LANES = BYTES / sizeof(real);
 
@@ -58,16 +63,29 @@ static inline Vector splat(real x) {
     return v;
 }
 
+#if defined(__FMA__) && !defined(__AVX512F__) && VECTOR_BYTES == 64
+static inline __m256 fused(__m256 total, __m256 a, __m256 b) { return _mm256_fmadd_ps(a, b, total); }
+static inline __m256d fused(__m256d total, __m256d a, __m256d b) { return _mm256_fmadd_pd(a, b, total); }
+#endif
+
 // total + a * b, rounded once where the processor can. Nothing is contracted unless it says so here: compilers would do
 // it in one copy of a loop and not in another, and results would depend on what runs beside. A loop over std::fma
 // becomes a single instruction for short code only.
 static inline Vector fused(Vector total, Vector a, Vector b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
     if constexpr (sizeof(real) == 4) return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)total);
     else return (Vector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)total);
-#elif defined(__FMA__)
+#elif defined(__FMA__) && VECTOR_BYTES == 64
+    typedef real Half __attribute__((vector_size(32), may_alias));
+    Half *sums = (Half*)&total, *left = (Half*)&a, *right = (Half*)&b;
+    for (int i = 0; i < 2; i++) sums[i] = fused(sums[i], left[i], right[i]);
+    return total;
+#elif defined(__FMA__) && VECTOR_BYTES == 32
     if constexpr (sizeof(real) == 4) return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)total);
     else return (Vector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)total);
+#elif defined(__FMA__)
+    if constexpr (sizeof(real) == 4) return (Vector)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)total);
+    else return (Vector)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)total);
 #elif defined(__ARM_FEATURE_FMA)
     for (int i = 0; i < LANES; i++) total[i] = std::fma(a[i], b[i], total[i]);
     return total;
@@ -100,7 +118,7 @@ static inline real sum(Vector v) {
 template <class V> static inline void sums(V a, V b, V c, V d, real out[4]) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
-#if defined(__AVX__)
+#if VECTOR_BYTES >= 32
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -110,7 +128,7 @@ typedef int32_t Lanes __attribute__((vector_size(BYTES)));
 typedef float Floats __attribute__((vector_size(BYTES)));
 // A tree that halves four vectors together takes a third of the instructions of four separate sums.
 static inline void sums(Floats a, Floats b, Floats c, Floats d, float out[4]) {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
     Floats ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                 SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     Floats cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +

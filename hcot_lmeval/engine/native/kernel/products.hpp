@@ -15,7 +15,7 @@ template <class T> struct Product {
     template <class P> static Factor get(const P* p) { return load(p); }
     static void add(Vector& total, Factor w, Factor x) { total = fused(total, w, x); }
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
 template <> struct Product<bfloat16> {
     using operand = bfloat16;
     using Factor = __m512bh;
@@ -69,7 +69,7 @@ static inline void finish(const Row* rows, const operand* x, int in, const Vecto
 
 // Has a factor in a register of its own. Compilers rather load it anew for each product.
 template <class Factor> static inline void hold([[maybe_unused]] Factor& factor) {
-#if defined(__AVX__)
+#if defined(__AVX__) && VECTOR_BYTES <= REGISTER_BYTES
     asm("" : "+v"(factor));
 #endif
 }
