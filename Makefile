@@ -1,13 +1,14 @@
-# Everything runs in .venv, which is made once, with Python >= 3.11 (PYTHON=... to choose one).
-#   make test TORCH=torch==2.13.0           another torch than the newest
-#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu    without CUDA, which takes 4 GB
-# After `make clean` the environment is made anew.
-TORCH ?= torch
-TORCH_INDEX ?=
+# Everything runs in an environment of its own, made once, with Python >= 3.11 (PYTHON=... to choose one):
+#   make test             .venv: the versions that were tested, requirements/locked.txt
+#   make test LATEST=1    .venv-latest: the newest of everything
+#   make test OLDEST=1    .venv-oldest: the lower ends of the ranges in pyproject.toml
+#   make test TORCH=torch==2.12.0 TORCH_INDEX=URL    another PyTorch than these, from another index
+# After `make clean` they are made anew. scripts/environment.py says which PyTorch is taken.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-VENV := .venv
+VERSIONS := $(if $(LATEST),latest,$(if $(OLDEST),oldest,locked))
+VENV := .venv$(if $(filter-out locked,$(VERSIONS)),-$(VERSIONS))
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
@@ -32,13 +33,12 @@ results: $(READY)
 	$(BIN)/python scripts/results.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml hatch_build.py startup/hcot_lmeval.pth startup/hcot_lmeval.start
+$(READY): pyproject.toml hatch_build.py startup/hcot_lmeval.pth startup/hcot_lmeval.start requirements/locked.txt \
+		requirements/oldest.txt scripts/environment.py
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo 'making $(VENV): some minutes, most of them for $(TORCH)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PYTHON) scripts/environment.py $(VENV) --versions $(VERSIONS) \
+		$(if $(TORCH),--torch '$(TORCH)') $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)')
 	@touch $@
