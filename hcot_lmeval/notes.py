@@ -51,6 +51,9 @@ class NoteTaker:
         decode: maps token ids to text, to store what was pruned in readable form too; None stores ids alone.
         run: facts about the run for the header (model, policy, versions, ...).
 
+    Attributes:
+        is_new: whether nothing had been noted there.
+
     Raises:
         ValueError: the file exists and is not a file of notes of this schema.
     """
@@ -69,6 +72,7 @@ class NoteTaker:
             raise ValueError(
                 f"{self.path} does not begin with a header of {SCHEMA!r}; name another file or move this one"
             )
+        self.is_new = header is None
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         if header is None:
             self._write({"schema": SCHEMA, "run": run or {}})

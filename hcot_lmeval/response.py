@@ -10,45 +10,7 @@ This module imports the standard library alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-
-class Parts(NamedTuple):
-    """A generated text cut into its thinking and its answer."""
-
-    thinking: str
-    answer: str
-
-
-def split_thinking(text: str, think: tuple[str, str] | None, *, opened: bool = False) -> Parts:
-    """Cuts a generated text behind its thinking section.
-
-    The answer begins after the last end of thinking. While the thinking is still open there is no answer: it is empty.
-    A text that never opened a thinking section is all answer. An end of thinking without its beginning counts, for many
-    chat templates write the beginning into the prompt.
-
-    Args:
-        text: the generated text.
-        think: the strings around a thinking section, or None for a model without one.
-        opened: the prompt ends inside a thinking section.
-    """
-    if think is None:
-        return Parts("", text)
-    begin, end = think
-    start, stop = text.rfind(begin), text.rfind(end)
-    still_open = start > stop or (opened and stop < 0)
-    if still_open:
-        return Parts(_without(text, think), "")
-    if stop < 0:
-        return Parts("", text)
-    return Parts(_without(text[:stop], think), text[stop + len(end) :].lstrip())
-
-
-def _without(text: str, think: tuple[str, str]) -> str:
-    """The thinking without the strings around it."""
-    for mark in think:
-        text = text.replace(mark, "")
-    return text
+from typing import Any
 
 
 class Response(str):

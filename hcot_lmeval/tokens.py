@@ -9,43 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcot_lmeval.embeddings import DEFAULT_SEEDING, Seeding, grow, padded, rows_of, seed_rows
-from hcot_lmeval.markup import MarkerIds, Markup, get_markup, resolve_markers
-
-
-def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Returns the id of the single token that spells `text`, or None."""
-    found = tokenizer.convert_tokens_to_ids(text)
-    if found is None or (found == tokenizer.unk_token_id and text != tokenizer.unk_token):
-        return None
-    return int(found)
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> frozenset[int]:
-    """Returns the ids of those among `texts` that are single tokens."""
-    found = (token_id(tokenizer, text) for text in texts)
-    return frozenset(i for i in found if i is not None)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the ids that `decode(..., skip_special_tokens=True)` leaves out."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
-
-
-def marker_ids(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hcot") -> MarkerIds:
-    """Returns the marker ids of `markup` in the tokenizer's vocabulary.
-
-    Raises:
-        ValueError: a marker is missing (the message says how to add it), or the markup is unknown.
-    """
-    return resolve_markers(get_markup(markup), lambda text: token_id(tokenizer, text))
+from hcot_lmeval.markup import Markup, get_markup
+from hcot_lmeval.vocabulary import token_id
 
 
 class Added(NamedTuple):

@@ -421,3 +421,49 @@ def test_the_hashes_are_those_of_real_files(run):
         '"target_hash": "5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9"}'
     )
     check_integrity(run([1], change=lambda results, samples: [samples[0] | line]))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "settings"),
+    [
+        ({"prune_events": 4}, {"policy": "off"}),
+        ({"pruned_tokens": 60}, {"policy": "off"}),
+        ({"generated_tokens": 5000}, {}),
+        ({"generated_tokens": 100}, {"totals": {"generated_tokens": 0, "requests": 0}}),
+        ({"peak_live_tokens": 700}, {"totals": {"peak_live_tokens": 70}}),
+    ],
+    ids=str,
+)
+def test_responses_that_the_settings_do_not_allow(run, statistics, settings):
+    """As from lm-eval's cache of responses, which tells no settings apart."""
+    [name] = statistics
+    other = run(statistics=lambda doc_id: statistics, **settings)
+    with pytest.raises(
+        Incomparable, match=rf"a response has {name}={statistics[name]}.*another run's, as from a cache"
+    ):
+        check_comparable([other])
+
+
+def timed(time, extra=""):
+    """Makes a run's prompts those of a chat template that tells the time."""
+
+    def change(results, samples):
+        results["config"]["hcot"]["clock"] = time
+        results["chat_template_sha"] = "x"
+        for sample in samples:
+            question = sample["arguments"]["gen_args_0"]["arg_0"]
+            prompt = f"Today is {time}. {question} {extra}"
+            sample["arguments"]["gen_args_0"]["arg_0"] = prompt
+            sample["prompt_hash"] = hash_of(prompt)
+
+    return change
+
+
+def test_prompts_that_differ_in_time_alone(run):
+    one, other = (run(name=name, change=timed(time)) for name, time in (("a", "2031-01-09"), ("b", "2031-01-10")))
+    check_comparable([one, other])
+    assert "the chat template told the models different times: 2031-01-09, 2031-01-10" in remarks([one, other])
+    with pytest.raises(Incomparable, match=r"the prompts of .* differ"):
+        check_comparable([one, run(name="c", change=timed("2031-01-10", "Think."))])
+    with pytest.raises(Incomparable, match=r"the prompts of .* differ"):
+        check_comparable([one, run(name="d", change=timed("2031-01-09", "Think."))])

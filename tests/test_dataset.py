@@ -8,7 +8,6 @@ import pytest
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.tokens import marker_ids, token_id
 from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.config import DataConfig
 from hcot_lmeval.training.data import dataset
@@ -17,6 +16,7 @@ from hcot_lmeval.training.data.documents import compile_document, split_stages
 from hcot_lmeval.training.data.report import Finding
 from hcot_lmeval.training.data.rows import pack
 from hcot_lmeval.training.data.text import TextForm
+from hcot_lmeval.vocabulary import marker_ids, token_id
 from tests.tiny import THINK, tiny_tokenizer
 
 HCOT = get_markup("hcot")

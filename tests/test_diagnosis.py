@@ -15,12 +15,13 @@ import torch
 
 from hcot_lmeval.diagnosis import cli, subject
 from hcot_lmeval.diagnosis.findings import AS_RENDERED, Code, Kind, find_all, trained_policy
-from hcot_lmeval.diagnosis.measure import FirstFault, FreeWriting, Measurements, Problem, opens_thinking
+from hcot_lmeval.diagnosis.measure import FirstFault, FreeWriting, Measurements, Problem
 from hcot_lmeval.diagnosis.report import as_dict, table, verdict
 from hcot_lmeval.diagnosis.scores import Scored, prompt_nats, score_traces
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.data.documents import Example
+from hcot_lmeval.vocabulary import leaves_open
 from tests.random_traces import nested
 from tests.reference import CLOSE, EOS, MARKERS, OPEN, SPLIT
 from tests.test_grammar import GRAMMARS, THINK_END
@@ -280,6 +281,6 @@ def test_questions_are_asked_once() -> None:
 
 def test_a_prompt_that_opens_the_thinking() -> None:
     think = ("<think>", "</think>")
-    assert opens_thinking("question\n<think>\n", think)
-    assert not opens_thinking("<think> question", think)
-    assert not opens_thinking("question<think>", None)
+    assert leaves_open("question\n<think>\n", think)
+    assert not leaves_open("<think> question", think)
+    assert not leaves_open("question<think>", None)

@@ -13,8 +13,9 @@ from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, Unsuppo
 from hcot_lmeval.engine import engine as engine_module
 from hcot_lmeval.events import Prefill
 from hcot_lmeval.notes import NoteTaker, read_notes
-from hcot_lmeval.tokens import encode_prompt, marker_ids
+from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.trace import Policy, live_ids
+from hcot_lmeval.vocabulary import marker_ids
 from tests.tiny import favour, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

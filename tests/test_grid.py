@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hcot_lmeval.report import provenance
+from hcot_lmeval import fingerprint
 from hcot_lmeval.report.folder import CellFolder, arguments, is_complete, with_other_versions, write_json
 from hcot_lmeval.report.grid import GridConfig
 from hcot_lmeval.report.progress import Progress
@@ -203,18 +203,18 @@ def test_versions_code_checkpoint_and_environment_are_in_the_settings(tmp_path, 
     seen.append(settings())
     monkeypatch.setenv("HCOT_LMEVAL_DATA", "/data")
     seen.append(settings())
-    monkeypatch.setattr(provenance, "version", lambda name: "9.9")
+    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9")
     seen.append(settings())
-    monkeypatch.setattr(provenance, "code_digest", lambda: "other")
+    monkeypatch.setattr(fingerprint, "code_digest", lambda: "other")
     seen.append(settings())
     assert len({json.dumps(one, sort_keys=True) for one in seen}) == 5
 
 
 def test_code_that_takes_part_counts_and_no_other(monkeypatch):
-    digest = provenance.code_digest
+    digest = fingerprint.code_digest
     assert digest() == digest()
     hashed: set[str] = set()
-    monkeypatch.setattr(provenance, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
+    monkeypatch.setattr(fingerprint, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
     digest()
     names = {Path(path).relative_to(ROOT).as_posix() for path in hashed}
     assert {"hcot_lmeval/trace.py", "hcot_lmeval/engine/engine.py", "tasks/synthetic/hcot_arith.yaml"} <= names
@@ -353,7 +353,7 @@ def test_other_settings_are_run_in_other_folders(tmp_path, starts):
 def test_other_versions_are_run_again_unless_they_are_allowed(tmp_path, starts, monkeypatch):
     cells = folders(tmp_path, windows=[64], policies=["off"])
     run(cells)
-    monkeypatch.setattr(provenance, "version", lambda name: "9.9")
+    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9")
     later = folders(tmp_path, windows=[64, 128], policies=["off"])
     assert [cell.is_done for cell in later] == [False, False]
     allowed = [with_other_versions(cell) for cell in later]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.lm.journal import Journal, default_root, digest
+from hcot_lmeval.fingerprint import digest
+from hcot_lmeval.lm.journal import Journal, default_root
 
 RUN = {"model": "m", "pruning": "recompute", "max_context": 128}
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 
 import lm_eval
 import pytest
@@ -137,12 +138,13 @@ class TestAgainstHf:
             assert expected != plain
             assert hcot((model, stock[1]), pruning="off").generate_until(instances(**kwargs)) == expected
 
-    def test_markers_that_are_special_tokens_vanish_as_in_hf(self):
+    def test_text_beside_the_markers_is_the_same(self):
+        """The markers themselves stay, for the grader to see which thoughts are unfinished; `hf` drops them."""
         pair = favour(tiny_model("qwen2", torch.float64), [3, 4, 5], 3.0), tiny_tokenizer(think=False, chat=False)
         expected = hf(pair).generate_until(instances(), disable_tqdm=True)
         answers = hcot(pair, pruning="off", batch_size=3).generate_until(instances())
-        assert answers == expected
-        assert any("[THOUGHT]" in a.raw for a in answers)
+        assert [re.sub(r"\[[A-Z]{6,}\]", "", a) for a in answers] == expected
+        assert any("[THOUGHT]" in a for a in answers)
 
     @pytest.mark.parametrize("batch_size", [1, 2, 5])
     def test_log_likelihoods_are_the_same_before_and_after_generating(self, pruner, batch_size):
@@ -291,7 +293,7 @@ class TestPrompts:
         rendered = lm.apply_chat_template([{"role": "user", "content": "What?"}])
         assert rendered.endswith("<|im_start|>assistant\n")
         assert lm._prompt("What?") == lm._prompt(rendered)
-        fresh = hcot(pruner)  # as with lm-eval's cache of requests: rendered by nobody that this model has seen
+        fresh = hcot(pruner)  # rendered by nobody that this model has seen
         assert fresh._prompt(rendered) == lm._prompt(rendered)
         assert hcot(pruner, apply_chat_template=False)._prompt("What?") != lm._prompt("What?")
 
@@ -357,13 +359,9 @@ class TestRecords:
             ("t", doc, repeat) for doc in range(len(QUESTIONS)) for repeat in range(2)
         }
 
-    def test_cache_hook_gets_the_original_kwargs(self, pruner, tmp_path):
-        task = generation_task(docs=3)
-        first = evaluate(hcot(pruner), [task], use_cache=str(tmp_path / "cache"))
-        idle = hcot(pruner)
-        again = evaluate(idle, [task], use_cache=str(tmp_path / "cache"))
-        assert idle._statistics.requests == 0  # everything came from lm-eval's cache
-        assert again["samples"] == first["samples"]  # and with its statistics, which the task reports
+    def test_lm_evals_cache_of_responses_is_refused(self, pruner, tmp_path):
+        with pytest.raises(ValueError, match=r"use_cache is not supported .* journal"):
+            evaluate(hcot(pruner), [generation_task(docs=1)], use_cache=str(tmp_path / "cache"))
 
     def test_policies_agree_until_the_first_prune(self, pruner):
         texts = {}

@@ -32,7 +32,7 @@ class TestModelArguments:
     @pytest.mark.parametrize(
         ("given", "parsed"),
         [
-            ({}, {"pruning": None, "markup": None, "any_policy": False, "apply_chat_template": None, "seed": 0}),
+            ({}, {"pruning": None, "markup": None, "any_policy": False, "apply_chat_template": None, "seed": None}),
             ({"pruning": "off"}, {"pruning": Policy.OFF}),
             ({"pruning": False}, {"pruning": Policy.OFF}),  # a bare `off` in a YAML file
             ({"pruning": "evict"}, {"pruning": Policy.EVICT}),
@@ -80,6 +80,8 @@ class TestModelArguments:
             ({"journal": True}, "neither a directory nor 'off'"),
             ({"notes": __file__}, "is a file; name a directory"),
             ({"seed": 1.5}, "seed=1.5 is not an integer"),
+            ({"enable_thinking": "maybe"}, "enable_thinking='maybe' is not one of true, false"),
+            ({"think_start_token": 7}, "think_start_token=7 is no text"),
             ({"tp_plan": "auto"}, "use parallelize=True"),
             ({"truncation": True}, "raise max_context"),
             ({"mixed_precision_dtype": "bfloat16"}, "dtype="),
@@ -141,20 +143,27 @@ class TestModelArguments:
         bare = tiny_tokenizer(think=False)
         with pytest.raises(ValueError, match="name the end of thinking with think_end_token"):
             HcotLM(pretrained=checkpoint, tokenizer=bare, device="cpu", enable_thinking=True)
-        named = HcotLM(
-            pretrained=checkpoint, tokenizer=bare, device="cpu", enable_thinking=True, think_end_token="</done>"
-        )
-        assert named.think == ("<think>", "</done>")
-        by_id = HcotLM(pretrained=checkpoint, device="cpu", think_end_token=2)
-        assert by_id.think == ("<think>", "<|im_end|>")
-        assert HcotLM(pretrained=checkpoint, tokenizer=bare, device="cpu").think is None
-        assert HcotLM(pretrained=checkpoint, device="cpu").think == ("<think>", "</think>")
+        names = {"think_start_token": "<done>", "think_end_token": "</done>"}
+        named = HcotLM(pretrained=checkpoint, tokenizer=bare, device="cpu", enable_thinking=True, **names)
+        assert named.think == ("<done>", "</done>")
+        by_id = HcotLM(pretrained=checkpoint, device="cpu", think_end_token=7)
+        assert by_id.think == HcotLM(pretrained=checkpoint, device="cpu").think == ("<think>", "</think>")
+        assert not HcotLM(pretrained=checkpoint, tokenizer=bare, device="cpu").vocabulary.has_thinking
 
-    def test_notes_that_cannot_be_written_are_named(self, checkpoint, tmp_path):
+    def test_a_switch_of_thinking_acts_or_is_an_error(self, checkpoint):
+        deaf = tiny_tokenizer()
+        deaf.chat_template = deaf.chat_template.replace("enable_thinking", "false")
+        for enable in (True, False):
+            with pytest.raises(ValueError, match=f"enable_thinking={enable} does nothing: the chat template"):
+                HcotLM(pretrained=checkpoint, tokenizer=deaf, device="cpu", enable_thinking=enable)
+
+    def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(self, checkpoint, tmp_path):
         (tmp_path / "file").touch()
-        lm = HcotLM(pretrained=checkpoint, device="cpu", journal="off", notes=str(tmp_path / "file" / "notes"))
-        with pytest.raises(OSError, match=r"notes=.*/file/notes cannot be written to: .*Not a directory"):
-            lm.generate_until(instances(), disable_tqdm=True)
+        place = str(tmp_path / "file" / "kept")
+        for given in ({"journal": "off", "notes": place}, {"journal": place}):
+            name = list(given)[-1]
+            with pytest.raises(OSError, match=rf"{name}=.*/file/kept cannot be written to \(Not a dir.*{name}=off"):
+                HcotLM(pretrained="/no/weights/are/looked/for", device="cpu", **given)
 
     def test_notes_say_the_name_of_the_checkpoint(self, checkpoint, tmp_path):
         lm = HcotLM(pretrained=checkpoint, device="cpu", journal="off", notes=str(tmp_path))

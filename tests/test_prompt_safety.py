@@ -20,7 +20,8 @@ from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.lm.model import HcotLM
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.scoring.instructions import default_instructions
-from hcot_lmeval.tokens import add_special_tokens, encode_prompt, marker_ids
+from hcot_lmeval.tokens import add_special_tokens, encode_prompt
+from hcot_lmeval.vocabulary import marker_ids
 from tests.lm_tasks import instances
 from tests.tiny import favour, tiny_model, tiny_tokenizer
 

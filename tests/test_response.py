@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from hcot_lmeval.response import Response, split_thinking
+from hcot_lmeval.response import Response
+from hcot_lmeval.vocabulary import split_thinking
 
 THINK = ("<think>", "</think>")
 

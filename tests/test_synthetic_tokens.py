@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.synthetic import ALPHABET, TASKS, flat_trace, gold_trace
-from hcot_lmeval.tokens import marker_ids
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
+from hcot_lmeval.vocabulary import marker_ids
 from tests.synthetic_traces import words
 
 

@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.templates import TEMPLATES, check_template, load_template
-from hcot_lmeval.tokens import add_special_tokens, encode_prompt, token_id
+from hcot_lmeval.tokens import add_special_tokens, encode_prompt
+from hcot_lmeval.vocabulary import token_id
 from tests.tiny import tiny_model, tiny_tokenizer
 
 END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "plain": "<|endoftext|>"}

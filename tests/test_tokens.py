@@ -7,7 +7,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.tokens import add_special_tokens, encode_prompt, extend_vocabulary, marker_ids, special_ids, token_id
+from hcot_lmeval.tokens import add_special_tokens, encode_prompt, extend_vocabulary
+from hcot_lmeval.vocabulary import marker_ids, special_ids, token_id
 from tests.tiny import MARKERS, THINK, tiny_model, tiny_tokenizer
 
 

@@ -2,8 +2,9 @@ r"""Where the answer is: the part of a response that counts, and the last comple
 
 Rules, in this order:
 
-* Thinking does not count. Of a plain string, only what follows the last ``</think>`` is read; a ``<think>`` still open
-  at the end leaves nothing. A :class:`hcot_lmeval.response.Response` is its answer part already.
+* Thinking does not count. Of a plain string, only what follows the last ``</think>`` is read, or another end that
+  `hcot_lmeval.vocabulary` knows; a ``<think>`` still open at the end leaves nothing. A
+  :class:`hcot_lmeval.response.Response` is its answer part already.
 * A block's thought does not count, finished or not: ``[THOUGHT] .. [SOLUTION]`` is dropped, and so is everything after
   an opening marker whose block was never split or closed. ``[THOUGHT] S [RETURN]``, the form that a prune leaves behind
   (and that models imitate), is a solution. Markers themselves are removed.
@@ -17,8 +18,8 @@ from __future__ import annotations
 import re
 
 from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.vocabulary import answer_of
 
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 # Chat markers at which a turn ends; a model that runs on past one talks to itself, not to the reader.
 _TURN_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
@@ -46,16 +47,9 @@ def answer_region(response: str) -> str:
     """Returns the part of `response` in which an answer counts; see the module's docstring."""
     text = str(response)
     if not hasattr(response, "thinking"):  # a Response has had its thinking cut off by those who saw the tokens
-        text = _after_thinking(text)
+        text = answer_of(text)
     ends = [at for at in (text.find(mark) for mark in _TURN_ENDS) if at >= 0]
     return strip_blocks(text[: min(ends)] if ends else text)
-
-
-def _after_thinking(text: str) -> str:
-    opened, closed = text.rfind(_THINK_OPEN), text.rfind(_THINK_CLOSE)
-    if opened > closed:
-        return ""
-    return text[closed + len(_THINK_CLOSE) :] if closed >= 0 else text
 
 
 def strip_blocks(text: str) -> str:

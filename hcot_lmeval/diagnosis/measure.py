@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from hcot_lmeval.diagnosis.scores import Scored, prompt_nats, score_traces
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.events import Illegal
 from hcot_lmeval.grammar import Grammar
-from hcot_lmeval.response import Response, split_thinking
+from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.data.documents import Example
+from hcot_lmeval.vocabulary import Pair, leaves_open, split_thinking
 
 if TYPE_CHECKING:
     from hcot_lmeval.diagnosis.subject import Subject
@@ -226,7 +226,7 @@ def write_freely(engine: Engine, problems: Sequence[Problem], *, max_gen_toks: i
     """Lets the model solve the problems greedily under the engine's policy."""
     params = SamplingParams(max_gen_toks=max_gen_toks)
     requests = [
-        Request(str(n), p.example.prompt_ids, params, opens_thinking(p.prompt, engine.think))
+        Request(str(n), p.example.prompt_ids, params, leaves_open(p.prompt, engine.think))
         for n, p in enumerate(problems)
     ]
     expected = {str(n): p.example.answer for n, p in enumerate(problems)}
@@ -241,7 +241,7 @@ def write_freely(engine: Engine, problems: Sequence[Problem], *, max_gen_toks: i
     return found
 
 
-def is_right(done: Completion, expected: str | None, think: tuple[str, str] | None) -> bool:
+def is_right(done: Completion, expected: str | None, think: Pair | None) -> bool:
     """Whether the response holds the expected answer."""
     if expected is None:
         return False
@@ -254,8 +254,3 @@ def first_fault(done: Completion) -> FirstFault | None:
     start = len(done.request.prompt_ids)
     found = (event for event in done.note.events if isinstance(event, Illegal))
     return next((FirstFault(event.index - start, event.id, event.state) for event in found), None)
-
-
-def opens_thinking(prompt: str, think: tuple[str, str] | None) -> bool:
-    """Whether a rendered prompt ends within the thinking section."""
-    return think is not None and bool(re.search(re.escape(think[0]) + r"\s*$", prompt))

@@ -15,11 +15,11 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.record import TrainingRecord, read_record, settle
 from hcot_lmeval.settings import parse_settings, read_yaml
-from hcot_lmeval.tokens import marker_ids, token_id
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import SourceConfig
 from hcot_lmeval.training.data.sources import load_source
 from hcot_lmeval.training.data.text import TextForm, Unusable
+from hcot_lmeval.vocabulary import end_ids, marker_ids, read_vocabulary
 
 BUNDLED_DATA = {"path": "synthetic:arith", "split": "validation", "options": {"size": 400, "depths": [3, 4]}}
 """What the bundled checkpoints solve; their validation split was never trained on."""
@@ -71,10 +71,8 @@ def load(name: str, *, policy: str | None, markup: str | None, device: str, dtyp
         ) from error
     record = read_record(model)
     settled, notation = settle(record, policy, markup, allow=True)
-    ids, think = marker_ids(tokenizer, notation), [token_id(tokenizer, text) for text in notation.think]
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    grammar = Grammar(ids, (think[0], think[1]), frozenset(int(i) for i in eos))
+    think, ends = read_vocabulary(tokenizer, notation).think_ids, end_ids(model.generation_config, tokenizer)
+    grammar = Grammar(marker_ids(tokenizer, notation), think, ends)
     return Subject(model, tokenizer, record, settled, notation, grammar, TextForm(tokenizer, notation))
 
 

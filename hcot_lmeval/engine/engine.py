@@ -41,8 +41,8 @@ from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
-from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
 from hcot_lmeval.trace import LiveContext, Policy, Step
+from hcot_lmeval.vocabulary import end_ids, marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,11 @@ class Engine:
         self.tokenizer = tokenizer
         given, record = self.options, read_record(model)
         self.policy, self.markup = settle(record, given.policy, given.markup, allow=given.any_policy)
-        self.think = self.markup.think if self.options.think == "markup" else self.options.think
         self.markers = self._find_markers()
-        self._think_ids = self._find_think_ids()
+        self.think = self.markup.think if given.think == "markup" else given.think
+        self._think_ids: tuple[int | None, int | None] = given.think_ids or (None, None)
+        self._hidden_ids: frozenset[int] = frozenset()
+        self._read_vocabulary()
         self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
         self._check_controls()
@@ -110,7 +112,6 @@ class Engine:
         )
         self.limits = self._find_limits()
         self.live = Progress()
-        self._hidden_ids = self._find_hidden_ids()
 
     # --- what users call ----------------------------------------------------------------------------------------------
 
@@ -287,7 +288,7 @@ class Engine:
         if self.options.steers and self.markers is None:
             wanted = ", ".join(f"{name}={value}" for name, value in self.options.controls.items())
             raise ValueError(f"{wanted} needs the markers, which the tokenizer lacks; leave it out, or add the markers")
-        if self.options.force_answer and self.think is not None and self._think_ids[1] is None:
+        if self.options.force_answer and self.think not in (None, self.markup.think) and self._think_ids[1] is None:
             raise ValueError(
                 f"force_answer={self.options.force_answer} has to write {self.think[1]!r}, which is not a single token "
                 "of the vocabulary; leave it out, or name another end of thinking"
@@ -331,12 +332,15 @@ class Engine:
             ablation.context(self.markers, self.policy, prompt_len=0, think_end=self._think_ids[1], seed=0)
         return ablation
 
-    def _find_think_ids(self) -> tuple[int | None, int | None]:
-        if self.options.think_ids is not None:
-            return self.options.think_ids
-        if self.think is None or self.tokenizer is None:
-            return None, None
-        return token_id(self.tokenizer, self.think[0]), token_id(self.tokenizer, self.think[1])
+    def _read_vocabulary(self) -> None:
+        """What thinking is in it, and what `decode` leaves out."""
+        if self.tokenizer is None:
+            return
+        given = self.options
+        found = read_vocabulary(self.tokenizer, self.markup, think=None if given.think == "markup" else given.think)
+        self._hidden_ids = found.hidden_ids
+        if self.think is not None:
+            self.think, self._think_ids = found.think, given.think_ids or found.think_ids
 
     def _find_limits(self) -> Limits:
         model_limit = _model_context(self.decoder.config)
@@ -344,15 +348,9 @@ class Engine:
         if context > model_limit:
             logger.warning("max_context=%d is beyond the %d positions of the model's config", context, model_limit)
         given = self.options.eos_ids
-        eos = frozenset(_eos_ids(self.decoder.model, self.tokenizer) if given is None else given)
+        config = getattr(self.decoder.model, "generation_config", None)
+        eos = end_ids(config, self.tokenizer) if given is None else frozenset(given)
         return Limits(context, self.options.max_position or max(model_limit, context), eos)
-
-    def _find_hidden_ids(self) -> frozenset[int]:
-        """Special tokens that `decode` leaves out."""
-        if self.tokenizer is None:
-            return frozenset()
-        kept = (*self.markup.markers, *self.markup.think, *(self.think or ()))
-        return special_ids(self.tokenizer) - ids_of(self.tokenizer, kept)
 
 
 def _drop(pool: KVPool, row: Row, spans: Sequence[tuple[int, int]]) -> None:
@@ -367,9 +365,3 @@ def _model_context(config: Any) -> int:
         if value:
             return int(value)
     return FALLBACK_CONTEXT
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    found: list[Any] = [getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
-    found.append(getattr(tokenizer, "eos_token_id", None))
-    return {int(i) for value in found if value is not None for i in (value if isinstance(value, list) else [value])}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hcot_lmeval.vocabulary import Pair, changes
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -42,7 +44,7 @@ class StopStrings:
     """
 
     def __init__(
-        self, strings: Sequence[str], decode: Decode, think: tuple[str, str] | None = None, thinking: bool = False
+        self, strings: Sequence[str], decode: Decode, think: Pair | None = None, thinking: bool = False
     ) -> None:
         self._strings = strings
         self._longest = max(map(len, strings), default=0)
@@ -77,14 +79,6 @@ class StopStrings:
         """Notices every opening and closing of the thinking section that the text added after `known` completes."""
         if self._think is None:
             return
-        at = max(0, known - max(map(len, self._think)) + 1)
-        while True:
-            marker = self._think[1] if self._thinking else self._think[0]
-            hit = self.text.find(marker, at)
-            if hit < 0:
-                return
-            at = hit + len(marker)
-            if at <= known:
-                continue
-            self._thinking = not self._thinking
-            self._start = max(self._start, at)
+        tail = max(0, known - max(map(len, self._think)) + 1)
+        for thinking, at in changes(self.text, self._think, self._thinking, tail):
+            self._thinking, self._start = thinking, max(self._start, at)

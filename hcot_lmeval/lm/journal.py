@@ -10,39 +10,48 @@ under another fingerprint lie in another directory and are never looked at. Ever
 and reads those of all others, so ranks and concurrent runs need no locks. A line is on disk before `Journal.add`
 returns. A process killed within a line leaves it torn; a torn line counts as not written.
 
-This module imports the standard library alone.
+No import of this module is heavy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
+
+from hcot_lmeval.fingerprint import digest
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "hcot-journal/1"
 
 
-def digest(value: Any) -> str:
-    """Returns a stable SHA-256 of a JSON value, in hex: equal values have equal digests on every machine.
-
-    Raises:
-        TypeError: `value` holds something that JSON does not know.
-    """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def default_root() -> Path:
     """Returns where journals are kept: ``$HCOT_LMEVAL_CACHE/journal``, else ``~/.cache/hcot_lmeval/journal``."""
     cache = os.environ.get("HCOT_LMEVAL_CACHE")
     return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "journal"
+
+
+def first_time(path: Path) -> datetime:
+    """Returns the time that a file holds; the first who asks writes the present one into it."""
+    if path.exists():
+        return datetime.fromisoformat(path.read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    draft.write_text(datetime.now().isoformat())
+    try:
+        os.link(draft, path)  # all of it or nothing, and once
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(draft, path)
+    draft.unlink(missing_ok=True)
+    return datetime.fromisoformat(path.read_text())
 
 
 class Journal:

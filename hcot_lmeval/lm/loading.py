@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from hcot_lmeval.lm.options import known_names, unknown_argument
+from hcot_lmeval.lm.options import Options, known_names, unknown_argument
 
 
 def check_names(pretrained: Any, arguments: dict[str, Any]) -> None:
@@ -29,6 +30,26 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return name in config.to_dict()
+
+
+def check_directories(options: Options) -> None:
+    """Tries to write where the journal and the notes will be.
+
+    Raises:
+        OSError: one of them cannot be written to.
+    """
+    for name, path in (("journal", options.journal), ("notes", options.notes)):
+        if path is None:
+            continue
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"0")
+        except OSError as error:
+            raise OSError(
+                f"{name}={path} cannot be written to ({error.strerror}); name another directory with {name}=DIR, or "
+                f"give {name}=off"
+            ) from error
 
 
 def default_device() -> str:

@@ -12,8 +12,10 @@ Differences to ``hf`` that a user should know:
 * A prompt is never cut. One that leaves no room ends at once with finish reason ``context`` and an empty answer.
 * ``until`` acts in the answer part alone, neither within the thinking section nor within a block.
 * The answer is the text behind the thinking section, and empty if the thinking did not end.
+* Blocks stay in the answer under every policy, for the grader to tell a thought from a solution.
 * The chat template is applied to prompts if the tokenizer has one (``apply_chat_template=auto``).
 * Sampling parameters that a request leaves open are those of the checkpoint's generation config, else neutral.
+* lm-eval's ``--use_cache`` is refused: it tells neither models nor settings apart; the journal does.
 """
 
 from __future__ import annotations
@@ -21,33 +23,41 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import postprocess_generated_text
 from transformers import BitsAndBytesConfig
 
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.computing import SPEED_ALONE
-from hcot_lmeval.lm.fingerprint import checkpoint_facts, library_versions, plain_arguments, tokenizer_digest
-from hcot_lmeval.lm.journal import Journal, digest
-from hcot_lmeval.lm.loading import check_names, default_device, prepare_cpu_ranks
+from hcot_lmeval.fingerprint import digest
+from hcot_lmeval.lm.building import watch_building
+from hcot_lmeval.lm.fingerprint import (
+    checkpoint_facts,
+    library_versions,
+    plain_arguments,
+    tokenizer_digest,
+    weights_digest,
+)
+from hcot_lmeval.lm.journal import Journal, first_time
+from hcot_lmeval.lm.loading import check_directories, check_names, default_device, prepare_cpu_ranks
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
-from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
+from hcot_lmeval.lm.prompts import PromptEncoder, at_time
 from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
 from hcot_lmeval.lm.statistics import RunStatistics
-from hcot_lmeval.lm.worklist import Worklist
+from hcot_lmeval.lm.worklist import Notes, Worklist
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import read_record, settle, write_record
-from hcot_lmeval.response import Response, split_thinking
-from hcot_lmeval.tokens import ids_of, marker_ids, special_ids, token_id
+from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Policy
+from hcot_lmeval.vocabulary import marker_ids, read_vocabulary, token_id
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -76,7 +86,8 @@ class HcotLM(HFLM):
         options: ours among the arguments.
         policy: what a return does; as the user said, or else as the model was trained.
         markup: the notation, likewise.
-        think: the strings around the thinking section, or None for a model that has none.
+        vocabulary: where thinking begins and ends, and what a text leaves out.
+        think: the strings around the thinking section.
 
     Raises:
         ValueError: an argument is unknown or has a value that is not allowed, the tokenizer lacks the markers, or the
@@ -85,10 +96,14 @@ class HcotLM(HFLM):
         UnsupportedModelError: at the first generation, if the model's state cannot be rewound.
     """
 
+    chat_template_args: dict[str, Any]
+
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
         pretrained, rest["tokenizer"] = resolve(pretrained), resolve(rest.get("tokenizer"))
         check_names(pretrained, rest)
+        check_directories(self.options)
+        watch_building()
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
         if isinstance(pretrained, str):
@@ -106,19 +121,23 @@ class HcotLM(HFLM):
         self.policy, self.markup = self._settle()
         if self.policy is not Policy.OFF:
             marker_ids(self.tokenizer, self.markup)
-        self.think = resolve_think(self.tokenizer, self.markup, self.think_end_token)
+        self.vocabulary = read_vocabulary(
+            self.tokenizer, self.markup, begin=self.options.think_start_token, end=self.think_end_token
+        )
+        self.think = self.vocabulary.think
         self._set_thinking(thinking)
         self._prompts = PromptEncoder(
             self.tokenizer,
             self.markup,
             self.think,
             chat=self.options.apply_chat_template,
-            render=super().apply_chat_template,
+            render=self._render,
             add_bos_token=self.add_bos_token,
             inert=self.options.prompt_markers == "text",
         )
         self._statistics = RunStatistics()
         self._other_ranks: list[RunStatistics] = []
+        self._loaded = weights_digest(self.model, quick=True) if isinstance(pretrained, str) else None
 
     def _settle(self) -> tuple[Policy, Markup]:
         """Returns policy and notation; an adapter's record of its training takes the place of its base's."""
@@ -169,16 +188,40 @@ class HcotLM(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Renders a chat for lm-eval and remembers that the result needs no template any more."""
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        text = self._render(chat_history, add_generation_prompt)
         self._prompts.note_rendered(text)
         return text
+
+    def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self._clock is not None:
+            self.chat_template_args = {
+                **self.chat_template_args,
+                "chat_template": at_time(self._template, self._clock),
+            }
+        return str(super().apply_chat_template(chat, add_generation_prompt))
+
+    @cached_property
+    def _template(self) -> str:
+        """The chat template, or an empty string."""
+        given = self.chat_template_args.get("chat_template")
+        return str(given or (self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""))
+
+    @cached_property
+    def _clock(self) -> datetime | None:
+        """What a template that tells the time reads: one moment for all prompts of a run, and for those that go on."""
+        if "strftime_now" not in self._template:
+            return None
+        root, name = self.options.journal, f"{digest(self._own_facts)[:16]}.txt"
+        now = datetime.now() if root is None else first_time(root / "clocks" / name)
+        logger.warning("the chat template reads the clock, which stands at %s for all prompts of this run", now)
+        return now
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """Decodes token ids; of the special tokens, markers and thinking tokens are never skipped."""
         if not skip_special_tokens:
             return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
         ids = [tokens] if isinstance(tokens, int) else [int(i) for i in tokens]
-        return str(self.tokenizer.decode([i for i in ids if i not in self._hidden_ids]))
+        return str(self.tokenizer.decode([i for i in ids if i not in self.vocabulary.hidden_ids]))
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -191,10 +234,11 @@ class HcotLM(HFLM):
         Raises:
             ValueError: a generation kwarg is unknown or has a value that is not allowed.
         """
-        work = Worklist(self._journal, self._remember)
+        self._follow_weights()
+        work = Worklist(self._journal)
         for instance, repeat in zip(requests, repeat_indices(requests), strict=True):
-            work.add(instance, self._request(instance, repeat))
-        for response in work.resume():
+            work.add(self._request(instance, repeat))
+        for response in work.resume(self._notes):
             self._statistics.add(response.stats, resumed=True)
         self._generate(work, disable=disable_tqdm or self.rank != 0)
         return list(work.responses())
@@ -215,8 +259,8 @@ class HcotLM(HFLM):
 
     def _request(self, instance: Instance, repeat: int) -> Request:
         context, kwargs = instance.args
-        prompt = self._prompt(context)
-        seed = request_seed([self.options.seed, kwargs.get("seed")], instance, repeat)
+        prompt = self._prompt(context, getattr(instance, "chat_rendered", None))
+        seed = request_seed([self.seed, kwargs.get("seed")], instance, repeat)
         params = self._settings.params(kwargs, seed)
         return Request(
             id=f"{instance_name(instance)}/{repeat}",
@@ -226,29 +270,37 @@ class HcotLM(HFLM):
             meta={"task": instance.task_name, "doc_id": instance.doc_id, "repeat": repeat, "seed": params.seed},
         )
 
-    def _prompt(self, context: str) -> tuple[tuple[int, ...], bool]:
+    @property
+    def seed(self) -> int:
+        """Of all sampling: as the user said, else what lm-eval's ``--seed`` has given torch."""
+        return torch.initial_seed() if self.options.seed is None else self.options.seed
+
+    def _prompt(self, context: str, rendered: bool | None = None) -> tuple[tuple[int, ...], bool]:
         """Token ids of a prompt and whether it leaves the model thinking; an empty one begins as in log-likelihoods."""
-        prompt = self._prompts(context)
+        prompt = self._prompts(context, rendered)
         return tuple(prompt.ids or [self.prefix_token_id]), prompt.thinking
 
     def _response(self, completion: Completion) -> Response:
-        parts = split_thinking(completion.text, self.think, opened=completion.request.thinking)
-        plain = self.think is None and self.policy is Policy.OFF
+        parts = self.vocabulary.split(completion.text, opened=completion.request.thinking)
         return Response(
-            self._as_hf_writes(completion) if plain else parts.answer,
+            parts.answer,
             stats=completion.statistics.as_dict(),
             thinking=parts.thinking,
             raw=completion.text,
             finish_reason=completion.finish_reason,
         )
 
-    def _as_hf_writes(self, completion: Completion) -> str:
-        """The text as lm-eval's ``hf`` decodes it: markers that are special tokens vanish too."""
-        text = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        return str(postprocess_generated_text(text, list(completion.request.params.stop_strings), None))
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuses lm-eval's cache of responses.
 
-    def _remember(self, instance: Instance, response: Response) -> None:
-        self.cache_hook.add_partial("generate_until", instance.args, response)
+        Raises:
+            ValueError: there is one.
+        """
+        if cache_hook.dbdict is not None:
+            raise ValueError(
+                "use_cache is not supported by hcot: lm-eval's cache tells neither models nor their settings nor seeds "
+                "apart; leave it out, for every finished request is kept in the journal, which does (journal=DIR)"
+            )
 
     def _warn_of_long_prompts(self, requests: Sequence[Request]) -> None:
         long = [len(request.prompt_ids) for request in requests if len(request.prompt_ids) >= self.max_context]
@@ -263,6 +315,20 @@ class HcotLM(HFLM):
             )
 
     # --- made on first use: a run of log-likelihoods needs none of it -------------------------------------------------
+
+    def _follow_weights(self) -> None:
+        """Other weights than before are another model: it gets another engine, journal and notes."""
+        known = self.__dict__.pop("_weights", None)
+        if known is not None and known[0] != self._weights[0]:
+            for name in ("engine", "_own_facts", "run_facts", "_journal", "_notes"):
+                self.__dict__.pop(name, None)
+
+    @cached_property
+    def _weights(self) -> tuple[str | None]:
+        """A digest of the weights that no file tells of: of a model in memory, or changed since it was loaded."""
+        if self._loaded is not None and weights_digest(self.model, quick=True) == self._loaded:
+            return (None,)
+        return (weights_digest(self.model),)
 
     @cached_property
     def engine(self) -> Engine:
@@ -287,6 +353,11 @@ class HcotLM(HFLM):
     @cached_property
     def run_facts(self) -> dict[str, Any]:
         """Everything that determines what a request's response is, apart from the request."""
+        return {**self._own_facts, "computer": self.engine.decoder.compute_name}
+
+    @cached_property
+    def _own_facts(self) -> dict[str, Any]:
+        """What of it is known without the engine."""
         ours = {"pruning": self.policy.value, "markup": self.markup.name, "max_context": self.max_context}
         if self.options.ablation:
             ours["ablation"] = str(self.options.ablation)
@@ -297,6 +368,7 @@ class HcotLM(HFLM):
             **{name: value for name, value in self.options.computing.items() if name not in SPEED_ALONE},
             **library_versions(),
             "model": checkpoint_facts(self.pretrained, self.revision),
+            "weights": self._weights[0],
             "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
             "delta": checkpoint_facts(self.delta, self.revision) if self.delta else None,
             "tokenizer": tokenizer_digest(self.tokenizer),
@@ -313,14 +385,14 @@ class HcotLM(HFLM):
         return Journal(self.options.journal, self.run_facts, self.rank)
 
     @cached_property
-    def _notes(self) -> NoteTaker | None:
+    def _notes(self) -> Notes | None:
         if self.options.notes is None:
             return None
         name = f"notes-{digest(self.run_facts)[:12]}-rank{self.rank}.jsonl"
         checkpoint = self.peft or self.pretrained  # its name tells a reader more than its digests
         called = {"name": Path(checkpoint).name} if isinstance(checkpoint, str) else {}
         try:
-            return NoteTaker(self.options.notes / name, self.engine.decode, called | self.run_facts)
+            return Notes(self.options.notes / name, self.engine.decode, called | self.run_facts)
         except OSError as error:
             raise OSError(f"notes={self.options.notes} cannot be written to: {error}") from error
 
@@ -333,13 +405,7 @@ class HcotLM(HFLM):
     def _stop_id(self, text: str) -> int | None:
         """The id of a stop string that is a special token and so not part of the text."""
         found = token_id(self.tokenizer, text)
-        return found if found in self._hidden_ids else None
-
-    @cached_property
-    def _hidden_ids(self) -> frozenset[int]:
-        """Special tokens that are not part of a text."""
-        kept = {*self.markup.markers, *self.markup.think, *(self.think or ())}
-        return special_ids(self.tokenizer) - ids_of(self.tokenizer, kept)
+        return found if found in self.vocabulary.hidden_ids else None
 
     # --- thinking, ranks and reports ----------------------------------------------------------------------------------
 
@@ -348,11 +414,13 @@ class HcotLM(HFLM):
         self.enable_thinking = enable
         if enable is None:
             return
-        if enable and self.think is None:
+        if enable and not self.vocabulary.has_thinking:
             raise ValueError(
                 f"enable_thinking=True, but the tokenizer has no {' and '.join(self.markup.think)}; "
                 "name the end of thinking with think_end_token"
             )
+        if "enable_thinking" not in self._template:
+            raise ValueError(f"enable_thinking={enable} does nothing: the chat template does not read it; leave it out")
         given: dict[str, Any] = self._arguments.get("chat_template_args") or {}
         self.chat_template_args = given | {"enable_thinking": enable}
 
@@ -382,8 +450,9 @@ class HcotLM(HFLM):
             "markup": self.markup.name,
             "controls": self.options.controls,
             "prompt_markers": self.options.prompt_markers,
-            "seed": self.options.seed,
+            "seed": self.seed,
             "chat_template": self._prompts.chat,
+            "clock": None if self._clock is None else self._clock.isoformat(),
             "max_context": self.max_context,
             "max_gen_toks": self.max_gen_toks,
             "ranks": self.world_size,

@@ -64,7 +64,9 @@ class Options(ControlOptions, ComputeOptions):
         journal: directory of the journals of finished requests, or None for no journal.
         apply_chat_template: True, False, or None (``auto``): whether the prompt becomes a user message, which it does
             under ``auto`` if the tokenizer has a template and lm-eval did not apply it already.
-        seed: of all sampling; a request's own seed is derived from it.
+        think_start_token: the string that begins the thinking, where ``think_end_token`` names an end that is not
+            known.
+        seed: of all sampling; a request's own seed is derived from it. None: what lm-eval's ``--seed`` gives torch.
         prompt_markers: what becomes of text in a prompt that spells a marker. ``text``: it stays text, so that no
             problem and no few-shot example can act. ``tokens``: it becomes the control token, as in the traces of
             few-shot examples that are given on purpose, and opens and closes nothing. ``acting``: it does that too, so
@@ -80,7 +82,8 @@ class Options(ControlOptions, ComputeOptions):
     notes: Path | None = None
     journal: Path | None = None
     apply_chat_template: bool | None = None
-    seed: int = 0
+    think_start_token: str | None = None
+    seed: int | None = None
     prompt_markers: str = "text"
 
     def __post_init__(self) -> None:
@@ -107,7 +110,8 @@ class Options(ControlOptions, ComputeOptions):
             notes=_directory("notes", values.get("notes")),
             journal=_directory("journal", values.get("journal", default_root())),
             apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
-            seed=_integer("seed", values.get("seed", 0)),
+            think_start_token=_text("think_start_token", values.get("think_start_token")),
+            seed=None if values.get("seed") is None else _integer("seed", values["seed"]),
             prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
             **_controls(values),
             **_computing(values),
@@ -129,6 +133,8 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         if rest.get(name):
             raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
     _check_batch_size(rest.get("batch_size", 1))
+    if rest.get("enable_thinking") is not None:
+        _flag("enable_thinking", rest["enable_thinking"])
     if rest.get("backend", "default") == "seq2seq":
         raise ValueError("backend='seq2seq' is not supported by hcot, which decodes causal models; leave it out")
     return options, rest
@@ -201,6 +207,12 @@ def _prompt_markers(value: Any) -> str:
 def _computing(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ComputeOptions`, which checks them."""
     return {field.name: values[field.name] for field in fields(ComputeOptions) if field.name in values}
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name}={value!r} is no text")
+    return value
 
 
 def _integer(name: str, value: Any) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Callable
+from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.tokens import encode_prompt, token_id
+from hcot_lmeval.tokens import encode_prompt
+from hcot_lmeval.vocabulary import Pair, leaves_open, token_id
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +36,13 @@ class Prompt(NamedTuple):
     thinking: bool
 
 
-def resolve_think(tokenizer: PreTrainedTokenizerBase, markup: Markup, end: str | int | None) -> tuple[str, str] | None:
-    """Returns the strings around a thinking section, or None for a model that has none.
+def at_time(template: str, now: datetime) -> str:
+    """Returns a chat template in which every ``strftime_now("%d ...")`` tells the same time."""
 
-    A model has one if both strings of `markup.think` are tokens of its vocabulary, or if the user names the end.
+    def told(call: re.Match[str]) -> str:
+        return json.dumps(now.strftime(call[1][1:-1]))
 
-    Args:
-        tokenizer: the model's.
-        markup: the notation.
-        end: the end of thinking as the user named it (lm-eval's ``think_end_token``: text or token id), or None.
-    """
-    if end is not None:
-        return markup.think[0], tokenizer.decode([end]) if isinstance(end, int) else end
-    known = all(token_id(tokenizer, text) is not None for text in markup.think)
-    return markup.think if known else None
+    return re.sub(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""", told, template)
 
 
 class PromptEncoder:
@@ -68,7 +65,7 @@ class PromptEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         markup: Markup,
-        think: tuple[str, str] | None,
+        think: Pair | None,
         *,
         chat: bool | None,
         render: Callable[[list[dict[str, str]]], str],
@@ -87,11 +84,17 @@ class PromptEncoder:
         """Remembers a text that the benchmark has rendered with the chat template itself."""
         self._rendered.add(hash(text))
 
-    def __call__(self, text: str) -> Prompt:
-        """Renders (once) and encodes a prompt."""
-        if self.chat and not self._is_rendered(text):
+    def __call__(self, text: str, rendered: bool | None = None) -> Prompt:
+        """Renders (once) and encodes a prompt.
+
+        Args:
+            text: of the benchmark.
+            rendered: whether the benchmark has put it through the template; None: not known.
+        """
+        if self.chat and not (self._is_rendered(text) if rendered is None else rendered):
             text = self._render([{"role": "user", "content": text}])
-        return Prompt(text, self._encode(text), self._is_thinking(text))
+        header = "" if self.think is None else self._generation_prompt.partition(self.think[0])[0]
+        return Prompt(text, self._encode(text), leaves_open(text, self.think, header))
 
     @cached_property
     def _generation_prompt(self) -> str:
@@ -101,23 +104,12 @@ class PromptEncoder:
         return self._render([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)[2]
 
     def _is_rendered(self, text: str) -> bool:
-        """Whether a prompt has been through the template; prompts from lm-eval's request cache were not seen here."""
+        """Whether a prompt of somebody who does not tell has been through the template."""
         if hash(text) in self._rendered:
             return True
         prompt = self._generation_prompt
         telling = any(token in prompt for token in self.tokenizer.all_special_tokens)
         return telling and prompt in text
-
-    def _is_thinking(self, text: str) -> bool:
-        """Whether the assistant's turn has opened a thinking section; what the user's text spells does not count."""
-        if self.think is None:
-            return False
-        begin, end = self.think
-        header = self._generation_prompt.partition(begin)[0]
-        if header.strip() and header in text:
-            turn = text.rpartition(header)[2]
-            return turn.rfind(begin) > turn.rfind(end)
-        return text.rstrip().endswith(begin)
 
     def _encode(self, text: str) -> list[int]:
         kwargs: dict[str, Any] = {"add_special_tokens": self._adds_special_tokens(text)}

@@ -7,15 +7,17 @@ so it is computed once. Repeats of a sampled instance differ in their seed, repe
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from hcot_lmeval.engine import Request, SamplingParams
-from hcot_lmeval.lm.journal import digest
+from hcot_lmeval.fingerprint import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -27,6 +29,9 @@ MINIMA = ("min_gen_toks", "min_new_tokens", "min_tokens")
 """The same for the lower limit."""
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+WHOLE = frozenset({"seed", "top_k", *LIMITS, *MINIMA})
+"""Those that count something."""
 
 GEN_KWARGS = frozenset({"until", "do_sample", "seed", "num_beams", *LIMITS, *MINIMA, *SAMPLING})
 """Every generation kwarg that a task or ``--gen_kwargs`` may name."""
@@ -97,16 +102,33 @@ class GenerationSettings:
 
 
 def check_gen_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a generation kwarg that is not in `GEN_KWARGS`, and for beam search."""
+    """Raises `ValueError` for a generation kwarg that is not in `GEN_KWARGS` or has no value of its kind.
+
+    That is, before lm-eval rounds or turns it into something else; ranges are `SamplingParams`' to check.
+    """
     for name in kwargs:
         if name not in GEN_KWARGS:
             near = difflib.get_close_matches(name, GEN_KWARGS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"generation kwarg {name!r} is unknown.{hint} Allowed: {', '.join(sorted(GEN_KWARGS))}.")
+    for name, value in kwargs.items():
+        if name in WHOLE and not (value is None or (_is_number(value) and float(value).is_integer())):
+            raise ValueError(f"generation kwarg {name}={value!r} is not a whole number")
+        if name in SAMPLING and not (value is None or _is_number(value)):
+            raise ValueError(f"generation kwarg {name}={value!r} is not a number")
+    if not isinstance(kwargs.get("do_sample"), (bool, NoneType)):
+        raise ValueError(f"generation kwarg do_sample={kwargs['do_sample']!r} is not one of true, false")
+    until = kwargs.get("until") or ()
+    if not all(isinstance(text, str) for text in (until if isinstance(until, list) else [until] if until else ())):
+        raise ValueError(f"generation kwarg until={until!r} is neither a string nor a list of strings")
     if kwargs.get("num_beams", 1) not in (1, None):
         raise ValueError(
             f"num_beams={kwargs['num_beams']!r}: beam search is not supported; only num_beams=1 is allowed"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def repeat_indices(instances: Iterable[Instance]) -> Iterator[int]:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from hcot_lmeval.engine import Request
 from hcot_lmeval.lm.journal import Journal
 from hcot_lmeval.lm.requests import request_key
+from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.response import Response
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
 
 logger = logging.getLogger(__name__)
 
-OnDone = Callable[["Instance", Response], None]
-"""Called once for every instance whose response is known."""
+
+class Notes(NoteTaker):
+    """Notes that end no run: where they can no longer be written, it goes on without."""
+
+    _works = True
+
+    def add(self, note: Note) -> None:
+        """Appends one finished request and flushes."""
+        if not self._works:
+            return
+        try:
+            super().add(note)
+        except OSError as error:
+            logger.error("notes=%s can no longer be written (%s): the run goes on without", self.path, error.strerror)
+            self._works = False
 
 
 class Worklist:
@@ -25,25 +36,19 @@ class Worklist:
 
     Args:
         journal: of finished requests, or None.
-        on_done: told about every instance as soon as its response is known.
     """
 
-    def __init__(self, journal: Journal | None, on_done: OnDone) -> None:
+    def __init__(self, journal: Journal | None) -> None:
         self.journal = journal
-        self._on_done = on_done
         self._keys: list[str] = []
-        self._instances: dict[str, list[Instance]] = {}
         self._requests: dict[str, Request] = {}
         self._responses: dict[str, Response] = {}
 
-    def add(self, instance: Instance, request: Request) -> None:
+    def add(self, request: Request) -> None:
         """Appends an entry; one with a key that is there already is computed together with it."""
         key = request_key(request)
         self._keys.append(key)
         self._requests.setdefault(key, request)
-        same = self._instances.setdefault(key, [])
-        if not any(instance is other for other in same):
-            same.append(instance)
 
     def __len__(self) -> int:
         """Distinct requests."""
@@ -54,15 +59,15 @@ class Worklist:
         """Distinct requests whose response is known."""
         return len(self._responses)
 
-    def resume(self) -> list[Response]:
-        """Takes over what the journal holds and returns it."""
+    def resume(self, notes: Notes | None = None) -> list[Response]:
+        """Takes over what the journal holds and returns it; `notes` get nothing of it."""
         if self.journal is None:
             return []
         self.journal.refresh()
         for key in self._requests:
             record = self.journal.get(key)
             if record is not None:
-                self._finish(key, Response.from_dict(record["response"]))
+                self._responses[key] = Response.from_dict(record["response"])
         if self._responses:
             logger.warning(
                 "%d of %d requests are already finished (%s; journal=off generates anew)",
@@ -70,6 +75,13 @@ class Worklist:
                 len(self),
                 self.journal.directory,
             )
+            if notes is not None and notes.is_new:
+                logger.warning(
+                    "notes=%s will hold nothing of these %d: what was finished without notes has to be generated anew "
+                    "for them, with journal=off",
+                    notes.path.parent,
+                    len(self._responses),
+                )
         return list(self._responses.values())
 
     def open_requests(self) -> list[Request]:
@@ -81,11 +93,21 @@ class Worklist:
         return sorted(todo, key=lambda request: -len(request.prompt_ids))
 
     def finish(self, request: Request, response: Response, facts: Mapping[str, Any]) -> None:
-        """Records a generated response; the journal has it before anybody else."""
+        """Records a generated response; the journal has it before anybody else, unless it can no longer be written."""
         key = request_key(request)
-        if self.journal is not None:
+        self._responses[key] = response
+        if self.journal is None:
+            return
+        try:
             self.journal.add(key, {**facts, "response": response.as_dict()})
-        self._finish(key, response)
+        except OSError as error:
+            logger.error(
+                "journal=%s can no longer be written (%s): the run goes on, and no other run can take over what it "
+                "finishes from here on",
+                self.journal.directory.parent,
+                error.strerror,
+            )
+            self.journal = None
 
     def responses(self) -> list[Response]:
         """Returns one response for each entry, in the order of `add`.
@@ -94,8 +116,3 @@ class Worklist:
             KeyError: a request is not finished.
         """
         return [self._responses[key] for key in self._keys]
-
-    def _finish(self, key: str, response: Response) -> None:
-        self._responses[key] = response
-        for instance in self._instances[key]:
-            self._on_done(instance, response)

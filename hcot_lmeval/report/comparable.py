@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hcot_lmeval.report import recorded
@@ -222,7 +222,7 @@ def _check_prompts(one: Run, other: Run) -> None:
         return
     ours, theirs = _prompts(one), _prompts(other)
     wrong = [doc_id for doc_id in ours if ours[doc_id] != theirs.get(doc_id)]
-    if wrong:
+    if wrong and not _differ_in_time_alone(one, other):
         raise _refusal(one, other, f"the prompts of {documents(wrong)} differ", SAME_COMMAND)
 
 
@@ -235,6 +235,33 @@ def _check_same_checkpoint(one: Run, other: Run) -> None:
     ours, theirs = recorded.commit(one), recorded.commit(other)
     if ours and theirs:
         _require(one, other, f"commits of {recorded.checkpoint(one)}", ours, theirs, "name one with revision=")
+
+
+def _differ_in_time_alone(one: Run, other: Run) -> bool:
+    """Whether the prompts differ in one and the same piece each, and the chat template did read two times."""
+    times = {recorded.clock(one), recorded.clock(other)}
+    if None in times or len(times) == 1:
+        return False
+    ours, theirs = _documents_of(one), _documents_of(other)
+    return len({_changed(_text(ours[doc_id]), _text(theirs[doc_id])) for doc_id in ours}) == 1
+
+
+def _text(sample: Mapping[str, Any]) -> str:
+    return str(sample["arguments"]["gen_args_0"]["arg_0"])
+
+
+def _changed(old: str, new: str) -> tuple[str, str]:
+    """What stands between the beginning and the end that two texts have in common."""
+    start = _common(old, new)
+    end = _common(old[start:][::-1], new[start:][::-1])
+    return old[start : len(old) - end], new[start : len(new) - end]
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next(
+        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+    )
 
 
 def _prompts(run: Run) -> dict[int, str | None]:
@@ -257,6 +284,9 @@ def remarks(runs: Sequence[Run]) -> list[str]:
         values = {recorded.versions(run).get(name, "unknown") for run in runs}
         if len(values) > 1:
             found.append(f"the runs were made with different versions of {name}: {', '.join(sorted(values))}")
+    times = dict.fromkeys(time for time in map(recorded.clock, runs) if time)
+    if len(times) > 1:
+        found.append(f"the chat template told the models different times: {', '.join(times)}")
     for what in ("device", "batch_size"):
         values = {str(run.config.get(what)) for run in runs}
         if len(values) > 1:

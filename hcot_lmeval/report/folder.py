@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.report import provenance
+from hcot_lmeval import fingerprint
 from hcot_lmeval.report.grid import Cell
 from hcot_lmeval.report.results import ResultsError, runs_of_file
 
@@ -56,19 +56,19 @@ class CellFolder:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result, speed included, as far as it is known before; JSON values."""
         cell, grid = self.cell, self.cell.grid
-        tasks = provenance.folder_digest(grid.include_path) if grid.include_path else None
+        tasks = fingerprint.folder_digest(grid.include_path) if grid.include_path else None
         checkpoints = [cell.model_args.get(key) for key in ("pretrained", "peft", "delta", "tokenizer")]
         facts = {
             "task": cell.task,
             "model": cell.model.model,
             "model_args": cell.model_args,
-            "checkpoints": [provenance.checkpoint_facts(name) if name else None for name in checkpoints],
+            "checkpoints": [fingerprint.checkpoint_facts(name) if name else None for name in checkpoints],
             "seed": cell.seeds,
             **{key: getattr(grid, key) for key in ("limit", "batch_size", "device", "gen_kwargs")},
             **{key: getattr(grid, key) for key in ("apply_chat_template", "lm_eval_args")},
             "include_path": [str(grid.include_path.resolve()), tasks] if grid.include_path else None,
-            "environment": provenance.environment(),
-            "versions": provenance.versions(cell.model.model),
+            "environment": fingerprint.environment(),
+            "versions": fingerprint.versions(cell.model.model),
         }
         return json.loads(json.dumps(facts))
 
@@ -79,7 +79,7 @@ class CellFolder:
             return self.place
         parts = [self.cell.task, *self.cell.name.split(", ")]
         readable = "--".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts)
-        return self.out / "cells" / f"{readable}--{provenance.digest(self.settings)[:12]}"
+        return self.out / "cells" / f"{readable}--{fingerprint.digest(self.settings)[:12]}"
 
     @property
     def log(self) -> Path:

@@ -19,11 +19,14 @@ from statistics import fmean
 from typing import Any
 
 from hcot_lmeval.events import Statistics
-from hcot_lmeval.report.recorded import model_args, task_config
+from hcot_lmeval.report.recorded import budget, model_args, task_config
 from hcot_lmeval.report.results import ResultsError, Run
 
 SHOWN = 5
 """Documents that a message names."""
+
+COUNTED = ("generated_tokens", "pruned_tokens", "reforwarded_tokens", "prune_events", "blocks", "peak_live_tokens")
+"""Statistics of a response that are not above the totals or maxima of its run."""
 
 POLICY_WORDS = {
     "off": {"off"},
@@ -51,10 +54,11 @@ def check_integrity(run: Run) -> None:
     Raises:
         Incomparable: documents are missing or there twice; statistics of responses are missing; a document or its
             target is not the one that was hashed when the run was made; a target is not the answer in its document; a
-            score lies outside 0..1; the scores do not have the mean of the results file; the name says another policy
-            or window than was used.
+            score lies outside 0..1; the scores do not have the mean of the results file; the responses cannot have
+            been made under the settings beside them; the name says another policy or window than was used.
     """
-    for check in (_check_complete, _check_statistics, _check_hashes, _check_targets, _check_scores, check_name):
+    checks = (_check_complete, _check_statistics, _check_settings, _check_hashes, _check_targets, _check_scores)
+    for check in (*checks, check_name):
         check(run)
 
 
@@ -76,6 +80,23 @@ def _check_statistics(run: Run) -> None:
     if missing:
         told = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
         raise _fault(run, told, "run it again")
+
+
+def _check_settings(run: Run) -> None:
+    """Responses of another run, as from a cache, have statistics that these settings and totals do not allow."""
+    if run.totals is None or not run.requests:
+        return
+    limit = budget(run)
+    most: dict[str, Any] = {name: run.totals[name] for name in COUNTED if name in run.totals}
+    if run.policy == "off":
+        most |= {"pruned_tokens": 0, "prune_events": 0}
+    if limit is not None:
+        most["generated_tokens"] = min(limit.high, most.get("generated_tokens", limit.high))
+    for name, allowed in most.items():
+        found = max(stats[name] for stats in run.requests)
+        if found > allowed:
+            told = f"a response has {name}={found}, and the results file (pruning={run.policy}) allows only {allowed}"
+            raise _fault(run, told, "the responses are another run's, as from a cache: run it again")
 
 
 def _check_hashes(run: Run) -> None:

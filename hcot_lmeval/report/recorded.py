@@ -58,6 +58,11 @@ def is_templated(run: Run) -> bool:
     return bool(run.results.get("chat_template_sha") or (run.totals or {}).get("chat_template"))
 
 
+def clock(run: Run) -> str | None:
+    """Returns what the chat template read as the time, or None if it read none."""
+    return (run.totals or {}).get("clock")
+
+
 def task_config(run: Run) -> Mapping[str, Any]:
     """Returns the configuration of the task, as it was in force."""
     return run.results["configs"][run.task]

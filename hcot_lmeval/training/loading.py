@@ -17,10 +17,11 @@ from hcot_lmeval.embeddings import Seeding
 from hcot_lmeval.engine.decoder import refuse_recurrent
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.templates import check_template, load_template
-from hcot_lmeval.tokens import Added, extend_vocabulary, marker_ids, token_id
+from hcot_lmeval.tokens import Added, extend_vocabulary
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
+from hcot_lmeval.vocabulary import marker_ids, token_id
 
 NEW_MODEL = "tiny"
 """The name under which a new, small model is made instead of loading one."""

@@ -23,7 +23,7 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import TrainingRecord
-from hcot_lmeval.tokens import Added, marker_ids, token_id
+from hcot_lmeval.tokens import Added
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
 from hcot_lmeval.training.arguments import early_stopping, training_arguments
 from hcot_lmeval.training.card import judge, write_card
@@ -39,6 +39,7 @@ from hcot_lmeval.training.monitor.measure import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer
+from hcot_lmeval.vocabulary import marker_ids, token_id
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,8 @@ def check_settings(config: SftConfig) -> None:
 def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
     """Returns the grammar of the markup in the tokenizer's vocabulary."""
     markup = get_markup(config.tokens.markup)
-    begin, end = (token_id(tokenizer, text) for text in markup.think)
-    return Grammar(markers=marker_ids(tokenizer, markup), think=(begin, end), eos_ids=end_ids(config, tokenizer))
+    think = (token_id(tokenizer, markup.think[0]), token_id(tokenizer, markup.think[1]))
+    return Grammar(markers=marker_ids(tokenizer, markup), think=think, eos_ids=end_ids(config, tokenizer))
 
 
 def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Grammar) -> Data:

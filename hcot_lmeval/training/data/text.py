@@ -25,8 +25,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.tokens import encode_prompt, token_id
+from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.training.data.documents import Example
+from hcot_lmeval.vocabulary import token_id
 
 ANSWER = "\n\n\\boxed{{{}}}"
 """What follows the thinking section of a trace that has no answer part of its own."""

@@ -28,11 +28,11 @@ from hcot_lmeval import answers
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.grammar import Grammar, TokenClass, is_legal_trace
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.response import Response, split_thinking
-from hcot_lmeval.tokens import token_id
+from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Malformed, Policy
 from hcot_lmeval.training.forward import causal_lm
 from hcot_lmeval.training.losses import LossSums
+from hcot_lmeval.vocabulary import leaves_open, read_vocabulary
 
 Problem = tuple[Sequence[int], str | None]
 """The token ids of a prompt and the expected answer; a problem without one is generated but not graded."""
@@ -263,16 +263,15 @@ class _Reader:
     """Reads completions: whether they are right and legal, and what they cost."""
 
     def __init__(self, engine: Engine) -> None:
-        self._tokenizer, self._think = engine.tokenizer, engine.markup.think
+        self._tokenizer, self._vocabulary = engine.tokenizer, read_vocabulary(engine.tokenizer, engine.markup)
         self._grammar = None
         if engine.markers is not None:  # policy off also runs without markers; then nothing can be illegal
-            begin, end = (token_id(self._tokenizer, text) for text in self._think)
-            self._grammar = Grammar(markers=engine.markers, think=(begin, end), eos_ids=engine.limits.eos_ids)
+            self._grammar = Grammar(engine.markers, self._vocabulary.think_ids, engine.limits.eos_ids)
 
     def read(self, done: Completion, expected: str | None) -> tuple[Measured, Sample]:
         """Measures a completion and makes it readable."""
         prompt = str(self._tokenizer.decode(done.request.prompt_ids))
-        parts = split_thinking(done.text, self._think, opened=prompt.rstrip().endswith(self._think[0]))
+        parts = self._vocabulary.split(done.text, opened=leaves_open(prompt, self._vocabulary.think))
         answer = Response(parts.answer, thinking=parts.thinking)
         right = None if expected is None else answers.grade(answer, expected).correct
         legal, stats = self._is_legal(done), done.statistics

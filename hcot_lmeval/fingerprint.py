@@ -1,7 +1,8 @@
 """What determines a result beside the arguments: versions, code, checkpoint files, user tasks, environment.
 
-Read before a run starts and without importing torch; what a run itself knows better (the commit of a checkpoint on the
-hub, hashes of the documents) stands in its results and is compared there.
+The journal, the notes and the cells of a grid all tell results apart by these facts. They are read without importing
+torch; what needs it (weights in memory, a tokenizer) is in `hcot_lmeval.lm.fingerprint`, and what a run itself knows
+better (the commit of a checkpoint on the hub, hashes of the documents) stands in its results and is compared there.
 """
 
 from __future__ import annotations
@@ -20,20 +21,27 @@ LIBRARIES = ("lm_eval", "torch", "transformers", "math-verify", "sympy")
 """What computes logits and scores."""
 ENVIRONMENT = ("HCOT_LMEVAL_DATA", "HCOT_LMEVAL_INSTRUCTIONS")
 """Variables that choose data and prompts."""
-BYSTANDERS = ("report", "training", "diagnosis", "prepare", "assets")
+BYSTANDERS = ("report", "training", "diagnosis", "prepare", "assets", "bench")
 """Parts of this package that take no part in an evaluation."""
+GRADERS = ("answers", "scoring", "synthetic", "tasks")
+"""Parts that take part in it and not in generating."""
 CHECKPOINT_SUFFIXES = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model", ".txt", ".py", ".jinja")
 )
-CODE_SUFFIXES = frozenset((".py", ".json", ".jinja"))
-"""Code, and what it reads: instructions, templates."""
 SMALL = 2**22
-"""Bytes up to which a checkpoint's file is told apart by content; a larger one by size and time of change."""
+"""Bytes up to which a file is told apart by content; a larger one by size, time of change and a sample of it."""
+SAMPLES = 64
+"""Places at which a large file is read."""
 
 
 def digest(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value in hex; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """Returns a stable SHA-256 of a JSON value, in hex: equal values have equal digests on every machine.
+
+    Raises:
+        TypeError: `value` holds something that JSON does not know.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions(model: str) -> dict[str, str]:
@@ -51,17 +59,23 @@ def versions(model: str) -> dict[str, str]:
     return found
 
 
-def code_digest() -> str:
-    """Returns a digest of the code and tasks of this package that take part in an evaluation."""
-    package = Path(__file__).parents[1]
-    code = [p for p in _files(package, CODE_SUFFIXES) if p.relative_to(package).parts[0] not in BYSTANDERS]
-    tasks = tasks_folder()
+def code_digest(*, graded: bool = True) -> str:
+    """Returns a digest of the code and tasks of this package that take part in an evaluation.
+
+    All files count, whatever their suffix: kernels in C++, templates, instructions.
+
+    Args:
+        graded: not only in generating, but also in grading.
+    """
+    package, left_out = Path(__file__).parent, BYSTANDERS if graded else (*BYSTANDERS, *GRADERS)
+    code = [path for path in _files(package) if path.relative_to(package).parts[0] not in left_out]
+    tasks = tasks_folder() if graded else None
     return _contents_digest(package.parent, [*code, *(_files(tasks) if tasks else ())])[:16]
 
 
 def tasks_folder() -> Path | None:
     """Returns the folder of our tasks: within the package in a wheel, beside it in a checkout; None if it is lost."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     return next((folder for folder in (package / "tasks", package.parent / "tasks") if folder.is_dir()), None)
 
 
@@ -74,16 +88,20 @@ def checkpoint_facts(name: str) -> Any:
     directory = Path(resolve(name)).expanduser()
     if not directory.is_dir():
         return None
-    return digest(
-        [[path.relative_to(directory).as_posix(), *_identity(path)] for path in _files(directory, CHECKPOINT_SUFFIXES)]
-    )
+    files = _files(directory, CHECKPOINT_SUFFIXES)
+    return digest([[path.relative_to(directory).as_posix(), *_identity(path)] for path in files])
 
 
 def _identity(path: Path) -> tuple[Any, ...]:
     status = path.stat()
     if status.st_size <= SMALL:
         return status.st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    return status.st_size, status.st_mtime_ns
+    seen = hashlib.sha256()
+    with path.open("rb") as file:  # a copy may keep the time of change: other weights differ wherever one looks
+        for place in range(SAMPLES):
+            file.seek(status.st_size * place // SAMPLES)
+            seen.update(file.read(SMALL // SAMPLES))
+    return status.st_size, status.st_mtime_ns, seen.hexdigest()
 
 
 def folder_digest(place: Path) -> str:

@@ -1,0 +1,280 @@
+"""What identifies a result: weights, code, seeds, prompts and the clock. Nothing is taken for what it is not."""
+
+import datetime
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+from hcot_lmeval import fingerprint
+from hcot_lmeval.lm import HcotLM
+from hcot_lmeval.lm import journal as journals
+from hcot_lmeval.lm.journal import Journal, first_time
+from hcot_lmeval.notes import NoteTaker, read_notes
+from tests.lm_tasks import QUESTIONS, generation_task, instances
+from tests.tiny import favour, save_tiny, tiny_model, tiny_tokenizer
+
+SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 20}
+
+
+@pytest.fixture(autouse=True)
+def _no_inventory(monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(autouse=True)
+def _own_requests_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+
+
+def evaluate(lm, *tasks, **options):
+    return lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=TaskManager(include_defaults=False), **options)
+
+
+def texts(result):
+    (samples,) = result["samples"].values()
+    return [answer.raw for sample in samples for answer in sample["resps"][0]]
+
+
+def hcot(tmp_path, model=None, tokenizer=None, **options):
+    model = tiny_model("qwen2") if model is None else model
+    return HcotLM(
+        pretrained=model,
+        tokenizer=tokenizer or tiny_tokenizer(),
+        **{"journal": tmp_path / "journal", "max_context": 256, "pruning": "off", **options},
+    )
+
+
+def raw(lm, **kwargs):
+    return [a.raw for a in lm.generate_until(instances(QUESTIONS[:3], **kwargs), disable_tqdm=True)]
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_follow_weights_that_change_in_memory(tmp_path, dtype):
+    model, other = tiny_model("qwen2", dtype), tiny_model("qwen2", dtype, seed=1)
+    lm = hcot(tmp_path, model)
+    before = raw(lm)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        ours.data.copy_(theirs.data)
+    after = raw(lm)
+    assert after == raw(hcot(tmp_path, other, journal="off")) != before
+    assert lm._statistics.resumed == 0
+
+
+def test_results_follow_weights_that_change_behind_their_files(tmp_path):
+    path = save_tiny(tmp_path / "model", tiny_model("qwen2"))
+    lm = hcot(tmp_path, path, device="cpu", dtype="float32")
+    before = raw(lm)
+    lm.model.load_state_dict(tiny_model("qwen2", seed=1).state_dict())
+    assert raw(lm) == raw(hcot(tmp_path, tiny_model("qwen2", seed=1), journal="off")) != before
+    again = hcot(tmp_path, path, device="cpu", dtype="float32")
+    assert raw(again) == before
+    assert again._statistics.resumed == 3
+
+
+def test_large_files_are_told_apart_by_more_than_size_and_time(tmp_path):
+    file = tmp_path / "model.safetensors"
+    seen = set()
+    for byte in (b"a", b"b"):
+        file.write_bytes(byte * (fingerprint.SMALL + 1))
+        os.utime(file, ns=(10**18, 10**18))
+        seen.add(fingerprint.checkpoint_facts(str(tmp_path)))
+    assert len(seen) == 2
+
+
+# --- code and computer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_every_file_of_the_engine_counts_whatever_its_suffix(monkeypatch, graded):
+    hashed = set()
+    monkeypatch.setattr(fingerprint, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
+    fingerprint.code_digest(graded=graded)
+    names = {name.partition("/hcot_lmeval/")[2] for name in hashed}
+    assert {"engine/native/kernel/step.cpp", "engine/native/kernel/team.hpp", "engine/device/loop.py"} <= names
+    assert {"lm/model.py", "vocabulary.py", "templates/chatml.jinja", "ablation.py"} <= names
+    assert ("answers/extract.py" in names) is graded
+
+
+def test_a_resume_does_not_mix_computers(tmp_path, monkeypatch):
+    first = hcot(tmp_path)
+    raw(first)
+    monkeypatch.setattr(type(first.engine.decoder), "compute_name", property(lambda self: "another"))
+    second = hcot(tmp_path)
+    raw(second)
+    assert second._statistics.resumed == 0
+
+
+# --- seeds and generation kwargs --------------------------------------------------------------------------------------
+
+
+def test_lm_evals_seed_acts(tmp_path):
+    task = generation_task(docs=3, **SAMPLED)
+    one, two, again = (texts(evaluate(hcot(tmp_path), task, torch_random_seed=seed)) for seed in (1, 2, 1))
+    assert one == again != two
+    result = evaluate(hcot(tmp_path), task, torch_random_seed=2)
+    assert result["config"]["hcot"]["seed"] == 2
+    given = [texts(evaluate(hcot(tmp_path, seed=5), task, torch_random_seed=seed)) for seed in (1, 2)]
+    assert given[0] == given[1]  # what the model's own arguments say comes first
+
+
+def test_repeats_are_samples_of_their_own_without_do_sample(tmp_path):
+    result = evaluate(hcot(tmp_path), generation_task(docs=2, repeats=3, temperature=1.0))
+    assert result["results"]["tiny_generation"]["distinct,all"] == 3
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"seed": "abc"},
+        {"seed": 1.5},
+        {"max_gen_toks": 20.5},
+        {"max_new_tokens": "20"},
+        {"min_tokens": True},
+        {"top_k": 2.5, "temperature": 1.0},
+        {"temperature": "warm"},
+        {"temperature": True},
+        {"top_p": "0.9", "temperature": 1.0},
+        {"do_sample": "maybe"},
+        {"do_sample": 1, "temperature": 1.0},
+        {"until": 7},
+        {"until": ["a", None]},
+    ],
+    ids=str,
+)
+def test_generation_kwargs_of_another_kind_are_errors(tmp_path, kwargs):
+    name = next(iter(kwargs))
+    with pytest.raises(ValueError, match=f"generation kwarg {name}="):
+        raw(hcot(tmp_path, journal="off"), **kwargs)
+
+
+# --- lm-eval's caches -------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_of_responses_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"use_cache is not supported .* journal"):
+        evaluate(hcot(tmp_path), generation_task(docs=1), use_cache=str(tmp_path / "cache"))
+
+
+def test_requests_from_a_cache_ask_for_what_is_asked_for_now(tmp_path, caplog):
+    for limit in (6, 12):
+        task = generation_task(docs=2, max_gen_toks=limit)
+        with caplog.at_level(logging.WARNING):
+            result = evaluate(hcot(tmp_path), task, cache_requests=True)
+        assert [s["generated"] for s in result["samples"]["tiny_generation"]] == [limit] * 2
+    assert "cache_requests: the requests of tiny_generation are built anew" in caplog.text
+
+
+@pytest.mark.parametrize("by_harness", [True, False])
+def test_a_template_that_ends_in_plain_text_is_applied_once(tmp_path, by_harness):
+    """As those of gemma3, phi3 and gpt-oss in TRL: behind the user's turn comes no special token."""
+    plain = tiny_tokenizer()
+    plain.chat_template = "{% for m in messages %}U: {{ m['content'] }}\n{% endfor %}A:"
+    for _ in range(2):
+        lm = hcot(tmp_path, tokenizer=plain, notes=tmp_path / "notes", journal="off")
+        evaluate(lm, generation_task(docs=1), apply_chat_template=by_harness, cache_requests=True)
+    prompts = {plain.decode(note.prompt_ids) for path in (tmp_path / "notes").iterdir() for note in read_notes(path)}
+    assert prompts == {f"U: {QUESTIONS[0]}\nA:"}
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+class Clock(datetime.datetime):
+    """A day later each time it is asked."""
+
+    days = 0
+
+    @classmethod
+    def now(cls, tz=None):
+        cls.days += 1
+        return cls(2031, 1, 1) + datetime.timedelta(days=cls.days)
+
+
+@pytest.mark.parametrize("by_harness", [True, False])
+def test_a_template_that_tells_the_time_does_not_stop_a_resume(tmp_path, monkeypatch, caplog, by_harness):
+    monkeypatch.setattr(journals, "datetime", Clock)
+    monkeypatch.setattr(Clock, "days", 0)
+    timed = tiny_tokenizer()
+    timed.chat_template = "{{ strftime_now('%d %B %Y') }}" + timed.chat_template
+    task = generation_task(docs=3)
+    runs = []
+    for options in ({}, {}, {"journal": tmp_path / "other"}):
+        lm = hcot(tmp_path, tokenizer=timed, notes=tmp_path / "notes", **options)
+        with caplog.at_level(logging.WARNING):
+            result = evaluate(lm, task, apply_chat_template=by_harness)
+        runs.append((result["config"]["hcot"]["clock"], lm._statistics.resumed))
+    assert [resumed for _, resumed in runs] == [0, 3, 0]
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert "the chat template reads the clock, which stands at 2031-01-" in caplog.text
+    [path] = (tmp_path / "notes").iterdir()
+    assert timed.decode(read_notes(path)[0].prompt_ids).startswith("02 January 2031")
+
+
+def test_the_first_who_asks_sets_the_time_for_all(tmp_path):
+    times = {first_time(tmp_path / "clocks" / "x.txt") for _ in range(3)}
+    assert len(times) == 1
+    assert [path.name for path in (tmp_path / "clocks").iterdir()] == ["x.txt"]
+
+
+# --- what cannot be written -------------------------------------------------------------------------------------------
+
+
+def test_a_journal_that_fills_the_disk_ends_no_run(tmp_path, monkeypatch, caplog):
+    written = Journal._write
+
+    def full(self, record):
+        if "key" in record and len(self) >= 1:
+            raise OSError(28, "No space left on device")
+        return written(self, record)
+
+    monkeypatch.setattr(Journal, "_write", full)
+    lm = hcot(tmp_path)
+    assert len(raw(lm)) == 3
+    assert caplog.text.count(f"journal={tmp_path / 'journal'} can no longer be written (No space left on device)") == 1
+
+
+def test_notes_that_fill_the_disk_end_no_run(tmp_path, monkeypatch, caplog):
+    def full(self, record):
+        if "request" in record:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(NoteTaker, "_write", full)
+    assert len(raw(hcot(tmp_path, notes=tmp_path / "notes"))) == 3
+    assert caplog.text.count("can no longer be written (No space left on device)") == 1
+
+
+def test_notes_that_come_too_late_are_told(tmp_path, caplog):
+    raw(hcot(tmp_path))
+    raw(hcot(tmp_path, notes=tmp_path / "notes"))
+    assert f"notes={tmp_path / 'notes'} will hold nothing of these 3" in caplog.text
+    caplog.clear()
+    for _ in range(2):  # and of those that have been noted nothing is said
+        raw(hcot(tmp_path, notes=tmp_path / "others", seed=1), **SAMPLED)
+    assert "will hold nothing" not in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_home_that_is_read_only_is_said_before_the_weights_are_loaded(tmp_path):
+    code = "from hcot_lmeval.lm import HcotLM; HcotLM(pretrained='/no/such/weights', device='cpu')"
+    home = {"HOME": "/proc/self", "HCOT_LMEVAL_CACHE": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **home}, capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: journal=/proc/self/.cache/hcot_lmeval/journal cannot be written to (")
+    assert "journal=off" in last and json.dumps(done.returncode) == "1"
+
+
+def test_two_models_of_other_seeds_are_favoured_apart(tmp_path):
+    """Were all these models to say the same, nothing above would mean anything."""
+    assert raw(hcot(tmp_path)) != raw(hcot(tmp_path, favour(tiny_model("qwen2", seed=1), [3], 5.0)))
