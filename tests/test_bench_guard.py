@@ -1,4 +1,4 @@
-"""Speed, as far as a test can hold it: ratios within one run, never a time; see `hcot_lmeval.bench.guard`."""
+"""What the guard against slow changes says of given times; the times themselves are for `bench.py guard`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ from hcot_lmeval.bench.timing import Timing
 
 def quiet(doing: str) -> None:
     """Nobody watches."""
-
-
-def test_no_ratio_has_collapsed():
-    found = guard.guard(quiet)
-    assert len(found) == 3
-    assert all(finding.passed for finding in found), "\n".join(map(str, found))
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,7 @@ def test_an_adapter_that_comes_later_is_not_passed_by():
 @pytest.mark.parametrize(("compiler", "message"), [("no-such-compiler", "not on the PATH"), ("false", "failed")])
 def test_without_a_compiler_pytorch_computes(compiler, message, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.delenv(build.FLAGS_VARIABLE, raising=False)
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
     build.load_kernel.cache_clear()
     try:
@@ -241,21 +242,17 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
         build.load_kernel.cache_clear()
 
 
-def test_a_width_that_is_asked_for_is_taken_or_an_error(monkeypatch):
+def test_flags_that_are_asked_for_are_taken_or_an_error(compiled_with):
     model, found = tiny_model("qwen2", torch.float32), Packing()
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))  # as `compiled_with` has it, so that others share it
-    try:
-        for width in ("32", "64"):
-            monkeypatch.setenv("HCOT_LMEVAL_VECTOR_BYTES", width)
-            build.load_kernel.cache_clear()
-            NativeStep(model)._kernel.packing(ctypes.byref(found))
-            assert found.numbers == 8 * int(width) // 4
-        monkeypatch.setenv("HCOT_LMEVAL_VECTOR_BYTES", "48")
-        build.load_kernel.cache_clear()
-        with pytest.raises(ValueError, match="HCOT_LMEVAL_VECTOR_BYTES=48 is not one of 16, 32, 64; unset it"):
-            NativeStep(model)
-    finally:
-        build.load_kernel.cache_clear()
+    for width in (32, 64):
+        compiled_with(f"-DVECTOR_BYTES={width}")
+        NativeStep(model)._kernel.packing(ctypes.byref(found))
+        assert found.numbers == 8 * width // 4
+    compiled_with("-DVECTOR_BYTES=48")
+    with pytest.raises(
+        ValueError, match=r"HCOT_LMEVAL_CXXFLAGS=.*-DVECTOR_BYTES=48.* failed: .*VECTOR_BYTES is 16, 32"
+    ):
+        Decoder(model)
 
 
 @pytest.mark.parametrize("weight", build.WEIGHTS.values())

@@ -21,6 +21,7 @@ from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.statistics import Estimate
 from hcot_lmeval.report.tables import Head, Table
 from hcot_lmeval.trace import Malformed
+from tests import quick_lm_eval
 from tests.recount import recount
 from tests.result_files import build_run
 
@@ -34,7 +35,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, settings in SETTINGS.items():
         model = f"pretrained=tiny-hcot,journal=off,notes={out / name / 'notes'},{settings}"
-        command = [sys.executable, "-m", "lm_eval", "--model", "hcot", "--model_args", model, "--tasks", "hcot_arith"]
+        command = [
+            sys.executable,
+            quick_lm_eval.__file__,
+            "--include_path",
+            str(quick_lm_eval.TASKS),
+            "--model",
+            "hcot",
+            "--model_args",
+            model,
+            "--tasks",
+            "hcot_arith",
+        ]
         command += ["--limit", "8", "--batch_size", "8", "--device", "cpu", "--log_samples"]
         subprocess.run([*command, "--output_path", str(out / name)], check=True, capture_output=True, env=environment)
     return {name: out / name for name in SETTINGS}

@@ -7,18 +7,19 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-VECTOR_BYTES = (16, 32, 64)
-"""Widths of vectors that ``$HCOT_LMEVAL_VECTOR_BYTES`` may ask for; the processor's own is the fastest."""
+FLAGS_VARIABLE = "HCOT_LMEVAL_CXXFLAGS"
+"""Further flags: ``-O1`` compiles faster, ``-DVECTOR_BYTES=32`` computes as on another processor (16, 32 or 64)."""
 WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 """The types of weights that the kernel knows, by the names they have in it."""
 LOGITS = (torch.float32, torch.float64)
@@ -70,6 +71,7 @@ def _load(source: str, **types: str) -> ctypes.CDLL:
 
     Raises:
         KernelUnavailableError: no compiler, or the compiler failed.
+        ValueError: the compiler failed with the flags of ``$HCOT_LMEVAL_CXXFLAGS``.
     """
     compiler = find_compiler()
     path = kernel_folder() / f"{'-'.join((source, *types.values()))}-{_fingerprint(compiler)}.so"
@@ -114,19 +116,9 @@ def kernel_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "kernels"
 
 
-def _flags() -> tuple[str, ...]:
-    """What the compiler is called with.
-
-    Raises:
-        ValueError: ``$HCOT_LMEVAL_VECTOR_BYTES`` is no width that the kernel knows.
-    """
-    width = os.environ.get("HCOT_LMEVAL_VECTOR_BYTES")
-    if not width:
-        return FLAGS
-    if width not in map(str, VECTOR_BYTES):
-        allowed = ", ".join(map(str, VECTOR_BYTES))
-        raise ValueError(f"HCOT_LMEVAL_VECTOR_BYTES={width} is not one of {allowed}; unset it for the processor's own")
-    return (*FLAGS, f"-DVECTOR_BYTES={width}")
+def _flags() -> list[str]:
+    """What the compiler is called with: `FLAGS`, then those of the user, which win."""
+    return [*FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, ""))]
 
 
 def _fingerprint(compiler: str) -> str:
@@ -155,7 +147,15 @@ def _compile(compiler: str, source: str, types: Mapping[str, str], path: Path) -
             command = [compiler, *_flags(), *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
-                raise KernelUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+                raise _failure(command, done.stderr)
             target.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelUnavailableError(f"the kernel could not be compiled: {error}") from error
+
+
+def _failure(command: Sequence[str], stderr: str) -> ValueError | KernelUnavailableError:
+    """What a failed compiler says, in its first error; flags of the user are theirs to correct."""
+    first = next((line for line in stderr.splitlines() if "error" in line), stderr.strip()[-500:])
+    if flags := os.environ.get(FLAGS_VARIABLE):
+        return ValueError(f"{FLAGS_VARIABLE}={flags!r}: {command[0]} failed: {first}; correct or unset it")
+    return KernelUnavailableError(f"{' '.join(command)} failed: {first}")

@@ -42,6 +42,7 @@ using real = Compute<weight>::type;  // activations and sums
 #define VECTOR_BYTES REGISTER_BYTES
 #endif
 constexpr int BYTES = VECTOR_BYTES;
+static_assert(BYTES == 16 || BYTES == 32 || BYTES == 64, "VECTOR_BYTES is 16, 32 or 64");
 constexpr int MOST_TOKENS = BYTES == 64 ? 6 : BYTES == 32 ? 3 : 4;  // x 4 rows: sums and factors fit in registers
 template <int N> using Constant = std::integral_constant<int, N>;
 constexpr int LANES = BYTES / sizeof(real);
