@@ -148,6 +148,16 @@ class LiveContext:
         """Whether the innermost open block has its ``[split]`` behind it."""
         return bool(self._blocks) and self._blocks[-1].split is not None
 
+    @property
+    def thoughts(self) -> Spans:
+        """The live spans of the thoughts of open blocks, with the markers that would go; one without end goes on."""
+        spans: list[tuple[int, int]] = []
+        for block in self._blocks:
+            if block.split is None:
+                return (*spans, (block.open + ("open" in self._marks.keep), len(self.live)))
+            spans.append(self._thought(block.open, block.split))
+        return tuple(spans)
+
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
         spans = self._doomed(token) if self.policy is Policy.RECOMPUTE else ()

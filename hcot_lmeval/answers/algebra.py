@@ -24,7 +24,8 @@ from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
-ROUNDED_DIGITS = 6  # as many as math-verify asks for
+from hcot_lmeval.answers.literals import ROUNDED_DIGITS
+
 DIGITS = 40
 _TOLERANCE = sympy.Float(10) ** -30
 _POINTS = 8
@@ -79,7 +80,7 @@ def _prepare(source: str) -> str:
     source = re.sub(r"(\d+(?:\.\d+)?|\))\s*\^\{\\circ\}", r"\1\\cdot\\frac{\\pi}{180}", source)
     source = re.sub(r"\^\{\\circ\}", r"\\cdot\\frac{\\pi}{180}", source)
     source = re.sub(r"\\mathbb\{?([A-Z])\}?", r"\1", source)
-    return re.sub(r"(\d*)\.(\d+)", _decimal, source)
+    return re.sub(r"(?<!\d)(\d*+)\.(\d++)", _decimal, source)
 
 
 def _decimal(match: re.Match[str]) -> str:
@@ -110,12 +111,7 @@ def formulas_equal(gold: str, answer: str) -> bool:
     gold_constant, constant = (re.search(r"\+\s*([CcKk])\s*$", source) for source in (gold, answer))
     if gold_constant and constant:  # of integration, under any of its names
         answer = answer[: constant.start(1)] + gold_constant[1]
-    left = read(gold)
-    try:
-        right = read(answer)
-    except Unparsed as error:
-        error.side = "answer"
-        raise
+    left, right = read(gold), read(answer)
     if left == right:
         return True
     if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):

@@ -14,7 +14,8 @@ from itertools import product
 import sympy
 
 from hcot_lmeval.answers import algebra, regions
-from hcot_lmeval.answers.normalize import readings
+from hcot_lmeval.answers.literals import literals_equal
+from hcot_lmeval.answers.normalize import normalize, readings
 from hcot_lmeval.answers.structure import ORDER, Node, parse
 from hcot_lmeval.answers.values import values_equal
 
@@ -32,14 +33,32 @@ _CALL = re.compile(r"([A-Za-z])\(([A-Za-z])\)$")
 
 
 def answers_equal(gold: str, answer: str) -> bool:
-    """Compares two normalized answers under every pair of their readings.
+    """Compares two answers under every pair of their readings.
 
     Raises:
-        algebra.Unparsed: a formula that had to be compared is not known to the grammar, and nothing else decided.
+        algebra.Unparsed: a formula that had to be compared is not known to the grammar, and nothing else decided; its
+            `side` says whether the gold answer can be read at all.
         algebra.TooLarge: a number is too large to evaluate.
     """
+    gold, answer = normalize(gold), normalize(answer)
+    if (verdict := literals_equal(gold, answer)) is not None:
+        return verdict
     pairs = product(readings(gold, answer), readings(answer, gold))
-    return _some(equal, ((parse(left), parse(right)) for left, right in pairs))
+    try:
+        return _some(equal, ((parse(left), parse(right)) for left, right in pairs))
+    except algebra.Unparsed as error:
+        error.side = "answer" if any(_readable(parse(reading)) for reading in readings(gold, answer)) else "gold"
+        raise
+
+
+def _readable(node: Node) -> bool:
+    """Whether every formula in `node` is known to the grammar."""
+    if node.kind == "leaf":
+        try:
+            algebra.read(node.source)
+        except algebra.Unparsed:
+            return False
+    return all(_readable(item) for item in node.items)
 
 
 def _some(compare: Callable[[Node, Node], bool], pairs: Iterable[tuple[Node, Node]]) -> bool:

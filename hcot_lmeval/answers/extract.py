@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import re
 
-from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.answers.fences import blanked, fenced
+from hcot_lmeval.markup import PRESETS, Markup, resolve_markers
+from hcot_lmeval.trace import LiveContext, Policy
 from hcot_lmeval.vocabulary import answer_of
 
 # Chat markers at which a turn ends; a model that runs on past one talks to itself, not to the reader.
 _TURN_ENDS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
-_ROLES = {
-    **{markup.open: "open" for markup in PRESETS.values()},
-    **{markup.split: "split" for markup in PRESETS.values()},
-    **{markup.close: "close" for markup in PRESETS.values()},
-    **{markup.lead: "lead" for markup in PRESETS.values() if markup.lead},
-}
-_MARKER = re.compile("|".join(re.escape(text) for text in sorted(_ROLES, key=len, reverse=True)))
+_MARKER = re.compile("|".join({re.escape(marker) for markup in PRESETS.values() for marker in markup.markers}))
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[-+]?[\d.,/]*\d|[-+]?\\[A-Za-z]+|[A-Za-z]")
@@ -53,23 +49,24 @@ def answer_region(response: str) -> str:
 
 
 def strip_blocks(text: str) -> str:
-    """Removes block markers, the thoughts of all blocks, and whatever an unfinished thought swallowed."""
-    out: list[str] = []
-    blocks: list[tuple[int, bool]] = []  # (length of `out` when the block opened, whether it was split)
-    end = 0
-    for match in _MARKER.finditer(text):
-        out.append(text[end : match.start()])
-        end, role = match.end(), _ROLES[match.group()]
-        if role == "open":
-            blocks.append((len(out), False))
-        elif role == "split" and blocks and not blocks[-1][1]:
-            del out[blocks[-1][0] :]
-            blocks[-1] = (len(out), True)
-        elif role == "close" and blocks:
-            blocks.pop()
-    out.append(text[end:])
-    unfinished = [start for start, was_split in blocks if not was_split]
-    return "".join(out[: unfinished[0]] if unfinished else out)
+    """Removes block markers, the thoughts of all blocks, and whatever an unfinished thought swallowed.
+
+    The text goes through the pruning rule in the notation whose opening marker comes first; markers of others are text.
+    """
+    opened = {at: markup for markup in PRESETS.values() if (at := text.find(markup.open)) >= 0}
+    return _MARKER.sub("", _pruned(text, opened[min(opened)]) if opened else text)
+
+
+def _pruned(text: str, markup: Markup) -> str:
+    ids = {marker: -number for number, marker in enumerate(markup.markers, 1)}
+    pieces = re.split(f"({'|'.join(map(re.escape, ids))})", text)
+    context = LiveContext(resolve_markers(markup, ids.get), Policy.EVICT)  # the same text, and the cheapest to follow
+    for index, piece in enumerate(pieces):
+        context.push(ids.get(piece, index))
+    live = context.live
+    for start, stop in reversed(context.thoughts):
+        del live[start:stop]
+    return "".join(pieces[index] for index in live if index >= 0)
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -117,11 +114,11 @@ def last_box(text: str) -> str | None:
 def _join(text: str, found: list[tuple[int, int, str]]) -> str:
     parts = [found[-1]]
     for box in reversed(found[:-1]):
-        between = text[box[1] : parts[0][0]]
+        between = text[box[1] : parts[-1][0]]
         if len(between) > _MAX_JOIN or not _JOIN.fullmatch(between) or not _JOINER.search(between):
             break
-        parts.insert(0, box)
-    return r" \text{ and } ".join(dict.fromkeys(content for _, _, content in parts))
+        parts.append(box)
+    return r" \text{ and } ".join(dict.fromkeys(content for _, _, content in reversed(parts)))
 
 
 def has_box(text: str) -> bool:
@@ -129,9 +126,9 @@ def has_box(text: str) -> bool:
     return _BOX.search(text) is not None
 
 
-_MATH = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_CUE = re.compile(r"(?i)\banswer\b[\s*_]*(?:(?:is|was|are|should be|would be|equals|=|:)[\s*_]*:?)?")
-_CLOSING = re.compile(r"(?i)\s*I hope it is correct.*\Z", re.DOTALL)
+_MATH = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
+_CUE = re.compile(r"(?i)\banswer\b[\s*_]*+(?:(?:is|was|are|should be|would be|equals|=|:)[\s*_]*+:?)?")
+_CLOSING = re.compile(r"(?i)I hope it is correct")
 _UNIT = r"(?:\s?\\?%|\s?[a-zA-Zµ°]{1,3}[²³]?(?![a-zA-Z]))"
 _NUMBER = re.compile(rf"(?<![\w.,])[-+−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:{_UNIT})?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
@@ -139,11 +136,14 @@ _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
 
 def fallback_answer(text: str) -> str | None:
     """Returns what a response without a box states: "the answer is X", else the last value in its last sentences."""
-    text = _CLOSING.sub("", text.strip())
-    cues = [match for match in _CUE.finditer(text)]
-    for cue in reversed(cues):
-        if stated := _stated(text[cue.end() :]):
+    text = text.strip()
+    if closing := _CLOSING.search(text):
+        text = text[: closing.start()].rstrip()
+    at = len(text)
+    for cue in reversed(list(_CUE.finditer(text))):  # each is asked for what stands before the next
+        if stated := _stated(text[cue.end() : at]):
             return stated
+        at = cue.start()
     for sentence in reversed(_SENTENCE.split(text)[-3:]):
         if stated := _last_value(sentence):
             return stated
@@ -151,19 +151,16 @@ def fallback_answer(text: str) -> str | None:
 
 
 def _stated(tail: str) -> str | None:
-    math = _MATH.match(tail.lstrip(" \n:*"))
-    if math:
-        return _content(math)
+    """The formula at the beginning of `tail`, else the last value of its first sentence."""
+    formula = next(fenced(tail.lstrip(" \n:*"), _MATH), None)
+    if formula and formula.start == 0:
+        return formula.content.strip()
     return _last_value(_SENTENCE.split(tail.strip(), maxsplit=1)[0])
 
 
 def _last_value(sentence: str) -> str | None:
     """The last formula of a sentence, or the last number, whichever comes later."""
-    found = [(match.start(), _content(match)) for match in _MATH.finditer(sentence)]
-    covered = _MATH.sub(lambda match: " " * len(match.group()), sentence)
-    found += [(match.start(), match.group().strip()) for match in _NUMBER.finditer(covered)]
+    formulas = list(fenced(sentence, _MATH))
+    found = [(formula.start, formula.content.strip()) for formula in formulas]
+    found += [(match.start(), match.group().strip()) for match in _NUMBER.finditer(blanked(sentence, formulas))]
     return max(found)[1] if found else None
-
-
-def _content(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None).strip()

@@ -123,9 +123,9 @@ def _character(char: str) -> str:
 def _delimiters(text: str) -> str:
     text = re.sub(r"\\(left|right)\s*\\([\[\]()])", r"\2", text)  # `\right\]`: meant as a bracket
     if not re.search(r"\\begin", text):
-        text = re.sub(r"\\{2,}(?=[A-Za-z%$()\[\]])", lambda _: "\\", text)  # escaped twice on its way through JSON
+        text = re.sub(r"(?<!\\)\\{2,}+(?=[A-Za-z%$()\[\]])", lambda _: "\\", text)  # escaped twice on its way through JSON
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
-    text = re.sub(r"\\[()\[\]]|\\?\$|\\label\{[^}]*\}|\\tag\{[^}]*\}", " ", text)
+    text = re.sub(r"\\[()\[\]]|\\?\$|\\label\{[^{}]*\}|\\tag\{[^{}]*\}", " ", text)
     return _STYLES.sub(" ", text)
 
 
@@ -133,7 +133,7 @@ def _spacing(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d),\s*\\!\s*(?=\d)", "", text)
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~|\u00a0|\u202f)\s*(?=\d{3}(?!\d))", "", text)
     text = re.sub(
-        r"(?<!\\)\\(?:q?quad|thinspace|medspace|enspace|,|;|:|!|\s|>)(?![A-Za-z])|\\q?quad|~|\\hspace\*?\{[^}]*\}",
+        r"(?<!\\)\\(?:q?quad|thinspace|medspace|enspace|,|;|:|!|\s|>)(?![A-Za-z])|\\q?quad|~|\\hspace\*?\{[^{}]*\}",
         " ",
         text,
     )
@@ -191,8 +191,8 @@ def _unwrap(match: re.Match[str]) -> str:
 
 
 def _words(text: str) -> str:
-    text = re.sub(r"\\text\s*\{([^{}]*[^{}\s,][^{}]*)\b(and|or)\s([^{}]+)\}", r"\\text{\1} \2 \\text{\3}", text)
-    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", _connective, text)
+    text = re.sub(r"\{([^{}]*)\}", _choose, text) if r"\choose" in text else text
     text = _TIGHT_OR.sub(r" \\or ", _OR.sub(r" \\or ", _AND.sub(r" \\and ", text)))
     text = re.sub(
         r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text
@@ -204,8 +204,23 @@ def _words(text: str) -> str:
     return re.sub(r">=", r"\\geq ", text).replace("!=", r"\neq ").replace("**", "^").replace("*", r"\cdot ")
 
 
+def _connective(match: re.Match[str]) -> str:
+    r"""``\text{2 and 3}`` to ``\text{2} and \text{3}``, at its last "and" or "or"."""
+    for word in reversed(list(re.finditer(r"\b(?:and|or)\s(?=.)", match[1], re.DOTALL))):
+        left, right = match[1][: word.start()], match[1][word.end() :]
+        if left.strip(" ,\t\n"):
+            return rf"\text{{{left}}} {word.group().strip()} \text{{{right}}}"
+        break
+    return match.group()
+
+
+def _choose(match: re.Match[str]) -> str:
+    parts = re.split(r"\\choose(?![A-Za-z])", match[1])
+    return rf"\binom{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else match.group()
+
+
 def _numbers(text: str) -> str:
-    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating, text)
+    text = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating, text)
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d)\.(?!\d)", r"\1", text)
@@ -221,7 +236,7 @@ def _repeating(match: re.Match[str]) -> str:
 def _arguments(text: str) -> str:
     r"""``\frac12`` to ``\frac{1}{2}``, ``\sqrt2`` to ``\sqrt{2}``."""
     out, end = [], 0
-    for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*(\[[^\]]*\])?", text):
+    for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*(\[[^\[\]]*\])?", text):
         if match.start() < end:
             continue  # inside an argument: done by the recursion below
         out.append(text[end : match.start()] + f"\\{match.group(1)}{match.group(2) or ''}")
@@ -263,6 +278,21 @@ def _trim(text: str) -> str:
     previous = None
     while previous != text:
         previous = text
-        text = re.sub(r"(?:[\s,;:]|(?<!\\)\\|\\\\|(?<!\.)\.|\\(?:and|or)\b)+$", "", text.strip())
+        text = _trim_end(text.strip())
         text = re.sub(r"^(?:[\s,;:]|\\text\s*\{[^{}]*:\s*\}|\\text\s*\{\s*\}|\\implies\b)+", "", text)
     return text
+
+
+def _trim_end(text: str) -> str:
+    """Drops punctuation, breaks, and connectives at the end; dots of which there are several stay."""
+    end = len(text)
+    while end:
+        start = len(text[:end].rstrip(" \t\n,;:\\"))
+        if text.endswith((r"\and", r"\or"), 0, start):
+            start = text.rindex("\\", 0, start)
+        elif text.endswith(".", 0, start) and not text.endswith("..", 0, start):
+            start -= 1
+        if start == end:
+            break
+        end = start
+    return text[:end]

@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 5.0  # for one check; a symbolic comparison of real answers takes 0.01 to 1 s
 START_SECONDS = 120.0  # importing sympy takes about 1 s, on a loaded machine far longer
+SPARE_SECONDS = 0.5  # a check that takes longer may end at its limit: the next worker is started beside it
 MEMORY_BYTES = 2 << 30  # address space of one worker; it starts with 0.1 GiB
 CACHE_ENTRIES = 20_000
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -39,6 +41,16 @@ class Worker:
             bufsize=0,
         )
         self._buffer = b""
+        self._ready = False
+
+    def wait(self) -> None:
+        """Waits until the process has imported its libraries.
+
+        Raises:
+            RuntimeError: it could not.
+        """
+        if self._ready:
+            return
         reply = self._receive(START_SECONDS)
         if reply is None or reply["status"] != "ready":
             self.kill()
@@ -47,6 +59,7 @@ class Worker:
                 f"the answer checker's worker process could not start: {detail}. "
                 "Answers are compared with math-verify: pip install 'math-verify[antlr4_11_0]'."
             )
+        self._ready = True
 
     @property
     def pid(self) -> int:
@@ -58,8 +71,14 @@ class Worker:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def check(self, gold: str, answer: str, seconds: float) -> dict[str, object]:
-        """Returns the worker's reply; status "timeout" or "worker_died" when there is none, after which it is dead."""
+    def check(
+        self, gold: str, answer: str, seconds: float, late: Callable[[], None] = lambda: None
+    ) -> dict[str, object]:
+        """Returns the worker's reply; status "timeout" or "worker_died" when there is none, after which it is dead.
+
+        `late` is called when there is no reply after `SPARE_SECONDS`.
+        """
+        self.wait()
         request = json.dumps({"gold": gold, "answer": answer, "seconds": seconds}) + "\n"
         started = time.monotonic()
         try:
@@ -67,7 +86,10 @@ class Worker:
         except OSError:
             self.kill()
             return {"status": "worker_died"}
-        reply = self._receive(seconds)
+        reply = self._receive(min(SPARE_SECONDS, seconds))
+        if reply is None and self.alive:
+            late()
+            reply = self._receive(started + seconds - time.monotonic())
         if reply is None:
             self.kill()
             return {"status": "timeout" if time.monotonic() - started >= seconds else "worker_died"}
@@ -130,14 +152,20 @@ class Pool:
 
     def _run(self, gold: str, answer: str, seconds: float) -> dict[str, object]:
         worker = self._take() or Worker()
-        reply = worker.check(gold, answer, seconds)
+        reply = worker.check(gold, answer, seconds, self._spare)
         if reply["status"] == "worker_died":  # perhaps killed while idle: once more, with a fresh one
             worker = Worker()
-            reply = worker.check(gold, answer, seconds)
+            reply = worker.check(gold, answer, seconds, self._spare)
         if worker.alive:
             with self._lock:
                 self._idle.append(worker)
         return reply
+
+    def _spare(self) -> None:
+        """Starts a worker ahead of need, without waiting for it, so that a check behind a killed one does not wait."""
+        with self._lock:
+            if not self._idle:
+                self._idle.append(Worker())
 
     def _take(self) -> Worker | None:
         with self._lock:

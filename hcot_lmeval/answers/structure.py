@@ -121,7 +121,10 @@ def _closes_at_end(source: str) -> bool:
 
 
 _WORD = r"(?:where|for|with|if|when|such that)"
-_WHERE = re.compile(rf"\\text\s*\{{\s*,?\s*{_WORD}\b([^{{}}]*)\}}|(?<![A-Za-z\\]){_WORD}(?![A-Za-z])")
+_WHERE = re.compile(rf"\\text\s*\{{[\s,]*+{_WORD}\b([^{{}}]*)\}}|(?<![A-Za-z\\]){_WORD}(?![A-Za-z])")
+
+
+_RESTRICTS = re.compile(r"\\(?:leq|geq|neq|in)(?![A-Za-z])|[<>]")
 
 
 def _condition(source: str) -> tuple[str, str]:
@@ -129,8 +132,8 @@ def _condition(source: str) -> tuple[str, str]:
     if found and source[: found.start()].strip(" ,"):
         condition = (found.group(1) or "") + source[found.end() :]
         return source[: found.start()].strip(" ,"), compact(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", condition)).lower()
-    trailing = re.search(r"\(([^()]*\\(?:leq|geq|neq|in)(?![A-Za-z])[^()]*|[^()]*[<>][^()]*)\)$", source)
-    if trailing and source[: trailing.start()].strip():
+    trailing = re.search(r"\(([^()]*)\)$", source)
+    if trailing and source[: trailing.start()].strip() and _RESTRICTS.search(trailing.group(1)):
         return source[: trailing.start()].strip(), compact(trailing.group(1))
     return source, ""
 
@@ -152,7 +155,7 @@ def _flat(items: tuple[Node, ...]) -> tuple[Node, ...]:
 
 
 def _as_modular(source: str) -> Node | None:
-    found = re.search(r"[({\s]*\\(?:pmod|mod|bmod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?$|\(mod\s*(\w+)\)$", source)
+    found = re.search(r"(?<![({\s])[({\s]*+\\(?:pmod|mod|bmod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?$|\(mod\s*(\w+)\)$", source)
     if not found or not source[: found.start()].strip() or "mod" in source[: found.start()]:
         return None
     modulus = next(group for group in found.groups() if group)
@@ -188,7 +191,7 @@ def _as_matrix(source: str) -> Node | None:
         return None
     rows = [
         row.split("&")
-        for row in re.split(r"\\\\(?:\[[^\]]*\])?", re.sub(r"\\hline", "", found.group(2)))
+        for row in re.split(r"\\\\(?:\[[^\[\]]*\])?", re.sub(r"\\hline", "", found.group(2)))
         if row.strip()
     ]
     items = tuple(_parse(cell) for row in rows for cell in row)
