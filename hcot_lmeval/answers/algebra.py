@@ -8,7 +8,8 @@ and lets open intervals pass for sets; it is asked last, for what neither exact 
 2. Constants are equal when their difference is zero to `DIGITS` digits.
 3. Formulas are equal when they agree to `DIGITS` digits at random rational points: all positive ones, and those of
    mixed sign at which both are real. With floors, factorials or signs like (-1)^n, variables named like integers take
-   integers.
+   integers. Formulas with functions that jump have to agree at the jumps too (:mod:`hcot_lmeval.answers.jumps`).
+4. Matrices are equal when their entries are.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ from typing import Any, TypeAlias
 
 import sympy
 from latex2sympy2_extended import latex2sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from math_verify import verify
 
+from hcot_lmeval.answers import jumps
 from hcot_lmeval.answers.literals import ROUNDED_DIGITS
 
 DIGITS = 40
+_PRINTED_DIGITS = 15  # a decimal this long is a printed floating-point number, right to a few units of the last place
+_PRINTED_ERROR = sympy.Rational(1, 10**15)
 _TOLERANCE = sympy.Float(10) ** -30
 _POINTS = 8
 _MAX_BITS = 4_000_000  # size of an integer that is still worth evaluating; 2016! has 20,000 bits
 _INTEGERS = frozenset("nmkpqlijNMK")
 _CONFIG = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+
+# In this process, whose only task it is, the grammar builds our functions: sympy's answer 1 for gcd(a, b).
+_Latex2Sympy.handle_gcd_lcm = lambda self, name, args: {"gcd": jumps.Gcd, "lcm": jumps.Lcm}[name](
+    *map(sympy.nsimplify, args)
+)
 
 _Expr: TypeAlias = Any  # sympy.Basic or sympy.MatrixBase: sympy's own annotations do not cover what it returns
 
@@ -54,6 +63,7 @@ def read(source: str) -> _Expr:
         Unparsed: the grammar refuses it.
         TooLarge: it holds a number of more than `_MAX_BITS` bits.
     """
+    source = _INDEX.sub(_indexed, source)
     if re.search(r"(?<![\d_^])\d+\s+\d|\\text|\\ldots|\\or|\\and", source) or not source.strip():
         raise Unparsed(source)
     try:
@@ -75,11 +85,46 @@ def read(source: str) -> _Expr:
 _MIXED = re.compile(r"(?<![\w.}^)])(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}")
 
 
+_INDEX = re.compile(
+    r"(?<![A-Za-z\\])([A-Za-z]|\\(?!log|sum|prod|int|lim|max|min|ln)[A-Za-z]+)\s*_\s*"
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\\[A-Za-z]+|\w))"
+)
+_TAKEN = frozenset("EIei")  # constants of the grammar, unless they have an index
+
+
+def _indexed(match: re.Match[str]) -> str:
+    r"""``L_{\odot}``, ``T_{\text{eff}}``, ``E_1``: a symbol of its own whatever the index is made of."""
+    index = re.sub(r"\\(?:text|circ\b)?|[^A-Za-z0-9]", "", match[2] or match[3])
+    if not index or (match[1].isalpha() and match[1] not in _TAKEN and match[0].isalnum()):
+        return match.group()
+    return rf"\Xi_{{{match[1]}{index}}} " if match[1] in _TAKEN else rf"{match[1]}_{{{index}}} "
+
+
+def _degrees(source: str) -> str:
+    r"""``60^{\circ}`` to radians, in brackets, so that a function without brackets takes all of it."""
+    while (at := source.rfind(r"^{\circ}")) >= 0:
+        head, tail = source[:at].rstrip(), source[at + len(r"^{\circ}") :]
+        base = re.search(r"(?<![\d.])\d+(?:\.\d+)?$|\\[A-Za-z]+$|[A-Za-z]$", head[-40:])
+        start = len(head) - len(base[0]) if base else _opening(head) if head.endswith(")") else len(head)
+        value = head[start:]
+        radians = rf"(\frac{{{value}\pi}}{{180}})" if value else r"\cdot\frac{\pi}{180}"
+        source = head[:start] + radians + tail
+    return source
+
+
+def _opening(source: str) -> int:
+    """Where the bracket opens that the last character closes; the length of `source` if nowhere."""
+    depth = 0
+    for at in range(len(source) - 1, -1, -1):
+        depth += (source[at] == ")") - (source[at] == "(")
+        if depth == 0:
+            return at
+    return len(source)
+
+
 def _prepare(source: str) -> str:
     source = _MIXED.sub(lambda m: f"({m[1]}+\\frac{{{m[2]}}}{{{m[3]}}})" if int(m[2]) < int(m[3]) else m[0], source)
-    source = re.sub(r"(\d+(?:\.\d+)?|\))\s*\^\{\\circ\}", r"\1\\cdot\\frac{\\pi}{180}", source)
-    source = re.sub(r"\^\{\\circ\}", r"\\cdot\\frac{\\pi}{180}", source)
-    source = re.sub(r"\\mathbb\{?([A-Z])\}?", r"\1", source)
+    source = re.sub(r"\\mathbb\{?([A-Z])\}?", r"\1", _degrees(source))
     return re.sub(r"(?<!\d)(\d*+)\.(\d++)", _decimal, source)
 
 
@@ -114,6 +159,8 @@ def formulas_equal(gold: str, answer: str) -> bool:
     left, right = read(gold), read(answer)
     if left == right:
         return True
+    if (matrices := [_is_matrix(side) for side in (left, right)]) != [False, False]:
+        return all(matrices) and _matrices_equal(left.doit(), right.doit())
     if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):
         return bool(verify(left, right, timeout_seconds=None))
     if _infinite(left) or _infinite(right):
@@ -125,6 +172,16 @@ def formulas_equal(gold: str, answer: str) -> bool:
             *(read(re.sub(r"\\log(?![_A-Za-z]|\s*_)", r"\\ln", s)) for s in (gold, answer))
         )
     return False
+
+
+def _is_matrix(expr: _Expr) -> bool:
+    return isinstance(expr, (sympy.MatrixBase, sympy.MatrixExpr))
+
+
+def _matrices_equal(left: _Expr, right: _Expr) -> bool:
+    if not (isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase)):
+        return bool(left == right)
+    return left.shape == right.shape and all(equal(one, other) for one, other in zip(left, right, strict=True))
 
 
 def _infinite(expr: sympy.Expr) -> bool:
@@ -178,14 +235,17 @@ def _rounded(source: str, value: sympy.Expr, exact: sympy.Expr) -> bool:
         return False
     ulp = sympy.Rational(10) ** (int(found.group(3) or 0) - len(found.group(2)))
     gap = sympy.N(abs(value - exact), DIGITS)
-    return bool(gap.is_Float and gap <= ulp / 2)
+    printed = len((found.group(1) + found.group(2)).lstrip("0")) >= _PRINTED_DIGITS
+    return bool(gap.is_Float and (gap <= ulp / 2 or (printed and gap <= abs(exact) * _PRINTED_ERROR)))
 
 
 def _sampled(left: sympy.Expr, right: sympy.Expr) -> bool | None:
     """Compares at random points; None when too few points could be evaluated."""
     left, right = _done(left), _done(right)  # first, as limits and integrals bind variables
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    whole = _needs_integers(left) or _needs_integers(right)
+    whole = jumps.integers((left, right))
+    if _needs_integers(left) or _needs_integers(right):
+        whole |= {symbol for symbol in symbols if symbol.name[0] in _INTEGERS}
     usable = 0
     for point in _points(symbols, whole, small=left.has(sympy.Sum) or right.has(sympy.Sum)):
         pair = _done(left.subs(point)), _done(right.subs(point))
@@ -198,21 +258,23 @@ def _sampled(left: sympy.Expr, right: sympy.Expr) -> bool | None:
         if not agree:
             return False
         usable += 1
-    return True if usable >= _POINTS // 2 else None
+    if usable < _POINTS // 2:
+        return None
+    return not any(_is_zero(_done(left.subs(at)), _done(right.subs(at))) is False for at in jumps.suspects(left, right, whole))
 
 
 def _needs_integers(expr: sympy.Expr) -> bool:
-    discrete = expr.has(sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial)
+    discrete = expr.has(sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial, sympy.Mod)
     return discrete or any(power.base.is_negative for power in expr.atoms(sympy.Pow) if not power.exp.is_number)
 
 
-def _points(symbols: list[sympy.Symbol], whole: bool, small: bool) -> Iterable[dict[sympy.Symbol, sympy.Rational]]:
+def _points(symbols: list[sympy.Symbol], whole: set[sympy.Symbol], small: bool) -> Iterable[dict[sympy.Symbol, sympy.Rational]]:
     generator = random.Random(0)  # the same points every time: a grade must not depend on the run
     for index in range(2 * _POINTS):
         signed = index >= _POINTS
         point = {}
         for symbol in symbols:
-            integer = whole and symbol.name[0] in _INTEGERS
+            integer = symbol in whole
             value = (
                 generator.randint(2, 30)
                 if integer

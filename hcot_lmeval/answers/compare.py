@@ -16,7 +16,7 @@ import sympy
 from hcot_lmeval.answers import algebra, regions
 from hcot_lmeval.answers.literals import literals_equal
 from hcot_lmeval.answers.normalize import normalize, readings
-from hcot_lmeval.answers.structure import ORDER, Node, parse
+from hcot_lmeval.answers.structure import ORDER, Node, has_variable, parse, split
 from hcot_lmeval.answers.values import values_equal
 
 _ARGUMENT = r"\((?:[A-Za-z]|\\[A-Za-z]+ ?|\d+)(?:,[A-Za-z])*\)"
@@ -25,11 +25,20 @@ _NAME = (
     r"|\|?[A-Z]{1,4}(?:_\w)?\|?|\|[A-Za-z]\|"
 )
 _SEGMENT = r"(?:[A-Z]{1,4}|S_\{?[A-Z]+\}?|[A-Z]_\{?\w+\}?|S)"
-_LABEL = re.compile(
-    rf"(?:{_NAME}|\\angle ?[A-Z]+|\\(?:hat|bar|overline|vec)\{{?\\?\w+\}}?|\((?:(?:{_NAME}),)+(?:{_NAME})\)"
+_SINGLE_LABEL = re.compile(
+    rf"(?:{_NAME}|\\angle ?[A-Z]+|\\(?:hat|bar|overline|vec)\{{?\\?\w+\}}?"
     rf"|\\frac\{{{_SEGMENT}\}}\{{{_SEGMENT}\}}|{_SEGMENT}[:/]{_SEGMENT})"
 )
-_CALL = re.compile(r"([A-Za-z])\(([A-Za-z])\)$")
+
+
+def _is_label(text: str) -> bool:
+    """Whether `text` is a name, or a tuple of names."""
+    if text.startswith("(") and text.endswith(")") and "," in text:
+        return all(_SINGLE_LABEL.fullmatch(name) for name in split(text[1:-1], frozenset(","))[0])
+    return _SINGLE_LABEL.fullmatch(text) is not None
+
+
+_CALL = re.compile(r"([A-Za-z])\(([a-z])\)$")
 
 
 def answers_equal(gold: str, answer: str) -> bool:
@@ -91,6 +100,8 @@ def _every(compare: Callable[[Node, Node], bool], pairs: Iterable[tuple[Node, No
 
 def equal(gold: Node, answer: Node) -> bool:
     """Whether two parsed answers are equal; `gold` is the reference."""
+    if bool(gold.modulus) != bool(answer.modulus):
+        gold, answer = _remainder(gold), _remainder(answer)
     if gold.modulus and gold.modulus != answer.modulus:
         return False
     if not _conditions_agree(gold.condition, answer.condition):
@@ -102,6 +113,8 @@ def equal(gold: Node, answer: Node) -> bool:
     if (either := _relations(gold, answer)) is not None:
         return either
     answer = _renamed(answer, gold)
+    if not _names_agree(gold, answer):
+        return False
     if (named := _named_values(gold, answer)) is not None:
         return named
     return _parts(_unlabel(gold), _unlabel(answer))
@@ -113,9 +126,22 @@ def _same(gold: Node, answer: Node) -> bool:
     )
 
 
+def _remainder(node: Node) -> Node:
+    r"""``5 \mod 3`` as the number that it is; anything else as it is."""
+    if node.marks != ("mod",) or not node.modulus.isdigit():
+        return node
+    value = algebra.read(node.source).doit()
+    if value.is_Integer and int(node.modulus):
+        return parse(str(value % int(node.modulus)))
+    return Node("leaf", node.text, rf"({node.source}) \mod {node.modulus}")
+
+
+_HARMLESS = re.compile(r"\\neq|\\in\\mathbb|integer|real|constant")
+
+
 def _conditions_agree(gold: str, answer: str) -> bool:
-    if not answer:
-        return True
+    if not answer or (not gold and _HARMLESS.search(answer) and not re.search(r"[<>]|\\[lg]eq", answer)):
+        return True  # the reference does not say what is left out; where a formula has no value, nothing is
     return gold == answer or _bag(gold) == _bag(answer)
 
 
@@ -197,20 +223,13 @@ def _try(gold: Node, answer: Node) -> bool:
 
 def _is_equation(node: Node) -> bool:
     """``2x + y = 3``, unlike the labelled value ``x = 3`` or the sum ``9 + 24 = 33``."""
-    if node.kind != "chain" or set(node.marks) != {"="} or len(node.items) != 2 or _LABEL.fullmatch(node.items[0].text):
+    if node.kind != "chain" or set(node.marks) != {"="} or len(node.items) != 2 or _is_label(node.items[0].text):
         return False
-    return _has_variable(node.items[0].text)
+    return has_variable(node.items[0].text)
 
 
 def _is_assignment(node: Node) -> bool:
     return node.kind == "chain" and node.marks == ("=",)
-
-
-def _has_variable(text: str) -> bool:
-    return (
-        re.search(r"(?<![A-Za-z\\])[a-zA-Z](?![A-Za-z])|(?<!\\)\b[xyz]{2,3}\b", re.sub(r"\\[A-Za-z]+", " ", text))
-        is not None
-    )
 
 
 def _equations_equal(gold: Node, answer: Node) -> bool:
@@ -230,8 +249,10 @@ def _ratio(sides: list[tuple[str, str]]) -> sympy.Expr | None:
 
 
 def _labels(node: Node) -> tuple[str, ...]:
+    """What each value is called; words like "area" call it nothing that could differ."""
     items = node.items if node.kind == "list" else (node,)
-    return tuple(item.items[0].text if item.kind == "chain" and item.marks[0] in ("=", "in") else "" for item in items)
+    named = [item.kind == "chain" and item.marks[0] in ("=", "in") and item.items[0].kind != "text" for item in items]
+    return tuple(item.items[0].text if name else "" for item, name in zip(items, named, strict=True))
 
 
 def _renamed(answer: Node, gold: Node) -> Node:
@@ -264,6 +285,30 @@ def _named_values(gold: Node, answer: Node) -> bool | None:
     return _every(_parts, pairs)
 
 
+def _names_agree(gold: Node, answer: Node) -> bool:
+    """Whether values that both sides name have a name in common, where a name may lack an index."""
+    one, other = ({_name(label) for label in _labels(node) if re.search("[A-Za-z]", label)} for node in (gold, answer))
+    if not one or not other:
+        return True
+    if gold.kind == answer.kind == "list" and _all_named(gold) and _all_named(answer) and len(one) == len(other):
+        return all(any(_same_name(a, b) for b in other) for a in one)
+    stems = gold.kind == answer.kind == "list"  # x_1 = 2, x_2 = 3: roots have no order
+    return any(_same_name(a, b, stems) for a in one for b in other)
+
+
+def _name(label: str) -> str:
+    label = re.sub(r"\\(?:angle|overline|vec|hat|bar|left|right)(?![A-Za-z])|[(){}|\s]", "", label)
+    return "".join(sorted(label)) if re.fullmatch("[A-Z]{2}", label) else label
+
+
+def _same_name(one: str, other: str, stems: bool = False) -> bool:
+    (stem, _, index), (other_stem, _, other_index) = one.partition("_"), other.partition("_")
+    if stem == other_stem:
+        return stems or index == other_index or not (index and other_index)
+    function = other if one == "y" else one if other == "y" else ""
+    return bool(re.fullmatch(r"[A-Za-z]'*[a-z]", function))  # y is f(x)
+
+
 def _all_named(node: Node) -> bool:
     stems = [label.split("_")[0] for label in _labels(node)]
     return len(stems) > 1 and all(stems) and len(set(stems)) == len(stems)
@@ -272,7 +317,7 @@ def _all_named(node: Node) -> bool:
 def _unlabel(node: Node) -> Node:
     r"""``x = 3`` to 3, ``n = 1, 2, 3`` to the list; ``x = 5 + 6 = 11`` to 11; ``1/3 \approx 0.33`` to 1/3."""
     if node.kind == "list":
-        return replace(node, items=tuple(_unlabel(item) for item in node.items))
+        return replace(node, items=tuple(item if item.kind == "list" else _unlabel(item) for item in node.items))
     if node.kind != "chain":
         return node
     items, marks = list(node.items), list(node.marks)
@@ -282,10 +327,26 @@ def _unlabel(node: Node) -> Node:
     if "~" in marks:
         cut = marks.index("~")
         keep = items[: cut + 1]
-        if len(keep) > 1 or not _LABEL.fullmatch(keep[0].text):
+        if cut == 0 and not _is_label(keep[0].text) and not _approximates(*items[cut : cut + 2]):
+            return node
+        if len(keep) > 1 or not _is_label(keep[0].text):
             return _unlabel(_chain(keep, marks[:cut], node))
         return items[-1]
     return items[-1] if set(marks) <= {"=", "in"} else node
+
+
+def _approximates(value: Node, shown: Node) -> bool:
+    r"""Whether ``value \approx shown`` is a rounding, unlike the range ``41 \sim 60``; True for what is no decimal."""
+    found = re.fullmatch(r"-?(\d+)(?:\.(\d+))?", shown.text)
+    if value.kind != "leaf" or not found:
+        return True
+    exact = algebra.read(value.source)
+    if exact.free_symbols:
+        return True
+    zeros = len(found[1]) - len(found[1].rstrip("0"))
+    place = sympy.Rational(10) ** -len(found[2]) if found[2] else sympy.Rational(10) ** zeros / 2
+    gap = sympy.N(abs(exact - algebra.read(shown.source)), 15)
+    return bool(gap.is_Float or gap.is_Rational) and bool(gap <= place) and bool(4 * gap <= abs(exact))
 
 
 def _chain(items: list[Node], marks: list[str], node: Node) -> Node:
@@ -330,6 +391,8 @@ _NEGATIONS = frozenset(
 
 
 def _texts_equal(gold: Node, answer: Node) -> bool:
+    if gold.items or answer.items:
+        return _choices_equal(gold, answer)
     if gold.text in _NEGATIONS and answer.text in _NEGATIONS:
         return True
     words = [re.sub(r"[\s*]", "", node.text) for node in (gold, answer)]
@@ -339,6 +402,19 @@ def _texts_equal(gold: Node, answer: Node) -> bool:
     if choice and len(words[0]) == 1 and answer.kind == "list" and answer.items:
         return False
     return words[0].lower() == words[1].lower()
+
+
+def _choices_equal(gold: Node, answer: Node) -> bool:
+    """A choice with its text is the choice, and is the text; where both sides write both, both agree."""
+    texts = [node.items[0] if "choice" in node.marks and node.items else None for node in (gold, answer)]
+    letters = [node.text.strip("()").split(":")[0].upper() for node in (gold, answer)]
+    if texts[0] and texts[1]:
+        return letters[0] == letters[1] and equal(*texts)
+    if letters[0] == letters[1]:
+        return True
+    if "choice" in gold.marks and "choice" in answer.marks:
+        return False
+    return equal(texts[0] or gold, texts[1] or answer)
 
 
 def _tuples_equal(gold: Node, answer: Node) -> bool:
@@ -369,5 +445,9 @@ def _collections_equal(gold: Node, answer: Node) -> bool:
         return len(one) == len(other) and _every(_parts, zip(one, other, strict=True))
     one = gold.items if gold.kind in ("list", "set") else (gold,)
     other = answer.items if answer.kind in ("list", "set") else (answer,)
-    found = _every(lambda item, _: _some(_parts, ((item, value) for value in other)), ((item, item) for item in one))
-    return found and _every(lambda value, _: _some(_parts, ((item, value) for item in one)), ((v, v) for v in other))
+    found = _every(lambda item, _: _some(_members, ((item, value) for value in other)), ((item, item) for item in one))
+    return found and _every(lambda value, _: _some(_members, ((item, value) for item in one)), ((v, v) for v in other))
+
+
+def _members(gold: Node, answer: Node) -> bool:
+    return equal(gold, answer) if "list" in (gold.kind, answer.kind) else _parts(gold, answer)

@@ -40,7 +40,7 @@ _COMMANDS = (
     *_FUNCTIONS, *_GREEK,
     "cdot", "times", "frac", "binom", "infty", "leq", "geq", "neq", "approx", "equiv", "pm", "mp", "cup", "cap", "in",
     "notin", "setminus", "text", "mathbb", "sum", "prod", "int", "lim", "lfloor", "rfloor", "lceil", "rceil", "pmod",
-    "bmod", "mod", "overline", "bar", "hat", "emptyset", "circ",
+    "mod", "overline", "bar", "hat", "emptyset", "circ",
 )  # fmt: skip
 _KNOWN = frozenset(_COMMANDS)
 
@@ -51,7 +51,7 @@ _ALIASES = {
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "varnothing": "emptyset", "degree": "^{\\circ}",
     "Rightarrow": "implies", "Longrightarrow": "implies", "therefore": "implies", "rightarrow": "to", "colon": ":",
     "land": "and", "wedge": "and", "lor": "or", "vee": "or", "infin": "infty", "backslash": "setminus",
-    "arctg": "arctan",
+    "arctg": "arctan", "bmod": "mod",
     "tg": "tan", "ctg": "cot", "reals": "mathbb{R}", "R": "mathbb{R}", "N": "mathbb{N}", "Z": "mathbb{Z}",
     "sim": "approx",
     "percent": "%", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "simeq": "approx", "langle": "(",
@@ -89,10 +89,12 @@ def normalize(text: str) -> str:
 def readings(text: str, other: str) -> list[str]:
     """Returns the readings of a normalized answer: digits grouped by commas are one number or several.
 
-    A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
+    In 2e-4, e is the base of the powers of ten or a factor. A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
     """
     joined = re.sub(rf"(?<![\d,.])(?:{_GROUPED}|{_INDIAN})(?!,?\d)", lambda match: match.group().replace(",", ""), text)
     found = [joined, text] if joined != text else [text]
+    printed = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1\\cdot 10^{\2}", text)
+    found += [printed] if printed != text else []
     if re.fullmatch(r"-?(?:\d+,\d{2,}|0,\d)", text) and re.fullmatch(r"-?\d+\.\d+", other):
         found.append(text.replace(",", "."))
     return found
@@ -179,10 +181,12 @@ _OTHER = frozenset({"pitchfork", "sech", "csch", "minus", "lnot"})
 
 def _unwrap(match: re.Match[str]) -> str:
     word = (match.group(1) if match.group(1) is not None else match.group(2)).strip()
+    if word in ("min", "sec") and re.search(r"[\d})]\s*$", match.string[max(0, match.start() - 4) : match.start()]):
+        return f"\0{{{word}}}"  # a unit of time
     if word in _FUNCTIONS:
         return rf"\{word} "
     is_math = len(word) <= 1 or not re.search(r"[^\W\d_]{2,}", word)
-    text = match.group().startswith((r"\text", r"\mbox", r"\hbox"))
+    text = match.group().startswith((r"\text", r"\mbox", r"\hbox")) or bool(re.match(r"\s", match.group(1) or ""))
     return (
         f" {word} "
         if is_math and not (text and any(char.isalpha() for char in word))
@@ -195,23 +199,61 @@ def _words(text: str) -> str:
     text = re.sub(r"\{([^{}]*)\}", _choose, text) if r"\choose" in text else text
     text = _TIGHT_OR.sub(r" \\or ", _OR.sub(r" \\or ", _AND.sub(r" \\and ", text)))
     text = re.sub(
-        r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text
+        r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln|gcd|lcm)(?![A-Za-z])", r"\\\1 ", text
     )
-    text = text.replace(r"\infinity", r"\infty")
-    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    text = _calls(_quantities(text.replace(r"\infinity", r"\infty").replace("**", "^")))
+    text = re.sub(r"\^\s*(-\s*\d+)", r"^{\1}", text)
     text = re.sub(r"<=|=<", r"\\leq ", text)
-    return re.sub(r">=", r"\\geq ", text).replace("!=", r"\neq ").replace("**", "^").replace("*", r"\cdot ")
+    return re.sub(r">=", r"\\geq ", text).replace("!=", r"\neq ").replace("*", r"\cdot ")
+
+
+_ORDINAL = re.compile(
+    r"(?<=\d)\s*(?:\^?\s*\{?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|\^\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}?"
+    r"|(?:st|nd|rd|th)(?![A-Za-z])|(?=\\text\s*\{)(\\text\s*\{)\s*(?:st|nd|rd|th)\b)"
+)
+_QUANTITY = re.compile(r"\\text\s*\{\s*(-?\d[\d.,:/]*)\s*([A-Za-z]+\.?(?:[ /]?[A-Za-z]+\.?){0,2})?\s*\}")
+
+
+def _quantities(text: str) -> str:
+    r"""``\text{7:45 p.m.}`` to ``7:45 \text{p.m.}``; ``9^{\text{th}}`` to 9."""
+    text = _QUANTITY.sub(lambda match: f"{match[1]} \\text{{{match[2]}}}" if match[2] else match[1], text)
+    text = _ORDINAL.sub(lambda match: match[1] or "", text)
+    return re.sub(r"(?<=\d) ([a-z]{4,})$", r" \\text{\1}", text)
+
+
+_CALL = re.compile(r"(\^)\s*\(|\\(sqrt)\s*\(|(?:\\text\s*\{\s*)?(?<![A-Za-z\\])(floor|ceil(?:ing)?|abs)\s*\}?\s*\(")
+_BRACKETS = {
+    "^": ("^{", "}"), "sqrt": (r"\sqrt{", "}"), "floor": (r"\lfloor ", r"\rfloor "), "ceil": (r"\lceil ", r"\rceil "),
+    "ceiling": (r"\lceil ", r"\rceil "), "abs": ("|", "|"),
+}  # fmt: skip
+
+
+def _calls(text: str) -> str:
+    """``floor(x)``, ``sqrt(x)``, ``2^(x)`` to the brackets of LaTeX."""
+    calls = {call.end() - 1: call for call in _CALL.finditer(text)}
+    if not calls:
+        return text
+    edits, stack = [], []
+    for at, char in enumerate(text):
+        if char == "(":
+            stack.append(at)
+        elif char == ")" and stack and (call := calls.get(stack.pop())):
+            name = next(group for group in call.groups() if group)
+            edits += [(call.start(), call.end(), _BRACKETS[name][0]), (at, at + 1, _BRACKETS[name][1])]
+    out, end = [], 0
+    for start, stop, new in sorted(edits):
+        out += [text[end:start], new]
+        end = stop
+    return "".join([*out, text[end:]])
 
 
 def _connective(match: re.Match[str]) -> str:
     r"""``\text{2 and 3}`` to ``\text{2} and \text{3}``, at its last "and" or "or"."""
-    for word in reversed(list(re.finditer(r"\b(?:and|or)\s(?=.)", match[1], re.DOTALL))):
-        left, right = match[1][: word.start()], match[1][word.end() :]
-        if left.strip(" ,\t\n"):
-            return rf"\text{{{left}}} {word.group().strip()} \text{{{right}}}"
-        break
-    return match.group()
+    words = list(re.finditer(r"\b(?:and|or)\s(?=.)", match[1], re.DOTALL))
+    if not words or not match[1][: words[-1].start()].strip(" ,\t\n"):
+        return match.group()
+    left, right = match[1][: words[-1].start()], match[1][words[-1].end() :]
+    return rf"\text{{{left}}} {words[-1].group().strip()} \text{{{right}}}"
 
 
 def _choose(match: re.Match[str]) -> str:

@@ -93,7 +93,7 @@ def _number(node: Node) -> sympy.Expr:
 def _solve(node: Node) -> sympy.Set | None:
     if set(node.marks) <= {"in", "="}:
         return _convert(node.items[-1])
-    sides: list[Any] = [algebra.read(item.source) if item.kind == "leaf" else None for item in node.items]
+    sides: list[Any] = [_side(item) if item.kind == "leaf" else None for item in node.items]
     if any(side is None for side in sides):
         return None
     variables = set().union(*(side.free_symbols for side in sides))
@@ -102,6 +102,12 @@ def _solve(node: Node) -> sympy.Set | None:
     variable = variables.pop()
     steps = zip(sides, node.marks, sides[1:], strict=False)
     return sympy.Intersection(*(_solution(a, mark, b, variable) for a, mark, b in steps))
+
+
+def _side(item: Node) -> sympy.Expr:
+    """A formula; a value like ``g(x)`` is the variable of which the inequality speaks."""
+    called = re.fullmatch(r"[A-Za-z]'*(?:_\w)?\([A-Za-z](?:,[A-Za-z])*\)", item.text)
+    return sympy.Symbol(item.text, real=True) if called else algebra.read(item.source)
 
 
 def _solution(left: sympy.Expr, mark: str, right: sympy.Expr, variable: sympy.Symbol) -> sympy.Set:

@@ -35,7 +35,7 @@ class Node:
         items: the parts: of a list, tuple, set, union, chain; the cells of a matrix, row by row.
         marks: relations of a chain; brackets of a tuple; separators of a list; (rows, columns) of a matrix.
         unit: a unit or other words that followed a value ("cm^2"), without spaces; "%" and "deg" for those signs.
-        modulus: ``\pmod{..}`` of a congruence.
+        modulus: ``\pmod{..}`` of a congruence; with the mark "mod", of the operator in ``5 \mod 3``.
         condition: "where .." or "for .." that followed, canonical.
     """
 
@@ -132,6 +132,13 @@ def _condition(source: str) -> tuple[str, str]:
     if found and source[: found.start()].strip(" ,"):
         condition = (found.group(1) or "") + source[found.end() :]
         return source[: found.start()].strip(" ,"), compact(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", condition)).lower()
+    parts, _ = split(source, frozenset({","}))
+    kept = len(parts)
+    while kept and r"\neq" in parts[kept - 1]:
+        kept -= 1
+    value = ",".join(parts[:kept]).strip(" ,")
+    if kept < len(parts) and value and not _RESTRICTS.search(value):
+        return value, compact(",".join(parts[kept:]))
     trailing = re.search(r"\(([^()]*)\)$", source)
     if trailing and source[: trailing.start()].strip() and _RESTRICTS.search(trailing.group(1)):
         return source[: trailing.start()].strip(), compact(trailing.group(1))
@@ -144,7 +151,7 @@ def _as_list(source: str) -> Node | None:
         parts = [part for part in parts if part.strip()]
         if len(parts) > 1:
             items = tuple(_parse(part) for part in parts)
-            items = items if ";" in marks else _flat(items)
+            items = items if ";" in marks else _grouped(_flat(items))
             return Node("list", ",".join(item.text for item in items), source, items, tuple(marks))
     return None
 
@@ -154,18 +161,40 @@ def _flat(items: tuple[Node, ...]) -> tuple[Node, ...]:
     return tuple(piece for item in items for piece in (item.items if item.kind == "list" else (item,)))
 
 
+def _grouped(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """``p = 3, q = 2, p = 5, q = 2`` are two solutions of two values: names that come again begin a new one."""
+    names = [item.items[0].text if item.kind == "chain" and item.marks == ("=",) else "" for item in items]
+    width = names.index(names[0], 1) if names[0] in names[1:] else 0
+    if width < 2 or not all(names) or names != names[:width] * (len(names) // width):
+        return items
+    groups = [items[at : at + width] for at in range(0, len(items), width)]
+    return tuple(Node("list", ",".join(item.text for item in group), "", group, (",",)) for group in groups)
+
+
+def has_variable(text: str) -> bool:
+    """Whether a letter in `text` stands alone, or x, y, z stand together."""
+    return (
+        re.search(r"(?<![A-Za-z\\])[a-zA-Z](?![A-Za-z])|(?<!\\)\b[xyz]{2,3}\b", re.sub(r"\\[A-Za-z]+", " ", text))
+        is not None
+    )
+
+
 def _as_modular(source: str) -> Node | None:
     found = re.search(r"(?<![({\s])[({\s]*+\\(?:pmod|mod|bmod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?$|\(mod\s*(\w+)\)$", source)
     if not found or not source[: found.start()].strip() or "mod" in source[: found.start()]:
         return None
     modulus = next(group for group in found.groups() if group)
-    return replace(_parse(source[: found.start()]), modulus=compact(modulus))
+    node = replace(_parse(source[: found.start()]), modulus=compact(modulus))
+    operator = node.kind == "leaf" and r"\mod" in found.group()
+    return replace(node, marks=("mod",)) if operator else node
 
 
 def _as_chain(source: str) -> Node | None:
     parts, marks = split(source, _RELATIONS)
     if not marks:
         return None
+    if marks == ["="] and parts[0].strip() and has_variable(parts[1]) and not has_variable(parts[0]):
+        parts = [parts[1], parts[0]]  # 3 = x
     items = tuple(_parse(part) if part.strip() else Node("leaf", "", "") for part in parts)
     relations = tuple(_RELATIONS[mark] for mark in marks)
     text = items[0].text + "".join(mark + item.text for mark, item in zip(relations, items[1:], strict=True))
@@ -203,9 +232,12 @@ def _as_matrix(source: str) -> Node | None:
 def _as_text(source: str) -> Node | None:
     r"""Words: everything is in ``\text``, or it is a plain word, or a choice like (B)."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", source)
-    choice = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)", bare.strip())
+    choice = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)|\(?\s*([A-J])\s*[).]\s(.*\S.*)", bare.strip(), re.DOTALL)
     if choice:
-        return Node("text", choice.group(1), source, marks=("choice",))
+        rest = source[source.index(choice.group(2)) :].lstrip(str(choice.group(2)) + ").} ") if choice.group(2) else ""
+        items = (_parse(_closed(rest)),) if rest else ()
+        text = choice.group(1) or ":".join([choice.group(2), *(item.text for item in items)])
+        return Node("text", text, source, items, ("choice",))
     if not re.fullmatch(r"[^\W\d_][^\\^_{}=<>+*/\d]*", bare.strip()):
         return None
     words = re.sub(r"[^\w\s]", " ", bare).split()
@@ -216,6 +248,11 @@ def _as_text(source: str) -> Node | None:
     kept = [word for word in words if word.lower() not in ("the", "a", "an")] or words
     words_text = " ".join(kept).lower() if len("".join(kept)) > 1 else kept[0]
     return Node("text", words_text, source)
+
+
+def _closed(rest: str) -> str:
+    r"""What follows the letter of a choice, ``Ellipse}`` with the ``\text{`` that it was in."""
+    return rf"\text{{{rest}" if rest.count("}") > rest.count("{") else rest
 
 
 def _as_bracketed(source: str) -> Node | None:
@@ -259,27 +296,51 @@ def _as_signs(source: str) -> Node | None:
     return Node("list", ",".join(item.text for item in items), source, items, ("\\pm",))
 
 
-_PLAIN_UNIT = re.compile(
-    r"(?<=[\d})])\s*((?:(?:square|cubic|sq|cu)\.?\s*)?(?:cm|mm|km|dm|m|kg|g|mg|lb|oz|ft|in|yd|mi|mph|s|h|hr|min|ml|l|"
+_NAME = (
+    r"(?:(?:square|cubic|sq|cu)\.?\s*)?(?:cm|mm|km|dm|m|kg|g|mg|lb|oz|ft|in|yd|mi|mph|s|hr|h|min|ml|l|"
     r"units?|meters?|metres?|centimeters?|centimetres?|kilometers?|inch(?:es)?|foot|feet|yards?|miles?|hours?|minutes?|"
     r"seconds?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|percent(?:age)?|pct|pounds?|ounces?|grams?|liters?|"
-    r"litres?|people|students|ways|points?|coins?|apples?|books?)\.?)\s*(\^\s*\{?\d\}?)?$"
+    r"litres?|people|students|ways|points?|coins?|apples?|books?|[ap]\.?m|[AP]M)\.?"
 )
+_POWER = r"\s*\^\s*(?:\{\s*-?\d\s*\}|\d)"
+_PLAIN_UNIT = re.compile(rf"(?<=[\d}})])\s*{_NAME}(?:{_POWER})?(?:\s*(?:/|\\cdot(?![A-Za-z]))\s*{_NAME}(?:{_POWER})?)*$")
+_WORDS = r"\\text\s*\{(?:[^{}]|\^\{[^{}]*\})*\}"
+_PIECE = re.compile(rf"{_WORDS}|{_POWER}|/|\\cdot(?![A-Za-z])|\s+|(?<=[/ ])[A-Za-z]{{1,3}}(?![A-Za-z(])")
+_SIGNS = {"%": re.compile(r"\s*\\%$|(?<=[\d}])\s*%$"), "deg": re.compile(r"\s*\^\{\\circ\}\s*[CF]?$")}
+_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_SAME_UNIT = {"percent": "%", "percentage": "%", "pct": "%", "degree": "deg", "degrees": "deg"}
 
 
 def _as_quantity(source: str) -> Node | None:
-    r"""A value and what it is measured in: ``5\text{ cm}^2``, ``90^{\circ}``, ``20\%``, ``20 percent``."""
-    for pattern, unit in ((r"\s*\\%$|(?<=[\d}])\s*%$", "%"), (r"\s*\^\{\\circ\}\s*[CF]?$", "deg")):
-        found = re.search(pattern, source)
-        if found and _balanced(source[: found.start()]):
-            return replace(_parse(source[: found.start()]), unit=unit)
-    found = re.search(r"\\text\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?$", source) or _PLAIN_UNIT.search(source)
-    if not found or not source[: found.start()].strip(" ~") or not _balanced(source[: found.start()]):
+    r"""A value and what it is measured in: ``5\text{ cm}^2``, ``90^{\circ}``, ``20\%``, ``20 percent``, ``3 m/s``."""
+    for unit, pattern in _SIGNS.items():
+        if found := pattern.search(source):
+            value = source[: found.start()]
+            last = split(value, frozenset("+-"))[0][-1]
+            doubled = pattern.search(value) or (unit == "deg" and _ANGLE.search(last))  # \cos 60^\circ has no unit
+            return replace(_parse(value), unit=unit) if _balanced(value) and not doubled else None
+    start = _words_at_end(source)
+    if start is None:
+        plain = _PLAIN_UNIT.search(source)
+        start = plain.start() if plain else None
+    if start is None or not source[:start].strip(" ~") or not _balanced(source[:start]):
         return None
-    power = re.sub(r"\D", "", found.group(2) or "")
-    words = re.sub(r"[\s.]+", " ", found.group(1)).strip().lower()
-    unit = {"percent": "%", "percentage": "%", "pct": "%", "degree": "deg", "degrees": "deg"}.get(words, words)
-    return replace(_parse(source[: found.start()]), unit=unit + power)
+    words = re.sub(r"\\text\s*\{|\\cdot|[{}^]", lambda match: "" if match.group() in "{}^" else " ", source[start:])
+    words = re.sub(r"\s*/\s*", "/", re.sub(r"[\s.]+", " ", words)).strip().lower()
+    words = re.sub(r"\s+(?=-?\d)", "", re.sub(r"\b([ap]) m\b", r"\1m", words))
+    return replace(_parse(source[:start]), unit=_SAME_UNIT.get(words, words))
+
+
+def _words_at_end(source: str) -> int | None:
+    r"""Where the words at the end of `source` begin: all of ``\text{ J kg}^{-1} \text{ K}^{-1}``."""
+    start, end = None, 0
+    for piece in _PIECE.finditer(source):
+        if piece.start() != end:
+            start = None
+        if start is None and piece.group().startswith(r"\text"):
+            start = piece.start()
+        end = piece.end()
+    return start if end == len(source) else None
 
 
 def _balanced(source: str) -> bool:

@@ -41,19 +41,24 @@ _Size = tuple[tuple[tuple[str, int], ...], Fraction]  # dimensions with their po
 
 
 def _size(unit: str) -> _Size | None:
-    parts = [_single(part.strip()) for part in re.split(r"/| per ", "mi/h" if unit == "mph" else unit)]
-    if any(part is None for part in parts):
-        return None
-    signed = [(part, 1 if index == 0 else -1) for index, part in enumerate(parts) if part is not None]
     factor = Fraction(1)
-    for (_, _, size), sign in signed:
-        factor *= size**sign
-    return tuple(sorted((dimension, power * sign) for (dimension, power, _), sign in signed)), factor
+    dimensions: dict[str, int] = {}
+    for index, side in enumerate(re.split(r"/| per ", "mi/h" if unit == "mph" else unit)):
+        whole = _single(side.strip())
+        parts = [whole] if whole else [_single(part) for part in side.split()]
+        for part in parts:
+            if part is None:
+                return None
+            dimension, power, size = part
+            sign = 1 if index == 0 else -1
+            factor *= size**sign
+            dimensions[dimension] = dimensions.get(dimension, 0) + power * sign
+    return tuple(sorted(item for item in dimensions.items() if item[1])), factor
 
 
 def _single(unit: str) -> tuple[str, int, Fraction] | None:
-    found = re.fullmatch(r"(.*?)(\d?)", unit)
-    name, power = found.group(1).strip(), int(found.group(2) or 1)  # type: ignore[union-attr]
+    found = re.fullmatch(r"(.*?)(-?\d?)", unit)
+    name, power = found.group(1).strip(), int(found.group(2).strip("-") or 1) * (-1 if "-" in found.group(2) else 1)  # type: ignore[union-attr]
     if worded := _SQUARED.match(name):
         name, power = worded.group(2), 2 if worded.group(1).startswith("sq") else 3
     name = name if name in _UNITS else name.removesuffix("s")

@@ -13,12 +13,23 @@ def values_equal(gold: Node, answer: Node) -> bool:
     """Whether two leaves have the same value, in whatever unit, base or form of a ratio they are written."""
     if not (_bases_agree(gold.source, answer.source)):
         return False
+    if {gold.unit, answer.unit} == {"am", "pm"}:
+        return False
     if ":" in gold.source + answer.source:
         return _ratios_equal(gold.source, answer.source)
     factor = _unit_factor(gold, answer)
     if factor is None:
         return False
-    return any(_scaled_equal(gold.source, answer.source, scale) for scale in factor)
+    if any(_scaled_equal(gold.source, answer.source, scale) for scale in factor):
+        return True
+    one, other = _unit_as_factor(gold, answer), _unit_as_factor(answer, gold)
+    return (one, other) != (gold.source, answer.source) and algebra.formulas_equal(one, other)
+
+
+def _unit_as_factor(node: Node, other: Node) -> str:
+    r"""The source of ``\frac{5}{3} m``, with m a variable if the other side's formula holds it."""
+    variable = re.fullmatch("[a-z]", node.unit) and not other.unit and node.unit in re.sub(r"\\[A-Za-z]+", "", other.text)
+    return rf"({node.source})\cdot {node.unit}" if variable else node.source
 
 
 def _scaled_equal(gold: str, answer: str, scale: str) -> bool:
