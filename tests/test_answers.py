@@ -20,8 +20,12 @@ from hypothesis import strategies as st
 
 from hcot_lmeval import answers
 from hcot_lmeval.answers import extract_answer, grade, is_equivalent
+from hcot_lmeval.answers import pool as pool_module
+from hcot_lmeval.answers.extract import strip_blocks
 from hcot_lmeval.answers.pool import Pool, Worker, shared_pool
+from hcot_lmeval.markup import PRESETS, resolve_markers
 from hcot_lmeval.response import Response
+from hcot_lmeval.trace import LiveContext, push_all
 
 CASES = json.loads((Path(__file__).parent / "data" / "answer_cases.json").read_text())
 DATA = os.environ.get("HCOT_LMEVAL_TEST_DATA")
@@ -125,11 +129,69 @@ def test_fallback_is_separate(text, answer):
     assert extract_answer(text) == (answer if r"\boxed{33}" in text else None)
 
 
+HCOT, MEMENTO, PENCIL = PRESETS["hcot"], PRESETS["memento"], PRESETS["pencil"]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a[THOUGHT]b[SOLUTION]c[RETURN]d", "acd"),
+        ("a[THOUGHT]c[RETURN]d", "acd"),  # what a prune leaves behind
+        ("[THOUGHT]a[SOLUTION]b[SOLUTION]c[RETURN]", "c"),  # the solution starts at the last split
+        ("[THOUGHT]a[SOLUTION]b[SOLUTION]c", "c"),
+        ("[THOUGHT]a[THOUGHT]b[SOLUTION]c[RETURN]d[SOLUTION]e[RETURN]", "e"),
+        ("x[THOUGHT]a[SOLUTION]b[THOUGHT]c", "xb"),
+        ("x[THOUGHT]a[THOUGHT]b[SOLUTION]c[RETURN]", "x"),
+        ("a[RETURN]b[SOLUTION]c", "abc"),  # with no block open, markers are text
+        ("a[CALL]b[SEP]c[RETURN]d", "acd"),
+        ("a[CALL]b[CALL]c[SEP]d[RETURN]e", "a"),
+        ("a[CALL]b[THOUGHT]c[SEP]d[RETURN]", "ad"),  # another notation's marker is text
+        ("a<|block_start|>b<|block_end|><|summary_start|>c<|summary_end|>d", "acd"),
+        ("a<|block_start|>b<|block_start|>c<|block_end|><|summary_start|>d<|summary_end|>e", "ade"),  # flat: text
+        ("a<|block_start|><|block_end|><|summary_start|>c<|summary_end|>d", "acd"),
+        ("a<|block_start|>b<|block_end|>c", "ac"),
+        ("a<|summary_start|>b", "ab"),
+    ],
+)
+def test_blocks_follow_the_pruning_rule(text, left):
+    assert strip_blocks(text) == left
+
+
+@given(st.sampled_from([HCOT, MEMENTO, PENCIL]), st.data())
+def test_blocks_of_text_are_blocks_of_tokens(markup, data):
+    """What is left of a text is what the rule leaves of its tokens, less the markers and open blocks' thoughts."""
+    pieces = [markup.open, *data.draw(st.lists(st.sampled_from([*markup.markers, "a", "b", "c"]), max_size=25))]
+    names = [*markup.markers, "a", "b", "c"]
+    context = LiveContext(resolve_markers(markup, names.index), "recompute")
+    push_all(context, [names.index(piece) for piece in pieces])
+    hidden = {at for start, stop in context.thoughts for at in range(start, stop)}
+    live = [names[token] for at, token in enumerate(context.live) if at not in hidden]
+    assert strip_blocks("".join(pieces)) == "".join(piece for piece in live if piece in "abc")
+
+
 def test_extraction_is_linear():
     started = time.perf_counter()
-    for text in (r"\boxed{" * 100_000, r"\boxed{1}" * 100_000, "[THOUGHT]" * 50_000, "{" * 10**6, "<think>" * 10**5):
+    for text in (
+        r"\boxed{" * 100_000, r"\boxed{1}" * 100_000, "[THOUGHT]" * 50_000, "{" * 10**6, "<think>" * 10**5,
+        r"\( " * 100_000, "**answer** " * 30_000, "answer $ " * 30_000, "x" + " " * 10**6 + "I hope it is correct",
+        "[THOUGHT]a[SOLUTION]b" * 5000 + "[RETURN]" * 5000,
+    ):  # fmt: skip
         extract_answer(text, fallback=True)
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 20
+
+
+def test_long_answers_are_read_under_the_time_limit(monkeypatch):
+    """In the caller's process no expression meets a long text; the worker's are linear."""
+    monkeypatch.setattr(answers, "normalize", lambda text: pytest.fail("a long answer was read in this process"))
+    for answer in (
+        "a" * 3990,
+        r"\text{ and" + " and" * 900 + "}",
+        "1" * 3990 + ".",
+        r"\text{a and }" * 300,
+        ", " * 1900 + "x",
+    ):
+        verdict = grade(rf"\boxed{{{answer}}}", "5")
+        assert (verdict.correct, verdict.reason in ("different", "unparsed_answer")) == (False, True), verdict
 
 
 # -- isolation ---------------------------------------------------------------------------------------------------------
@@ -177,8 +239,22 @@ def test_a_worker_killed_from_outside_is_replaced():
     pool.close()
 
 
+def test_the_next_worker_is_started_before_the_time_limit(monkeypatch):
+    """A check behind one that was killed does not wait for the import of the libraries."""
+    pool, started = Pool(1), []
+    monkeypatch.setattr(pool_module, "Worker", lambda: started.append(time.monotonic()) or Worker())
+    begin = time.monotonic()
+    assert pool.check("1", r"\gcd(10^{10^9},13)", 2.0)["status"] in ("timeout", "memory")
+    killed = time.monotonic()
+    assert len(started) == 2 and started[1] < killed
+    assert pool.check("x+1", "1+x")["equal"] is True
+    assert len(started) == 2 and begin < killed
+    pool.close()
+
+
 def test_a_dead_worker_is_reported():
     worker = Worker()
+    worker.wait()
     os.kill(worker.pid, signal.SIGKILL)
     assert worker.check("x", "y", 5.0)["status"] == "worker_died"
     worker.kill()
@@ -222,6 +298,7 @@ def test_no_worker_outlives_a_killed_parent():
         import threading, time
         from hcot_lmeval.answers.pool import Worker
         idle, busy = Worker(), Worker()
+        idle.wait(), busy.wait()
         threading.Thread(target=busy.check, args=("1", "\\gcd(10^{10^9},7)", 3.0), daemon=True).start()
         time.sleep(0.5)
         print(idle.pid, busy.pid, flush=True)

@@ -94,7 +94,7 @@ _TAKEN = frozenset("EIei")  # constants of the grammar, unless they have an inde
 
 def _indexed(match: re.Match[str]) -> str:
     r"""``L_{\odot}``, ``T_{\text{eff}}``, ``E_1``: a symbol of its own whatever the index is made of."""
-    index = re.sub(r"\\(?:text|circ\b)?|[^A-Za-z0-9]", "", match[2] or match[3])
+    index = re.sub(r"\\(?:text|circ\b)?|[^A-Za-z0-9]", "", match[2] or match[3] or "")
     if not index or (match[1].isalpha() and match[1] not in _TAKEN and match[0].isalnum()):
         return match.group()
     return rf"\Xi_{{{match[1]}{index}}} " if match[1] in _TAKEN else rf"{match[1]}_{{{index}}} "
@@ -260,7 +260,9 @@ def _sampled(left: sympy.Expr, right: sympy.Expr) -> bool | None:
         usable += 1
     if usable < _POINTS // 2:
         return None
-    return not any(_is_zero(_done(left.subs(at)), _done(right.subs(at))) is False for at in jumps.suspects(left, right, whole))
+    return not any(
+        _is_zero(_done(left.subs(at)), _done(right.subs(at))) is False for at in jumps.suspects(left, right, whole)
+    )
 
 
 def _needs_integers(expr: sympy.Expr) -> bool:
@@ -268,7 +270,9 @@ def _needs_integers(expr: sympy.Expr) -> bool:
     return discrete or any(power.base.is_negative for power in expr.atoms(sympy.Pow) if not power.exp.is_number)
 
 
-def _points(symbols: list[sympy.Symbol], whole: set[sympy.Symbol], small: bool) -> Iterable[dict[sympy.Symbol, sympy.Rational]]:
+def _points(
+    symbols: list[sympy.Symbol], whole: set[sympy.Symbol], small: bool
+) -> Iterable[dict[sympy.Symbol, sympy.Rational]]:
     generator = random.Random(0)  # the same points every time: a grade must not depend on the run
     for index in range(2 * _POINTS):
         signed = index >= _POINTS

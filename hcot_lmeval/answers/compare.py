@@ -391,7 +391,7 @@ _NEGATIONS = frozenset(
 
 
 def _texts_equal(gold: Node, answer: Node) -> bool:
-    if gold.items or answer.items:
+    if any("choice" in node.marks and node.items for node in (gold, answer)):
         return _choices_equal(gold, answer)
     if gold.text in _NEGATIONS and answer.text in _NEGATIONS:
         return True
@@ -409,7 +409,7 @@ def _choices_equal(gold: Node, answer: Node) -> bool:
     texts = [node.items[0] if "choice" in node.marks and node.items else None for node in (gold, answer)]
     letters = [node.text.strip("()").split(":")[0].upper() for node in (gold, answer)]
     if texts[0] and texts[1]:
-        return letters[0] == letters[1] and equal(*texts)
+        return letters[0] == letters[1] and equal(texts[0], texts[1])
     if letters[0] == letters[1]:
         return True
     if "choice" in gold.marks and "choice" in answer.marks:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 
-from hcot_lmeval.answers.fences import blanked, fenced
+from hcot_lmeval.fences import blanked, fenced
 from hcot_lmeval.markup import PRESETS, Markup, resolve_markers
 from hcot_lmeval.trace import LiveContext, Policy
 from hcot_lmeval.vocabulary import answer_of
@@ -153,7 +153,7 @@ def fallback_answer(text: str) -> str | None:
 def _stated(tail: str) -> str | None:
     """The formula at the beginning of `tail`, else the last value of its first sentence."""
     formula = next(fenced(tail.lstrip(" \n:*"), _MATH), None)
-    if formula and formula.start == 0:
+    if formula and formula.start == 0 and formula.content.strip():
         return formula.content.strip()
     return _last_value(_SENTENCE.split(tail.strip(), maxsplit=1)[0])
 
@@ -161,6 +161,6 @@ def _stated(tail: str) -> str | None:
 def _last_value(sentence: str) -> str | None:
     """The last formula of a sentence, or the last number, whichever comes later."""
     formulas = list(fenced(sentence, _MATH))
-    found = [(formula.start, formula.content.strip()) for formula in formulas]
+    found = [(formula.start, content) for formula in formulas if (content := formula.content.strip())]
     found += [(match.start(), match.group().strip()) for match in _NUMBER.finditer(blanked(sentence, formulas))]
     return max(found)[1] if found else None

@@ -6,7 +6,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-ROUNDED_DIGITS = 6  # significant digits of a decimal that may stand for a longer number; as many as math-verify asks for
+ROUNDED_DIGITS = (
+    6  # significant digits of a decimal that may stand for a longer number; as many as math-verify asks for
+)
 _LABEL = re.compile(r"([A-Za-z])\s*=\s*")  # a gold answer x = 3 asks for 3; a + b = 3 may be a line
 _SUM = re.compile(r"([A-Za-z]\w?(?:\s*[+*]\s*[A-Za-z]\w?)*)\s*=\s*")
 _NUMBER = re.compile(

@@ -80,8 +80,9 @@ _INDIAN = r"[1-9]\d?(?:,\d{2})+,\d{3}"
 @lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """Returns the canonical LaTeX of an answer, without delimiters, styles, or trailing punctuation."""
-    text = _delimiters(_unicode(text))
-    text = _words(_commands(_spacing(text)))
+    text = re.sub(r"\s+", " ", _delimiters(_unicode(text)))
+    text = re.sub(r"\s+", " ", _commands(_spacing(text)))
+    text = _words(text)
     text = _arguments(_numbers(text))
     return _trim(_balance(re.sub(r"\s+", " ", text)))
 
@@ -89,7 +90,8 @@ def normalize(text: str) -> str:
 def readings(text: str, other: str) -> list[str]:
     """Returns the readings of a normalized answer: digits grouped by commas are one number or several.
 
-    In 2e-4, e is the base of the powers of ten or a factor. A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
+    A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
+    ``2e-4`` is 0.0002 or, with Euler's number, 2e - 4.
     """
     joined = re.sub(rf"(?<![\d,.])(?:{_GROUPED}|{_INDIAN})(?!,?\d)", lambda match: match.group().replace(",", ""), text)
     found = [joined, text] if joined != text else [text]
@@ -125,7 +127,9 @@ def _character(char: str) -> str:
 def _delimiters(text: str) -> str:
     text = re.sub(r"\\(left|right)\s*\\([\[\]()])", r"\2", text)  # `\right\]`: meant as a bracket
     if not re.search(r"\\begin", text):
-        text = re.sub(r"(?<!\\)\\{2,}+(?=[A-Za-z%$()\[\]])", lambda _: "\\", text)  # escaped twice on its way through JSON
+        text = re.sub(
+            r"(?<!\\)\\{2,}+(?=[A-Za-z%$()\[\]])", lambda _: "\\", text
+        )  # escaped twice on its way through JSON
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
     text = re.sub(r"\\[()\[\]]|\\?\$|\\label\{[^{}]*\}|\\tag\{[^{}]*\}", " ", text)
     return _STYLES.sub(" ", text)
@@ -199,7 +203,9 @@ def _words(text: str) -> str:
     text = re.sub(r"\{([^{}]*)\}", _choose, text) if r"\choose" in text else text
     text = _TIGHT_OR.sub(r" \\or ", _OR.sub(r" \\or ", _AND.sub(r" \\and ", text)))
     text = re.sub(
-        r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln|gcd|lcm)(?![A-Za-z])", r"\\\1 ", text
+        r"(?<![A-Za-z\\{])(sqrt|pi|infinity|infty|arcsin|arccos|arctan|sin|cos|tan|log|ln|gcd|lcm)(?![A-Za-z])",
+        r"\\\1 ",
+        text,
     )
     text = _calls(_quantities(text.replace(r"\infinity", r"\infty").replace("**", "^")))
     text = re.sub(r"\^\s*(-\s*\d+)", r"^{\1}", text)
@@ -208,8 +214,8 @@ def _words(text: str) -> str:
 
 
 _ORDINAL = re.compile(
-    r"(?<=\d)\s*(?:\^?\s*\{?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|\^\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}?"
-    r"|(?:st|nd|rd|th)(?![A-Za-z])|(?=\\text\s*\{)(\\text\s*\{)\s*(?:st|nd|rd|th)\b)"
+    r"(?<=\d)\s?(?:(?:\^\s?)?(?:\{\s?)?\\text\s?\{\s?(?:st|nd|rd|th)\s?\}(?:\s?\})?|\^\s?\{?(?:st|nd|rd|th)(?![A-Za-z])\}?"
+    r"|(?:st|nd|rd|th)(?![A-Za-z])|(\\text\s?\{)\s?(?:st|nd|rd|th)\b)"
 )
 _QUANTITY = re.compile(r"\\text\s*\{\s*(-?\d[\d.,:/]*)\s*([A-Za-z]+\.?(?:[ /]?[A-Za-z]+\.?){0,2})?\s*\}")
 

@@ -180,7 +180,9 @@ def has_variable(text: str) -> bool:
 
 
 def _as_modular(source: str) -> Node | None:
-    found = re.search(r"(?<![({\s])[({\s]*+\\(?:pmod|mod|bmod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?$|\(mod\s*(\w+)\)$", source)
+    found = re.search(
+        r"(?<![({\s])[({\s]*+\\(?:pmod|mod|bmod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?$|\(mod\s*(\w+)\)$", source
+    )
     if not found or not source[: found.start()].strip() or "mod" in source[: found.start()]:
         return None
     modulus = next(group for group in found.groups() if group)
@@ -303,7 +305,9 @@ _NAME = (
     r"litres?|people|students|ways|points?|coins?|apples?|books?|[ap]\.?m|[AP]M)\.?"
 )
 _POWER = r"\s*\^\s*(?:\{\s*-?\d\s*\}|\d)"
-_PLAIN_UNIT = re.compile(rf"(?<=[\d}})])\s*{_NAME}(?:{_POWER})?(?:\s*(?:/|\\cdot(?![A-Za-z]))\s*{_NAME}(?:{_POWER})?)*$")
+_PLAIN_UNIT = re.compile(
+    rf"(?<=[\d}})])\s*{_NAME}(?:{_POWER})?(?:\s*(?:/|\\cdot(?![A-Za-z]))\s*{_NAME}(?:{_POWER})?)*$"
+)
 _WORDS = r"\\text\s*\{(?:[^{}]|\^\{[^{}]*\})*\}"
 _PIECE = re.compile(rf"{_WORDS}|{_POWER}|/|\\cdot(?![A-Za-z])|\s+|(?<=[/ ])[A-Za-z]{{1,3}}(?![A-Za-z(])")
 _SIGNS = {"%": re.compile(r"\s*\\%$|(?<=[\d}])\s*%$"), "deg": re.compile(r"\s*\^\{\\circ\}\s*[CF]?$")}

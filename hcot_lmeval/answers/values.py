@@ -28,7 +28,9 @@ def values_equal(gold: Node, answer: Node) -> bool:
 
 def _unit_as_factor(node: Node, other: Node) -> str:
     r"""The source of ``\frac{5}{3} m``, with m a variable if the other side's formula holds it."""
-    variable = re.fullmatch("[a-z]", node.unit) and not other.unit and node.unit in re.sub(r"\\[A-Za-z]+", "", other.text)
+    variable = (
+        re.fullmatch("[a-z]", node.unit) and not other.unit and node.unit in re.sub(r"\\[A-Za-z]+", "", other.text)
+    )
     return rf"({node.source})\cdot {node.unit}" if variable else node.source
 
 

@@ -12,6 +12,7 @@ import re
 from functools import cache
 from typing import Any
 
+from hcot_lmeval.fences import blanked, fenced
 from hcot_lmeval.markup import PRESETS
 
 SHORT = 15
@@ -53,26 +54,28 @@ _MARKERS = re.compile(
 )
 
 # From the widest delimiters to the narrowest, so that a formula is not cut by what stands inside of it.
-_FORMULAS = (
-    re.compile(r"```.*?```", re.S),
-    re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.S),
-    re.compile(r"\$\$.*?\$\$", re.S),
-    re.compile(r"\\\[.*?\\\]", re.S),
-    re.compile(r"\\\(.*?\\\)", re.S),
-    re.compile(r"\$[^$]*\$"),
-)
-_INNERMOST = re.compile(r"\\[a-zA-Z]+\*?\s*(?:\[[^\]]*\])?(?:\{[^{}]*\})+")
+_FORMULAS = ({"```": "```"}, None, {"$$": "$$"}, {r"\[": r"\]"}, {r"\(": r"\)"}, {"$": "$"})  # None: environments
+_BEGIN, _END = (re.compile(rf"\\{side}\{{(\w+\*?)\}}") for side in ("begin", "end"))
+_INNERMOST = re.compile(r"\\[a-zA-Z]++\*?\s*(?:\[[^\[\]]*\])?(?:\{[^{}]*\})+")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|\\.|[{}]")
+_MAX_NESTING = 20  # commands inside commands that are taken out with their arguments
 
 
 def without_formulas(text: str) -> str:
     """Returns the prose of a text: no formulas, LaTeX commands (with their arguments), code blocks or block markers."""
     text = _MARKERS.sub(" ", text)
-    for pattern in _FORMULAS:
-        text = pattern.sub(" ", text)
-    while (shorter := _INNERMOST.sub(" ", text)) != text:  # from the innermost command outwards
-        text = shorter
+    for marks in _FORMULAS:
+        text = blanked(text, list(fenced(text, _environments(text) if marks is None else marks)))
+    for _ in range(_MAX_NESTING):  # from the innermost command outwards
+        text, count = _INNERMOST.subn(" ", text)
+        if not count:
+            break
     return " ".join(_COMMAND.sub(" ", text).split())
+
+
+def _environments(text: str) -> dict[str, str]:
+    names = set(_BEGIN.findall(text)) & set(_END.findall(text))
+    return {rf"\begin{{{name}}}": rf"\end{{{name}}}" for name in names}
 
 
 def is_consistent(text: str, language: str) -> bool:

@@ -1,6 +1,6 @@
-"""Stretches of text between an opening and a closing mark, found in time linear in the text, whatever the text holds.
+r"""Stretches of text between an opening and a closing mark, found in time linear in the text, whatever the text holds.
 
-A regular expression like ``\\(.+?\\)`` reads on to the end of the text once for every mark that is never closed.
+A regular expression like ``\\\((.+?)\\\)`` reads on to the end of the text once for every mark that is never closed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ def fenced(text: str, marks: Mapping[str, str]) -> Iterator[Fenced]:
         text: any text.
         marks: opening to closing mark; an opening mark comes before those that it begins with.
     """
+    if not marks:
+        return
     opening = re.compile("|".join(_pattern(mark) for mark in marks))
     closing = {mark: re.compile(_pattern(close)) for mark, close in marks.items()}
     missing: set[str] = set()  # closing marks that do not occur from here on
     at = 0
     while found := opening.search(text, at):
         mark = found.group()
-        end = None if marks[mark] in missing else closing[mark].search(text, found.end() + 1)
+        end = None if marks[mark] in missing else closing[mark].search(text, found.end())
         if end is None:
             missing.add(marks[mark])
             at = found.start() + 1
