@@ -5,9 +5,10 @@ Rules, in this order:
 * Thinking does not count. Of a plain string, only what follows the last ``</think>`` is read, or another end that
   `hcot_lmeval.vocabulary` knows; a ``<think>`` still open at the end leaves nothing. A
   :class:`hcot_lmeval.response.Response` is its answer part already.
-* A block's thought does not count, finished or not: ``[THOUGHT] .. [SOLUTION]`` is dropped, and so is everything after
-  an opening marker whose block was never split or closed. ``[THOUGHT] S [RETURN]``, the form that a prune leaves behind
-  (and that models imitate), is a solution. Markers themselves are removed.
+* A block's thought does not count, finished or not. The text goes through the rule of `hcot_lmeval.trace`, in the
+  notation whose opening marker comes first, and the thoughts of the blocks that are then open are dropped, one without
+  end up to the end. ``[THOUGHT] S [RETURN]``, the form that a prune leaves behind (and that models imitate), is a
+  solution. Markers themselves are removed.
 * The last *complete* box wins. A box that was cut off is no answer and does not hide an earlier complete one.
 * Boxes joined by nothing but a connective (``\boxed{1} \text{ and } \boxed{2}``) are one answer of several parts. Boxes
   apart from each other are not: a later box corrects an earlier one.
@@ -49,10 +50,7 @@ def answer_region(response: str) -> str:
 
 
 def strip_blocks(text: str) -> str:
-    """Removes block markers, the thoughts of all blocks, and whatever an unfinished thought swallowed.
-
-    The text goes through the pruning rule in the notation whose opening marker comes first; markers of others are text.
-    """
+    """Removes block markers, the thoughts of all blocks, and whatever an unfinished thought swallowed."""
     opened = {at: markup for markup in PRESETS.values() if (at := text.find(markup.open)) >= 0}
     return _MARKER.sub("", _pruned(text, opened[min(opened)]) if opened else text)
 
