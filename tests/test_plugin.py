@@ -5,8 +5,11 @@ around it, is played by stand-ins (`fake_lm_eval`).
 """
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 
 from tests import fake_lm_eval
@@ -15,27 +18,52 @@ from tests.installs import KINDS, Install, install
 OVERRIDDEN = ["aime24"]
 """The stock tasks that ours stand in for."""
 
-# lm-eval indexes 14,000 files in ten seconds; where the stock tasks are not the point, a folder with one does.
+# lm-eval indexes 14,000 files in ten seconds; a folder with one stock task does.
 ONE_STOCK_TASK = """
 import shutil, tempfile, pathlib, lm_eval.tasks.manager as manager
 stock = pathlib.Path(tempfile.mkdtemp())
 shutil.copytree(pathlib.Path(manager.__file__).parent / "aime", stock / "aime")
 manager.__file__ = str(stock / "manager.py")
 """
-INDEX = """
-import json, logging, pathlib
+REPORT = """
+import json, logging, pathlib, sys
+from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
-from hcot_lmeval.plugin import tasks_path
+logging.disable(logging.NOTSET)
 records = []
 log = logging.getLogger("lm_eval.tasks._index")
 log.propagate = False
 log.addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: records.append(record)})())
-paths = {name: str(entry.yaml_path) for name, entry in TaskManager().task_index.items()}
-overridden = [record.args[0] for record in records if "overrides" in record.msg]
-ours = sorted(TaskIndex.build([pathlib.Path(tasks_path())]))
-print(json.dumps({"paths": paths, "overridden": overridden, "ours": ours}))
+manager = TaskManager()
+said = {
+    "paths": {name: str(entry.yaml_path) for name, entry in manager.task_index.items()},
+    "overridden": [record.args[0] for record in records if "overrides" in record.msg],
+    "signature": list(__import__("inspect").signature(TaskManager).parameters),
+    "dummy": get_model("dummy").__name__,
+    "models": list(model_registry),
+    "hcot": str(model_registry._objs.get("hcot")),
+}
+try:
+    TaskManager(include_pathh="x")
+except TypeError as error:
+    said["wrong call"] = str(error)
+if "hcot" in model_registry:
+    from hcot_lmeval.plugin import tasks_path
+    said["folder"] = tasks_path()
+    said["ours"] = sorted(TaskIndex.build([pathlib.Path(tasks_path())]))
+    given = sys.argv[1:]
+    alone = TaskManager(include_path=given[0], include_defaults=False)
+    said["without defaults"] = sorted(alone.all_tasks)
+    said["given"] = []
+    for include_path in (given[0], given, tuple(given), pathlib.Path(given[0])):
+        made = TaskManager(None, include_path)
+        paths = [str(made.task_index[name].yaml_path) for name in ("aime24", "aime24_boxed", "aime25")]
+        said["given"].append([made.include_path == include_path, *paths])
+    said["class"] = f"{get_model('hcot').__module__} {get_model('hcot').__name__}"
+print(json.dumps(said))
 """
+"""What the real lm-eval says, in one process; its argument is a folder of a user's own task `aime24`."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -48,14 +76,18 @@ def wheel(tmp_path_factory) -> Install:
     return install("wheel", tmp_path_factory.getbasetemp())
 
 
+@cache
+def report_of(installed: Install, autoload: str) -> dict:
+    folder = installed.folder / "users"
+    folder.mkdir(exist_ok=True)
+    done = installed.run("python", "-c", ONE_STOCK_TASK + REPORT, user_folder(folder), HCOT_LMEVAL_AUTOLOAD=autoload)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
-def index(installed) -> dict:
-    """What the real lm-eval indexes by default: every stock task in the wheel's environment, a few in the other."""
-    return json.loads(installed.python_says(INDEX if installed.folder.name == "wheel" else ONE_STOCK_TASK + INDEX))
-
-
-def our_folder(installed: Install) -> str:
-    return installed.python_says("from hcot_lmeval.plugin import tasks_path; print(tasks_path())")
+def report(installed) -> dict:
+    return report_of(installed, "1")
 
 
 def user_folder(folder: Path, name: str = "aime24") -> Path:
@@ -73,78 +105,61 @@ def user_folder(folder: Path, name: str = "aime24") -> Path:
 # The real lm-eval
 
 
-def test_every_task_of_ours_is_found_where_it_was_installed(installed, index):
-    assert {"aime24", "aime24_boxed", "polymath", "polymath_en"} <= set(index["ours"])
-    paths = {index["paths"][name] for name in index["ours"]}
-    assert {path for path in paths if not path.startswith(our_folder(installed))} <= {"None"}  # None: a tag
+def test_every_task_of_ours_is_found_where_it_was_installed(report):
+    assert {"aime24", "aime24_boxed", "polymath", "polymath_en"} <= set(report["ours"])
+    paths = {report["paths"][name] for name in report["ours"]}
+    assert {path for path in paths if not path.startswith(report["folder"])} <= {"None"}  # None: a tag
 
 
-def test_our_tasks_stand_in_for_the_stock_ones_they_should_and_no_others(index):
-    """A tag counts: one of ours with the name of a stock tag would empty that tag."""
-    assert index["overridden"] == OVERRIDDEN
+def test_our_tasks_stand_in_for_the_stock_ones_they_should_and_no_others(wheel):
+    """Among all stock tasks. A tag counts: one of ours with the name of a stock tag would empty that tag."""
+    ours, theirs = set(report_of(wheel, "1")["ours"]), yaml_names(Path(lm_eval.tasks.__file__).parent)
+    assert ours & theirs == set(OVERRIDDEN) == set(report_of(wheel, "1")["overridden"])
 
 
-def test_stock_tasks_are_still_there(wheel):
-    paths = json.loads(wheel.python_says(ONE_STOCK_TASK + INDEX))["paths"]
-    assert "aime25" in paths
+def yaml_names(folder: Path) -> set[str]:
+    """The names of tasks, groups and tags in the files of a folder."""
+    name = re.compile(r"^(?:task|group|tag): *([\w-]+) *$|^ +- +([\w-]+) *$", re.MULTILINE)
+    texts = (path.read_text(encoding="utf-8") for path in folder.rglob("*.y*ml"))
+    return {word for text in texts for pair in name.findall(text) for word in pair if word}
 
 
-@pytest.mark.parametrize("given", ["{!r}", "[{!r}]", "pathlib.Path({!r})", "({!r},)"])
-def test_users_include_path_wins_over_ours_and_ours_over_stock(wheel, tmp_path, given):
-    folder = user_folder(tmp_path)
-    code = f"""
-import logging; logging.disable()
-manager = manager.TaskManager(None, {given.format(str(folder))})
-for name in ("aime24", "aime24_boxed", "aime25"):
-    print(manager.task_index[name].yaml_path)
-print(manager.include_path == {given.format(str(folder))})
-"""
-    users, ours, stock, untouched = wheel.python_says(ONE_STOCK_TASK + code).splitlines()
-    assert users == str(folder / "task.yaml")
-    assert ours.startswith(our_folder(wheel))
+def test_stock_tasks_are_still_there(report):
+    assert "aime25" in report["paths"]
+
+
+@pytest.mark.parametrize("form", range(4), ids=["text", "list", "tuple", "path"])
+def test_users_include_path_wins_over_ours_and_ours_over_stock(report, form):
+    untouched, users, ours, stock = report["given"][form]
+    assert untouched and users.endswith("/users/task.yaml")
+    assert ours.startswith(report["folder"])
     assert stock.endswith("/aime/aime25.yaml") and "hcot_lmeval" not in stock
-    assert untouched == "True"
 
 
-def test_without_defaults_ours_are_out_too(wheel, tmp_path):
-    folder = user_folder(tmp_path, "mine")
-    code = f"from lm_eval.tasks import TaskManager as T; print(T(include_path={str(folder)!r}, include_defaults=False)"
-    assert wheel.python_says(code + ".all_tasks)") == "['mine']"
+def test_without_defaults_ours_are_out_too(report):
+    assert report["without defaults"] == ["aime24"]
 
 
-def test_signature_of_the_task_manager_is_unchanged(wheel):
-    code = "import inspect; from lm_eval.tasks import TaskManager as T; print(list(inspect.signature(T).parameters))"
-    expected = "['verbosity', 'include_path', 'include_defaults', 'metadata']"
-    assert wheel.python_says(code) == wheel.python_says(code, HCOT_LMEVAL_AUTOLOAD="0") == expected
+@pytest.mark.parametrize("what", ["signature", "wrong call", "dummy"])
+def test_what_is_lm_evals_own_is_as_without_us(installed, report, what):
+    assert report[what] == report_of(installed, "0")[what]
+    expected = {
+        "signature": ["verbosity", "include_path", "include_defaults", "metadata"],
+        "wrong call": "TaskManager.__init__() got an unexpected keyword argument 'include_pathh'",
+        "dummy": "DummyLM",
+    }
+    assert report[what] == expected[what]
 
 
-def test_wrong_call_fails_as_it_does_without_us(wheel):
-    code = "from lm_eval.tasks import TaskManager\nTaskManager(include_pathh='x')"
-    with_us, without = wheel.run("python", "-c", code), wheel.run("python", "-c", code, HCOT_LMEVAL_AUTOLOAD="0")
-    assert with_us.stderr.splitlines()[-1] == without.stderr.splitlines()[-1]
-    assert "unexpected keyword argument 'include_pathh'" in with_us.stderr
-
-
-def test_models_of_lm_eval_resolve_beside_ours(installed):
-    code = """
-from lm_eval.api.registry import get_model, model_registry
-print(get_model("dummy").__name__, "hf" in model_registry, model_registry._objs["hcot"], len(model_registry) > 30)
-"""
-    assert installed.python_says(code) == "DummyLM True hcot_lmeval.lm:HcotLM True"
+def test_models_of_lm_eval_resolve_beside_ours(report):
+    assert "hf" in report["models"] and len(report["models"]) > 30
+    assert report["hcot"] == "hcot_lmeval.lm:HcotLM"
+    assert report["class"] == "hcot_lmeval.lm.model HcotLM"
 
 
 def test_opt_out_leaves_lm_eval_as_it_is(installed):
-    code = ONE_STOCK_TASK + "from lm_eval.api.registry import get_model, model_registry as m\nget_model('dummy')\n"
-    code += "print('hcot' in m, 'aime24_boxed' in manager.TaskManager().task_index)"
-    assert installed.python_says(code, HCOT_LMEVAL_AUTOLOAD="0") == "False False"
-    assert installed.python_says("import logging; logging.disable()\n" + code) == "True True"
-
-
-def test_model_class_comes_from_the_alias(wheel):
-    """With `register_model` on the class too, which lm-eval allows for a placeholder that is a string."""
-    code = "from lm_eval.api.registry import get_model; print(get_model('hcot').__module__, get_model('hcot').__name__)"
-    done = wheel.run("python", "-c", code)
-    assert done.stdout.strip() == "hcot_lmeval.lm.model HcotLM", done.stderr
+    found = report_of(installed, "0")
+    assert "hcot" not in found["models"] and "aime24_boxed" not in found["paths"]
 
 
 def command(installed: Install, *arguments: str, **environment: str) -> str:
@@ -164,7 +179,7 @@ def test_command_runs_a_stock_model_on_a_users_task(wheel, tmp_path):
 def test_command_lists_our_groups(wheel):
     rows = [row.split("|") for row in command(wheel, "ls", "groups").splitlines() if row.count("|") == 3]
     folders = {name.strip(): folder.strip() for _, name, folder, _ in rows}
-    assert folders["polymath"] == f"{our_folder(wheel)}/polymath/polymath.yaml"
+    assert folders["polymath"] == f"{report_of(wheel, '1')['folder']}/polymath/polymath.yaml"
 
 
 # Stand-ins
