@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.full import FULL
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not os.environ.get("HCOT_LMEVAL_FULL"):
+if not FULL:
     os.environ.setdefault("HCOT_LMEVAL_CXXFLAGS", "-O1")  # compiled in a fifth of the time
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -45,3 +48,12 @@ def compiled_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Non
 
     yield use
     build.load_kernel.cache_clear()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts and explains what was skipped, in one line."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"{len(skipped)} skipped: {told}")

@@ -23,6 +23,7 @@ from hcot_lmeval.engine.device.sampling import Sampler
 from hcot_lmeval.engine.device.state import State
 from hcot_lmeval.engine.sampling import hash_places
 from hcot_lmeval.trace import Policy
+from tests.full import FULL, only_in_full
 from tests.random_traces import VOCAB_SIZE
 from tests.reference import EOS, MARKERS, POLICIES
 from tests.test_device_state import reads
@@ -105,8 +106,12 @@ def test_sizes_beyond_what_torch_compiles_by_itself():
     assert total == sum(range(128, 0, -8))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+KINDS = ("qwen2", "qwen3", "llama")
+PAIRS = [(kind, policy) for kind in KINDS for policy in POLICIES]
+QUICK_PAIRS = [("qwen2", "evict"), ("qwen3", "recompute"), ("llama", "off")]
+
+
+@pytest.mark.parametrize(("kind", "policy"), PAIRS if FULL else QUICK_PAIRS)
 def test_a_compiled_step_is_one_graph_and_the_same_step(kind, policy):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager" if policy != "recompute" else "aot_eager")
@@ -149,6 +154,7 @@ def largest_allocation(backend: Backend) -> tuple[int, int]:
     return max(event.nbytes() for event in events if event.name() == "[memory]"), program.pool.keys[0].nbytes
 
 
+@only_in_full  # it compiles C++ for more than a minute
 def test_a_compiled_forward_copies_no_slots():
     """By the compiler that users have, which may write in place only where it is sure that nobody sees it."""
     largest, keys = largest_allocation(Blind())

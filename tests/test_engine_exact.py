@@ -3,7 +3,6 @@
 By default a sample that takes about a minute; ``HCOT_LMEVAL_FULL=1`` runs more than a thousand traces in every policy.
 """
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +13,11 @@ import torch
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.grammar import Grammar, label_tokens
 from hcot_lmeval.trace import LiveContext, compile_trace, push_all
+from tests.full import FULL
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS, POLICIES, as_reference, pruned, reference_logits, rewrite
 from tests.tiny import KINDS, favour, in_full_precision, tiny_model
 
-FULL = os.environ.get("HCOT_LMEVAL_FULL") == "1"
 FORCED = 60 if FULL else 10
 """Forced traces for each model kind, notation and policy."""
 SAMPLED = 48 if FULL else 8
