@@ -24,7 +24,7 @@ def with_tokens(*texts, **parts):
 
 def decoder(tokenizer, **arguments):
     model = tiny_model("qwen2", torch.float64, vocab_size=len(tokenizer))
-    return HcotLM(pretrained=model, tokenizer=tokenizer, journal="off", max_context=256, **arguments)
+    return HcotLM(pretrained=model, tokenizer=tokenizer, journal="off", max_context=256, compute="torch", **arguments)
 
 
 def answer(lm, text, stop=()):

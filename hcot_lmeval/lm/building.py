@@ -1,4 +1,4 @@
-"""While lm-eval builds its requests: which prompts it puts through the chat template, and no cache of them.
+"""While lm-eval builds its requests: which prompts it puts through the chat template, how often, and no cache of them.
 
 lm-eval's cache of requests (``--cache_requests``) is keyed by the name of the task: its entries hold the generation
 kwargs, documents and rendered prompts of the run that wrote them, whatever this one asks for. Building takes a moment,
@@ -24,6 +24,12 @@ def watch_building() -> None:
 
     @functools.wraps(build)
     def build_all_requests(self: Any, **options: Any) -> None:
+        wanted = (self.config.metadata or {}).get("repeats", self.config.repeats)
+        if wanted != self.config.repeats:
+            raise ValueError(
+                f"repeats={wanted} of the metadata does nothing in {self.config.task}, which asks a question "
+                f"{self.config.repeats}x; leave it out, or run that task apart from those it is meant for (..._avg)"
+            )
         if options.get("cache_requests"):
             logger.warning(
                 "cache_requests: the requests of %s are built anew, for lm-eval's cache of them keeps the generation "

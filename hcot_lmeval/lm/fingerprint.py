@@ -5,7 +5,6 @@ Left out on purpose: how requests are batched, spread over devices of one kind, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+import xxhash  # comes with datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcot_lmeval import fingerprint
@@ -67,7 +67,7 @@ def weights_digest(model: torch.nn.Module, *, quick: bool = False) -> str:
         quick: look at `SAMPLE` values of each tensor, spread over it, instead of reading every byte; training steps,
             loads and resets show there.
     """
-    total = hashlib.sha256()
+    total = xxhash.xxh3_128()  # reads gigabytes a second, where SHA-256 takes seconds for each on some processors
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.is_meta:  # accelerate keeps it elsewhere
