@@ -260,8 +260,8 @@ def _may_occur(tokenizer: Any, text: str) -> bool:
 
 def _near(tokenizer: Any, text: str) -> str:
     words = {token.content for token in tokenizer.added_tokens_decoder.values()} | {end for _, end in PAIRS}
-    near = difflib.get_close_matches(text, sorted(words), n=2, cutoff=0.7)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    near = difflib.get_close_matches(text, sorted(words), n=1, cutoff=0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _special_pieces(tokenizer: Any, pair: Pair, special: frozenset[int]) -> frozenset[int]:

@@ -156,6 +156,9 @@ class TestModelArguments:
         for enable in (True, False):
             with pytest.raises(ValueError, match=f"enable_thinking={enable} does nothing: the chat template"):
                 HcotLM(pretrained=checkpoint, tokenizer=deaf, device="cpu", enable_thinking=enable)
+        untold = HcotLM(pretrained=checkpoint, device="cpu", enable_thinking=True, apply_chat_template=False)
+        with pytest.raises(ValueError, match="enable_thinking=True does nothing, for no chat template is applied"):
+            untold.generate_until(instances(), disable_tqdm=True)
 
     def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(self, checkpoint, tmp_path):
         (tmp_path / "file").touch()

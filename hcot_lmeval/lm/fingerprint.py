@@ -69,9 +69,10 @@ def weights_digest(model: torch.nn.Module, *, quick: bool = False) -> str:
     """
     total = xxhash.xxh3_128()  # reads gigabytes a second, where SHA-256 takes seconds for each on some processors
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.is_meta:  # accelerate keeps it elsewhere
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:  # a layer's own notes; kept elsewhere by accelerate
+            total.update(f"{name} {tensor!r}".encode())
             continue
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         values = tensor.detach().reshape(-1)
         values = values[:: max(1, len(values) // SAMPLE)] if quick else values
         total.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -234,6 +234,7 @@ class HcotLM(HFLM):
         Raises:
             ValueError: a generation kwarg is unknown or has a value that is not allowed.
         """
+        self._check_thinking(requests)
         self._follow_weights()
         work = Worklist(self._journal)
         for instance, repeat in zip(requests, repeat_indices(requests), strict=True):
@@ -423,6 +424,15 @@ class HcotLM(HFLM):
             raise ValueError(f"enable_thinking={enable} does nothing: the chat template does not read it; leave it out")
         given: dict[str, Any] = self._arguments.get("chat_template_args") or {}
         self.chat_template_args = given | {"enable_thinking": enable}
+
+    def _check_thinking(self, requests: Sequence[Instance]) -> None:
+        """A switch that the chat template reads does nothing where no template is applied."""
+        templated = self._prompts.chat or any(getattr(instance, "chat_rendered", False) for instance in requests)
+        if self.enable_thinking is not None and not templated and not self._prompts.rendered:
+            raise ValueError(
+                f"enable_thinking={self.enable_thinking} does nothing, for no chat template is applied; leave it "
+                "out, or apply the template with apply_chat_template=true"
+            )
 
     def _join_ranks(self) -> None:
         """Takes rank and world size from accelerate: ``hf`` sets them for GPUs only, and from the local rank."""

@@ -57,6 +57,9 @@ class PromptEncoder:
         add_bos_token: whether the tokenizer adds its special tokens; None: as the tokenizer does by default.
         inert: whether text that spells a marker stays text.
 
+    Attributes:
+        rendered: hashes of the texts that are known to have been through the template.
+
     Raises:
         ValueError: `chat` is True and the tokenizer has no chat template.
     """
@@ -78,11 +81,11 @@ class PromptEncoder:
         self.tokenizer, self.markup, self.think = tokenizer, markup, think
         self.chat = has_template if chat is None else chat
         self._render, self._add_bos_token, self._inert = render, add_bos_token, inert
-        self._rendered: set[int] = set()
+        self.rendered: set[int] = set()
 
     def note_rendered(self, text: str) -> None:
         """Remembers a text that the benchmark has rendered with the chat template itself."""
-        self._rendered.add(hash(text))
+        self.rendered.add(hash(text))
 
     def __call__(self, text: str, rendered: bool | None = None) -> Prompt:
         """Renders (once) and encodes a prompt.
@@ -105,7 +108,7 @@ class PromptEncoder:
 
     def _is_rendered(self, text: str) -> bool:
         """Whether a prompt of somebody who does not tell has been through the template."""
-        if hash(text) in self._rendered:
+        if hash(text) in self.rendered:
             return True
         prompt = self._generation_prompt
         telling = any(token in prompt for token in self.tokenizer.all_special_tokens)

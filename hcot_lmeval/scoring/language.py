@@ -14,6 +14,7 @@ from typing import Any
 
 from hcot_lmeval.fences import blanked, fenced
 from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.vocabulary import PAIRS
 
 SHORT = 15
 """Up to this many characters count as consistent (the benchmark's own rule)."""
@@ -49,9 +50,8 @@ Japanese stands under its kana, which every sentence of it needs, as its other c
 _SCRIPT_OF = {name: re.compile(f"[{block}]") for names, block in SCRIPTS.items() for name in names.split()}
 _LATIN = re.compile("[A-Za-z]")
 
-_MARKERS = re.compile(
-    "|".join(sorted({re.escape(s) for m in PRESETS.values() for s in (*m.markers, *m.think)}, key=len, reverse=True))
-)
+_WORDS = {text for row in (*(markup.markers for markup in PRESETS.values()), *PAIRS) for text in row}
+_MARKERS = re.compile("|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True))))
 
 # From the widest delimiters to the narrowest, so that a formula is not cut by what stands inside of it.
 _FORMULAS = ({"```": "```"}, None, {"$$": "$$"}, {r"\[": r"\]"}, {r"\(": r"\)"}, {"$": "$"})  # None: environments
