@@ -10,6 +10,7 @@ to a reply. The server runs in threads of this process, on a port of the loopbac
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import struct
 import threading
@@ -129,6 +130,7 @@ class ScriptedTeacher:
 
     def __enter__(self) -> ScriptedTeacher:
         self._lock, self._open = threading.Lock(), 0
+        self.token = secrets.token_hex(8)  # a late client of an earlier server on this port does not know it
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -144,7 +146,7 @@ class ScriptedTeacher:
 
     def url(self, provider: str) -> str:
         """The base URL for a client of a provider."""
-        return f"http://127.0.0.1:{self.port}" + ("/v1" if provider in ("openai", "local") else "")
+        return f"http://127.0.0.1:{self.port}/{self.token}" + ("/v1" if provider in ("openai", "local") else "")
 
     def reply_to(self, asked: Asked) -> Any:
         with self._lock:
@@ -168,7 +170,10 @@ def _handler(teacher: ScriptedTeacher) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            asked = Asked(_protocol(self.path), self.path, headers, body)
+            token, path = self.path[1:].partition("/")[::2]
+            if token != teacher.token:
+                return self.send_error(404, "this is the client of another server")
+            asked = Asked(_protocol(f"/{path}"), f"/{path}", headers, body)
             reply = teacher.reply_to(asked)
             try:
                 self._send(asked, reply)

@@ -28,7 +28,7 @@ SCHEMA = {
 
 
 def options_for(server: ScriptedTeacher, provider: str = "openai", **more: Any) -> TeacherOptions:
-    quick = {"first_wait": 0.01, "timeout": 5.0, "attempts": 3, "concurrency": 4}
+    quick = {"first_wait": 0.01, "timeout": 60.0, "attempts": 3, "concurrency": 4}
     return TeacherOptions(teacher=MODELS[provider], base_url=server.url(provider), **{**quick, **more})
 
 
