@@ -244,9 +244,10 @@ def _is_known(tokenizer: Any, pair: Pair) -> bool:
 
 
 def _has_pieces(tokenizer: Any, text: str) -> bool:
-    """Whether all ``<|names|>`` in a string are tokens."""
-    names = re.findall(r"<\|\w+\|>", text)
-    return bool(names) and len(names[0]) < len(text) and len(ids_of(tokenizer, names)) == len(set(names))
+    """Whether a string is made of special tokens and words between them."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+    rest = re.sub("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)", "", text)
+    return rest != text and not re.search(r"[<>|]", rest)
 
 
 def _may_occur(tokenizer: Any, text: str) -> bool:

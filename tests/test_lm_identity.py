@@ -13,6 +13,7 @@ from hcot_lmeval import fingerprint
 from hcot_lmeval.lm import HcotLM
 from hcot_lmeval.lm import journal as journals
 from hcot_lmeval.lm.journal import Journal, first_time
+from hcot_lmeval.lm.prompts import at_time
 from hcot_lmeval.notes import NoteTaker, read_notes
 from tests.lm_tasks import QUESTIONS, generation_task, instances
 from tests.tiny import favour, save_tiny, tiny_model, tiny_tokenizer
@@ -225,6 +226,27 @@ def test_a_template_that_tells_the_time_does_not_stop_a_resume(tmp_path, monkeyp
     assert "the chat template reads the clock, which stands at 2031-01-" in caplog.text
     [path] = (tmp_path / "notes").iterdir()
     assert timed.decode(read_notes(path)[0].prompt_ids).startswith("02 January 2031")
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("strftime_now('%Y')", "2031"),
+        ('strftime_now( format = "%d %b" )', "02 Jan"),
+        ("strftime_now('%d')|int + 1", "3"),
+        ("strftime_now is defined", "True"),
+        ("strftime_now(form)", None),
+    ],
+)
+def test_every_call_of_the_clock_is_held(call, told, caplog):
+    template, time = f"{{{{ {call} }}}}", datetime.datetime(2031, 1, 2)
+    if told is None:
+        assert at_time(template, time) == template
+        assert "reads the clock by strftime_now(form), whose format cannot be seen" in caplog.text
+        return
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = at_time(template, time)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == told
 
 
 def test_the_first_who_asks_sets_the_time_for_all(tmp_path):

@@ -77,6 +77,7 @@ def test_tokens_of_other_models_are_known_by_themselves(pair):
     [
         (HARMONY, "<|channel|>final<|message|>", "<|channel|>analysis<|message|>"),
         (("<channel|>", "<|channel>"), "<channel|>", "<|channel>"),
+        (("<|channel>",), "<|channel>final", "<|channel>analysis"),
         (("<seed:think>", "</seed:think>"), "</seed:think>", "<seed:think>"),
         (("<|reason|>", "<|/reason|>"), "<|/reason|>", "<|reason|>"),
         (("<|my_start|>", "<|my_end|>"), "<|my_end|>", "<|my_start|>"),
@@ -95,6 +96,7 @@ def test_an_end_that_is_named_is_found_and_has_its_own_beginning(tokens, end, be
 @pytest.mark.parametrize(
     ("end", "message"),
     [
+        ("<|im_start|>final<|message|>", "neither in the vocabulary"),  # one of two tokens
         ("</thnk>", r"'</thnk>' is neither in the vocabulary nor .*\(did you mean </think>"),
         ("</seed:think>", "neither in the vocabulary"),  # of a model that has tokens of its own
         ("<|channel|>final<|message|>", "neither in the vocabulary"),

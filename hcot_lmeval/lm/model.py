@@ -193,11 +193,8 @@ class HcotLM(HFLM):
         return text
 
     def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if self._clock is not None:
-            self.chat_template_args = {
-                **self.chat_template_args,
-                "chat_template": at_time(self._template, self._clock),
-            }
+        if self._held is not None:
+            self.chat_template_args = {**self.chat_template_args, "chat_template": self._held}
         return str(super().apply_chat_template(chat, add_generation_prompt))
 
     @cached_property
@@ -205,6 +202,11 @@ class HcotLM(HFLM):
         """The chat template, or an empty string."""
         given = self.chat_template_args.get("chat_template")
         return str(given or (self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""))
+
+    @cached_property
+    def _held(self) -> str | None:
+        """A template that tells the time, at the time of this run."""
+        return None if self._clock is None else at_time(self._template, self._clock)
 
     @cached_property
     def _clock(self) -> datetime | None:

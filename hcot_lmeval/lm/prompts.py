@@ -42,7 +42,14 @@ def at_time(template: str, now: datetime) -> str:
     def told(call: re.Match[str]) -> str:
         return json.dumps(now.strftime(call[1][1:-1]))
 
-    return re.sub(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""", told, template)
+    held = re.sub(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""", told, template)
+    if call := re.search(r"strftime_now\s*\([^)]*\)?", held):
+        logger.warning(
+            "the chat template reads the clock by %s, whose format cannot be seen: prompts will differ from moment to "
+            "moment, and no run can go on with what another one has finished",
+            call[0],
+        )
+    return held
 
 
 class PromptEncoder:
