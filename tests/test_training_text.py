@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcot_lmeval.lm.prompts import PromptEncoder, resolve_think
+from hcot_lmeval.lm.prompts import PromptEncoder
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.training.data.preparation import question_key
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of, tokenizer_digest
+from hcot_lmeval.vocabulary import read_vocabulary
 from tests.tiny import MARKERS, tiny_tokenizer
 
 HCOT = get_markup("hcot")
@@ -36,7 +37,7 @@ def inference_ids(tokenizer, question):
             messages, tokenize=False, add_generation_prompt=True, continue_final_message=False
         )
 
-    think = resolve_think(tokenizer, HCOT, None)
+    think = read_vocabulary(tokenizer, HCOT).think
     return PromptEncoder(tokenizer, HCOT, think, chat=None, render=render)(question).ids
 
 
