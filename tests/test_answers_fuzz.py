@@ -79,26 +79,25 @@ def hostile(generator: random.Random, real: list[str]) -> str:
 
 
 def test_no_text_stalls_or_raises():
-    """Extraction takes less than a second, a check no longer than its limit; every verdict has a reason."""
-    generator, seen, slowest = random.Random(0), Counter(), [("", 0.0)] * 2
+    """Extraction takes less than two seconds, a check no longer than its limit; none fails in an unforeseen way."""
+    generator, seen, slowest, failures = random.Random(0), Counter(), [("", 0.0)] * 2, []
     real = texts(generator)
     grade(r"\boxed{x}", "y")  # the worker's start is not part of a check
     for number in range(TEXTS):
         text = hostile(generator, real)
         gold = generator.choice(GOLDS)
         started = time.perf_counter()
-        answer = extract_answer(text, fallback=True)
+        extract_answer(text, fallback=True)
         prose = without_formulas(text)
         middle = time.perf_counter()
         verdict = grade(text, gold, fallback=True)
         times = middle - started, time.perf_counter() - middle
         seen[verdict.reason] += 1
         slowest = [max(old, (text, new), key=lambda pair: pair[1]) for old, new in zip(slowest, times, strict=True)]
-        assert times[0] < 2, (times, text[:200], len(text))
-        assert times[1] < SECONDS + GRACE, (times, text[:200], len(text), verdict.reason)
-        assert answer is None or len(answer) <= len(text) + 100
-        assert verdict.reason != "error", (verdict, gold)
-        assert len(prose) <= len(text)
+        if times[0] > 2 or times[1] > SECONDS + GRACE or verdict.reason == "error" or len(prose) > len(text):
+            failures.append((times, gold, verdict, len(text), text[:200]))
         if FULL and number % 1000 == 0:
-            print(number, dict(seen), [(round(t, 2), x[:60]) for x, t in slowest], flush=True)
-    assert sum(seen.values()) == TEXTS
+            print(number, dict(seen), [(round(t, 2), x[:60]) for x, t in slowest], len(failures), flush=True)
+    if FULL:
+        print(dict(seen), [(round(t, 2), x[:60]) for x, t in slowest])
+    assert not failures, failures[:20]

@@ -34,6 +34,7 @@ _PRINTED_ERROR = sympy.Rational(1, 10**15)
 _TOLERANCE = sympy.Float(10) ** -30
 _POINTS = 8
 _MAX_BITS = 4_000_000  # size of an integer that is still worth evaluating; 2016! has 20,000 bits
+_MAX_EXPONENT = 100_000  # of a variable; at a sampled point its power has ten times as many bits
 _INTEGERS = frozenset("nmkpqlijNMK")
 _CONFIG = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
 
@@ -137,6 +138,8 @@ def _check_size(expr: _Expr) -> None:
     for node in sympy.preorder_traversal(expr):
         if isinstance(node, sympy.Pow) and _bits(node) > _MAX_BITS:
             raise TooLarge(f"a power of more than {_MAX_BITS} bits")
+        if isinstance(node, sympy.Pow) and node.exp.is_Integer and node.free_symbols and abs(node.exp) > _MAX_EXPONENT:
+            raise TooLarge(f"a power of a variable over {_MAX_EXPONENT}")
         if isinstance(node, sympy.factorial) and node.args[0].is_Integer and node.args[0] > 100_000:
             raise TooLarge("the factorial of a number over 100,000")
 

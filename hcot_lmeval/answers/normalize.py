@@ -106,7 +106,7 @@ def _unicode(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda match: "_{" + match.group().translate(_SUBSCRIPTS) + "}", text)
     text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒]", _vulgar, text)
-    text = _RADICAL.sub(lambda match: r"\sqrt{" + next(group for group in match.groups() if group) + "}", text)
+    text = _RADICAL.sub(lambda match: r"\sqrt{" + (match[1] or match[2] or match[3] or "") + "}", text)
     text = "".join(_SYMBOLS.get(char, char) for char in text)
     text = unicodedata.normalize("NFKC", text)
     return "".join(_character(char) for char in text)
@@ -312,14 +312,25 @@ def _argument(text: str, at: int) -> tuple[str, int]:
 
 
 def _balance(text: str) -> str:
-    """Drops closing braces that close nothing and closes those left open."""
-    out, depth = [], 0
+    """Drops closing braces that close nothing, closes those left open, and makes one pair of braces around braces."""
+    out: list[str] = []
+    stack: list[int] = []
+    closing: dict[int, int] = {}
     for token in re.findall(r"\\.|[^\\]|\\$", text, re.DOTALL):
-        if token == "}" and depth == 0:
-            continue
-        depth += (token == "{") - (token == "}")
+        if token == "}":
+            if not stack:
+                continue
+            closing[stack.pop()] = len(out)
+        elif token == "{":
+            stack.append(len(out))
         out.append(token)
-    return "".join(out) + "}" * depth
+    for start in reversed(stack):
+        closing[start] = len(out)
+        out.append("}")
+    for start, stop in closing.items():
+        if closing.get(start + 1) == stop - 1:  # the grammar takes time exponential in their depth
+            out[start] = out[stop] = ""
+    return "".join(out)
 
 
 def _trim(text: str) -> str:

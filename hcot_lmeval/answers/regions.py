@@ -48,7 +48,7 @@ def equal(gold: Node, answer: Node) -> bool | None:
 def _region(node: Node) -> sympy.Set | None:
     try:
         return _convert(node)
-    except (algebra.Unparsed, NotImplementedError, TypeError, ValueError, AttributeError):
+    except (algebra.Unparsed, NotImplementedError, TypeError, ValueError, AttributeError, KeyError):
         return None  # not a set of numbers, or one that sympy cannot solve for
 
 

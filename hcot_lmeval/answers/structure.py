@@ -185,7 +185,7 @@ def _as_modular(source: str) -> Node | None:
     )
     if not found or not source[: found.start()].strip() or "mod" in source[: found.start()]:
         return None
-    modulus = next(group for group in found.groups() if group)
+    modulus = found[1] or found[2] or found[3] or ""
     node = replace(_parse(source[: found.start()]), modulus=compact(modulus))
     operator = node.kind == "leaf" and r"\mod" in found.group()
     return replace(node, marks=("mod",)) if operator else node

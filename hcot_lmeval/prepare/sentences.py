@@ -27,11 +27,13 @@ _CLOSERS = r"""["'”’»」』）】)\]}*_`]*"""
 _MATH_CLOSERS = r"(?:[ \t]*(?:\$\$?|\\\)|\\\]))?"
 _BREAK = r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]"
 _END = re.compile(
-    rf"(?P<line>[^\S\n\r\x0b\x0c\x85\u2028\u2029]*(?:{_BREAK})\s*)"
-    rf"|(?P<stop>(?:\.{{3,}}|…|[.!?]+){_MATH_CLOSERS}{_CLOSERS})(?P<space>[^\S\n\r\x0b\x0c\x85\u2028\u2029]+)(?=\S)"
+    rf"(?P<line>(?<![^\S\n\r\x0b\x0c\x85\u2028\u2029])[^\S\n\r\x0b\x0c\x85\u2028\u2029]*+(?:{_BREAK})\s*)"
+    rf"|(?P<stop>(?<![.!?])(?:\.{{3,}}|…|[.!?]+){_MATH_CLOSERS}{_CLOSERS})(?P<space>[^\S\n\r\x0b\x0c\x85\u2028\u2029]+)(?=\S)"
     rf"|(?P<wide>[。！？｡।॥؟۔։።។။]+[”’」』）】\"')\]*]*\s*)"
 )
-"""The candidates: a line break, a full stop with white space behind it, a full stop that needs none."""
+"""The candidates: a line break, a full stop with white space behind it, a full stop that needs none.
+
+A run of spaces or stops is tried from its beginning alone, so that a long one is read once."""
 
 _ITEM = re.compile(r"(?:[-*+•–]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]|#{1,6}|\|)(?=\s)")
 _ITEM_ALONE = re.compile(r"[\s*_#>(]*(?:[-*+•–]|(?:\d{1,3}|[A-Za-z]|[ivx]{2,4})[.)])[\s*_]*")
@@ -112,7 +114,7 @@ def _ends_sentence(text: str, end: re.Match[str]) -> bool:
 
 _WHOLE = re.compile(
     r"(?P<skip>\\\\|\\\$|\\`)"
-    r"|(?P<fence>^[ \t]*(?P<tick>```+|~~~+)[^\n]*\n(?:.*?\n)??[ \t]*(?P=tick)[ \t]*$)"
+    r"|(?P<fence>^[ \t]*(?P<tick>`{3,}+|~{3,}+)[^\n]*\n(?:.*?\n)??[ \t]*(?P=tick)[ \t]*$)"
     r"|(?P<table>^[ \t]*\|[^\n]*\|[ \t]*$(?:\n[ \t]*\|[^\n]*\|[ \t]*$)+)"
     r"|(?P<environment>\\begin\{[A-Za-z]+\*?\})"
     r"|(?P<display>\\\[(?:(?!\\\[).)*?\\\])"
@@ -120,7 +122,7 @@ _WHOLE = re.compile(
     r"|(?P<dollars>\$\$(?:(?!\$\$|\n[ \t]*\n).)+\$\$)"
     r"|(?P<dollar>\$(?=[^\s$])(?:\\.|(?!\n[ \t]*\n)[^$\\])*(?<!\s)\$(?!\d))"
     r"|(?P<code>(?<!`)`[^`\n]+`(?!`))"
-    r"|(?P<group>\\[A-Za-z]+\*?\s*(?:\[[^\]\n]*\])?\{)"
+    r"|(?P<group>\\[A-Za-z]+\*?\s*(?:\[[^\[\]\n]*\])?\{)"
     r"|(?P<aside>\((?=[^\s()])[^()\n]{0,300}\))",
     re.DOTALL | re.MULTILINE,
 )

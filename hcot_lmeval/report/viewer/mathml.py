@@ -55,7 +55,7 @@ ALIASES = (
 """What the library does not know, in terms that it does; the layout is the same or nearly so."""
 _ENVIRONMENT = r"(?:align|aligned|equation|gather|multline|eqnarray|cases|[pbvBV]?matrix)\*?"
 FORMULA = re.compile(
-    r"\$\$(?:\s*\$\$)*(?P<block>(?:[^$\\]|\\.)++)\$\$(?:\s*\$\$)*"
+    r"(?<!\$\$)(?<!\$\$\s)\$\$(?:\s*\$\$)*+(?P<block>(?:[^$\\]|\\.)++)\$\$(?:\s*\$\$)*"
     r"|\\\[(?P<bracket>(?:[^\\]|\\[^\[\]])++)\\\]"
     r"|\\\((?P<paren>(?:[^\\]|\\[^()])++)\\\)"
     rf"|(?P<env>\\begin\{{(?P<name>{_ENVIRONMENT})\}}.{{1,{LONGEST}}}?\\end\{{(?P=name)\}})"
@@ -65,7 +65,7 @@ FORMULA = re.compile(
 )
 r"""One formula. Delimiters that enclose nothing (``$$ $$``) count as one. For ``$`` the rule is that of pandoc: no
 space within, no digit behind, so that an amount of money is not a formula. Repetitions are possessive: a text of a
-thousand openings without an end is read in one pass."""
+thousand openings without an end is read in one pass, and a run of ``$$`` is tried from its beginning alone."""
 
 
 class Formula(NamedTuple):
