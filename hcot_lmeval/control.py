@@ -51,7 +51,8 @@ class ControlOptions:
         force_answer: tokens kept for the answer. When no more is left of ``max_gen_toks``, or of the room in the
             context, the open blocks are closed, ``</think>`` is forced if the model thinks, and it goes on freely. A
             block that could not be closed in time is not opened any more.
-        closing_tokens: most tokens of each solution that is written only because the answer is forced.
+        closing_tokens: most tokens of each solution that is written only because the answer is forced; no more than
+            `max_solution_tokens`, if that is given.
         loop_tokens: end a row that has repeated itself for so many tokens (`hcot_lmeval.loops`); if an answer can be
             forced, force it instead.
 
@@ -84,6 +85,11 @@ class ControlOptions:
         if self.force_answer is None:
             del found["closing_tokens"]
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def closing(self) -> int:
+        """Most tokens of a solution once the answer is forced."""
+        return min(self.closing_tokens, self.max_solution_tokens or self.closing_tokens)
 
     @property
     def steers(self) -> bool:
@@ -227,6 +233,11 @@ class Controller:
         self.ending = self._can_end
         return self.ending
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether blocks or the thinking are being closed for the answer, which takes a bounded number of tokens."""
+        return self.ending and self._can_end
+
     def _illegal(self, budget: Budget) -> frozenset[int]:
         illegal = self.cursor.illegal if self._options.constraints or self.ending else frozenset()
         closed = self.ending or self._is_deep or not self._can_open(budget)
@@ -248,7 +259,7 @@ class Controller:
         marks, options = self._grammar.markers, self._options
         most: int | None
         if self.ending:
-            most, cause = (options.closing_tokens if block.split else 0), Cause.ENDING
+            most, cause = (options.closing if block.split else 0), Cause.ENDING
         elif block.split:
             most, cause = options.max_solution_tokens, Cause.SOLUTION
         else:
@@ -280,7 +291,7 @@ class Controller:
         Where a close prunes, the solution of a block vanishes with the thought of the one around it: the context holds
         two solutions at a time, and one in the end.
         """
-        each, reserve = self._options.closing_tokens + 3, self._options.force_answer or 0  # + split, lead, close
+        each, reserve = self._options.closing + 3, self._options.force_answer or 0  # + split, lead, close
         freed = sum(size.thought for size in self._sizes) if self._prunes else 0
         at_once, at_end = (min(blocks, 2), min(blocks, 1)) if self._prunes else (blocks, blocks)
         return min(

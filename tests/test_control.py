@@ -363,6 +363,34 @@ def test_a_loop_ends_a_row_or_forces_its_answer() -> None:
             assert row.generated[-4:] == [SPLIT, CLOSE, THINK_END, EOS]
 
 
+def test_closing_many_blocks_is_no_loop() -> None:
+    """Fourteen blocks are closed by force, one like the other; a loop in the answer behind them still counts."""
+    options = ControlOptions("grammar", loop_tokens=8, force_answer=30, closing_tokens=0)
+    row = make_row(1, "hcot", Policy.RECOMPUTE, options, max_gen_toks=120)
+    plain = [token for n in range(14) for token in (OPEN, 10 + n % 9, 10 + n % 7)]
+    while not row.finished:
+        scores = torch.zeros(1, VOCAB)
+        scores[0, plain[len(row.generated)] if len(row.generated) < len(plain) else 15] = 9
+        row.accept(sample(scores, [row.draw()])[0])
+        row._steps.clear()
+    assert row.finished == "loop"
+    assert row.generated[-9:] == [15] * 9
+    assert row.context.depth == 0 and THINK_END in row.generated
+    assert len(events(row, Loop)) == 1
+
+
+def test_a_forced_answer_keeps_the_cap_of_solutions() -> None:
+    options = ControlOptions(max_solution_tokens=3, force_answer=20, closing_tokens=32)
+    row = make_row(1, "hcot", Policy.RECOMPUTE, options, max_gen_toks=60)
+    while not row.finished:
+        scores = torch.zeros(1, VOCAB)
+        scores[0, OPEN if not row.generated else 15] = 9
+        row.accept(sample(scores, [row.draw()])[0])
+        row._steps.clear()
+    split = row.generated.index(SPLIT)
+    assert row.generated[split : split + 5] == [SPLIT, 15, 15, 15, CLOSE]
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 

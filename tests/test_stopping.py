@@ -61,6 +61,26 @@ def test_open_blocks_are_exempt():
     assert run(pieces, ["STOP"], depths=[1, 1, 0, 0]) == (4, "STOP", "[STOP]")
 
 
+@pytest.mark.parametrize("string", ["]", "RETURN", "x[RETURN]"])
+def test_the_closing_marker_belongs_to_its_block(string):
+    pieces = ["[THOUGHT]", "t", "[SOLUTION]", "x", "[RETURN]", "y", string]
+    depths = [1, 1, 1, 1, 0, 0, 0]
+    assert run(pieces, [string], depths=depths) == (7, string, "".join(pieces[:-1]))
+    assert run(["x", "[RETURN]"], [string]) is not None, "with no block open it is text"
+
+
+def test_what_was_passed_over_does_not_match_later():
+    stops = StopStrings(["ab", "abcdef"], lambda ids: "".join("abcdefab"[i] for i in ids))
+    for number in range(3):
+        stops.append(number, 0)
+        stops.pass_over()
+    found = []
+    for number in range(3, 8):
+        stops.append(number, 0)
+        found.append(stops.find())
+    assert found == [None, None, ("abcdef", 0), ("abcdef", 0), ("abcdef", 0)]
+
+
 @given(st.text(max_size=40))
 def test_incremental_text_equals_the_whole(text):
     tokenizer = tiny_tokenizer()

@@ -254,12 +254,14 @@ class Row:
         params = self.request.params
         if self.stops is not None:
             self.stops.append(token, self.context.depth)
+            if len(self.generated) < params.min_gen_toks:
+                self.stops.pass_over()
         if token in self.limits.eos_ids:
             return "eos"
         if token in params.stop_ids:
             self.stop = token
             return "stop"
-        if self.stops is not None and len(self.generated) >= params.min_gen_toks:
+        if self.stops is not None:
             hit = self.stops.find()
             if hit is not None:
                 self.stop, self.stop_at = hit
@@ -270,7 +272,13 @@ class Row:
 
     def _repeats_itself(self, token: int) -> bool:
         """Whether the row has to end for it; if its answer can be forced, it goes on with that."""
-        if self.loops is None or not self.loops.push(token, self.context.depth):
+        if self.loops is None:
+            return False
+        again = self.loops.push(token, self.context.depth)
+        if self.controller is not None and self.controller.is_closing:
+            self.loops.forget()  # closing markers that are forced one after the other are nobody's loop
+            return False
+        if not again:
             return False
         self.recorder.loop(self.context.length - 1)
         self.loops.forget()

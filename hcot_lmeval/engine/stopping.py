@@ -52,6 +52,8 @@ class StopStrings:
         self._think = think
         self._thinking = thinking and think is not None
         self._start = 0  # the answer part begins here, as far as is known
+        self._passed = 0  # what ends here or before does not count
+        self._depth = 0
 
     @property
     def text(self) -> str:
@@ -62,12 +64,18 @@ class StopStrings:
         known = len(self.text)
         self._text.append(token)
         self._follow_thinking(known)
-        if self._thinking or depth:
+        if self._thinking or depth or self._depth:  # a closing marker belongs to its block
             self._start = len(self.text)
+        self._depth = depth
+
+    def pass_over(self) -> None:
+        """What the text ends with now is no match, be it a stop string."""
+        self._passed = len(self.text)
 
     def find(self) -> tuple[str, int] | None:
         """Returns the stop string that appears first and where, or None."""
-        hits = [(self.text.find(string, self._start), string) for string in self._strings]
+        starts = [max(self._start, self._passed - len(string) + 1) for string in self._strings]
+        hits = [(self.text.find(s, start), s) for s, start in zip(self._strings, starts, strict=True)]
         found = [(at, string) for at, string in hits if at >= 0]
         if not found:
             self._start = max(self._start, len(self.text) - self._longest)
