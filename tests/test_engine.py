@@ -75,6 +75,19 @@ def test_stop_strings_within_a_thought_or_the_thinking_do_nothing(model):
     assert done.token_ids == tokens[:-1]
 
 
+def test_a_stop_string_from_before_min_gen_toks_never_fires(model):
+    tokens = TOKENIZER.encode("a STOP, two STOP", add_special_tokens=False)
+    first = len(TOKENIZER.encode("a STOP", add_special_tokens=False))
+    done = only(make(model), forced(*tokens, stop_strings=("STOP",), min_gen_toks=first + 1))
+    assert (done.finish_reason, done.text) == ("stop", "a STOP, two ")
+
+
+@pytest.mark.parametrize("string", ["]", "RETURN", "\n"])
+def test_the_closing_marker_is_no_stop_string(model, string):
+    done = only(make(model), forced(*BLOCK, 70, 71, stop_strings=(string,)))
+    assert (done.finish_reason, len(done.token_ids)) == ("length", len(BLOCK) + 2)
+
+
 def test_max_gen_toks_counts_pruned_tokens_too(model):
     done = only(make(model), forced(*BLOCK, 70, 71, max_gen_toks=len(BLOCK) + 1))
     assert (done.finish_reason, len(done.token_ids)) == ("length", len(BLOCK) + 1)
@@ -142,6 +155,32 @@ def test_samples_of_a_prompt_share_its_prefill(model):
         for _ in range(2)
     ]
     assert alone[0].token_ids == alone[1].token_ids == done[0].token_ids
+
+
+def count_steps(engine: Engine, requests: list[Request], monkeypatch) -> int:
+    steps = []
+    forward = engine.decoder.forward
+    monkeypatch.setattr(engine.decoder, "forward", lambda *given: steps.append(1) or forward(*given))
+    engine.generate(requests)
+    return len(steps)
+
+
+def test_samples_of_a_prompt_start_together(model, monkeypatch):
+    """One step reads the prompt, and then all samples run: no more steps than for as many prompts, and one."""
+    engine = make(model, slots=64)
+    params = SamplingParams(max_gen_toks=8, temperature=1.0, n=64)
+    assert count_steps(engine, [Request("r", PROMPT, params)], monkeypatch) == 9
+    equal = [Request(str(i), PROMPT, SamplingParams(max_gen_toks=8)) for i in range(64)]
+    assert count_steps(engine, equal, monkeypatch) == 9
+
+
+def test_many_waiting_requests_with_one_prompt_are_served_as_slots_get_free(model):
+    requests = [Request(str(i), PROMPT[: 3 + i % 2], SamplingParams(max_gen_toks=1 + i % 3)) for i in range(400)]
+    done = make(model, slots=7, step_tokens=2).generate(requests)
+    assert [c.request.id for c in done] == [r.id for r in requests]
+    beyond = [Request(str(i), PROMPT * 9, SamplingParams(max_gen_toks=2)) for i in range(5)]
+    done = make(model, max_context=20, slots=2).generate([*beyond, *requests[:5]])
+    assert [c.finish_reason for c in done] == ["context"] * 5 + ["length"] * 5
 
 
 def test_greedy_tokens_equal_generate(model):

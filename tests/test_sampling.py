@@ -14,7 +14,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hcot_lmeval.engine.sampling import Draw, SamplingParams, _truncated, derive_seed, gumbel, sample
+from hcot_lmeval.engine.native import sampler_for
+from hcot_lmeval.engine.sampling import (
+    LEAST,
+    Draw,
+    SamplingParams,
+    _penalised,
+    _truncated,
+    derive_seed,
+    gumbel,
+    sample,
+)
 
 CPU = torch.device("cpu")
 
@@ -119,12 +129,37 @@ def test_forced_tokens_get_the_models_logprob():
     assert choice.logprob == choice.legal_logprob == pytest.approx(scores(1).log_softmax(-1)[0, 17].item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("chooser", [None, sampler_for(torch.float32)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": LEAST},
+        {"temperature": 1.0, "top_p": LEAST},
+        {"temperature": LEAST, "top_p": LEAST, "repetition_penalty": 1e-6},
+        {"temperature": LEAST, "top_k": 2**63 - 1, "repetition_penalty": 1e6},
+    ],
+)
+def test_the_least_that_is_allowed_takes_the_largest(chooser, params):
+    logits = scores().float() * 1000
+    draws = [Draw(SamplingParams(**params, logprobs=True), 5, 2, seen=[1])] * 6
+    expected = _penalised(logits, draws).argmax(-1).tolist()
+    choices = sample(logits, draws, chooser)
+    assert [choice.token for choice in choices] == expected
+    assert params.get("temperature") == 1 or [choice.logprob for choice in choices] == [0.0] * 6
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"max_gen_toks": 0},
         {"min_gen_toks": 300},
         {"temperature": -0.1},
+        {"temperature": 1e-39},
+        {"temperature": 1e39},
+        {"top_p": 1e-46},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e39},
+        {"top_k": 2**63},
         {"temperature": math.inf},
         {"temperature": math.nan},
         {"top_k": -1},

@@ -19,6 +19,9 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 """Shifts and factors of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
 _MASK = 2**64 - 1
 
+LEAST = 1e-20
+"""The least temperature and top-p: with less, what is computed of them in float32 may leave its range."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -61,11 +64,14 @@ class SamplingParams:
         checks = {
             "max_gen_toks": (self.max_gen_toks >= 1, "at least 1"),
             "min_gen_toks": (0 <= self.min_gen_toks <= self.max_gen_toks, "within 0..max_gen_toks"),
-            "temperature": (0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
-            "top_p": (0 < self.top_p <= 1, "within (0, 1] (1 is off)"),
+            "temperature": (
+                self.temperature == 0 or LEAST <= self.temperature <= 1 / LEAST,
+                f"0 (greedy), or within [{LEAST:g}, {1 / LEAST:g}]",
+            ),
+            "top_k": (0 <= self.top_k < 2**63, "within 0..2^63 - 1 (0 is off)"),
+            "top_p": (LEAST <= self.top_p <= 1, f"within [{LEAST:g}, 1] (1 is off)"),
             "min_p": (0 <= self.min_p <= 1, "within [0, 1] (0 is off)"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "finite and above 0 (1 is off)"),
+            "repetition_penalty": (1e-6 <= self.repetition_penalty <= 1e6, "within [1e-06, 1e+06] (1 is off)"),
             "stop_strings": (all(self.stop_strings), "without empty strings"),
             "n": (self.n >= 1, "at least 1"),
         }

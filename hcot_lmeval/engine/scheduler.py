@@ -26,6 +26,12 @@ class _Resident:
             return 0
         return min(len(self.row.positions), len(self.prompt_ids))
 
+    @property
+    def will_grow(self) -> bool:
+        """Whether more of the prompt can be copied later. Of the whole prompt, all but the last token is copied."""
+        row = self.row
+        return row is not None and not row.finished and row.reads_prompt and self.tokens < len(self.prompt_ids) - 1
+
 
 class Scheduler:
     """First come, first served; a row is admitted as soon as a slot is free.
@@ -52,6 +58,7 @@ class Scheduler:
     ) -> None:
         self.rows: list[Row] = []
         self._waiting = deque(samples)
+        self._parked: dict[tuple[int, ...], deque[tuple[Request, int]]] = {}  # by the prompt that is being read
         self.pool, self._make_row = pool, make_row
         self._step_tokens, self._share = step_tokens, share
         self._free = deque(range(pool.slots))
@@ -59,21 +66,24 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self.rows)
+        return bool(self._waiting or self._parked or self.rows)
 
     def admit(self) -> None:
         """Gives free slots to waiting requests.
 
         A request whose prompt another row is reading right now waits until it can copy it.
         """
-        later: deque[tuple[Request, int]] = deque()
+        if not (self._free and (self._waiting or self._parked)):
+            return
+        reading = {held.prompt_ids for held in self._residents if held.will_grow} if self._share else set()
+        for prompt_ids in [prompt_ids for prompt_ids in self._parked if prompt_ids not in reading]:
+            self._waiting.extendleft(reversed(self._parked.pop(prompt_ids)))
         while self._waiting and self._free:
             request, sample = self._waiting.popleft()
-            if self._share and self._is_being_read(request.prompt_ids):
-                later.append((request, sample))
-            else:
-                self._start(request, sample)
-        self._waiting.extendleft(reversed(later))
+            if request.prompt_ids in reading:
+                self._parked.setdefault(request.prompt_ids, deque()).append((request, sample))
+            elif self._start(request, sample).will_grow and self._share:
+                reading.add(request.prompt_ids)
 
     def plan(self) -> list[tuple[Row, Chunk]]:
         """Returns the chunks of the next step: one token for every row that decodes, then prompts and solutions."""
@@ -94,10 +104,7 @@ class Scheduler:
         self._free.extend(row.slot for row in finished)
         return finished
 
-    def _is_being_read(self, prompt_ids: tuple[int, ...]) -> bool:
-        return any(row.reads_prompt and row.request.prompt_ids == prompt_ids for row in self.rows)
-
-    def _start(self, request: Request, sample: int) -> None:
+    def _start(self, request: Request, sample: int) -> _Resident:
         donor, shared = self._best_donor(request.prompt_ids) if self._share else (0, 0)
         slot = donor if shared and donor in self._free else self._free[0]
         self._free.remove(slot)
@@ -106,8 +113,9 @@ class Scheduler:
             if slot != donor:
                 self.pool.copy(donor, slot, shared)
             row.skip_prompt(shared)
-        self._residents[slot] = _Resident(request.prompt_ids, row)
+        self._residents[slot] = resident = _Resident(request.prompt_ids, row)
         self.rows.append(row)
+        return resident
 
     def _best_donor(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
         """Returns the slot that holds most of the prompt, and how much; the last token is always forwarded anew."""
