@@ -20,7 +20,7 @@ _SLOTS = 2**13
 _TRIED = 64
 """Earlier places of an n-gram that are looked at; more of them have only long laps of very few different tokens."""
 _SETTLED = 4
-"""A distance that has held for so many n-grams is that of a lap, or breaks before the lap is over: no other is sought."""
+"""A distance that has held for so many n-grams is a lap's, or breaks before the lap is over: no other is sought."""
 
 
 class LoopDetector:
