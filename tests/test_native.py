@@ -160,6 +160,52 @@ def test_changed_and_replaced_weights_are_seen():
     assert engine.generate([request])[0].token_ids == before
 
 
+@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_changed_behind_the_back_of_pytorch_are_seen(dtype, form):
+    """Through ``.data`` nothing is counted; norms and biases in bfloat16, and weights in fewer bits, are copies."""
+    if form == "packed" and dtype == torch.bfloat16:
+        pytest.skip("weights in bfloat16 have no copy in fewer bits")
+    model = tiny_model("qwen2", dtype)
+    parts = {
+        "norm": model.model.layers[0].input_layernorm.weight,
+        "bias": model.model.layers[1].self_attn.k_proj.bias,
+        "weight": model.model.layers[1].mlp.up_proj.weight,
+        "head": model.lm_head.weight,
+    }
+    options = {"slots": 1, "compute": "native", "weights": form}
+    engine = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), **options)
+    request = Request("1", (9, 10, 11), SamplingParams(max_gen_toks=12, logprobs=True))
+    logprobs = engine.generate([request])[0].logprobs
+    for name, part in parts.items():
+        part.data.add_(0.2 * torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+        fresh = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), **options)
+        found = engine.generate([request])[0].logprobs
+        assert found == fresh.generate([request])[0].logprobs != logprobs, name
+        logprobs = found
+    assert engine.decoder.weights_name == form
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [320]}, "a token id is out of range"),
+        ({"ids": [10**9]}, "a token id"),
+        ({"ids": [-1]}, "a token id"),
+        ({"positions": [-1]}, "a position"),
+        ({"slot": 2}, "a place in the pool"),
+        ({"slot": -1}, "a place in the pool"),
+        ({"start": 40, "positions": range(41)}, "a place in the pool"),
+    ],
+)
+def test_the_kernel_checks_what_it_is_given(change, message):
+    native = NativeStep(tiny_model("qwen2"))
+    pool = KVPool(Decoder(tiny_model("qwen2"), check=False).layers, 2, 20, poison=True)
+    with pytest.raises(IndexError, match=message):
+        native.forward(pool, [Chunk(**{"slot": 1, "start": 0, "ids": [319], "positions": [0], **change})])
+    assert native.forward(pool, [Chunk(1, 0, [319], [0])]).isfinite().all()
+
+
 def hooked(model):
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     return model
@@ -253,6 +299,26 @@ def test_flags_that_are_asked_for_are_taken_or_an_error(compiled_with):
         ValueError, match=r"HCOT_LMEVAL_CXXFLAGS=.*-DVECTOR_BYTES=48.* failed: .*VECTOR_BYTES is 16, 32"
     ):
         Decoder(model)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5])
+def test_a_damaged_kernel_is_compiled_again(left, monkeypatch, tmp_path):
+    """Loading one that was cut ends the process, or finds no function in it."""
+    monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # in less time
+    build.load_sampler.cache_clear()
+    try:
+        build.load_sampler(torch.float32)
+        (kept,) = (tmp_path / "kernels").iterdir()
+        whole = kept.read_bytes()
+        kept.unlink()  # this process goes on with what it has loaded
+        kept.write_bytes(whole[: int(left * len(whole))])
+        build.load_sampler.cache_clear()
+        build.load_sampler(torch.float32)
+        (anew,) = (tmp_path / "kernels").iterdir()
+        assert len(anew.read_bytes()) == len(whole)
+    finally:
+        build.load_sampler.cache_clear()
 
 
 @pytest.mark.parametrize("weight", build.WEIGHTS.values())

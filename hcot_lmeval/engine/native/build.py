@@ -67,16 +67,16 @@ def _load(source: str, **types: str) -> ctypes.CDLL:
     """Returns the library of a source file, compiled with these types.
 
     The compiler is ``$CXX``, else c++, g++ or clang++. The library is kept in ``$HCOT_LMEVAL_CACHE/kernels``, else
-    ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor.
+    ``~/.cache/hcot_lmeval/kernels``, under a name that changes with source, compiler and processor, and says what is in
+    it: a damaged one would end the process, so it is compiled again.
 
     Raises:
         KernelUnavailableError: no compiler, or the compiler failed.
         ValueError: the compiler failed with the flags of ``$HCOT_LMEVAL_CXXFLAGS``.
     """
     compiler = find_compiler()
-    path = kernel_folder() / f"{'-'.join((source, *types.values()))}-{_fingerprint(compiler)}.so"
-    if not path.exists():
-        _compile(compiler, source, types, path)
+    name = f"{'-'.join((source, *types.values()))}-{_fingerprint(compiler)}"
+    path = _kept(name) or _compile(compiler, source, types, name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -137,18 +137,37 @@ def _processor() -> str:
     return "\n".join(sorted(found)) or f"{platform.machine()} {platform.processor()}"
 
 
-def _compile(compiler: str, source: str, types: Mapping[str, str], path: Path) -> None:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _kept(name: str) -> Path | None:
+    """The library of that name, if it is there and whole; damaged ones are removed."""
+    for path in sorted(kernel_folder().glob(f"{name}-*.so")):
+        try:
+            if path.stem == f"{name}-{_digest(path)}":
+                return path
+            path.unlink()
+        except OSError as error:
+            raise KernelUnavailableError(f"{path} is damaged or cannot be read: {error}; remove it") from error
+    return None
+
+
+def _compile(compiler: str, source: str, types: Mapping[str, str], name: str) -> Path:
     """Compiles beside the target and renames, so that of several processes each finds a whole file or none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            target = Path(folder) / path.name
+        home = kernel_folder()
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as folder:
+            target = Path(folder) / f"{name}.so"
             defined = [f"-D{name}={value}" for name, value in types.items()]
             command = [compiler, *_flags(), *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
             if done.returncode:
                 raise _failure(command, done.stderr)
+            path = home / f"{name}-{_digest(target)}.so"
             target.replace(path)
+            return path
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelUnavailableError(f"the kernel could not be compiled: {error}") from error
 

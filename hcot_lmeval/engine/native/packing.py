@@ -8,6 +8,7 @@ kernel/packed.hpp has the layout. Both have the same values as the model's own w
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import time
 import weakref
@@ -28,6 +29,8 @@ MOST_MARKED = 1 / 16
 """Of all blocks may hold too many magnitudes to be packed; where there are more, a copy does not pay."""
 ROWS = 256
 """Rows that are looked at together, so that no copy of a whole matrix is made in passing."""
+Key = tuple[object, int, str]
+"""State of the parameters, numbers in a block, digest of the weights."""
 
 
 class NoCopyError(ValueError):
@@ -45,10 +48,15 @@ class WeightCopy:
         memory: that they lie in.
     """
 
-    key: object
+    key: Key
     narrow: bool
     addresses: tuple[tuple[int, ...], ...]
     memory: torch.Tensor
+
+    @property
+    def digest(self) -> str:
+        """Of the weights; see `Source.digest`."""
+        return self.key[2]
 
     def __str__(self) -> str:
         return f"{self.memory.nbytes / 2**30:.2f} GiB, {'bfloat16' if self.narrow else '28 bits each'}"
@@ -88,6 +96,11 @@ class Source:
         linears = [getattr(layer, name) for layer in self.weights.layers for name in MATRICES]
         return [linear.weight.detach() for linear in (*linears, self.weights.head)]
 
+    def digest(self) -> str:
+        """Of the sums of the bits of every row, which takes little more than reading the weights once."""
+        sums = [_words(tensor).sum(1).numpy().tobytes() for tensor in self.tensors]
+        return hashlib.sha256(b"".join(sums)).hexdigest()
+
 
 _COPIES: weakref.WeakKeyDictionary[Any, weakref.ref[WeightCopy]] = weakref.WeakKeyDictionary()
 
@@ -109,7 +122,7 @@ def copy_weights(source: Source, *, rows: int, share: float) -> WeightCopy:
         raise NoCopyError(f"its weights are {kind}: load it with dtype='float32', or use weights='auto'")
     packing = Packing()
     source.kernel.packing(ctypes.byref(packing))
-    key = (source.weights.state, packing.numbers)
+    key = (source.weights.state, packing.numbers, source.digest())
     known = _COPIES.get(source.owner, lambda: None)()
     if known is None or known.key != key:
         narrow = all(map(_is_bfloat16, source.tensors))
@@ -127,11 +140,17 @@ def _check_rows(rows: int, most: int) -> None:
         raise NoCopyError(f"{rows} rows run at the same time, and its weights in fewer bits serve {most} at most")
 
 
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of rows as integers, of 8 bytes where rows have a whole number of them: those are summed faster."""
+    even = tensor.shape[1] % 2 == 0 and tensor.storage_offset() % 2 == 0
+    return tensor.view(torch.int64 if even else torch.int32)
+
+
 def _is_bfloat16(tensor: torch.Tensor) -> bool:
     return all(torch.equal(rows.bfloat16().float(), rows) for rows in tensor.split(ROWS))
 
 
-def _narrow(key: object, tensors: Sequence[torch.Tensor], share: float) -> WeightCopy:
+def _narrow(key: Key, tensors: Sequence[torch.Tensor], share: float) -> WeightCopy:
     memory = _allocate(sum(2 * tensor.numel() for tensor in tensors), share)
     numbers, addresses, at = memory.view(torch.bfloat16), [], 0
     for tensor in tensors:
@@ -141,7 +160,7 @@ def _narrow(key: object, tensors: Sequence[torch.Tensor], share: float) -> Weigh
     return WeightCopy(key, True, tuple(addresses), memory)
 
 
-def _packed(key: object, source: Source, packing: Packing, share: float) -> WeightCopy:
+def _packed(key: Key, source: Source, packing: Packing, share: float) -> WeightCopy:
     kernel, matrices = source.kernel, source.matrices
     blocks = [kernel.blocks(ctypes.byref(matrix)) for matrix in matrices]
     size, total, marked, addresses = 4 * packing.words, sum(blocks), 0, []

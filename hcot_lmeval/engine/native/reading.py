@@ -88,11 +88,15 @@ class WeightReader:
         Raises:
             NoCopyError: a copy was asked for, and cannot be had.
         """
-        self.copy = None
+        self.copy, self._source = None, source
         self._use(source, OWN[0] if self.reading.copied else self.reading)
         if not self._opened or self.form is WeightForm.PACKED:
             self._find(source, seconds)
         self._opened = True
+
+    def is_outdated(self) -> bool:
+        """Whether the weights are others than those of the copy that is read."""
+        return self.copy is not None and self.copy.digest != self._source.digest()
 
     def _find(self, source: Source, seconds: Callable[[], float]) -> None:
         large = sum(p.nbytes for p in source.weights.parameters) >= LEAST_BYTES

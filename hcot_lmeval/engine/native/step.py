@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
+FAULTS = ("", "a token id is", "a position is", "a place in the pool is", "the place of a wanted output is")
+"""What the kernel refuses, by the numbers that it returns."""
 TRIED_BYTES = 2**28
 """Weights that are read to time a way of reading them."""
 
@@ -73,20 +75,24 @@ class NativeStep:
         return self._reader.reading
 
     def refresh(self) -> None:
-        """Reads the model again if it has changed.
+        """Reads the model again if it has changed, be it through ``.data``, which PyTorch does not count as a change.
+
+        Weights that the kernel reads where they are need no second look; what is a copy is compared with them.
 
         Raises:
             UnreadableModelError: it has become one that the kernel does not know.
             NoCopyError: a copy was asked for, and can no more be had.
         """
         weights = read_weights(self._hf_model)
-        if weights.state != self._state:
+        moved = any(not torch.equal(own.to(self.dtype), copy) for own, copy in self._copied)
+        if moved or weights.state != self._state or self._reader.is_outdated():
             self._read(weights)
 
     def _read(self, weights: ModelWeights) -> None:
         self._weights = weights
         self.dtype = torch.promote_types(self._weights.dtype, torch.float32)
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
+        self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []  # vectors of the model, and those of another type
         self._layers = (Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
         self._model = self._describe(self._weights)
         self._pool: KVPool | None = None
@@ -100,6 +106,9 @@ class NativeStep:
 
         Returns:
             The logits after the last token of each chunk: [chunks, vocabulary], float32 (float64 for double models).
+
+        Raises:
+            IndexError: a token id, position or slot is out of range.
         """
         self._point_to(pool)
         ids: list[int] = []
@@ -127,8 +136,11 @@ class NativeStep:
         address, _ = numbers.buffer_info()
         lists = (address + i * tokens * numbers.itemsize for i in range(5))
         scratch = self._scratch_for(tokens, seen, threads)
-        step = Step(tokens, outputs, threads, *lists, cosine, sine, logits.data_ptr(), scratch)
-        self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
+        bounds = self._angles.shape[1], self._places
+        step = Step(tokens, outputs, threads, *bounds, *lists, cosine, sine, logits.data_ptr(), scratch)
+        fault = self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
+        if fault:
+            raise IndexError(f"the step was not computed: {FAULTS[fault]} out of range")
         return logits
 
     def _product_seconds(self) -> float:
@@ -165,7 +177,7 @@ class NativeStep:
             return
         for index, layer in enumerate(self._layers):
             layer.keys, layer.values = pool.keys[index].data_ptr(), pool.values[index].data_ptr()
-        self._pool = pool
+        self._pool, self._places = pool, pool.slots * pool.length
 
     # --- the kernel's structures --------------------------------------------------------------------------------------
 
@@ -183,6 +195,7 @@ class NativeStep:
             weights.kv_heads,
             weights.dim,
             0,  # which the reader sets
+            len(weights.embedding),
             weights.eps,
             weights.scaling,
         )
@@ -202,4 +215,6 @@ class NativeStep:
         if vector is None:
             return None
         self._vectors.append(vector.detach().to(self.dtype).contiguous())
+        if vector.dtype != self.dtype:
+            self._copied.append((vector.detach(), self._vectors[-1]))
         return self._vectors[-1].data_ptr()

@@ -41,7 +41,7 @@ class Model(ctypes.Structure):
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", Matrix),
-        *((name, ctypes.c_int) for name in ("count", "hidden", "inner", "heads", "kv_heads", "dim", "far")),
+        *((name, ctypes.c_int) for name in ("count", "hidden", "inner", "heads", "kv_heads", "dim", "far", "known")),
         ("eps", ctypes.c_double),
         ("scaling", ctypes.c_double),
     )
@@ -57,7 +57,7 @@ class Step(ctypes.Structure):
     """Tokens of a step, and where its results and its scratch go."""
 
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("tokens", "outputs", "threads")),
+        *((name, ctypes.c_int) for name in ("tokens", "outputs", "threads", "angles", "places")),
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "first", "row", "wanted")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "logits", "scratch")),
     )

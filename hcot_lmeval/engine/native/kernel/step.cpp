@@ -68,12 +68,14 @@ struct Model {
     const real* norm;         // [hidden]
     Matrix head;
     int count, hidden, inner, heads, kv_heads, dim;
-    int far;  // see Input
+    int far;    // see Input
+    int known;  // rows of the embedding
     double eps, scaling;
 };
 
 struct Step {
     int tokens, outputs, threads;
+    int angles, places;              // positions that have angles, rows of the pool
     const int64_t *ids, *positions;  // [tokens]
     const int64_t *first, *row;      // [tokens]: first row of the token's slot in the pool, and the token's own
     const int64_t* wanted;           // [outputs]: tokens whose logits are asked for
@@ -84,7 +86,8 @@ struct Step {
 
 // Bytes of scratch for steps of up to `tokens` tokens that see up to `seen` keys.
 size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
-void decode(const Model* model, const Step* step);
+// Returns 0; or which of the step's lists would be read, or would read, out of bounds: 1 ids, 2 positions, 3 rows, 4 wanted.
+int decode(const Model* model, const Step* step);
 // Seconds that a single token takes through products of the layers, of which at least `bytes` are read if there are.
 double time_products(const Model* model, const Step* step, size_t bytes);
 
@@ -288,6 +291,17 @@ void run_products(Team& team, const Model& m, const Scratch& s, size_t bytes) {
     }
 }
 
+int fault_of(const Model& m, const Step& step) {
+    for (int t = 0; t < step.tokens; t++) {
+        if (step.ids[t] < 0 || step.ids[t] >= m.known) return 1;
+        if (step.positions[t] < 0 || step.positions[t] >= step.angles) return 2;
+        if (step.first[t] < 0 || step.row[t] < step.first[t] || step.row[t] >= step.places) return 3;
+    }
+    for (int i = 0; i < step.outputs; i++)
+        if (step.wanted[i] < 0 || step.wanted[i] >= step.tokens) return 4;
+    return 0;
+}
+
 int most_seen(const Step& step) {
     int most = 1;
     for (int t = 0; t < step.tokens; t++) {
@@ -316,9 +330,11 @@ template <class Work> static void in_parallel(const Model& model, const Step& st
     }
 }
 
-void decode(const Model* model, const Step* step) {
+int decode(const Model* model, const Step* step) {
+    if (int fault = fault_of(*model, *step)) return fault;
     int longest = most_seen(*step);
     in_parallel(*model, *step, longest, [&](Team& team, const Scratch& s) { run(team, *model, *step, s, longest); });
+    return 0;
 }
 
 double time_products(const Model* model, const Step* step, size_t bytes) {
