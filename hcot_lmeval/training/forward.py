@@ -21,6 +21,7 @@ import torch
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.masks import attention_masks
+from hcot_lmeval.rotary import check_positions, rotary_limit
 from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.losses import LossSums, StructureLoss, packed_losses
 
@@ -146,6 +147,8 @@ class _Packed:
 
     def __call__(self, inner: Any, batch: Batch) -> dict[str, torch.Tensor]:
         text = inner.config.get_text_config()
+        if rotary_limit(text) is not None:
+            check_positions(text, 1 + int(batch["position_ids"].max()))
         place = batch["death"], batch["position_ids"]
         # in the dtype of the scores all layers keep the same mask for the backward pass, instead of a copy each
         mask = attention_masks(text, *place, text._attn_implementation, _compute_dtype(inner))

@@ -23,6 +23,7 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import TrainingRecord
+from hcot_lmeval.rotary import check_positions
 from hcot_lmeval.tokens import Added
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
 from hcot_lmeval.training.arguments import early_stopping, training_arguments
@@ -144,9 +145,14 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
 
 
 def warn_of_positions(model: PreTrainedModel, data: Data) -> None:
-    """Warns if the traces are longer than what the model's config allows; it may know more positions than it says."""
+    """Warns if the traces are longer than what the model's config allows; it may know more positions than it says.
+
+    Raises:
+        ValueError: its rotary embeddings would depend on what else is in a packed row.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     needed = max(prepared.report.positions for prepared in (*data.train, data.held_out))
+    check_positions(model.config.get_text_config(), needed)
     if limit is not None and needed > limit:
         advice = "shorten the traces with data.row_length"
         logger.warning("the traces need %d positions, the model's config has %d: %s", needed, limit, advice)
