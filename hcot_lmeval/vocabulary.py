@@ -138,6 +138,15 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
+def largest_text_id(tokenizer: Any) -> int:
+    """Returns the largest id of a token that ordinary text may have.
+
+    Some tokenizers have added tokens that their models have no rows for, such as Gemma 3's for images.
+    """
+    added = tokenizer.get_added_vocab()
+    return max((i for token, i in tokenizer.get_vocab().items() if token not in added), default=-1)
+
+
 def marker_ids(tokenizer: Any, markup: Markup | str = "hcot") -> MarkerIds:
     """Returns the marker ids of `markup` in the tokenizer's vocabulary.
 

@@ -14,7 +14,7 @@ from hcot_lmeval.engine.device import build
 from hcot_lmeval.engine.device.needs import runs_on_device
 from hcot_lmeval.engine.device.program import Program
 from hcot_lmeval.engine.device.state import State
-from tests.random_traces import VOCAB_SIZE, random_trace
+from tests.random_traces import random_trace
 from tests.reference import EOS, MARKERS, POLICIES, as_reference, reference_logits
 from tests.test_engine_exact import (
     FP64,
@@ -25,7 +25,7 @@ from tests.test_engine_exact import (
     random_requests,
     sampled_requests,
 )
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 KINDS = ("qwen2", "qwen3", "llama")
 WAYS = (
@@ -158,9 +158,8 @@ def test_samples_share_their_prompt(policy):
 
 def test_what_only_the_host_knows_ends_a_row_late_and_leaves_no_trace():
     """Stop strings, loops and stop ids; the slots are used again at once."""
-    tokenizer, model = tiny_tokenizer(), make_model("qwen2")
+    tokenizer, model = tiny_tokenizer(), tiny_model("qwen2", torch.float64)
     words = [tuple(tokenizer.encode(f"{n} is it STOP and on and on", add_special_tokens=False)) for n in range(9)]
-    words = [tuple(t % VOCAB_SIZE for t in ids) for ids in words]
     again = (20, 21, 22) * 40
     strings = tuple(tokenizer.decode(ids[4:6]) for ids in words[:1])
     requests = [

@@ -11,7 +11,7 @@ model itself is called with ``attention_mask=None, use_cache=False``; the runnin
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hcot_lmeval.engine.slots import KVPool, LayerShape
+from hcot_lmeval.engine.slots import KVPool
 
 IMPLEMENTATION = "hcot_slots"
 """The name under which the registry knows `slot_attention`."""
@@ -58,10 +58,11 @@ class Segment:
 
 @dataclass
 class StepContext:
-    """What the attention layers have to know about the running step."""
+    """What the attention layers have to know about the running step: memory, rows, and windows by layer index."""
 
     pool: KVPool
     segments: Sequence[Segment]
+    windows: Mapping[int, int | None]
     _rows: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor | None] = field(default_factory=dict)
 
@@ -93,12 +94,12 @@ def _mask(segment: Segment, window: int | None, device: torch.device) -> torch.T
     return mask
 
 
-_STEP: ContextVar[StepContext | dict[int, LayerShape]] = ContextVar("hcot_step")
+_STEP: ContextVar[StepContext] = ContextVar("hcot_step")
 
 
 @contextmanager
-def running(step: StepContext | dict[int, LayerShape]) -> Iterator[None]:
-    """While it is open, the attention layers work on `step`; an (empty) dict of layer shapes records them instead."""
+def running(step: StepContext) -> Iterator[None]:
+    """While it is open, the attention layers work on `step`."""
     token = _STEP.set(step)
     try:
         yield
@@ -129,7 +130,7 @@ def slot_attention(
         attention_mask: None; what is visible follows from the segments.
         scaling: factor of the scores, by default 1 / sqrt(key_dim).
         dropout: ignored, decoding has none.
-        sliding_window: a query at position p sees the positions above p - sliding_window.
+        sliding_window: ignored; the window of the layer is that of its mask (`hcot_lmeval.engine.probe`).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
         s_aux: [query_heads], a learned score that takes part in the softmax and nothing else (gpt-oss sinks).
 
@@ -138,26 +139,23 @@ def slot_attention(
     """
     step = _STEP.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(step, dict):
-        step[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    keys, values = step.pool.keys[layer], step.pool.values[layer]
+    keys, values, window = step.pool.keys[layer], step.pool.values[layer], step.windows[layer]
     step.pool.write(layer, step.rows(key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
     outputs = []
     for index, segment in enumerate(step.segments):
-        first = segment.window_start(sliding_window)
+        first = segment.window_start(window)
         outputs.append(
             attend(
                 query[0, :, segment.first : segment.first + segment.count],
                 keys[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
                 values[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
-                step.mask(index, sliding_window, key.device),
+                step.mask(index, window, key.device),
                 scaling=scaling,
                 softcap=softcap,
                 sinks=s_aux,
             )
         )
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()[None], None  # some models view it
 
 
 def attend(

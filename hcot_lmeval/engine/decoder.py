@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
 from hcot_lmeval.engine.native import (
     Compute,
@@ -21,7 +25,9 @@ from hcot_lmeval.engine.native import (
     UnreadableModelError,
     WeightForm,
 )
-from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerShape
+from hcot_lmeval.engine.probe import NEITHER, PROBE, Probed, probing
+from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool
+from hcot_lmeval.rotary import rotary_limit
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +35,26 @@ REWINDABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention
 """Entries of `config.layer_types` whose state is keys and values alone, so that it can be cut anywhere."""
 
 CHECK_CHUNKS = (11, 1, 6, 1, 1, 4)
-"""Tokens a step in the self-check: chunks and single tokens, 24 in all."""
+"""Tokens a step of a row in the self-check: chunks and single tokens, 24 in all. The first grows past short windows."""
+BESIDE = (3, 1, 2)
+"""The same of a short row beside it."""
+KEPT, AGAIN = 6, (5, 1)
+"""Tokens of the first row that stay when it is pruned, and those that are read again behind them."""
+LONGEST_CHECK = 280
+"""Tokens of the self-check at most. Longer windows are those of the mask (`hcot_lmeval.engine.probe`), and not run."""
 
 CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float8_e4m3fn: 0.3}
 """Largest logit difference allowed in the self-check, relative to the largest logit; other coarse types get 5e-2."""
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
+
+
+def _lock_of(model: Any) -> threading.RLock:
+    """One for each model, whatever engines run it: while one steps, the model's attention is ours."""
+    with _NEW_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 class UnsupportedModelError(ValueError):
@@ -56,7 +78,9 @@ class Decoder:
 
     Attributes:
         layers: layer index to what the layer stores per token.
+        windows: layer index to the sliding window through which the layer sees, None for none.
         vocabulary: length of the logits.
+        known_ids: token ids below it have a row in the embedding, and logits.
         kv_dtype: what the argument said.
         native: the compiled step, or None where PyTorch computes.
 
@@ -83,7 +107,11 @@ class Decoder:
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.compute, self.weights = Compute(compute), WeightForm(weights)
         self.native: NativeStep | None = None
-        self.layers, self.kv_dtype = self._layer_shapes(), kv_dtype
+        self._lock = _lock_of(self.model)
+        found = self._probe()
+        self.layers, self.kv_dtype = {i: layer.shape for i, layer in found.items()}, kv_dtype
+        self.windows = {i: layer.window or None for i, layer in found.items()}
+        self.known_ids = min(self.vocabulary, rows_of(self.model))
         if kv_dtype != "auto":
             self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
         self.native = self._compiled(weights=self.weights, rows=rows, huge_pages=huge_pages)
@@ -130,24 +158,27 @@ class Decoder:
 
     @contextmanager
     def attached(self, implementation: str = IMPLEMENTATION) -> Iterator[None]:
-        """While it is open the model's attention is ours; afterwards it is what it was (the config is shared state)."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(implementation)
-        try:
+        """While it is open the model's attention is ours, and dropout rests; afterwards both are what they were.
+
+        Only one thread at a time gets in, also among several engines of the same model.
+        """
+        with self._lock, _as_it_was(self.model):
+            self.model.set_attn_implementation(implementation)
+            if self.model.training:
+                self.model.eval()
             yield
-        finally:
-            self.model.set_attn_implementation(before)
 
     def refresh(self) -> None:
         """To be called before a run: since the last, weights may have changed, or adapters been put around layers."""
-        if self.native is not None:
-            try:
-                self.native.refresh()
-            except NoCopyError as error:
-                raise self._no_copy(error) from None
-            except UnreadableModelError as error:
-                self._leave_to_torch(str(error))
-                self.native = None
+        with self._lock:
+            if self.native is not None:
+                try:
+                    self.native.refresh()
+                except NoCopyError as error:
+                    raise self._no_copy(error) from None
+                except UnreadableModelError as error:
+                    self._leave_to_torch(str(error))
+                    self.native = None
 
     @property
     def compute_name(self) -> str:
@@ -181,17 +212,19 @@ class Decoder:
         ids = [token for chunk in chunks for token in chunk.ids]
         positions = [p for chunk in chunks for p in chunk.positions[chunk.start :]]
         last = torch.tensor([s.first + s.count - 1 for s in segments], device=self.device)
-        with running(StepContext(pool, segments)):
+        with running(StepContext(pool, segments, self.windows)):
             logits = self._call(ids, positions, last)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _call(self, ids: list[int], positions: list[int], rows: torch.Tensor) -> torch.Tensor:
+    def _call(
+        self, ids: list[int], positions: list[int], rows: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns the logits of the packed tokens `rows`: [len(rows), vocabulary]."""
         select = {"logits_to_keep": rows} if self._selects else {}
         output = self.model(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
-            attention_mask=None,
+            attention_mask=mask,
             use_cache=False,
             **select,
         )
@@ -199,18 +232,24 @@ class Decoder:
         return logits if self._selects else logits[rows.to(logits.device)]
 
     @torch.inference_mode()
-    def _layer_shapes(self) -> dict[int, LayerShape]:
-        shapes: dict[int, LayerShape] = {}
-        with self.attached(), running(shapes):
-            self.vocabulary = self._call([0], [0], torch.tensor([0], device=self.device)).shape[-1]
+    def _probe(self) -> dict[int, Probed]:
+        first, one = torch.tensor([0], device=self.device), torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        with self.attached(PROBE), probing() as found:  # with a mask, no model looks for documents in a row
+            self.vocabulary = self._call([0], [0], first, mask=one).shape[-1]
         expected = int(self.config.num_hidden_layers)
-        if len(shapes) != expected:
+        if len(found) != expected:
             raise UnsupportedModelError(
-                f"{self.name} cannot be decoded with pruning: {len(shapes)} of its {expected} layers attend through "
+                f"{self.name} cannot be decoded with pruning: {len(found)} of its {expected} layers attend through "
                 "the attention registry of transformers. Layers that do not either keep a state that cannot be "
                 "rewound, or belong to a model class that does not use the registry. Use lm-eval's hf model for it."
             )
-        return shapes
+        strange = [index for index, layer in found.items() if layer.window == NEITHER]
+        if strange:
+            raise UnsupportedModelError(
+                f"{self.name} cannot be decoded with pruning: layer {strange[0]} sees neither all tokens before a "
+                "token nor a sliding window of them, but chunks, for instance. Use lm-eval's hf model for it."
+            )
+        return found
 
     def _check(self) -> None:
         """Runs the self-check; a compiled step that fails it is not used."""
@@ -224,22 +263,30 @@ class Decoder:
             self.self_check()
 
     def self_check(self) -> float:
-        """Compares slots with a plain forward on 24 random tokens.
+        """Compares slots with plain forwards on random tokens.
+
+        A row is read in pieces, past windows that are short; a shorter one is read beside it; then most of the first
+        is pruned away, and the end of it read again.
 
         Returns:
             The largest difference of a logit, relative to the largest logit.
 
         Raises:
-            UnsupportedModelError: the difference is beyond the tolerance of the model's dtype.
+            UnsupportedModelError: the difference is beyond the tolerance of the model's dtype, or not a number.
         """
-        total = sum(CHECK_CHUNKS)
+        chunks = (self._check_length() - sum(CHECK_CHUNKS[1:]), *CHECK_CHUNKS[1:])
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(int(self.config.vocab_size), (total,), generator=generator).tolist()
-        expected = self._plain_logits(ids)
-        actual = self._slot_logits(ids)
+        ids = torch.randint(self.known_ids, (sum(chunks) + sum(BESIDE),), generator=generator).tolist()
+        long, short = ids[: sum(chunks)], ids[sum(chunks) :]
+        rest = (*long[:KEPT], *long[-sum(AGAIN) :])
+        plain = [self._plain_logits(*row) for row in ((long, chunks), (short, BESIDE), (rest, (KEPT, *AGAIN)))]
+        expected = torch.cat([plain[0], plain[1], plain[2][1:]])
+        actual = self._slot_logits((long, chunks), (short, BESIDE), (rest, AGAIN))
         scale = expected.abs().max().clamp_min(1e-6)
         difference = float((expected - actual).abs().max() / scale)
         tolerance = CHECK_TOLERANCE.get(self._coarsest_dtype(), 5e-2)
+        if not expected.isfinite().all():
+            raise UnsupportedModelError(f"{self.name} cannot be run: {self._cause_of_nan()}")
         if not difference <= tolerance:
             raise UnsupportedModelError(
                 f"{self.name} failed the self-check: on slots its logits differ from a plain forward by "
@@ -248,36 +295,86 @@ class Decoder:
         logger.debug("self-check of %s: largest relative logit difference %.1e", self.name, difference)
         return difference
 
+    def _check_length(self) -> int:
+        """Tokens that outgrow the windows, as far as they are short and the model knows positions."""
+        wanted = max((window + 10 for window in self.windows.values() if window), default=0)
+        limit, named = rotary_limit(self.config), getattr(self.config, "max_position_embeddings", None)
+        most = min(LONGEST_CHECK, limit.positions if limit else LONGEST_CHECK, named or LONGEST_CHECK)
+        return max(sum(CHECK_CHUNKS), wanted) if wanted <= most else sum(CHECK_CHUNKS)
+
+    def _cause_of_nan(self) -> str:
+        bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
+        if bad is not None:
+            return f"its weight {bad} holds numbers that are NaN or infinite; get the checkpoint anew."
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"in {dtype} a plain forward gives logits that are NaN or infinite; load it with dtype=float32."
+
     def _likely_cause(self) -> str:
         if self.kv_dtype != "auto":
             return f"Probably kv_dtype={self.kv_dtype!r} is too coarse for it; leave that out."
         return "Its layers probably keep a state other than keys and values. Use lm-eval's hf model for it."
 
     @torch.inference_mode()
-    def _plain_logits(self, ids: list[int]) -> torch.Tensor:
+    def _plain_logits(self, ids: Sequence[int], chunks: Sequence[int]) -> torch.Tensor:
         """Logits at the end of each chunk by one ordinary forward of the whole sequence.
 
         With eager attention, which is the model's definition: some releases of transformers drop soft caps in others.
         """
-        ends = torch.tensor(CHECK_CHUNKS).cumsum(0) - 1
+        ends = torch.tensor(chunks).cumsum(0) - 1
         with self.attached("eager"):
             output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         return output.logits[0][ends.to(output.logits.device)].double().cpu()
 
-    def _slot_logits(self, ids: list[int]) -> torch.Tensor:
-        pool = KVPool(self.layers, slots=2, length=len(ids), poison=True)
-        rows, start = [], 0
+    def _slot_logits(self, long: _Read, short: _Read, rest: _Read) -> torch.Tensor:
+        """The same on slots: the first two rows beside each other, then the rest, which begins in the first's slot."""
+        pool = KVPool(self.layers, slots=2, length=len(long[0]), poison=True)
+        rows = _chunks(1, 0, *long), _chunks(0, 0, *short)
+        logits: list[list[torch.Tensor]] = [[], []]
         with self.attached():
-            for count in CHECK_CHUNKS:
-                chunk = Chunk(1, start, ids[start : start + count], range(start + count))
-                rows.append(self.forward(pool, [chunk])[0])
-                start += count
-        return torch.stack(rows).double().cpu()
+            for step in itertools.zip_longest(*rows):
+                together = self.forward(pool, [chunk for chunk in step if chunk is not None])
+                for found, row in zip(logits, together, strict=False):
+                    found.append(row)
+            again = [self.forward(pool, [chunk])[0] for chunk in _chunks(1, KEPT, *rest)]
+        return torch.stack([*logits[0], *logits[1], *again]).double().cpu()
 
     def _coarsest_dtype(self) -> torch.dtype:
         """The dtype with the largest rounding error among what the layers store and the model computes in."""
         dtypes = {shape.dtype for shape in self.layers.values()} | {self.model.dtype}
         return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+_Read = tuple[Sequence[int], Sequence[int]]
+"""Tokens of a row, and how many are read in each step."""
+
+
+def _chunks(slot: int, start: int, ids: Sequence[int], counts: Sequence[int]) -> Iterator[Chunk]:
+    """The steps of a row whose slot holds `start` of its tokens."""
+    for count in counts:
+        yield Chunk(slot, start, ids[start : start + count], range(start + count))
+        start += count
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards every module trains, and every configuration has the attention, as before.
+
+    A model may consist of several with attentions of their own, such as an encoder of sound, and setting one for all of
+    them would set what some of them lack.
+    """
+    modules = list(model.modules())
+    configs = [module.config for module in modules if isinstance(module, PreTrainedModel)]
+    for config in configs:  # also of parts that are no modules of their own
+        configs += [part for name in config.sub_configs if (part := getattr(config, name)) is not None]
+    attentions = [(config, config._attn_implementation) for config in configs]
+    training = [module for module in modules if module.training]
+    try:
+        yield
+    finally:
+        for config, attention in attentions:  # setting one sets its parts, which come behind it
+            config._attn_implementation = attention
+        for module in training:
+            module.training = True
 
 
 def refuse_recurrent(config: Any, name: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import Controller
-from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.build import make_loop
 from hcot_lmeval.engine.device.fields import Rule
 from hcot_lmeval.engine.device.loop import DeviceLoop
@@ -41,8 +41,9 @@ from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
+from hcot_lmeval.rotary import rotary_limit
 from hcot_lmeval.trace import LiveContext, Policy, Step
-from hcot_lmeval.vocabulary import end_ids, marker_ids, read_vocabulary
+from hcot_lmeval.vocabulary import end_ids, largest_text_id, marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Engine:
             rows=given.max_slots if given.slots == "auto" else given.slots,
             huge_pages=given.huge_pages,
         )
+        self._check_vocabulary()
         self.limits = self._find_limits()
         self.live = Progress()
 
@@ -138,10 +140,12 @@ class Engine:
 
         Raises:
             MemoryError: not even one row fits into memory.
+            ValueError: a request has token ids that the model does not know, or no budget beyond `force_answer`.
         """
         requests = list(requests)
         if not requests:
             return
+        self._check_requests(requests)
         self.decoder.refresh()
         on_device = runs_on_device(self.decoder, self.options, requests, watched=on_logits is not None)
         scheduler = self._schedule(requests, ScratchPool if on_device else KVPool)
@@ -179,8 +183,8 @@ class Engine:
                         loop.step()
                     finished = scheduler.retire()
                     self.live.live_tokens = sum(len(row.context.live) for row in scheduler.rows)
-        self.live.seconds += time.perf_counter() - start
-        self.live.requests_done += len(finished)
+            self.live.seconds += time.perf_counter() - start
+            self.live.requests_done += len(finished)
         return finished
 
     @torch.inference_mode()
@@ -294,6 +298,46 @@ class Engine:
                 "of the vocabulary; leave it out, or name another end of thinking"
             )
 
+    def _check_vocabulary(self) -> None:
+        """The embedding has a row for every token that a prompt may have; the markers come out of the head, too."""
+        known, advice = self.decoder.known_ids, "load the tokenizer that belongs to the model"
+        named: dict[str, Collection[int]] = {} if self.markers is None else {"markers": self.markers.ids}
+        named["thinking tokens"] = {i for i in self._think_ids if i is not None}
+        named["eos_ids"] = set(self.options.eos_ids or ())
+        for name, ids in named.items():
+            if not all(0 <= i < known for i in ids):
+                raise ValueError(
+                    f"the {name} go up to id {max(ids)}, but the embedding of the model has rows for {known} tokens "
+                    f"alone; {advice}, or add rows for them (hcot_lmeval.tokens.add_special_tokens) and train them"
+                )
+        largest = -1 if self.tokenizer is None else largest_text_id(self.tokenizer)
+        if largest >= known:
+            raise ValueError(
+                f"the tokenizer has ids up to {largest}, but the embedding of the model has rows for {known} tokens "
+                f"alone, so they do not belong together; {advice}"
+            )
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        known, reserve = self.decoder.known_ids, self.options.force_answer or 0
+        for request in requests:
+            params = request.params
+            for name, ids in (("prompt_ids", request.prompt_ids), ("forced_ids", request.forced_ids)):
+                if ids and not (min(ids) >= 0 and max(ids) < known):
+                    wrong = min(ids) if min(ids) < 0 else max(ids)
+                    raise ValueError(
+                        f"request {request.id!r}: {name} has the id {wrong}; the model knows the ids 0..{known - 1}. "
+                        "Encode it with the model's own tokenizer"
+                    )
+            if not all(0 <= i < known for i in params.stop_ids):
+                raise ValueError(
+                    f"request {request.id!r}: stop_ids={params.stop_ids} are not all within 0..{known - 1}"
+                )
+            if reserve >= params.max_gen_toks:
+                raise ValueError(
+                    f"request {request.id!r}: force_answer={reserve} keeps all of max_gen_toks={params.max_gen_toks} "
+                    "for the answer; lower it, or raise max_gen_toks"
+                )
+
     def _completion(self, row: Row) -> Completion:
         note = row.note()
         cut = row.stop_at is not None and row.stops is not None
@@ -343,14 +387,28 @@ class Engine:
             self.think, self._think_ids = found.think, given.think_ids or found.think_ids
 
     def _find_limits(self) -> Limits:
-        model_limit = _model_context(self.decoder.config)
-        context = self.options.max_context or model_limit
+        given, model_limit = self.options, _model_context(self.decoder.config)
+        rotary = rotary_limit(self.decoder.config)
+        context = given.max_context or model_limit
+        position = given.max_position or max(model_limit if rotary is None else rotary.positions, context)
+        needed = {"max_context": context} | ({"max_position": position} if self.policy is Policy.EVICT else {})
+        for name, value in needed.items():
+            if rotary is not None and value > rotary.positions:
+                raise UnsupportedModelError(
+                    f"{name}={value} is too much for {self.decoder.name}: its rotary embeddings ({rotary.kind}) turn "
+                    f"by other angles in sequences of more than {rotary.positions} tokens, so that a row would depend "
+                    f"on those beside it and on what was pruned; set {name}={rotary.positions}"
+                )
+            if value > model_limit and not _computes_positions(self.decoder.model):
+                raise ValueError(
+                    f"{name}={value} is beyond the {model_limit} positions that {self.decoder.name} has learned; set "
+                    f"{name}={model_limit}"
+                )
         if context > model_limit:
             logger.warning("max_context=%d is beyond the %d positions of the model's config", context, model_limit)
-        given = self.options.eos_ids
         config = getattr(self.decoder.model, "generation_config", None)
-        eos = end_ids(config, self.tokenizer) if given is None else frozenset(given)
-        return Limits(context, self.options.max_position or max(model_limit, context), eos)
+        found = end_ids(config, self.tokenizer) if given.eos_ids is None else given.eos_ids
+        return Limits(context, position, frozenset(i for i in found if 0 <= i < self.decoder.known_ids))
 
 
 def _drop(pool: KVPool, row: Row, spans: Sequence[tuple[int, int]]) -> None:
@@ -365,3 +423,8 @@ def _model_context(config: Any) -> int:
         if value:
             return int(value)
     return FALLBACK_CONTEXT
+
+
+def _computes_positions(model: Any) -> bool:
+    """Whether positions are angles, of which there are as many as one likes, and no rows of a table."""
+    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())

@@ -9,7 +9,7 @@ be traced by `torch.compile`, and keyword arguments do not reach the attention o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,12 +114,14 @@ class Context:
     Attributes:
         pool: the keys and values.
         backend: who attends.
+        windows: what each layer sees, by its index.
         step: the running step; a list instead is filled with what each layer needs.
         handle: of the backend.
     """
 
     pool: KVPool | None = None
     backend: Backend | None = None
+    windows: Mapping[int, int | None] = field(default_factory=dict)
     step: Decode | Packed | list[Need] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -141,20 +143,20 @@ class Context:
 def attached(decoder: Decoder, context: Context) -> Iterator[None]:
     """While it is open the layers of the model attend by `context`."""
     layers = [module for module in decoder.model.modules() if hasattr(module, "layer_idx")]
-    for layer in layers:
-        setattr(layer, _STEP, context)
-    try:
-        with decoder.attached(IMPLEMENTATION):
-            yield
-    finally:
+    with decoder.attached(IMPLEMENTATION):
         for layer in layers:
-            delattr(layer, _STEP)
+            setattr(layer, _STEP, context)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                delattr(layer, _STEP)
 
 
 @torch.no_grad()
 def survey(decoder: Decoder) -> list[Need]:
     """Forwards one token and returns what the attention of each layer asks of a backend."""
-    context = Context()
+    context = Context(windows=decoder.windows)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
     with attached(decoder, context):
         decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, use_cache=False)
@@ -186,7 +188,7 @@ def device_attention(
         attention_mask: None.
         scaling: factor of the scores.
         dropout: ignored.
-        sliding_window: a query at position p sees the positions above p - sliding_window.
+        sliding_window: ignored, as there.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [query_heads], sinks.
 
@@ -194,14 +196,15 @@ def device_attention(
         [rows, 1, query_heads, value_dim], or [1, tokens, query_heads, value_dim]; and None for the weights.
     """
     context: Context = getattr(module, _STEP)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    window = context.windows[layer]
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(context.step, list):
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        context.step.append(Need(*shape, key.dtype, key.device, sliding_window, softcap, s_aux is not None))
+        context.step.append(Need(*shape, key.dtype, key.device, window, softcap, s_aux is not None))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    out = context.step.attend(context, layer, (query, key, value), sliding_window, scores)
-    return out.to(query.dtype), None
+    out = context.step.attend(context, layer, (query, key, value), window, scores)
+    return out.to(query.dtype).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, device_attention)

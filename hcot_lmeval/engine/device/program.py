@@ -71,7 +71,7 @@ class Program:
     log: Log
 
     def __post_init__(self) -> None:
-        self.context = Context(self.pool, self.backend)
+        self.context = Context(self.pool, self.backend, self.decoder.windows)
         self._selects = "logits_to_keep" in inspect.signature(self.decoder.model.forward).parameters
 
     @torch.no_grad()
