@@ -17,8 +17,8 @@ from transformers import (
 
 from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError
 from hcot_lmeval.rotary import rotary_limit
-from hcot_lmeval.tokens import marker_ids
 from hcot_lmeval.training.forward import install, token_logprobs
+from hcot_lmeval.vocabulary import marker_ids
 from tests.tiny import favour, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

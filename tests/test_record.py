@@ -181,9 +181,8 @@ class TestEngine:
         assert self.engine(recorded(trained), policy=trained).policy is trained
 
     def test_the_notation_is_that_of_the_training(self):
-        tokenizer = tiny_tokenizer()
-        add_special_tokens(tokenizer, markup="pencil")
-        model = recorded(markup="pencil")
+        tokenizer, model = tiny_tokenizer(), recorded(markup="pencil")
+        add_special_tokens(tokenizer, model, markup="pencil")
         assert Engine(model, tokenizer, self_check=False).markup.name == "pencil"
         with pytest.raises(ValueError, match="markup=hcot, but the model was trained on the notation pencil"):
             Engine(model, tokenizer, markup="hcot")
