@@ -297,6 +297,8 @@ def _names_agree(gold: Node, answer: Node) -> bool:
 
 
 def _name(label: str) -> str:
+    """The name without what is around it; f(x) and S(n) are names with an index, as S_n is."""
+    label = re.sub(r"^([A-Za-z]'*)\(([^()]+)\)$", r"\1_\2", label)
     label = re.sub(r"\\(?:angle|overline|vec|hat|bar|left|right)(?![A-Za-z])|[(){}|\s]", "", label)
     return "".join(sorted(label)) if re.fullmatch("[A-Z]{2}", label) else label
 
@@ -306,7 +308,7 @@ def _same_name(one: str, other: str, stems: bool = False) -> bool:
     if stem == other_stem:
         return stems or index == other_index or not (index and other_index)
     function = other if one == "y" else one if other == "y" else ""
-    return bool(re.fullmatch(r"[A-Za-z]'*[a-z]", function))  # y is f(x)
+    return bool(re.fullmatch(r"[A-Za-z]'*_[a-z]", function))  # y is f(x)
 
 
 def _all_named(node: Node) -> bool:
