@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from hcot_lmeval import vocabulary
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.embeddings import Seeding
 from hcot_lmeval.engine.decoder import refuse_recurrent
@@ -111,11 +112,10 @@ def end_ids(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     also: Any = None
     if config.model != NEW_MODEL:
         try:
-            also = GenerationConfig.from_pretrained(resolve(config.model), revision=config.revision).eos_token_id
+            also = GenerationConfig.from_pretrained(resolve(config.model), revision=config.revision)
         except OSError:  # most checkpoints have a file of them, but none is required
-            also = getattr(_model_config(config).get_text_config(), "eos_token_id", None)
-    ids = also if isinstance(also, list) else [also]
-    return frozenset([tokenizer.eos_token_id, *ids]) - {None}
+            also = _model_config(config).get_text_config()
+    return vocabulary.end_ids(also, tokenizer)
 
 
 def _model_config(config: SftConfig) -> Any:
