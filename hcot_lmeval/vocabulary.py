@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,6 +145,32 @@ def largest_text_id(tokenizer: Any) -> int:
     """
     added = tokenizer.get_added_vocab()
     return max((i for token, i in tokenizer.get_vocab().items() if token not in added), default=-1)
+
+
+def check_rows(rows: int, tokenizer: Any, named: Mapping[str, Collection[int]]) -> None:
+    """Refuses a vocabulary that goes beyond the model.
+
+    Args:
+        rows: tokens that the model knows.
+        tokenizer: whose text the model is to read; None for no text.
+        named: what it is to act on -> the ids.
+
+    Raises:
+        ValueError: an id has no row; the message says what to do.
+    """
+    advice = "load the tokenizer that belongs to the model"
+    for name, ids in named.items():
+        if not all(0 <= i < rows for i in ids):
+            raise ValueError(
+                f"the {name} go up to id {max(ids)}, but the embedding of the model has rows for {rows} tokens "
+                f"alone; {advice}, or add rows for them (hcot_lmeval.tokens.add_special_tokens) and train them"
+            )
+    largest = -1 if tokenizer is None else largest_text_id(tokenizer)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, but the embedding of the model has rows for {rows} tokens "
+            f"alone, so they do not belong together; {advice}"
+        )
 
 
 def marker_ids(tokenizer: Any, markup: Markup | str = "hcot") -> MarkerIds:

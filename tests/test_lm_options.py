@@ -174,6 +174,12 @@ class TestModelArguments:
         [path] = tmp_path.iterdir()
         assert NotesFile(path).run["name"] == "model"
 
+    def test_a_vocabulary_beyond_the_model_is_refused_at_load(self, tmp_path):
+        for rows, said in ((256, "tokenizer has ids up to 319"), (4, "markers go up to id 5")):
+            small = save_tiny(tmp_path / str(rows), tiny_model("qwen2", vocab_size=rows), tiny_tokenizer())
+            with pytest.raises(ValueError, match=f"{said}, but the embedding of the model has rows for {rows} tokens"):
+                HcotLM(pretrained=small, device="cpu")
+
     def test_a_chat_template_that_is_asked_for_has_to_exist(self, checkpoint):
         with pytest.raises(ValueError, match="no chat template; use auto or false"):
             HcotLM(pretrained=checkpoint, tokenizer=tiny_tokenizer(chat=False), device="cpu", apply_chat_template=True)

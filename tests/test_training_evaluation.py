@@ -170,7 +170,7 @@ def test_a_diverged_model_is_measured_and_not_refused(tokenizer, problems):
         model.model.embed_tokens.weight.fill_(math.nan)
     run = free_run(model, tokenizer, problems[:2], **OPTIONS)
     assert run.metrics["accuracy"] == 0
-    with pytest.raises(ValueError, match="embed_tokens.weight holds numbers that are NaN"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight holds numbers that are NaN"):
         free_run(model, tokenizer, problems[:2], **OPTIONS, self_check=True)
 
 

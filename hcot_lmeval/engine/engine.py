@@ -43,7 +43,7 @@ from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
 from hcot_lmeval.rotary import rotary_limit
 from hcot_lmeval.trace import LiveContext, Policy, Step
-from hcot_lmeval.vocabulary import end_ids, largest_text_id, marker_ids, read_vocabulary
+from hcot_lmeval.vocabulary import check_rows, end_ids, marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -300,22 +300,10 @@ class Engine:
 
     def _check_vocabulary(self) -> None:
         """The embedding has a row for every token that a prompt may have; the markers come out of the head, too."""
-        known, advice = self.decoder.known_ids, "load the tokenizer that belongs to the model"
         named: dict[str, Collection[int]] = {} if self.markers is None else {"markers": self.markers.ids}
         named["thinking tokens"] = {i for i in self._think_ids if i is not None}
         named["eos_ids"] = set(self.options.eos_ids or ())
-        for name, ids in named.items():
-            if not all(0 <= i < known for i in ids):
-                raise ValueError(
-                    f"the {name} go up to id {max(ids)}, but the embedding of the model has rows for {known} tokens "
-                    f"alone; {advice}, or add rows for them (hcot_lmeval.tokens.add_special_tokens) and train them"
-                )
-        largest = -1 if self.tokenizer is None else largest_text_id(self.tokenizer)
-        if largest >= known:
-            raise ValueError(
-                f"the tokenizer has ids up to {largest}, but the embedding of the model has rows for {known} tokens "
-                f"alone, so they do not belong together; {advice}"
-            )
+        check_rows(self.decoder.known_ids, self.tokenizer, named)
 
     def _check_requests(self, requests: Sequence[Request]) -> None:
         known, reserve = self.decoder.known_ids, self.options.force_answer or 0

@@ -33,6 +33,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import BitsAndBytesConfig
 
 from hcot_lmeval.assets import BUNDLED, resolve
+from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.computing import SPEED_ALONE
 from hcot_lmeval.fingerprint import digest
@@ -57,7 +58,7 @@ from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import read_record, settle, write_record
 from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.vocabulary import marker_ids, read_vocabulary, token_id
+from hcot_lmeval.vocabulary import check_rows, marker_ids, read_vocabulary, token_id
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -119,8 +120,8 @@ class HcotLM(HFLM):
             ) from error
         self._join_ranks()
         self.policy, self.markup = self._settle()
-        if self.policy is not Policy.OFF:
-            marker_ids(self.tokenizer, self.markup)
+        markers = {} if self.policy is Policy.OFF else {"markers": marker_ids(self.tokenizer, self.markup).ids}
+        check_rows(rows_of(self.model), self.tokenizer, markers)
         self.vocabulary = read_vocabulary(
             self.tokenizer, self.markup, begin=self.options.think_start_token, end=self.think_end_token
         )
