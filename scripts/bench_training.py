@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import machine, versions
+from hcot_lmeval.bench.facts import machine, versions
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def main() -> None:
             rows += compare(args, shape, blocks)
             print(table(rows[-len(FORMS) :]), flush=True)
     print(verdict(rows))
-    facts = {**machine(args), **versions()}
+    facts = {**machine(args.device, args.threads), **versions()}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     if args.json:
         arguments = {key: str(value) for key, value in vars(args).items() if key != "peak_of"}
