@@ -165,3 +165,27 @@ def test_a_loss_next_to_nothing_has_converged_though_it_falls_on():
     assert found.outcome is Outcome.CONVERGED
     level = f"{losses[-2]:.4g} nats per token (median of the last 3 evaluations)"  # not that of the best checkpoint
     assert f"the held-out loss is {level}, next to nothing" in str(found) and "checkpoint-900" in str(found)
+
+
+def test_training_data_known_by_heart_are_not_convergence():
+    points = [Point(100 * i, 0.0024, 0.68, accuracy=0.0) for i in range(1, 13)]
+    found = verdict(points)
+    assert found.outcome is Outcome.OVERFITTING
+    assert "by heart (loss 0.0024)" in str(found) and "0.68 nats" in str(found) and "solves 0% of" in str(found)
+    assert "more data" in found.advice and "Stop" not in found.advice
+
+
+def test_convergence_says_what_is_solved():
+    points = [Point(100 * i, 0.9, 1.0, accuracy=0.25) for i in range(1, 13)]
+    assert "It solves 25% of the held-out problems." in verdict(points).reason
+
+
+def test_deleted_checkpoints_are_not_advised():
+    overfitted = curve(SHAPES["sharp turn"][0], 20)
+    assert "step 800 (not kept, see trainer.save_total_limit) is the best" in verdict(overfitted, {1900, 2000}).advice
+    assert "checkpoint-800 is the best" in verdict(overfitted, {800, 2000}).advice
+    diverged = curve(SHAPES["both rise"][0], 20)
+    best = verdict(diverged).best_step
+    assert verdict(diverged, {best - 200, 2000}).advice.endswith(f"go on from checkpoint-{best - 200}.")
+    assert verdict(diverged, ()).advice == "Lower the learning rate and start anew."
+    assert "Start anew" in verdict([*diverged, Point(5000, math.nan, 1.0)], ()).advice

@@ -91,7 +91,7 @@ def write_card(
         path=name or folder,
         task=_task(config),
         results="\n".join(_results(metrics)),
-        verdict=judge(records, record),
+        verdict=judge(records, record, run),
         command=record.command or "(from Python: hcot_lmeval.training.sft.train)",
         config=_settings(config),
         data_hash=record.data_hash,
@@ -101,10 +101,10 @@ def write_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord) -> Verdict:
+def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord, run: RunDirectory) -> Verdict:
     """Returns the verdict on the last phase; others have other data, hence other losses."""
     before = sum(phase["steps"] for phase in record.curriculum[:-1])
-    return verdict(points_of(found for found in records if found["step"] > before))
+    return verdict(points_of(found for found in records if found["step"] > before), run.kept)
 
 
 def _settings(config: SftConfig) -> str:

@@ -106,13 +106,18 @@ class RunDirectory:
         with self.samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def last_checkpoint(self) -> Path | None:
-        """Returns the newest checkpoint that was written to its end.
+    @property
+    def kept(self) -> set[int]:
+        """The steps whose checkpoints are there, written to their end.
 
         The Trainer's state is the last of its files; without it, the run was killed while saving.
         """
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        found = self.checkpoints.glob("checkpoint-*/trainer_state.json")
+        return {int(path.parent.name.rpartition("-")[2]) for path in found}
+
+    def last_checkpoint(self) -> Path | None:
+        """Returns the newest whole checkpoint."""
+        return self.checkpoints / f"checkpoint-{max(self.kept)}" if self.kept else None
 
     def stopped_at(self, step: int) -> str:
         """Returns what somebody who has stopped the run should know."""

@@ -233,5 +233,5 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
         for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
             (folder / "training_args.bin").unlink(missing_ok=True)
         write_card(config, trainer.training_record, run)
-        judgement = judge(read_records(run.curves), trainer.training_record)
+        judgement = judge(read_records(run.curves), trainer.training_record, run)
         print(f"\n{judgement}\n\n{run.model} holds the model, {run.plot} the curves.")

@@ -15,8 +15,9 @@ This module imports the standard library alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from statistics import fmean, median
@@ -44,6 +45,8 @@ FLOOR = 0.001
 hundred tokens it is less than one wrong token in three traces."""
 GAP = 0.10
 """Share of the held-out loss by which the training loss is lower that is worth a word, and more data."""
+MEMORISED = 0.1
+"""Share of the held-out loss below which a training loss says that the training data are known by heart."""
 ACCURACY_GAIN = 0.05
 """Rise of the accuracy after the turn of the loss that makes accuracy the better guide: a model may grow overconfident,
 which the loss punishes, and still solve more problems."""
@@ -135,11 +138,13 @@ def train_loss(record: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-def verdict(points: Sequence[Point]) -> Verdict:
+def verdict(points: Sequence[Point], checkpoints: Collection[int] | None = None) -> Verdict:
     """Judges a curve.
 
     Args:
         points: oldest first.
+        checkpoints: the steps whose checkpoints are still there, the only ones that it advises to go on from; by
+            default all are.
 
     Raises:
         ValueError: the steps do not increase.
@@ -147,9 +152,22 @@ def verdict(points: Sequence[Point]) -> Verdict:
     steps = [point.step for point in points]
     if any(later <= earlier for earlier, later in pairwise(steps)):
         raise ValueError(f"the steps {steps} of the points do not increase; judge one run, oldest point first")
+    kept = [point for point in points if checkpoints is None or point.step in checkpoints]
+    found = _judged(points, _best_step(kept))
+    there = {point.step for point in kept}
+    advice = re.sub(r"checkpoint-(\d+)", lambda match: _named(int(match[1]), there), found.advice)
+    return replace(found, advice=advice)
+
+
+def _named(step: int, there: Collection[int]) -> str:
+    return f"checkpoint-{step}" if step in there else f"step {step} (not kept, see trainer.save_total_limit)"
+
+
+def _judged(points: Sequence[Point], back: int | None) -> Verdict:
+    """Judges a curve; `back` is the best step to go back to."""
     broken = [p for p in points if not (math.isfinite(p.train_loss) and math.isfinite(p.held_out_loss))]
     if broken:
-        return _broken(points, broken[0])
+        return _broken(points, broken[0], back)
     if len(points) < MIN_POINTS:
         return Verdict(
             Outcome.TOO_FEW,
@@ -157,7 +175,7 @@ def verdict(points: Sequence[Point]) -> Verdict:
             "Go on training, or evaluate more often.",
             _best_step(points),
         )
-    return _judge(points, Curve([p.train_loss for p in points]), Curve([p.held_out_loss for p in points]))
+    return _judge(points, Curve([p.train_loss for p in points]), Curve([p.held_out_loss for p in points]), back)
 
 
 class Curve:
@@ -202,39 +220,41 @@ class Curve:
         return self.recent_fall() > max(PROGRESS * self.now, chance, FLOOR)
 
 
-def _judge(points: Sequence[Point], train: Curve, held_out: Curve) -> Verdict:
+def _judge(points: Sequence[Point], train: Curve, held_out: Curve, back: int | None) -> Verdict:
     rise = max(0.0, held_out.rise) / max(held_out.levels[held_out.lowest], FLOOR)
     facts: dict[str, Any] = {"best_step": _best_step(points), "rise": rise, "gap": held_out.now - train.now}
     turned = held_out.has_risen(RISE)
     if train.has_risen(DIVERGENCE) or (turned and train.has_risen(RISE)):
-        return _diverged(points, train, facts)
+        return _diverged(points, train, facts, back)
     if turned:
         return _overfitting(points, held_out, facts)
     if held_out.now < FLOOR:
         return _learned(held_out, facts)
     if held_out.still_falls():
         return _learning(held_out, facts)
-    return _converged(held_out, facts)
+    if train.now < MEMORISED * held_out.now:
+        return _memorised(points, train, held_out, facts)
+    return _converged(points, held_out, facts)
 
 
-def _broken(points: Sequence[Point], first: Point) -> Verdict:
-    best = _best_step(points)
-    back = "Start anew" if best is None else f"Go back to checkpoint-{best}"
+def _broken(points: Sequence[Point], first: Point, back: int | None) -> Verdict:
+    start = "Start anew" if back is None else f"Go back to checkpoint-{back}"
     return Verdict(
         Outcome.DIVERGED,
         f"a loss is not finite (training {first.train_loss:g}, held out {first.held_out_loss:g}).",
-        f"{back} with a lower learning rate, a longer warm-up or gradient clipping.",
-        best,
+        f"{start} with a lower learning rate, a longer warm-up or gradient clipping.",
+        _best_step(points),
         first.step,
     )
 
 
-def _diverged(points: Sequence[Point], train: Curve, facts: dict[str, Any]) -> Verdict:
+def _diverged(points: Sequence[Point], train: Curve, facts: dict[str, Any], back: int | None) -> Verdict:
+    start = "start anew" if back is None else f"go on from checkpoint-{back}"
     low = train.levels[train.lowest]
     return Verdict(
         Outcome.DIVERGED,
         f"the training loss rose from {low:.4g} to {train.now:.4g} nats per token (medians of {train.width} logs).",
-        f"Lower the learning rate and go on from checkpoint-{facts['best_step']}.",
+        f"Lower the learning rate and {start}.",
         since=points[train.lowest].step,
         **facts,
     )
@@ -271,11 +291,29 @@ def _learned(held_out: Curve, facts: dict[str, Any]) -> Verdict:
     return Verdict(Outcome.CONVERGED, reason, advice, **facts)
 
 
-def _converged(held_out: Curve, facts: dict[str, Any]) -> Verdict:
+def _memorised(points: Sequence[Point], train: Curve, held_out: Curve, facts: dict[str, Any]) -> Verdict:
+    reason = (
+        f"the training data are known by heart (loss {train.now:.2g}), while the held-out loss stays at "
+        f"{_now(held_out)}.{_solved(points)}"
+    )
+    advice = f"checkpoint-{facts['best_step']} has the lowest held-out loss; for more, train on more data, less often."
+    return Verdict(Outcome.OVERFITTING, reason, advice, **facts)
+
+
+def _converged(points: Sequence[Point], held_out: Curve, facts: dict[str, Any]) -> Verdict:
     best, wide = facts["best_step"], facts["gap"] > max(GAP * held_out.now, FLOOR)
     further = "more data would help more than more steps" if wide else "for more, train a larger model"
-    reason = f"the held-out loss stays at {_now(held_out)}, as far as noise lets one see, {_gap(facts['gap'])}."
+    reason = (
+        f"the held-out loss stays at {_now(held_out)}, as far as noise lets one see, {_gap(facts['gap'])}."
+        f"{_solved(points)}"
+    )
     return Verdict(Outcome.CONVERGED, reason, f"Stop: checkpoint-{best} is the best; {further}.", **facts)
+
+
+def _solved(points: Sequence[Point]) -> str:
+    """The accuracy at the end, which a loss alone says little about."""
+    accuracy = points[-1].accuracy
+    return "" if accuracy is None else f" It solves {accuracy:.0%} of the held-out problems."
 
 
 def _now(curve: Curve) -> str:
