@@ -146,6 +146,14 @@ def test_malformed_rows_are_kept_on_request():
     assert "kept: 2 rows (" in str(report)
 
 
+def test_rows_without_a_block_are_counted_by_source():
+    sources = [save("one.jsonl", ROWS[:4]), save("other.jsonl", [row(50, "flat"), row(51, "flat"), row(52)])]
+    report = data(train=sources).train("recompute").report
+    assert report.without_block == Counter({"other.jsonl": 2})
+    assert "without a single block, so nothing is pruned in them: 2 of other.jsonl" in str(report)
+    assert "without a single" not in str(data(ROWS).train("recompute").report)
+
+
 def test_findings_are_written_as_jsonl(tmp_path):
     report = data(MIXED, malformed="keep").train("recompute").report
     report.write(tmp_path / "rejected.jsonl")

@@ -1,5 +1,6 @@
 """Rows from files, directories and generators come out with the same columns, and what is missing is said at once."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -99,6 +100,45 @@ def test_conversations(tmp_path):
         [],
     ]
     assert {row["question"] for row in rows} == {None}
+
+
+THOUGHT, ANSWER = "[THOUGHT]5+53[SOLUTION]58[RETURN]", "It is \\boxed{58}."
+TEXT = {"type": "text", "text": ANSWER}
+BESIDE = {
+    "reasoning_content": {"content": ANSWER, "reasoning_content": THOUGHT},
+    "reasoning": {"content": ANSWER, "reasoning": THOUGHT},
+    "thinking": {"content": ANSWER, "thinking": THOUGHT},
+    "with its tokens": {"content": ANSWER, "thinking": f"<think>{THOUGHT}</think>"},
+    "a thinking part": {"content": [{"type": "thinking", "thinking": THOUGHT, "signature": "x"}, TEXT]},
+    "a reasoning part": {"content": [{"type": "reasoning", "text": THOUGHT}, TEXT]},
+    "in the content as well": {"content": f"<think>{THOUGHT}</think>\n\n{ANSWER}", "reasoning_content": THOUGHT},
+    "beside parts": {"content": [{"type": "output_text", "text": "It is "}, "\\boxed{58}."], "reasoning": THOUGHT},
+}
+
+
+@pytest.mark.parametrize("message", BESIDE.values(), ids=BESIDE)
+def test_reasoning_beside_the_content_is_part_of_the_trace(message):
+    asked = {"role": "user", "content": [{"type": "text", "text": "5+"}, {"type": "text", "text": "53?"}]}
+    with open("chat.jsonl", "w") as file:
+        file.write(json.dumps({"messages": [asked, {"role": "assistant"} | message]}) + "\n")
+    [row] = load("chat.jsonl")
+    assert row["messages"] == [{"role": "user", "content": "5+53?"}]
+    assert row["trace"] == f"<think>{THOUGHT}</think>\n\n{ANSWER}"
+
+
+def test_parts_that_are_no_text_leave_no_content():
+    asked = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "?"}]}]
+    with open("chat.jsonl", "w") as file:
+        file.write(json.dumps({"messages": [*asked, {"role": "assistant", "content": "b"}]}) + "\n")
+    assert load("chat.jsonl")[0]["messages"] == [{"role": "user", "content": None}]
+
+
+@pytest.mark.parametrize("message", ["b", {"from": "gpt", "value": "b"}, {"role": "assistant", "content": {"a": 1}}])
+def test_messages_of_another_form_are_told(message):
+    with open("chat.jsonl", "w") as file:
+        file.write(json.dumps({"messages": [message]}) + "\n")
+    with pytest.raises(ValueError, match=r"chat\.jsonl, row 0: a (message|text).*'?b|1'?"):
+        load("chat.jsonl")
 
 
 def test_question_and_trace_are_taken_where_messages_are_there_too(tmp_path):

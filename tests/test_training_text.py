@@ -158,6 +158,7 @@ CONVERSATION = [
         (True, row(trace=" \n"), "no_trace"),
         (True, row(question=None), "no_question"),
         (True, row(messages=[{"role": "system", "content": "x"}]), "no_question"),
+        (True, row(messages=[{"role": "user", "content": None}, *CONVERSATION]), "not_text"),
         (False, row(messages=CONVERSATION), "no_chat_template"),
     ],
 )

@@ -6,6 +6,7 @@ Everything that can be wrong with the settings, the data, the tokenizer or the a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,12 @@ from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.rotary import check_positions
 from hcot_lmeval.tokens import Added
+from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
 from hcot_lmeval.training.arguments import early_stopping, training_arguments
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.data.dataset import TrainingData
+from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
@@ -134,14 +136,30 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
     held_out = data.held_out(config.policy)
     problems = data.problems(config.evaluation.problems)
     if PartialState().is_main_process:
-        for number, (phase, prepared) in enumerate(zip(config.phases, train, strict=True)):
-            print(f"phase {number} ({phase.policy}): {prepared.report}")
-        print(f"held out: {held_out.report}", flush=True)
+        for name, _, part in _parts(config, train, held_out):
+            print(f"{name}: {part.report}", flush=True)
+    for name, policy, part in _parts(config, train, held_out):
+        without = part.report.without_block.total()
+        if policy is not Policy.OFF and 0 < part.report.used == without:
+            raise ValueError(
+                f"{name}: none of {without:,} traces has a block of the markup {config.tokens.markup!r}, so that policy "
+                f"{policy} has nothing to prune; name the column of the traces (columns: {{trace: ...}}), set "
+                "tokens.markup to their notation, or policy: off"
+            )
     if not len(held_out.rows):
         raise ValueError("no held-out row is usable; see the report above, and set other sources or a larger share")
     if config.evaluation.problems and not problems:
         raise ValueError("no held-out row has an answer to compare with; set evaluation.problems=0, or name the column")
     return Data(train, held_out, problems, grammar)
+
+
+def _parts(
+    config: SftConfig, train: Sequence[Prepared], held_out: Prepared
+) -> Iterator[tuple[str, Policy, Prepared]]:
+    """Yields name, policy and rows of each phase and of what is held out."""
+    for number, (phase, prepared) in enumerate(zip(config.phases, train, strict=True)):
+        yield f"phase {number} ({phase.policy})", phase.policy, prepared
+    yield "held out", config.policy, held_out
 
 
 def warn_of_positions(model: PreTrainedModel, data: Data) -> None:

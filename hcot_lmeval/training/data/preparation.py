@@ -40,6 +40,7 @@ DOCUMENT_FEATURES = Features(
     | {
         "reasons": List(Value("string")),
         "first": Value("bool"),
+        "blocks": Value("bool"),
         "truncated": Value("bool"),
         "trace_tokens": Value("int32"),
         "targets_count": Value("int32"),
@@ -109,6 +110,7 @@ def _entries(row: Mapping[str, Any], *, keep_malformed: bool, cut: bool, **optio
             **{name: getattr(document, name) for name in COLUMNS},
             "reasons": reasons if first else [],
             "first": first,
+            "blocks": options["grammar"].markers.open in example.completion_ids,
             "truncated": first and bool(found) and learned < len(example.completion_ids),
             "trace_tokens": len(example.prompt_ids) + learned if first and found else 0,
             "targets_count": document.learned,

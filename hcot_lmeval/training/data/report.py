@@ -40,6 +40,7 @@ class Report:
         rows: all of them.
         elsewhere: of those, on the other side of the held-out split.
         without_answer: of those trained on, without an expected answer.
+        without_block: of those trained on, by source, that hold no block, so that there is nothing to prune.
         truncated: of those trained on, cut to fit.
         documents: compiled documents; as many as rows that are trained on, or more of them under ``form=stages``.
         trace_tokens: of the traces trained on, as far as they are, prompts included.
@@ -55,6 +56,7 @@ class Report:
     rows: int = 0
     elsewhere: int = 0
     without_answer: int = 0
+    without_block: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     documents: int = 0
     trace_tokens: int = 0
@@ -76,21 +78,28 @@ class Report:
         """How many left-out rows have each reason; a row may have several."""
         return _count(self.rejected)
 
+    @property
+    def used(self) -> int:
+        """The rows that are trained on."""
+        return self.rows - self.elsewhere - len(self.rejected)
+
     def write(self, path: Path) -> None:
         """Writes the findings as JSONL: source, row, reasons, and whether the row is kept."""
         lines = (json.dumps(asdict(finding)) + "\n" for finding in self.findings)
         path.write_text("".join(lines), encoding="utf-8")
 
     def __str__(self) -> str:
-        used = self.rows - self.elsewhere - len(self.rejected)
         lines = [
-            f"{used:,} of {self.rows:,} rows ({self.truncated:,} cut, {self.without_answer:,} without an answer), "
+            f"{self.used:,} of {self.rows:,} rows ({self.truncated:,} cut, {self.without_answer:,} without an answer), "
             f"{self.documents:,} documents, the longest {self.longest:,} tokens",
             f"{self.trace_tokens:,} tokens of traces, {self.forwarded_tokens:,} forwarded, {self.targets:,} targets",
             f"{self.packed_rows:,} packed rows, {self.padding:.1%} padding",
         ]
         if self.elsewhere:
             lines.append(f"on the other side of the held-out split: {self.elsewhere:,} rows")
+        if self.without_block:
+            sources = ", ".join(f"{count:,} of {source}" for source, count in self.without_block.most_common())
+            lines.append(f"without a single block, so nothing is pruned in them: {sources}")
         for verb, findings in (("left out", self.rejected), ("kept", [f for f in self.findings if f.kept])):
             if findings:
                 reasons = ", ".join(f"{reason} {count:,}" for reason, count in _count(findings).most_common())
@@ -108,7 +117,7 @@ def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, le
         leaked: whether the others ask what a held-out source asks, which is worth a finding each.
     """
     documents = rows.documents
-    columns = columns_of(documents, "first", "truncated", "trace_tokens", "targets_count", "answer")
+    columns = columns_of(documents, "first", "blocks", "truncated", "trace_tokens", "targets_count", "answer", "source")
     used = wanted & (lengths > 0)
     first = columns["first"]
     unanswered = np.array([answer is None for answer in columns["answer"]], dtype=bool)
@@ -116,6 +125,7 @@ def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, le
         rows=int(first.sum()),
         elsewhere=0 if leaked else int((first & ~wanted).sum()),
         without_answer=int((first & used & unanswered).sum()),
+        without_block=Counter(columns["source"][first & used & ~columns["blocks"]].tolist()),
         truncated=int((columns["truncated"] & used).sum()),
         documents=int(used.sum()),
         trace_tokens=int(columns["trace_tokens"][used].sum()),

@@ -4,13 +4,15 @@ Whatever the source, `load_source` returns the same columns:
 
     question   str, or None where `messages` holds it
     messages   the conversation before the assistant's last message, a list of {role, content}; or None
-    trace      str or None: what the assistant wrote, thoughts and all
+    trace      str or None: what the assistant wrote, thoughts and all; reasoning that stands beside the content
+               (reasoning_content, reasoning, thinking; or parts of these types) comes first, between thinking tokens
     answer     str or None: the expected answer
     source     the path that the configuration names
     row        number of the row in the source, from 0
 
 A source has either the columns question, hierarchical_cot and expected_answer, or a column messages whose last message
-holds the trace; the expected answer may be missing. Other names are given by ``columns``.
+holds the trace; the expected answer may be missing. Other names are given by ``columns``. A content is a string or a
+list of parts; a message with a part that is no text, such as an image, has the content None.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hcot_lmeval import synthetic
+from hcot_lmeval.markup import get_markup
 from hcot_lmeval.training.config import SourceConfig
 
 DEFAULT_COLUMNS = {
@@ -51,6 +54,8 @@ FEATURES = Features(
     }
 )
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The keys of a message, and the types and keys of a part, under which chat models and data sets write it."""
 SYNTHETIC = "synthetic:"
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file -> the builder of `datasets` that reads it."""
@@ -75,8 +80,8 @@ def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
         rows = rows.select(range(min(source.limit, len(rows))))
     return cached_map(
         rows,
-        partial(_plain_row, columns=columns, source=source.path),
-        (columns, source.path, code_digest(__file__)),
+        partial(_plain_row, columns=columns, source=source.path, think=get_markup(markup).think),
+        (columns, source.path, get_markup(markup).think, code_digest(__file__)),
         FEATURES,
         with_indices=True,
         desc=f"Reading {source.path}",
@@ -167,15 +172,18 @@ def code_digest(*files: str | Path) -> str:
     return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def _plain_row(row: Mapping[str, Any], index: int, columns: Mapping[str, str], source: str) -> dict[str, Any]:
+def _plain_row(
+    row: Mapping[str, Any], index: int, columns: Mapping[str, str], source: str, think: tuple[str, str]
+) -> dict[str, Any]:
     found = {role: row[name] for role, name in columns.items()}
-    messages = found.get("messages")
-    answer = found.get("answer")
-    trace = found.get("trace")
+    answer, trace, messages = found.get("answer"), found.get("trace"), found.get("messages")
     if "messages" in columns:
-        last = messages[-1] if messages else {}
-        trace = last["content"] if last.get("role") == "assistant" else None
-        messages = [{"role": m["role"], "content": m["content"]} for m in (messages or [])[:-1]]
+        read = [_message(message, f"{source}, row {index}") for message in messages or []]
+        role, reasoning, content = read[-1] if read else ("", "", None)
+        trace = _with_reasoning(reasoning, content, think) if role == "assistant" else None
+        messages = [{"role": role, "content": content} for role, _, content in read[:-1]]
+    else:
+        found["question"], trace = (_parts(text, source)[1] for text in (found["question"], trace))
     return {
         "question": found.get("question"),
         "messages": messages,
@@ -184,6 +192,47 @@ def _plain_row(row: Mapping[str, Any], index: int, columns: Mapping[str, str], s
         "source": source,
         "row": index,
     }
+
+
+def _message(message: Any, place: str) -> tuple[str, str, str | None]:
+    """Returns role, reasoning and content of a message."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        raise ValueError(f"{place}: a message has the keys role and content; this one is {message!r:.100}")
+    reasoning, content = _parts(message["content"], place)
+    beside = next((message[key] for key in REASONING if message.get(key)), None)
+    return message["role"], reasoning if beside is None else _parts(beside, place)[1] or "", content
+
+
+def _parts(content: Any, place: str) -> tuple[str, str | None]:
+    """Returns the reasoning and the text in a content; no text where a part is something else, such as an image."""
+    if content is None or isinstance(content, str):
+        return "", content
+    if isinstance(content, Mapping):
+        raise ValueError(f"{place}: a text or a list of parts was expected, not {content!r:.100}")
+    if not isinstance(content, list):
+        return "", str(content)
+    reasoning, texts, other = "", list[str](), False
+    for part in content:
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part or {}
+        kind = fields.get("type") or ("text" if fields.get("text") is not None else None)
+        text = next((fields[key] for key in ("text", *REASONING) if fields.get(key)), "")
+        if kind in ("reasoning", "thinking"):
+            reasoning += str(text)
+        elif kind in ("text", "input_text", "output_text"):
+            texts.append(str(text))
+        else:
+            other = True
+    return reasoning, None if other else "".join(texts)
+
+
+def _with_reasoning(reasoning: str, content: str | None, think: tuple[str, str]) -> str | None:
+    """The whole response; a content that has a thinking section of its own repeats the reasoning."""
+    begin, end = think
+    if not reasoning.strip() or end in (content or ""):
+        return content
+    inner = reasoning.removeprefix(begin).removesuffix(end)
+    answer = (content or "").lstrip()
+    return f"{begin}{inner}{end}" + (f"\n\n{answer}" if answer else "")
 
 
 def _open(source: SourceConfig, markup: str) -> Dataset:

@@ -81,7 +81,8 @@ class TextForm:
             row: question or messages, trace, answer (see `training.data.sources`).
 
         Raises:
-            Unusable: ``no_question``, ``no_trace``, or ``no_chat_template`` for a conversation that needs one.
+            Unusable: ``no_question``, ``no_trace``, ``not_text`` (an image, say), or ``no_chat_template`` for a
+                conversation that needs one.
         """
         prompt = self.prompt_text(row)
         if not (row["trace"] or "").strip():
@@ -96,6 +97,8 @@ class TextForm:
     def prompt_text(self, row: Mapping[str, Any]) -> str:
         """Returns the prompt of a row, chat template applied."""
         messages = row["messages"] or [{"role": "user", "content": row["question"] or ""}]
+        if any(message["content"] is None for message in messages):
+            raise Unusable("not_text")
         if not any(message["content"] for message in messages if message["role"] == "user"):
             raise Unusable("no_question")
         if not self.tokenizer.chat_template:
