@@ -95,6 +95,26 @@ def extend_vocabulary(
     return Added(added, seeding.describe(sources))
 
 
+def check_markers(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hcot") -> None:
+    """Checks that markers and thinking tokens leave the text around them as it is.
+
+    Raises:
+        ValueError: one swallows the blanks beside it, or is not found within a word.
+    """
+    markup = get_markup(markup)
+    for text in (*markup.markers, *markup.think):
+        token = tokenizer.added_tokens_decoder.get(token_id(tokenizer, text))
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name, False)]
+        if flags:
+            words = f"So we\n\n{text} compute"
+            read = tokenizer.decode(tokenizer.encode(words, add_special_tokens=False))
+            raise ValueError(
+                f"the tokenizer has {text} as a token with {' and '.join(flags)}, so that {words!r} is read as "
+                f"{read!r}; set these to false in its tokenizer.json and tokenizer_config.json, or add the token anew with "
+                "hcot_lmeval.add_special_tokens to a tokenizer that lacks it"
+            )
+
+
 def _is_new(token: int | None, rows: int) -> bool:
     """Whether a token is new to a model with so many rows."""
     return token is None or token >= rows

@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hcot_lmeval.embeddings import rows_of
+from hcot_lmeval.engine import Engine
+from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import read_record
 from hcot_lmeval.tokens import extend_vocabulary
 from hcot_lmeval.training import loading, sft
 from hcot_lmeval.training.config_file import parse_config
+from hcot_lmeval.training.data.text import TextForm
 from hcot_lmeval.training.loading import attention_of, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.monitor.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
+from tests.chat_templates import TEMPLATES
 from tests.tiny import CHAT_TEMPLATE, MARKERS, THINK, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 NEW = [*MARKERS, *THINK]
@@ -190,6 +195,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"train": [{"path": "{folder}/others.jsonl"}], "held_out_share": 0.3}},
         "no column 'question'.*It has: problem, solution",
     ),
+    "a wrong column of traces": (
+        {"data": {"train": [{"path": "{folder}/rows.jsonl", "columns": {"trace": "question"}}], "held_out_share": 0.3}},
+        r"phase 0 \(recompute\): none of \d traces has a block of the markup 'hcot'.*columns: \{trace: ...\}",
+    ),
     "missing data": (
         {"data": {"train": [{"path": "{folder}/none.jsonl"}], "held_out_share": 0.3}},
         "no file matches",
@@ -310,6 +319,67 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizer_says(folder, tmp_p
     run = train({**given, "tokens": {"eos": "<|im_end|>"}})
     assert AutoTokenizer.from_pretrained(run.model).eos_token == "<|im_end|>"
     assert 2 in end_ids(parse_config({**given, "model": str(run.model)}), AutoTokenizer.from_pretrained(run.model))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_whose_conversations_differ_can_be_trained_on(folder, tmp_path, name) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATES[name])
+    strict = {"chat_template": str(tmp_path / "own.jinja")}
+    with pytest.raises(ValueError, match=r"tokens.strict_template=false"):
+        load_tokenizer(parse_config(settings(folder, tmp_path / "run", tokens=strict)))
+    config = parse_config(settings(folder, tmp_path / "run", tokens={**strict, "strict_template": False}))
+    tokenizer, _ = load_tokenizer(config)
+    asked = [{"role": "user", "content": "1+1?"}]
+    example = TextForm(tokenizer, get_markup("hcot")).example(
+        {"question": "1+1?", "messages": None, "trace": TRACE.format(a=1, b=2), "answer": "2"}
+    )
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.decode(example.ids)
+    assert text.startswith(prompt) and text.endswith("</think>\n\n\\boxed{2}<|im_end|>")
+    assert text.count("<think>[") + text.count("<think>\n[") == 1 and text.count("[THOUGHT]1 and 2") == 1
+
+
+def test_template_arguments_are_those_of_the_saved_model_too(folder, tmp_path) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATES["GLM-4.5"])
+    tokens = {"chat_template": str(tmp_path / "own.jinja"), "strict_template": False}
+    asked = [{"role": "user", "content": "1+1?"}]
+
+    def prompt(arguments: dict[str, Any], **given: Any) -> str:
+        config = parse_config(settings(folder, tmp_path / "run", tokens={**tokens, "template_arguments": arguments}))
+        load_tokenizer(config)[0].save_pretrained(tmp_path / "saved")
+        saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        return saved.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **given)
+
+    assert prompt({"enable_thinking": False}).endswith("1+1?/nothink<|im_start|>assistant\n<think></think>")
+    assert prompt({"enable_thinking": False}, enable_thinking=True) == prompt({}) == prompt({"enable_thinking": True})
+    with pytest.raises(ValueError, match="does not read 'enable_thinkng'"):
+        prompt({"enable_thinkng": False})
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_markers_that_swallow_blanks_are_told(folder, tmp_path, flag) -> None:
+    tokenizer = bare_tokenizer()
+    tokenizer.add_tokens([AddedToken(MARKERS[0], special=True, normalized=False, **{flag: True})])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"has \[THOUGHT\] as a token with {flag}, so that 'So we.*is read as"):
+        load_tokenizer(parse_config(settings(folder, tmp_path / "run", tokenizer=str(tmp_path))))
+
+
+def test_text_is_read_as_it_was_written(folder, tmp_path) -> None:
+    """What transformers cleans up, for vocabularies other than BPE, stop strings would not see."""
+    words = ["<unk>", "<eos>", *MARKERS, *THINK, *(f"\u2581{word}" for word in ("x", "!=", "y", ",", "z"))]
+    raw = Tokenizer(models.Unigram([(word, 0.0) for word in words], unk_id=0))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    raw.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (*MARKERS, *THINK)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    ids = tokenizer.encode("x != y , z")
+    assert tokenizer.decode(ids) == "x!= y, z"
+    assert Engine(tiny_model("llama"), tokenizer, self_check=False).decode(ids) == "x != y , z"
+    tokenizer.save_pretrained(tmp_path)
+    trained, _ = load_tokenizer(parse_config(settings(folder, tmp_path / "run", tokenizer=str(tmp_path))))
+    assert trained.decode(ids) == "x != y , z"
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ class Engine:
         if self.tokenizer is None:
             return ""
         kept = [i for i in ids if i not in self._hidden_ids]
-        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+        # as the stop strings see it: cleaned up, `x != y` would be `x!= y` here alone
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Collection, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ QUESTIONS = (
 )
 """What the check asks; the names stand for the tokens of the notation."""
 
+LOOSE = (
+    "Some templates are meant to differ, such as those that open the thinking in the prompt alone or drop it from a "
+    "finished turn (DeepSeek, GLM, Nemotron): with tokens.strict_template=false training writes the answer and "
+    "tokens.eos behind the prompt by itself."
+)
 SHOWN = 6
 """Tokens of each end that an error shows."""
 
@@ -59,12 +65,33 @@ def load_template(name: str | Path) -> str:
     raise ValueError(f"chat template {str(name)!r} is neither one of {', '.join(TEMPLATES)} nor a file.{hint}")
 
 
+def with_defaults(template: str | None, arguments: Mapping[str, Any]) -> str:
+    """Returns a chat template in which arguments that are not given have these values.
+
+    So a model that was trained with them has the same prompts wherever it is run.
+
+    Raises:
+        ValueError: there is no template, it does not read an argument, or a value is no JSON.
+    """
+    lines = []
+    for name, value in arguments.items():
+        if name not in (template or ""):
+            raise ValueError(
+                f"the chat template does not read {name!r}, so {name}={value!r} would do nothing; leave it out"
+            )
+        if value is None:
+            raise ValueError(f"{name}=null says nothing to the chat template; leave it out")
+        lines.append(f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif -%}}")
+    return "".join([*lines, template or ""])
+
+
 def check_template(
     tokenizer: PreTrainedTokenizerBase,
     markup: Markup | str = "hcot",
     *,
     eos_ids: Collection[int] = (),
     enable_thinking: bool | None = None,
+    prompt_alone: bool = False,
 ) -> None:
     """Checks that the tokenizer's chat template is fit for training.
 
@@ -77,6 +104,8 @@ def check_template(
         markup: the notation that answers are written in.
         eos_ids: ids that stop generation beside the tokenizer's end of sequence.
         enable_thinking: handed to the template; None hands over nothing, as the trainer does.
+        prompt_alone: check no more than that prompts can be rendered: a caller that writes the answer and the end of
+            the turn behind the prompt by itself needs nothing else.
 
     Raises:
         ValueError: there is no template, or it is unfit; the message shows both ends and what to do.
@@ -88,6 +117,8 @@ def check_template(
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     for messages, answer in _conversations(tokenizer, markup, options):
         prompt = _render(tokenizer, messages, add_generation_prompt=True, **options)
+        if prompt_alone:
+            continue
         text = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}], **options)
         for head, whole in _encodings(tokenizer, markup, prompt, text):
             if whole[: len(head)] != head:
@@ -153,7 +184,7 @@ def _not_a_prefix(tokenizer: PreTrainedTokenizerBase, head: list[int], whole: li
         "the chat template's prompt is no token prefix of its training text, so the model would meet prompts that it "
         f"was not trained on. From token {start} on the prompt reads {_show(tokenizer, head[start : same + SHOWN])}, "
         f"the training text {_show(tokenizer, whole[start : same + SHOWN])}. Write the same behind the role in both, "
-        f"and end it with a token that joins no text, or use one of the templates {', '.join(TEMPLATES)}."
+        f"and end it with a token that joins no text, or use one of the templates {', '.join(TEMPLATES)}. {LOOSE}"
     )
 
 
@@ -162,7 +193,7 @@ def _never_stops(tokenizer: PreTrainedTokenizerBase, whole: list[int], stops: Co
     return ValueError(
         f"the chat template ends the assistant's turn with {_show(tokenizer, whole[-SHOWN:])}, but generation stops at "
         f"{names}, so the model would never learn to stop. Set tokenizer.eos_token to the token that ends a turn, or "
-        f"use another template ({', '.join(TEMPLATES)})."
+        f"use another template ({', '.join(TEMPLATES)}). {LOOSE}"
     )
 
 

@@ -29,6 +29,14 @@ class TokensConfig(Section):
     chat_template: str | None = Field(
         None, description="a shipped template's name or a file; none: the tokenizer's own"
     )
+    template_arguments: dict[str, Any] = Field(
+        {}, description="what the chat template reads, such as enable_thinking: its defaults, in the saved model too"
+    )
+    strict_template: bool = Field(
+        True,
+        description="whether the chat template has to write a finished conversation as prompt + answer + end of turn; "
+        "false: training does so itself, behind the prompt as at inference",
+    )
 
 
 class SourceConfig(Section):

@@ -17,8 +17,8 @@ from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.embeddings import Seeding
 from hcot_lmeval.engine.decoder import refuse_recurrent
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.templates import check_template, load_template
-from hcot_lmeval.tokens import Added, extend_vocabulary
+from hcot_lmeval.templates import check_template, load_template, with_defaults
+from hcot_lmeval.tokens import Added, check_markers, extend_vocabulary
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
@@ -39,8 +39,9 @@ def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str
     else the model's.
 
     Raises:
-        ValueError: there is no tokenizer, it lacks the markers and `tokens.add` is false, it lacks `tokens.eos`, the
-            adapter would have no rows for its new tokens, or the chat template is unknown or unfit for training.
+        ValueError: there is no tokenizer, it lacks the markers and `tokens.add` is false, it lacks `tokens.eos`, a
+            marker swallows blanks, the adapter would have no rows for its new tokens, or the chat template is unknown,
+            unfit for training or does not read a template argument.
     """
     tokens = config.tokens
     tokenizer = _tokenizer(config)
@@ -52,9 +53,14 @@ def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str
         tokenizer.pad_token = tokenizer.eos_token
     if tokens.chat_template is not None:
         tokenizer.chat_template = load_template(tokens.chat_template)
+    if tokens.template_arguments:
+        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        tokenizer.chat_template = with_defaults(own, tokens.template_arguments)
     new = _add_tokens(config, tokenizer)
+    check_markers(tokenizer, tokens.markup)
+    tokenizer.clean_up_tokenization_spaces = False  # or what is read would not be what was written
     if tokenizer.chat_template:
-        check_template(tokenizer, tokens.markup)
+        check_template(tokenizer, tokens.markup, prompt_alone=not tokens.strict_template)
     return tokenizer, new
 
 

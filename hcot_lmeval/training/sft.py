@@ -142,8 +142,8 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
         without = part.report.without_block.total()
         if policy is not Policy.OFF and 0 < part.report.used == without:
             raise ValueError(
-                f"{name}: none of {without:,} traces has a block of the markup {config.tokens.markup!r}, so that policy "
-                f"{policy} has nothing to prune; name the column of the traces (columns: {{trace: ...}}), set "
+                f"{name}: none of {without:,} traces has a block of the markup {config.tokens.markup!r}, so that "
+                f"policy {policy} has nothing to prune; name the column of the traces (columns: {{trace: ...}}), set "
                 "tokens.markup to their notation, or policy: off"
             )
     if not len(held_out.rows):
@@ -153,9 +153,7 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
     return Data(train, held_out, problems, grammar)
 
 
-def _parts(
-    config: SftConfig, train: Sequence[Prepared], held_out: Prepared
-) -> Iterator[tuple[str, Policy, Prepared]]:
+def _parts(config: SftConfig, train: Sequence[Prepared], held_out: Prepared) -> Iterator[tuple[str, Policy, Prepared]]:
     """Yields name, policy and rows of each phase and of what is held out."""
     for number, (phase, prepared) in enumerate(zip(config.phases, train, strict=True)):
         yield f"phase {number} ({phase.policy})", phase.policy, prepared
