@@ -110,7 +110,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hc
             read = tokenizer.decode(tokenizer.encode(words, add_special_tokens=False))
             raise ValueError(
                 f"the tokenizer has {text} as a token with {' and '.join(flags)}, so that {words!r} is read as "
-                f"{read!r}; set these to false in its tokenizer.json and tokenizer_config.json, or add the token anew with "
+                f"{read!r}; set these to false in tokenizer.json and tokenizer_config.json, or add the token anew with "
                 "hcot_lmeval.add_special_tokens to a tokenizer that lacks it"
             )
 
