@@ -2,11 +2,12 @@
 
 lm-eval 0.4.13 looks for neither: models come from a table in `lm_eval.models`, tasks from `lm_eval/tasks` and from
 `--include_path`. So a start-up file in site-packages (`hcot_lmeval.pth`; from Python 3.15 on `hcot_lmeval.start`) calls
-`start`, which puts one finder on `sys.meta_path`. When, and only when, `lm_eval.models` or `lm_eval.tasks` is imported,
-our part is added behind it:
+`start`, which puts one finder on `sys.meta_path`. When, and only when, one of these modules is imported, our part is
+added behind it:
 
     lm_eval.models   the alias ``hcot`` in the model registry
     lm_eval.tasks    our task folder, behind the stock tasks and before the user's `include_path`: later ones win
+    lm_eval.evaluator   a look at the arguments before a model of ours is loaded; mistakes end in one line
 
 Releases of lm-eval that read entry points find the same things by themselves; then nothing is added here.
 ``HCOT_LMEVAL_AUTOLOAD=0`` switches the start-up off; the command ``hcot-eval`` works all the same.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 ALIAS = "hcot"
 MODEL = "hcot_lmeval.lm:HcotLM"
 """Registered as a string: lm-eval imports it when the alias is first asked for, and `register_model` may replace it."""
+CHECKS = "hcot_lmeval.lm.checks"
+"""Looks at the arguments of a run; imported when there is one."""
 OPT_OUT = "HCOT_LMEVAL_AUTOLOAD"
 TASKS_GROUP = "lm_eval.tasks"
 """Entry-point group of task folders, read by releases of lm-eval later than 0.4.13."""
@@ -84,7 +87,37 @@ def add_tasks() -> None:
         TaskManager.__init__ = _with_our_tasks(original)
 
 
-ADDITIONS: "dict[str, Callable[[], None]]" = {"lm_eval.models": register_model, "lm_eval.tasks": add_tasks}
+def watch_runs() -> None:
+    """Has `simple_evaluate` look at what a run of our model was asked for before weights are loaded."""
+    from functools import wraps
+    from importlib import import_module
+
+    from lm_eval import evaluator
+
+    original = evaluator.simple_evaluate
+    if hasattr(original, "_hcot_lmeval"):
+        return
+
+    @wraps(original)
+    def simple_evaluate(*args: object, **kwargs: object) -> object:
+        from hcot_lmeval import errors
+
+        if errors.in_command():
+            errors.install()
+        model = kwargs.get("model", args[0] if args else None)
+        if model == ALIAS or type(model).__module__.startswith("hcot_lmeval."):
+            import_module(CHECKS).check_run(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    simple_evaluate._hcot_lmeval = True  # type: ignore[attr-defined]
+    evaluator.simple_evaluate = simple_evaluate
+
+
+ADDITIONS: "dict[str, Callable[[], None]]" = {
+    "lm_eval.models": register_model,
+    "lm_eval.tasks": add_tasks,
+    "lm_eval.evaluator": watch_runs,
+}
 """Module -> what follows its execution. Both may be repeated, so a reloaded module is served again."""
 
 
@@ -97,7 +130,7 @@ class Finder:
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Returns the spec the other finders have for one of our two modules, None for every other module."""
+        """Returns the spec the other finders have for a module of `ADDITIONS`, None for every other module."""
         if name not in ADDITIONS:
             return None
         call = (get_ident(), name)

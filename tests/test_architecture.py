@@ -107,7 +107,7 @@ def test_part_imports_no_forbidden_library(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_nobody_imports_what_stands_on_top(path):
-    """lm-eval asks for `lm` by its registered name, the start-up file for `plugin`, a command for `bench`."""
+    """lm-eval and `plugin` ask for `lm` by its name, the start-up file for `plugin`, a command for `bench`."""
     used = {module.split(".")[0] for module in ours(imported(path))} - {part(path)}
     assert used & {"lm", "plugin", "bench"} == set()
 

@@ -160,7 +160,7 @@ def test_the_gold_field_may_be_written_in_any_case(key: str) -> None:
 
 
 def test_a_document_without_gold_is_an_error() -> None:
-    with pytest.raises(KeyError, match="question"):
+    with pytest.raises(ValueError, match="question"):
         records.gold_of({"question": "?"})
 
 

@@ -16,7 +16,7 @@ ROOT = Path(str(files(__name__)))
 
 
 def resolve(name: Any) -> Any:
-    """Returns the directory of the bundled checkpoint called `name`; anything else is returned as it is.
+    """Returns the directory of the bundled checkpoint called `name`; of anything else, a leading ``~`` is the home.
 
     A checkpoint of that name in the working directory comes first, as it does for `from_pretrained`.
 
@@ -24,7 +24,7 @@ def resolve(name: Any) -> Any:
         FileNotFoundError: the name is that of a bundled checkpoint, and this installation lacks it.
     """
     if not isinstance(name, str) or name not in BUNDLED or (Path(name) / "config.json").is_file():
-        return name
+        return str(Path(name).expanduser()) if isinstance(name, str) and name.startswith("~") else name
     folder = ROOT / name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the bundled checkpoint {name!r} is not in {ROOT}; install the package anew")

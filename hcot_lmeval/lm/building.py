@@ -13,6 +13,8 @@ from typing import Any
 
 from lm_eval.api.task import Task
 
+from hcot_lmeval.scoring.task import BoxedTask, check_task
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,6 +32,8 @@ def watch_building() -> None:
                 f"repeats={wanted} of the metadata does nothing in {self.config.task}, which asks a question "
                 f"{self.config.repeats}x; leave it out, or run that task apart from those it is meant for (..._avg)"
             )
+        if not isinstance(self, BoxedTask):  # which looks at itself, for every model
+            check_task(self)
         if options.get("cache_requests"):
             logger.warning(
                 "cache_requests: the requests of %s are built anew, for lm-eval's cache of them keeps the generation "

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from hcot_lmeval.assets import BUNDLED
+from hcot_lmeval.errors import message_for_users
 from hcot_lmeval.lm.options import Options, known_names, unknown_argument
 
 
@@ -30,6 +39,111 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return name in config.to_dict()
+
+
+PLACES = ("tokenizer", "peft", "delta")
+"""Arguments that name a directory, or an id on a hub, as `pretrained` does."""
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json "
+    "sentencepiece.bpe.model"
+).split()
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+ADAPTER = "adapter_config.json"
+
+
+def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
+    """Looks for what is named, before anything is loaded.
+
+    Args:
+        pretrained: path or id of the checkpoint, or a model in memory.
+        arguments: of ``hf``.
+
+    Raises:
+        FileNotFoundError: a directory is named that is not there, or that lacks what makes it what it should be.
+        ValueError: a dtype is unknown.
+    """
+    for name, place in {"pretrained": pretrained, **{name: arguments.get(name) for name in PLACES}}.items():
+        if isinstance(place, str) and _is_path(place) and not Path(place).is_dir():
+            raise FileNotFoundError(f"{name}={place!r} is no directory; give that of a checkpoint, or an id on a hub")
+    adapter = arguments.get("peft")
+    if adapter and Path(adapter).is_dir() and not (Path(adapter) / ADAPTER).is_file():
+        raise FileNotFoundError(f"peft={adapter!r} holds no {ADAPTER}; give the directory of an adapter")
+    if not arguments.get("gguf_file"):
+        _check_files(pretrained, arguments)
+    dtype = arguments.get("dtype", "auto")
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype) and dtype != "auto":
+        near = difflib.get_close_matches(dtype.replace("bf", "bfloat").replace("fp", "float"), DTYPES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
+
+
+def _check_files(pretrained: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises `FileNotFoundError` where a directory lacks the config or the tokenizer that it is named for."""
+    folder = Path(pretrained, arguments.get("subfolder") or "") if isinstance(pretrained, str) else None
+    if folder and folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"pretrained={pretrained!r} holds no config.json; give the directory of a checkpoint")
+    name, place = ("tokenizer", arguments["tokenizer"]) if arguments.get("tokenizer") else ("pretrained", folder)
+    where = Path(place) if isinstance(place, (str, Path)) else None
+    if where and where.is_dir() and not any((where / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{name}={str(where)!r} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); give tokenizer=DIR"
+        )
+
+
+def _is_path(place: str) -> bool:
+    """Whether a text can only be a path: an id on a hub has one slash at most, and no dot or tilde before it."""
+    return place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place
+
+
+@contextmanager
+def blamed(pretrained: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Has what fails to load name the argument, and the file, that is at fault.
+
+    Raises:
+        OSError: in place of what a library raised.
+    """
+    try:
+        yield
+    except (RepositoryNotFoundError, SafetensorError, OSError, ValueError, ImportError) as error:
+        if message_for_users(error):
+            raise
+        places = (pretrained, *(arguments.get(name) for name in PLACES))
+        faults = (_damaged_file(Path(place)) for place in places if isinstance(place, str))
+        if fault := next(filter(None, faults), None):
+            raise OSError(f"{fault}; fetch the checkpoint again") from error
+        name, place = _at_fault(pretrained, arguments, error)
+        raise OSError(
+            f"{name}={place!r} could not be loaded; give a checkpoint directory, a bundled checkpoint "
+            f"({', '.join(BUNDLED)}), or an id on a hub within reach: {error}"
+        ) from error
+
+
+def _at_fault(pretrained: Any, arguments: Mapping[str, Any], error: Exception) -> tuple[str, Any]:
+    """The argument that an error is about: the one whose value its message names, else `pretrained`."""
+    named = {name: arguments.get(name) for name in PLACES}
+    return next(
+        ((n, p) for n, p in named.items() if isinstance(p, str) and p in str(error)), ("pretrained", pretrained)
+    )
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """What is wrong with the first file of weights, or of JSON, that cannot be read; None if all can."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with path.open("rb") as file:
+            pointer = file.read(23) == b"version https://git-lfs"
+        if pointer:
+            return f"{path} is a pointer of Git LFS and no weights; run git lfs pull"
+        try:
+            with safe_open(path, "pt") as weights:
+                weights.keys()
+        except Exception as error:
+            return f"{path} is damaged ({error})"
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{path} is no JSON ({error})"
+    return None
 
 
 def check_directories(options: Options) -> None:

@@ -30,14 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 from transformers import BitsAndBytesConfig
 
-from hcot_lmeval.assets import BUNDLED, resolve
+from hcot_lmeval.assets import resolve
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.computing import SPEED_ALONE
 from hcot_lmeval.fingerprint import digest
 from hcot_lmeval.lm.building import watch_building
+from hcot_lmeval.lm.checks import NO_CACHE
 from hcot_lmeval.lm.fingerprint import (
     checkpoint_facts,
     library_versions,
@@ -46,7 +48,15 @@ from hcot_lmeval.lm.fingerprint import (
     weights_digest,
 )
 from hcot_lmeval.lm.journal import Journal, first_time
-from hcot_lmeval.lm.loading import check_directories, check_names, default_device, prepare_cpu_ranks
+from hcot_lmeval.lm.loading import (
+    PLACES,
+    blamed,
+    check_directories,
+    check_names,
+    check_places,
+    default_device,
+    prepare_cpu_ranks,
+)
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
 from hcot_lmeval.lm.prompts import PromptEncoder, at_time
@@ -101,9 +111,11 @@ class HcotLM(HFLM):
 
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
-        pretrained, rest["tokenizer"] = resolve(pretrained), resolve(rest.get("tokenizer"))
+        rest.update({name: resolve(rest.get(name)) for name in PLACES if name in rest or name == "tokenizer"})
+        pretrained = resolve(pretrained)
         check_names(pretrained, rest)
         check_directories(self.options)
+        check_places(pretrained, rest)
         watch_building()
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
@@ -111,13 +123,8 @@ class HcotLM(HFLM):
             rest.setdefault("device", default_device())
             prepare_cpu_ranks(rest["device"])
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
-        try:
+        with blamed(pretrained, rest):
             super().__init__(pretrained=pretrained, **rest)
-        except OSError as error:
-            raise OSError(
-                f"pretrained={pretrained!r} could not be loaded; give a checkpoint directory, a bundled checkpoint "
-                f"({', '.join(BUNDLED)}), or an id on a hub within reach: {error}"
-            ) from error
         self._join_ranks()
         self.policy, self.markup = self._settle()
         markers = {} if self.policy is Policy.OFF else {"markers": marker_ids(self.tokenizer, self.markup).ids}
@@ -139,6 +146,27 @@ class HcotLM(HFLM):
         self._statistics = RunStatistics()
         self._other_ranks: list[RunStatistics] = []
         self._loaded = weights_digest(self.model, quick=True) if isinstance(pretrained, str) else None
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> HcotLM:
+        """Makes the model from ``--model_args`` and from what lm-eval's command line says beside them.
+
+        Raises:
+            ValueError: both say the same thing, and not the same of it.
+        """
+        beside = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        for name in sorted(beside.keys() & arg_dict.keys()):
+            if str(arg_dict[name]) != str(beside[name]):
+                raise ValueError(
+                    f"model_args: {name}={arg_dict[name]!r} stands against --{name} {beside[name]!r} (its default, if "
+                    f"it was left out); give --{name} {arg_dict[name]} alone"
+                )
+        return cls(**{**arg_dict, **beside})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> HcotLM:
+        """Does what `create_from_arg_obj` does, for arguments in one string."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _settle(self) -> tuple[Policy, Markup]:
         """Returns policy and notation; an adapter's record of its training takes the place of its base's."""
@@ -301,10 +329,7 @@ class HcotLM(HFLM):
             ValueError: there is one.
         """
         if cache_hook.dbdict is not None:
-            raise ValueError(
-                "use_cache is not supported by hcot: lm-eval's cache tells neither models nor their settings nor seeds "
-                "apart; leave it out, for every finished request is kept in the journal, which does (journal=DIR)"
-            )
+            raise ValueError(NO_CACHE)
 
     def _warn_of_long_prompts(self, requests: Sequence[Request]) -> None:
         long = [len(request.prompt_ids) for request in requests if len(request.prompt_ids) >= self.max_context]

@@ -36,6 +36,14 @@ WHOLE = frozenset({"seed", "top_k", *LIMITS, *MINIMA})
 GEN_KWARGS = frozenset({"until", "do_sample", "seed", "num_beams", *LIMITS, *MINIMA, *SAMPLING})
 """Every generation kwarg that a task or ``--gen_kwargs`` may name."""
 
+ELSEWHERE = {
+    **dict.fromkeys(("stop", "stop_strings", "stop_sequences"), "until"),
+    **dict.fromkeys(("max_length", "max_output_tokens", "num_predict"), "max_gen_toks"),
+    **dict.fromkeys(("min_length",), "min_gen_toks"),
+    **dict.fromkeys(("repeat_penalty",), "repetition_penalty"),
+}
+"""Names that other programs, and lm-eval's own help, have for some of these."""
+
 NEUTRAL: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Values under which these have no effect."""
 
@@ -108,7 +116,7 @@ def check_gen_kwargs(kwargs: Mapping[str, Any]) -> None:
     """
     for name in kwargs:
         if name not in GEN_KWARGS:
-            near = difflib.get_close_matches(name, GEN_KWARGS, n=1)
+            near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, GEN_KWARGS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"generation kwarg {name!r} is unknown.{hint} Allowed: {', '.join(sorted(GEN_KWARGS))}.")
     for name, value in kwargs.items():

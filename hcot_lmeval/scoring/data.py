@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "HCOT_LMEVAL_DATA"
 """Environment variable: a directory to take the data from instead of the hub."""
 
+FORMATS = frozenset({"json", "csv", "parquet", "arrow", "text"})
+"""Names under which `datasets` reads files; they are no data sets of a hub."""
+
 SHORT_NAMES = {
     "Maxwell-Jia/AIME_2024": "aime24",
     "math-ai/aime25": "aime25",
@@ -46,10 +49,10 @@ def load(name: str, config: str | None = None, *, root: str | Path | None = None
     """Loads a data set with all its splits.
 
     Args:
-        name: the hub's name, ``owner/name``.
+        name: the hub's name, ``owner/name``; or a format of files, such as ``json``, or a directory.
         config: its configuration, None for the default one.
         root: a local directory; None for the value of `DATA_VARIABLE`, and for the hub if that is unset or empty.
-        options: further arguments of `datasets.load_dataset`; they concern the hub alone (revision, token, …).
+        options: further arguments of `datasets.load_dataset`: those of the hub (revision, token, …), or ``data_files``.
 
     Raises:
         FileNotFoundError: a local directory is given and lacks the data set.
@@ -58,6 +61,8 @@ def load(name: str, config: str | None = None, *, root: str | Path | None = None
     import datasets
 
     root = root or os.environ.get(DATA_VARIABLE)
+    if name in FORMATS or Path(name).is_dir():
+        return datasets.load_dataset(name, config, **options)
     if root:
         return datasets.load_dataset(str(local_folder(name, root)), config)
     try:

@@ -26,6 +26,10 @@ from hcot_lmeval.scoring.aggregate import majority, pass_at_k, pass_ks
 from hcot_lmeval.scoring.language import consistency
 from hcot_lmeval.scoring.records import gold_of, judgement, mean_record, statistics, stats_of
 
+NO_LIST = (
+    "process.sampled scores the k responses to a question together: it needs `repeats: k` and the filter "
+    "`take_first_k`, as the class SampledTask writes them"
+)
 Doc = Mapping[str, Any]
 Metrics = dict[str, Any]
 
@@ -49,8 +53,14 @@ def polymath(doc: Doc, results: Sequence[str]) -> Metrics:
 
 
 def sampled(doc: Doc, results: Sequence[Sequence[str]]) -> Metrics:
-    """Several responses per document: avg@k, pass@j, maj@k; every other number is the mean over them."""
+    """Several responses per document: avg@k, pass@j, maj@k; every other number is the mean over them.
+
+    Raises:
+        ValueError: there is one response and no list of them.
+    """
     responses = results[0]  # what take_first_k left
+    if isinstance(responses, str):
+        raise ValueError(NO_LIST)
     grades = [answers.grade(response, gold_of(doc)) for response in responses]
     record = mean_record([_record(doc, response, grade) for response, grade in zip(responses, grades, strict=True)])
     return _repeats(grades) | {key: value for key, value in record.items() if key != "acc"} | _requests(responses)
@@ -60,6 +70,10 @@ def sampled_polymath(doc: Doc, results: Sequence[Sequence[str]]) -> Metrics:
     """Several responses per document, all levels in one task; dw_acc weighs avg@k."""
     metrics = sampled(doc, results)
     return metrics | _weighted(doc, metrics[f"avg@{len(results[0])}"])
+
+
+FUNCTIONS = (boxed, aime24, polymath, sampled, sampled_polymath)
+"""What the ``process_results`` of a task may be."""
 
 
 def _record(doc: Doc, response: str, grade: answers.Grade | None = None) -> dict[str, float]:

@@ -37,12 +37,12 @@ def gold_of(doc: Mapping[str, Any]) -> str:
     """Returns the reference answer of a document, whatever the case of its field name.
 
     Raises:
-        KeyError: the document has no field called answer.
+        ValueError: the document has no field called answer.
     """
     for key, value in doc.items():
         if key.lower() == "answer":
             return str(value)
-    raise KeyError(f"no field named 'answer' among {sorted(doc)}; name the field with the gold answer so")
+    raise ValueError(f"no field named 'answer' among {sorted(doc)}; name the field with the gold answer so")
 
 
 def judgement(grade: answers.Grade) -> dict[str, float]:

@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask
 from hcot_lmeval.scoring import aggregate, data, process
 from hcot_lmeval.scoring.instructions import default_instructions, instruction
 from hcot_lmeval.scoring.language import UNSUPPORTED
+from hcot_lmeval.scoring.records import gold_of
 
 ALL_LEVELS = "all"
 """``test_split`` of a PolyMath task with the four levels in turn."""
@@ -66,6 +67,29 @@ def metric_list(names: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
+def check_task(task: Any) -> None:
+    """Looks at a task that scores with one of our functions, before anything is generated for it.
+
+    A task of somebody's own may name a function of `process` in its YAML and none of our classes: it gets the
+    aggregations that lm-eval does not know.
+
+    Raises:
+        ValueError: a document, or what becomes of the responses, is not as the function needs it.
+    """
+    score = task.config.process_results
+    if score not in process.FUNCTIONS:
+        return
+    task._aggregation_list.update(AGGREGATION)
+    steps = [step.get("function") for kept in task.config.filter_list or () for step in kept["filter"]]
+    try:
+        for doc in task.eval_docs:
+            gold_of(doc)
+        response = [[""] * task.config.repeats] if "take_first_k" in steps else [""]
+        score(dict(next(iter(task.eval_docs))), response)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"task {task.config.task}: {error} (tasks/README.md has a complete example)") from error
+
+
 class BoxedTask(ConfigurableTask):
     """Questions in English with an instruction to box the answer, one response each."""
 
@@ -89,6 +113,11 @@ class BoxedTask(ConfigurableTask):
     def metrics(self, config: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names of the metrics, in the order in which they are reported."""
         return ("acc", *CHECK, *GENERATION, *STRUCTURE, "requests")
+
+    def build_all_requests(self, **options: Any) -> None:
+        """Builds the requests, if the documents are such as can be scored."""
+        check_task(self)
+        super().build_all_requests(**options)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Loads `dataset_path` from the hub or from a local directory and adds the columns of this class."""

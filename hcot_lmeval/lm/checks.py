@@ -1,0 +1,82 @@
+"""What `lm_eval.simple_evaluate` was asked for, looked at before weights are loaded.
+
+lm-eval hands generation kwargs to the model with the first requests, and writes results at the very end, where a
+failure is no more than a warning. Both are known at the start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from lm_eval.utils import sanitize_model_name, simple_parse_args_string
+
+from hcot_lmeval.lm.requests import GenerationSettings
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on the usual file systems."""
+NO_CACHE = (
+    "use_cache is not supported by hcot: lm-eval's cache tells neither models nor their settings nor seeds apart; "
+    "leave it out, for every finished request is kept in the journal, which does (journal=DIR)"
+)
+METADATA = ("repeats", "hcot_data", "hcot_instructions", "size", "sizes", "depths", "problem_seed")
+"""What our tasks read of ``--metadata``."""
+
+
+def check_run(evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Looks at the arguments of a call of `lm_eval.simple_evaluate`.
+
+    Raises:
+        ValueError: a value is not allowed.
+        OSError: the results could not be written.
+        TypeError: the call is none.
+    """
+    asked = signature(evaluate).bind(*args, **kwargs).arguments
+    given = asked.get("gen_kwargs") or {}
+    given = simple_parse_args_string(given) if isinstance(given, str) else given
+    GenerationSettings(1).params({"temperature": 1.0, **given})
+    if asked.get("use_cache"):
+        raise ValueError(NO_CACHE)
+    _check_metadata(asked.get("metadata") or {})
+    output = getattr(asked.get("evaluation_tracker"), "output_path", None)
+    if output:
+        check_output(Path(output), asked.get("model_args") or {})
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    for name in metadata:
+        near = difflib.get_close_matches(name, METADATA, n=1, cutoff=0.8)
+        if near and name not in METADATA:
+            raise ValueError(f"metadata: {name!r} is read by no task of ours; did you mean {near[0]!r}?")
+
+
+def check_output(output: Path, model_args: str | Mapping[str, Any]) -> None:
+    """Tries to write where lm-eval will write the results.
+
+    Raises:
+        ValueError: the model's path makes a file name that is too long.
+        OSError: nothing can be written there.
+    """
+    given = simple_parse_args_string(model_args) if isinstance(model_args, str) else model_args
+    name = sanitize_model_name(str(given.get("pretrained", "")))
+    if (length := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(
+            f"pretrained={given['pretrained']}: lm-eval makes a file name of {length} bytes of it, and {LONGEST_NAME} "
+            "are allowed, so no results could be saved; name the checkpoint by a shorter path, such as a link"
+        )
+    folder = output.parent if output.suffix == ".json" else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"output_path={output} cannot be written to ({error.strerror}), so no results could be saved; name another "
+            "directory with --output_path DIR"
+        ) from error
