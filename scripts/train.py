@@ -16,6 +16,8 @@ from pathlib import Path
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+TERMINATED = 143
+"""Exit status after SIGTERM, which saves a checkpoint first."""
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped before the first step; start the same command again'}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED if type(stop) is KeyboardInterrupt else TERMINATED)
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,25 +1,37 @@
-"""Training as a user runs it: the script, from settings to a checkpoint; killed, resumed, in two processes."""
+"""Training as a user runs it: the script, from settings to a checkpoint; killed, resumed, in two processes.
+
+Where nothing is killed the script's function is called in this process, which saves the imports.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import read_record
+from hcot_lmeval.training.config_file import parse_config
 from hcot_lmeval.training.monitor.curves import read_records
+from hcot_lmeval.training.run import RunDirectory
 from tests.interrupts import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,18 +41,18 @@ LOSS_KEYS = ("loss", "cross_entropy", "cross_entropy_marker", "structure", "eval
 
 
 def settings(output: Path, **changes) -> dict:
-    source = {"path": "synthetic:arith", "options": {"size": 60, "depths": [1, 2, 3], "seed": 5}}
+    source = {"path": "synthetic:arith", "options": {"size": 40, "depths": [1, 2], "seed": 5}}
     return {
         "model": "tiny",
         "tiny": {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "head_dim": 16},
         "output": str(output),
         "data": {
             "train": [source],
-            "held_out": [{**source, "split": "validation", "options": {"size": 8, "depths": [2]}}],
-            "row_length": 160,
+            "held_out": [{**source, "split": "validation", "options": {"size": 4, "depths": [2]}}],
+            "row_length": 128,
         },
         "phases": [{"policy": "off", "steps": 3}, {"policy": "recompute", "steps": STEPS - 3}],
-        "evaluation": {"every": EVERY, "problems": 3, "max_context": 96, "max_gen_toks": 60},
+        "evaluation": {"every": EVERY, "problems": 3, "max_context": 96, "max_gen_toks": 30},
         "trainer": {"per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 1, "warmup_steps": 0},
         **changes,
     }
@@ -62,11 +74,39 @@ def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
     )
 
 
-def run(folder: Path, config: dict, processes: int = 1) -> str:
-    process = start(folder, config, processes)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+def run(folder: Path, config: dict, *options: str) -> str:
+    """Calls the script's `main` here and returns what it prints and logs."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    arguments = ["scripts/train.py", "sft", str(file), *options]
+    transformers.utils.logging.add_handler(handler)
+    logging.getLogger("hcot_lmeval").addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", arguments):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        transformers.utils.logging.remove_handler(handler)
+        logging.getLogger("hcot_lmeval").removeHandler(handler)
+    return printed.getvalue()
+
+
+def refused(folder: Path, config: dict) -> str:
+    """Returns the line with which the script ends."""
+    with pytest.raises(SystemExit) as ended:
+        run(folder, config)
+    return str(ended.value)
+
+
+def wait_for(process: subprocess.Popen, path: Path) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def weights(output: Path) -> dict:
+    return load_file(output / "model" / "model.safetensors")
 
 
 def losses(output: Path) -> list[tuple]:
@@ -116,26 +156,33 @@ def test_checkpoint_knows_how_it_was_trained(finished) -> None:
 
 
 def test_killed_and_resumed_it_ends_the_same(finished, tmp_path) -> None:
-    config = settings(tmp_path / "run")
+    """SIGTERM saves a checkpoint of the step, SIGKILL nothing."""
+    config, checkpoints = settings(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     process = start(tmp_path, config)
-    state = tmp_path / "run" / "checkpoints" / f"checkpoint-{EVERY}" / "trainer_state.json"
-    while not state.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    wait_for(process, checkpoints / f"checkpoint-{EVERY}" / "config.json")  # it is being written
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 143
+    told = re.fullmatch(
+        r"stopped at step (\d); the same command goes on from step \1 \(checkpoint-\1\)", output.splitlines()[-1]
+    )
+    assert told and EVERY <= int(told[1]) < STEPS and "Traceback" not in output
+
+    process = start(tmp_path, config)
+    assert any("going on from" in line for line in process.stdout)
+    time.sleep(0.2)
+    process.kill()
     process.wait()
     assert not (tmp_path / "run" / "model").exists()
     assert run(tmp_path, config).startswith("going on from checkpoint-")
     assert losses(tmp_path / "run") == losses(finished[0])
-    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", finished[0]))
+    ours, theirs = weights(tmp_path / "run"), weights(finished[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_ctrl_c_is_one_line_that_says_where_it_goes_on(tmp_path) -> None:
     process = start(tmp_path, settings(tmp_path / "run"))
-    while not (tmp_path / "run" / "checkpoints" / f"checkpoint-{EVERY}" / "trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for(process, tmp_path / "run" / "checkpoints" / f"checkpoint-{EVERY}" / "trainer_state.json")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130
@@ -149,29 +196,108 @@ def test_two_processes_train_as_one(finished, tmp_path) -> None:
     """Each takes one of the two rows of a step; rows differ in how many targets they have."""
     config = settings(tmp_path / "run")
     config["trainer"] = {**config["trainer"], "per_device_train_batch_size": 1}
-    run(tmp_path, config, processes=2)
+    process = start(tmp_path, config, processes=2)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
     found, expected = losses(tmp_path / "run"), losses(finished[0])
     assert [row[:2] for row in found] == [row[:2] for row in expected]
     assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-4, abs=1e-6)
 
 
-def test_traces_longer_than_the_model_knows_positions_are_a_warning(tmp_path) -> None:
-    config = settings(tmp_path / "run", phases=[{"policy": "off", "steps": 1}])
-    config["tiny"]["positions"] = 24
-    printed = run(tmp_path, {**config, "evaluation": {"every": 1, "problems": 0}})
-    needed = int(re.search(r"the traces need (\d+) positions, the model's config has 24", printed)[1])
-    assert 24 < needed <= 160
+# --- without evaluations ----------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line(tmp_path) -> None:
-    config = settings(tmp_path / "run")
-    config["trainer"]["learning_rat"] = 1
-    process = start(tmp_path, config)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "error: trainer.learning_rat is unknown; did you mean learning_rate?" in output
-    assert "Traceback" not in output
+def short(output: Path, steps: int = 2, **trainer) -> dict:
+    given = settings(output, phases=[{"policy": "recompute", "steps": steps}])
+    return {**given, "evaluation": {"every": 10, "problems": 0}, "trainer": {**given["trainer"], **trainer}}
+
+
+def test_a_run_can_be_made_longer_and_be_shown_elsewhere(tmp_path) -> None:
+    first = run(tmp_path, short(tmp_path / "run", 3))
+    assert "too few points: 1 evaluation, and 5 are needed" in first
+    longer = short(tmp_path / "run", 6, save_steps=1, save_total_limit=5, logging_steps=2)
+    second = run(tmp_path, longer)
+    assert second.startswith("going on from checkpoint-3\n") and "it has 6 steps now, in place of 3" in second
+    records = read_records(tmp_path / "run" / "curves.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 6]
+    assert [r["step"] for r in records if "eval_loss" in r] == [3, 6]
+    assert read_record(tmp_path / "run" / "model").steps in (3, 6)
+    assert "phases.0.steps: 6 there, 5 now" in refused(tmp_path, short(tmp_path / "run", 5))
+
+
+def test_checkpoints_come_between_evaluations(tmp_path) -> None:
+    run(tmp_path, short(tmp_path / "run", 5, save_steps=2, save_total_limit=9))
+    found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert found == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    assert "0 evaluations" not in run(tmp_path, short(tmp_path / "run", 5, save_total_limit=9, logging_steps=10))
+
+
+def test_the_training_loss_is_logged_with_each_evaluation(tmp_path) -> None:
+    assert "too few points: 1 evaluation," in run(tmp_path, short(tmp_path / "run", 5, logging_steps=10))
+
+
+def test_compiled_it_learns_the_same(tmp_path) -> None:
+    run(tmp_path, short(tmp_path / "plain"))
+    run(tmp_path, short(tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager"))
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert [row[2] for row in compiled] == pytest.approx([row[2] for row in plain], rel=1e-4, abs=1e-6)
+
+
+def test_the_finished_model_is_uploaded_with_its_card_and_no_pickle(tmp_path, monkeypatch) -> None:
+    calls = {}
+
+    class Hub:
+        def whoami(self):
+            return {"name": "me"}
+
+        def create_repo(self, name, **options):
+            calls["repo"] = name
+
+        def upload_folder(self, *, folder_path, **options):
+            calls["files"] = {path.name for path in Path(folder_path).rglob("*")}
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert "me/run on the hub" in run(tmp_path, short(tmp_path / "run", push_to_hub=True))
+    assert calls["repo"] == "me/run"
+    assert {"README.md", "curves.png", "model.safetensors", "tokenizer.json"} <= calls["files"]
+    assert not any(name.endswith(".bin") or "checkpoint" in name for name in calls["files"])
+    assert "pretrained=me/run" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+REFUSED = {
+    "trainer.learning_rat is unknown; did you mean learning_rate?": {"learning_rat": 1},
+    "trainer.use_liger_kernel cannot be set here: it replaces the forward": {"use_liger_kernel": True},
+    "trainer.enable_jit_checkpoint cannot be set here: SIGTERM saves": {"enable_jit_checkpoint": True},
+    "trainer.label_smoothing_factor cannot be set here: the loss": {"label_smoothing_factor": 0.1},
+    "trainer.hub_token cannot be set here: it would be written into the card": {"hub_token": "x", "push_to_hub": True},
+    "trainer.hub_model_id does nothing without trainer.push_to_hub=true": {"hub_model_id": "me/x"},
+    "trainer.push_to_hub=true, but the hub does not say who uploads": {"push_to_hub": True},
+    "trainer.report_to=dvclive cannot be used: .*pip install dvclive": {"report_to": "dvclive"},
+    "trainer.report_to=tensorbord cannot be used: tensorbord is not supported": {"report_to": "tensorbord"},
+    "trainer.fsdp shards a model over several processes with a GPU each; here are 1 on cpu": {"fsdp": "full_shard"},
+    "trainer.save_steps=0.5 is not allowed": {"save_steps": 0.5},
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_mistakes_are_one_line_before_anything_is_made(tmp_path, told) -> None:
+    message = refused(tmp_path, short(tmp_path / "run", **REFUSED[told]))
+    assert re.search(f"^error: {told}", message), message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path) -> None:
+    config = short(tmp_path / "run")
+    RunDirectory(tmp_path / "run").claim(parse_config(short(tmp_path / "run", 7, learning_rate=1)))
+    run(tmp_path, config)
+    assert "holds a run with other settings" in refused(tmp_path, short(tmp_path / "run", learning_rate=1))
+
+
+def test_traces_longer_than_the_model_knows_positions_are_a_warning(tmp_path) -> None:
+    config = short(tmp_path / "run", 1)
+    config["tiny"]["positions"] = 24
+    needed = int(re.search(r"the traces need (\d+) positions, the model's config has 24", run(tmp_path, config))[1])
+    assert 24 < needed <= 128
 
 
 def test_help_is_instant_and_teaches() -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hcot_lmeval.training.config import SftConfig
 
@@ -35,7 +36,6 @@ OWNED = {
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
     "save_strategy": "evaluation.every",
-    "save_steps": "evaluation.every",
     "metric_for_best_model": "evaluation.metric",
     "greater_is_better": "evaluation.metric",
     "load_best_model_at_end": "evaluation.metric",
@@ -46,7 +46,31 @@ OWNED = {
 }
 """Arguments that follow from the settings named behind them, or that nothing else works with."""
 
+OURS = "the loss and the evaluation are ours; see the sections loss and evaluation"
+REFUSED: dict[str, str] = {
+    "use_liger_kernel": "it replaces the forward that computes the losses of packed rows",
+    "liger_kernel_config": "liger replaces the forward that computes the losses of packed rows",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
+    "auto_find_batch_size": "the schedule counts on the batch size; lower per_device_train_batch_size",
+    "ignore_data_skip": "a run that goes on would see rows twice",
+    "save_only_model": "a run could not go on from its checkpoints",
+    "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
+    "hub_strategy": "the finished model is uploaded, once; checkpoints hold a pickle of all arguments",
+    "hub_always_push": "the finished model is uploaded, once; checkpoints hold a pickle of all arguments",
+    "hub_token": "it would be written into the card; log in with `hf auth login`, or set HF_TOKEN",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it does nothing here"),
+    **dict.fromkeys(
+        ("label_smoothing_factor", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), OURS
+    ),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "bf16_full_eval", "fp16_full_eval"), OURS),
+}
+"""Arguments that would do nothing or harm, and why."""
+
+ELSEWHERE = ("save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
+"""Arguments whose effect is ours (see `callbacks.Steering` and `hub`)."""
+
 POSITIVE = {
+    "save_steps",
     "learning_rate",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -64,8 +88,10 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
     Raises:
         ValueError: an argument is unknown, has a value that is not allowed, or follows from another setting.
     """
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    for name in config.trainer:
+    known = {field.name: field.default for field in fields(TrainingArguments) if field.init}
+    for name, value in config.trainer.items():
+        if name in REFUSED and name in known and value != known[name]:
+            raise ValueError(f"trainer.{name} cannot be set here: {REFUSED[name]}")
         if name in OWNED:
             advice = f"set {OWNED[name]} instead" if OWNED[name] else "the packed rows leave no choice"
             raise ValueError(f"trainer.{name} cannot be set here; {advice}")
@@ -74,9 +100,10 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
     arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
+    arguments = {name: value for name, value in arguments.items() if name not in ELSEWHERE}
     evaluation = config.evaluation
     device = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
-    return TrainingArguments(
+    made = TrainingArguments(
         **DEFAULTS | device | arguments,  # unless told, several processes on CPUs are not recognised as such
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -93,12 +120,30 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
         average_tokens_across_devices=True,
         label_names=["shift_labels"],
     )
+    if made.fsdp and (made.device.type == "cpu" or made.world_size == 1):
+        raise ValueError(
+            f"trainer.fsdp shards a model over several processes with a GPU each; here are {made.world_size} on "
+            f"{made.device.type}. Leave it out (several processes then train by DDP), or start with torchrun on GPUs"
+        )
+    return made
+
+
+def check_trackers(arguments: TrainingArguments) -> None:
+    """Raises `ValueError` if a tracker in `report_to` cannot be used: it is unknown, or not installed."""
+    for name in arguments.report_to:
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except (ValueError, RuntimeError, ImportError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"trainer.report_to={name} cannot be used: {why} (pip install {name})") from None
 
 
 def _argument(name: str, value: Any) -> Any:
     """Returns the value in the type of the argument, which transformers leaves unchecked: YAML reads 1e-4 as text."""
     try:
-        value = TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+        hint = int if name == "save_steps" else get_type_hints(TrainingArguments)[name]
+        value = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         what = error.errors()[0]["msg"]
         raise ValueError(f"trainer.{name}={value!r} is not allowed: {what[0].lower()}{what[1:]}") from None

@@ -129,7 +129,7 @@ def packed_losses(
 
 @dataclass(frozen=True)
 class _IllegalIds:
-    """The grammar as tensors.
+    """The grammar as tensors. Members of an IntEnum are compared as ints: dynamo would decide the comparison by type.
 
     Attributes:
         ids: the illegal ids of each state, [states, width]; where it has fewer, the first of them again.
@@ -153,7 +153,7 @@ class _IllegalIds:
     def allow(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Returns whether each token may come in its state, bool [n]."""
         listed = (self.ids[states] == tokens[:, None]).any(-1)
-        return ~listed & ((states != State.LEAD) | (tokens == self.lead))
+        return ~listed & ((states != int(State.LEAD)) | (tokens == self.lead))
 
 
 def _entropies(
@@ -203,7 +203,7 @@ def _structure_term(kind: Kind, allowed: torch.Tensor, forbidden: torch.Tensor) 
 
 
 def _sums(cross_entropy: torch.Tensor, term: torch.Tensor, classes: torch.Tensor, structure: StructureLoss) -> LossSums:
-    weights = torch.where(classes == TokenClass.MARKER, structure.marker_weight, 1.0).to(cross_entropy.dtype)
+    weights = torch.where(classes == int(TokenClass.MARKER), structure.marker_weight, 1.0).to(cross_entropy.dtype)
     member = torch.nn.functional.one_hot(classes, len(TokenClass))
     return LossSums(
         objective=(weights * cross_entropy).sum() + structure.weight * term.sum(),

@@ -14,6 +14,7 @@ model/             the finished model: weights (merged with the adapter), tokeni
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,21 @@ import yaml
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.data.report import Report
 
-FREE = {"output", "workers", "batch_size"}
+FREE = {
+    *(
+        "output",
+        "workers",
+        "batch_size",
+        "report_to",
+        "run_name",
+        "project",
+        "logging_dir",
+        "disable_tqdm",
+        "log_level",
+    ),
+    *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "dataloader_num_workers"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+}
 """Settings that change nothing about the result, so that a resumed run may have others."""
 
 
@@ -68,8 +83,11 @@ class RunDirectory:
         return self.root / "run.json"
 
     def check(self, config: SftConfig) -> None:
-        """Raises `ValueError` if another run, with other settings, lives there; changes nothing."""
-        if self.identity.is_file():
+        """Raises `ValueError` if another run, with other settings, lives there; changes nothing.
+
+        What never came to a checkpoint is no run. The last phase may be longer than it was.
+        """
+        if self.identity.is_file() and (self.kept or self.model.exists()):
             before = json.loads(self.identity.read_text(encoding="utf-8"))
             _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root)
 
@@ -89,6 +107,8 @@ class RunDirectory:
         if restart and self.root.exists():
             shutil.rmtree(self.root)
         self.check(config)
+        if not self.kept:
+            self.samples.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (self.root / "config.yaml").write_text(text, encoding="utf-8")
@@ -136,12 +156,15 @@ def _identity(settings: Any) -> Any:
 
 def _refuse_differences(before: Any, now: Any, root: Path) -> None:
     old, new = _flat(before), _flat(now)
-    different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    last = f"phases.{len(now['phases']) - 1}"
+    longer = {key for key in (f"{last}.steps", f"{last}.epochs") if (new.get(key) or 0) > (old.get(key) or math.inf)}
+    different = [key for key in sorted((old.keys() | new.keys()) - longer) if old.get(key) != new.get(key)]
     if different:
         lines = "\n".join(f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in different)
         raise ValueError(
             f"output={root} holds a run with other settings:\n{lines}\n"
-            "Choose another output, set these as they were to resume it, or pass --restart to throw it away."
+            "Choose another output, set these as they were to resume it, or pass --restart to throw it away. Its last "
+            "phase may be made longer."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    TrainerState,
     set_seed,
 )
 
@@ -28,15 +30,16 @@ from hcot_lmeval.rotary import check_positions
 from hcot_lmeval.tokens import Added
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.adapters import check_adapter, with_adapter
-from hcot_lmeval.training.arguments import early_stopping, training_arguments
+from hcot_lmeval.training.arguments import check_trackers, early_stopping, training_arguments
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings
+from hcot_lmeval.training.hub import repository, upload
 from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.losses import StructureLoss
-from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback, EvaluateAtEnd
+from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback, Steering
 from hcot_lmeval.training.monitor.curves import read_records
 from hcot_lmeval.training.monitor.measure import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
@@ -45,6 +48,10 @@ from hcot_lmeval.training.trainer import PackedTrainer
 from hcot_lmeval.vocabulary import marker_ids, token_id
 
 logger = logging.getLogger(__name__)
+
+
+class Terminated(KeyboardInterrupt):
+    """Training was ended by SIGTERM."""
 
 
 def train(config: SftConfig, *, restart: bool = False, command: str = "") -> RunDirectory:
@@ -60,6 +67,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
             another base, or the directory holds another run.
         FileNotFoundError: a data file does not exist.
         KeyboardInterrupt: it was stopped within a step; the message says where it will go on.
+        Terminated: SIGTERM came; the same, but a checkpoint of the step was saved.
     """
     leave_group_at_exit()
     check_settings(config)
@@ -80,17 +88,23 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     with PartialState().main_process_first():
         checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
     schedule = schedule_of(config, data)
+    announce_length(checkpoint, schedule)
     record = record_of(config, added, data, schedule, command)
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
         run.write_findings(prepared.report for prepared in data.train)
+    steering = Steering(config.trainer.get("save_steps"))
+    trainer.add_callback(steering)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
+        with steering.heed_sigterm():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if steering.terminated and trainer.state.global_step < trainer.state.max_steps:
+            raise Terminated
+    except KeyboardInterrupt as stop:
         console = trainer.pop_callback(Console)
         if console is not None:
             console.close()  # or the bar would be drawn once more, below the message
-        raise KeyboardInterrupt(run.stopped_at(trainer.state.global_step)) from None
+        raise type(stop)(run.stopped_at(trainer.state.global_step)) from None
     finish(config, trainer, tokenizer, run)
     return run
 
@@ -100,6 +114,14 @@ def announce(run: RunDirectory) -> None:
     last = run.last_checkpoint()
     if last is not None and PartialState().is_main_process:
         print(f"going on from {last.name}", flush=True)
+
+
+def announce_length(checkpoint: Path | None, schedule: Schedule) -> None:
+    """Says if the run is longer than it was when the checkpoint was saved."""
+    if checkpoint is not None and PartialState().is_main_process:
+        before = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).max_steps
+        if before != schedule.starts[-1]:
+            print(f"it has {schedule.starts[-1]} steps now, in place of {before}; so has the learning rate's schedule")
 
 
 def check_settings(config: SftConfig) -> None:
@@ -115,7 +137,8 @@ def check_settings(config: SftConfig) -> None:
         )
     attention_of(config)
     check_adapter(config)
-    training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints)
+    check_trackers(training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints))
+    repository(config)
 
 
 def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
@@ -216,7 +239,7 @@ def make_trainer(
         record=record,
         eval_dataset=data.held_out.rows,
         processing_class=tokenizer,
-        callbacks=[EvaluateAtEnd(), CurveCallback(run, schedule), *early_stopping(config)],
+        callbacks=[CurveCallback(run, schedule), *early_stopping(config)],
     )
     for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
         if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
@@ -248,6 +271,10 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
     if trainer.is_world_process_zero():
         for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
             (folder / "training_args.bin").unlink(missing_ok=True)
-        write_card(config, trainer.training_record, run)
+        name = repository(config)
+        write_card(config, trainer.training_record, run, name=name)
         judgement = judge(read_records(run.curves), trainer.training_record, run)
         print(f"\n{judgement}\n\n{run.model} holds the model, {run.plot} the curves.")
+        if name is not None:
+            upload(config, name, run.model)
+            print(f"{name} on the hub holds the model, its card and the curves.")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
@@ -44,13 +48,59 @@ class Console(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}, held out: {numbers}")
 
 
-class EvaluateAtEnd(TrainerCallback):
-    """Evaluates after the last step too, whether or not its number is a multiple of `evaluation.every`."""
+class Steering(TrainerCallback):
+    """Says when to log, evaluate and save, where the Trainer alone would not.
+
+    Evaluated is after the last step too, logged with each evaluation, so that its training loss is that of the steps
+    before it, and saved between evaluations as well.
+
+    Args:
+        save_steps: steps between checkpoints, those of evaluations apart.
+
+    Attributes:
+        terminated: whether SIGTERM came; the step is then finished, a checkpoint saved and training stopped.
+    """
+
+    def __init__(self, save_steps: int | None = None) -> None:
+        self.save_steps = save_steps
+        self.terminated = False
+
+    @contextmanager
+    def heed_sigterm(self) -> Iterator[None]:
+        """While it is open SIGTERM stops training at the end of a step, and a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+
+        def handler(number: int, frame: Any) -> None:
+            self.terminated = True
+            signal.signal(signal.SIGTERM, before)
+
+        signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the intervals from the settings, which a run that goes on would have from its checkpoint."""
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Asks for an evaluation; the Trainer itself asks for a checkpoint there."""
+        """Decides for the step behind; the Trainer itself asks for a checkpoint with each evaluation."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+        if control.should_evaluate:
+            control.should_log = True
+        if self.save_steps and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        if args.world_size > 1:  # it reaches the processes in different steps
+            told = torch.tensor(float(self.terminated), device=args.device)
+            torch.distributed.all_reduce(told)
+            self.terminated = bool(told)
+        if self.terminated:
+            control.should_save = control.should_training_stop = True
 
 
 class CurveCallback(TrainerCallback):
