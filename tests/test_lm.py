@@ -255,6 +255,20 @@ class TestResponses:
         assert "1 of 2 prompts" in caplog.text
         assert "max_context=60" in caplog.text
 
+    @pytest.mark.parametrize("journal", ["journal", "off"])
+    def test_an_interrupted_run_says_what_is_kept(self, pruner, tmp_path, journal, monkeypatch):
+        lm = hcot(pruner, journal=journal if journal == "off" else tmp_path / journal)
+        stream = lm.engine.stream
+
+        def interrupted(*args):
+            yield next(iter(stream(*args)))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(lm.engine, "stream", interrupted)
+        kept = "nothing of the 1 finished" if journal == "off" else rf"1 of 3 .* kept in {tmp_path}.*; the same command"
+        with pytest.raises(KeyboardInterrupt, match=kept):
+            lm.generate_until(instances(QUESTIONS[:3]), disable_tqdm=True)
+
     def test_an_empty_prompt_begins_with_the_prefix_token(self, stock):
         (answer,) = hcot(stock, pruning="off").generate_until(instances(("",)))
         assert answer.stats["prompt_tokens"] == 1
@@ -283,7 +297,7 @@ class TestResponses:
 class TestPrompts:
     def test_marker_text_in_a_prompt_stays_text(self, pruner):
         lm = hcot(pruner, apply_chat_template=False)
-        (ids, _), marker = lm._prompt("Say [THOUGHT] and [RETURN]."), pruner[1].convert_tokens_to_ids("[THOUGHT]")
+        ids, marker = lm._prompt("Say [THOUGHT] and [RETURN].").ids, pruner[1].convert_tokens_to_ids("[THOUGHT]")
         assert marker not in ids
         assert pruner[1].decode(ids) == "Say [THOUGHT] and [RETURN]."
         assert marker in lm.tok_encode("[THOUGHT]")  # log-likelihoods read texts as hf does
@@ -305,11 +319,16 @@ class TestPrompts:
         )
         assert [s["resps"][0][0] for s in result["samples"]["tiny_generation"]] == expected
 
+    def test_the_samples_show_what_the_model_has_read(self, pruner):
+        for options in ({}, {"apply_chat_template": True}):
+            (sample,) = evaluate(hcot(pruner), [generation_task(docs=1)], **options)["samples"]["tiny_generation"]
+            assert sample["arguments"][0][0] == f"<|im_start|>user\n{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n"
+
     def test_what_the_user_writes_does_not_open_the_thinking(self, pruner):
         lm = hcot(pruner)
-        assert lm._prompt("Write <think> first.")[1] is False
-        assert hcot(pruner, enable_thinking=True)._prompt("Close it with </think>.")[1] is True
-        assert hcot(pruner, apply_chat_template=False)._prompt("Question\n<think>\n")[1] is True
+        assert lm._prompt("Write <think> first.").thinking is False
+        assert hcot(pruner, enable_thinking=True)._prompt("Close it with </think>.").thinking is True
+        assert hcot(pruner, apply_chat_template=False)._prompt("Question\n<think>\n").thinking is True
 
     @pytest.mark.parametrize("add_bos_token", [None, True, False])
     @pytest.mark.parametrize("markers", [True, False])
@@ -323,8 +342,8 @@ class TestPrompts:
         ours, theirs = HcotLM(**arguments, pruning="off", journal="off"), HFLM(**arguments)
         for text in ("What?", "<|im_start|>What?", " <|im_start|>"):
             expected = theirs.tok_batch_encode([text])[0][0].tolist()
-            assert list(ours._prompt(text)[0]) == expected
-        assert (ours._prompt("What?")[0][0] == 1) is (add_bos_token is not False)
+            assert ours._prompt(text).ids == expected
+        assert (ours._prompt("What?").ids[0] == 1) is (add_bos_token is not False)
 
     def test_decoding_keeps_markers_and_thinking_tokens(self, pruner):
         lm = hcot(pruner)

@@ -126,9 +126,9 @@ SHOT = "[THOUGHT] 1 + 1 is 2 [SOLUTION] 2 [RETURN] so 2.\n\n"
 
 def test_few_shot_traces_are_text_unless_asked_for(model) -> None:
     text, tokens = hcot(model), hcot(model, prompt_markers="tokens")
-    ids, thinking = text._prompt(SHOT + "2 + 2?")
+    _, ids, thinking = text._prompt(SHOT + "2 + 2?")
     assert not set(ids) & MARKERS.ids and not thinking
-    ids, _ = tokens._prompt(SHOT + "2 + 2?")
+    _, ids, _ = tokens._prompt(SHOT + "2 + 2?")
     assert [i for i in ids if i in MARKERS.ids] == [MARKERS.open, MARKERS.split, MARKERS.close]
 
 

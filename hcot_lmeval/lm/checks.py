@@ -7,6 +7,7 @@ failure is no more than a warning. Both are known at the start.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -43,9 +44,15 @@ def check_run(evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     if asked.get("use_cache"):
         raise ValueError(NO_CACHE)
     _check_metadata(asked.get("metadata") or {})
+    # lm-eval knows of no other template than that of --apply_chat_template; the model says which prompts get one
+    logging.getLogger("lm_eval.evaluator").addFilter(_tells_of_no_missing_template)
     output = getattr(asked.get("evaluation_tracker"), "output_path", None)
     if output:
         check_output(Path(output), asked.get("model_args") or {})
+
+
+def _tells_of_no_missing_template(record: logging.LogRecord) -> bool:
+    return "chat template is not applied" not in record.getMessage()
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

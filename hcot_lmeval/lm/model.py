@@ -59,7 +59,7 @@ from hcot_lmeval.lm.loading import (
 )
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
-from hcot_lmeval.lm.prompts import PromptEncoder, at_time
+from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, at_time
 from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
 from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.lm.worklist import Notes, Worklist
@@ -264,6 +264,7 @@ class HcotLM(HFLM):
 
         Raises:
             ValueError: a generation kwarg is unknown or has a value that is not allowed.
+            KeyboardInterrupt: it was stopped; the message says what is kept.
         """
         self._check_thinking(requests)
         self._follow_weights()
@@ -272,7 +273,10 @@ class HcotLM(HFLM):
             work.add(self._request(instance, repeat))
         for response in work.resume(self._notes):
             self._statistics.add(response.stats, resumed=True)
-        self._generate(work, disable=disable_tqdm or self.rank != 0)
+        try:
+            self._generate(work, disable=disable_tqdm or self.rank != 0)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(work.kept()) from None
         return list(work.responses())
 
     def _generate(self, work: Worklist, *, disable: bool) -> None:
@@ -292,13 +296,15 @@ class HcotLM(HFLM):
     def _request(self, instance: Instance, repeat: int) -> Request:
         context, kwargs = instance.args
         prompt = self._prompt(context, getattr(instance, "chat_rendered", None))
+        if prompt.text != context:  # the samples file shows what the model has read
+            instance.arguments, instance.chat_rendered = (prompt.text, kwargs), True
         seed = request_seed([self.seed, kwargs.get("seed")], instance, repeat)
         params = self._settings.params(kwargs, seed)
         return Request(
             id=f"{instance_name(instance)}/{repeat}",
-            prompt_ids=prompt[0],
+            prompt_ids=tuple(prompt.ids),
             params=params,
-            thinking=prompt[1],
+            thinking=prompt.thinking,
             meta={"task": instance.task_name, "doc_id": instance.doc_id, "repeat": repeat, "seed": params.seed},
         )
 
@@ -307,10 +313,10 @@ class HcotLM(HFLM):
         """Of all sampling: as the user said, else what lm-eval's ``--seed`` has given torch."""
         return torch.initial_seed() if self.options.seed is None else self.options.seed
 
-    def _prompt(self, context: str, rendered: bool | None = None) -> tuple[tuple[int, ...], bool]:
-        """Token ids of a prompt and whether it leaves the model thinking; an empty one begins as in log-likelihoods."""
+    def _prompt(self, context: str, rendered: bool | None = None) -> Prompt:
+        """A prompt as the model reads it; an empty one begins as in log-likelihoods."""
         prompt = self._prompts(context, rendered)
-        return tuple(prompt.ids or [self.prefix_token_id]), prompt.thinking
+        return prompt if prompt.ids else prompt._replace(ids=[self.prefix_token_id])
 
     def _response(self, completion: Completion) -> Response:
         parts = self.vocabulary.split(completion.text, opened=completion.request.thinking)

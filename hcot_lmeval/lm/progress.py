@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from types import TracebackType
@@ -9,6 +10,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+OWN_COLUMNS = 62
+"""What tqdm takes of a line for the rest: name, share, counts and times."""
 REFRESH_SECONDS = 1.0
 """How often the numbers are renewed between two finished requests."""
 
@@ -72,10 +75,12 @@ class ProgressBar:
         live = self._engine.live
         tokens = live.generated_tokens - self._tokens
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        self._bar.set_postfix_str(
-            f"{tokens / seconds:.0f} tok/s, {live.prune_events - self._prunes} prunes, "
-            f"live/generated {live.live_tokens}/{tokens}"
-        )
+        told = [f"{tokens / seconds:.0f} tok/s", f"{live.prune_events - self._prunes} prunes"]
+        told.append(f"live/generated {live.live_tokens}/{tokens}")
+        room = shutil.get_terminal_size().columns - OWN_COLUMNS
+        while len(told) > 1 and len(", ".join(told)) > room:  # whole numbers or none: tqdm would cut within one
+            told.pop()
+        self._bar.set_postfix_str(", ".join(told))
 
     def _watch(self) -> None:
         while not self._over.wait(REFRESH_SECONDS):

@@ -87,6 +87,7 @@ class PromptEncoder:
             raise ValueError("apply_chat_template=true, but the tokenizer has no chat template; use auto or false")
         self.tokenizer, self.markup, self.think = tokenizer, markup, think
         self.chat = has_template if chat is None else chat
+        logger.info("prompts %s", "become user messages of the chat template" if self.chat else "go without a template")
         self._render, self._add_bos_token, self._inert = render, add_bos_token, inert
         self.rendered: set[int] = set()
 

@@ -109,6 +109,15 @@ class Worklist:
             )
             self.journal = None
 
+    def kept(self) -> str:
+        """What of a run that is stopped now is not lost."""
+        if self.journal is None:
+            return f"nothing of the {self.finished} finished requests is kept, for there is no journal (journal=DIR)"
+        return (
+            f"{self.finished} of {len(self)} requests are finished and kept in {self.journal.directory}; the same "
+            "command goes on from there"
+        )
+
     def responses(self) -> list[Response]:
         """Returns one response for each entry, in the order of `add`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -15,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -158,7 +162,13 @@ def _compile(compiler: str, source: str, types: Mapping[str, str], name: str) ->
     try:
         home = kernel_folder()
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as folder:
+        locks = home / ".locks"
+        locks.mkdir(exist_ok=True)
+        # ranks and workers want the same library at the same time: one compiles, the others wait
+        with FileLock(locks / name), tempfile.TemporaryDirectory(dir=home) as folder:
+            if kept := _kept(name):
+                return kept
+            logger.warning("compiling %s for this processor, which is done once and takes up to a minute", name)
             target = Path(folder) / f"{name}.so"
             defined = [f"-D{name}={value}" for name, value in types.items()]
             command = [compiler, *_flags(), *defined, str(SOURCES / f"{source}.cpp"), "-o", str(target)]
