@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.export import ExportOptions, exported, push, write_export
+from hcot_lmeval.prepare.export import FORMATS, ExportOptions, exported, format_of, push, write_export
 from hcot_lmeval.prepare.inputs import Record, find_inputs
 from hcot_lmeval.prepare.outline import assemble
 from hcot_lmeval.prepare.reading import read_prepared, read_row
 from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions, segment
 from hcot_lmeval.prepare.sentences import split_sentences
-from tests.prepare_files import flat_row, read_jsonl
+from tests.prepare_files import flat_row
 
 FORMS = [(format_, form) for format_ in ("jsonl", "parquet") for form in ("columns", "chat")]
 
@@ -85,11 +87,26 @@ def test_an_export_is_whole_or_not_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
 
 
-def test_text_that_utf8_has_no_bytes_for_is_exported(tmp_path):
-    one = rows(1)[0]
-    record = {**one.record(), "question": "lone \ud800 half"}
-    path = write(tmp_path / "a.jsonl", [PreparedRow.from_record(record)])
-    assert read_jsonl(path)[0]["question"] == "lone \ud800 half"
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_row_that_no_file_can_hold_is_named(tmp_path, format_):
+    good, other = rows(2)
+    bad = replace(other, source=replace(other.source, question="lone \ud83d half"))
+    with pytest.raises(ValueError, match=r"row 2 \(id 'row-1'\) cannot be written: .*half of a character in question"):
+        write(tmp_path / f"a.{format_}", [good, bad], format=format_)
+    wrong = replace(other, source=replace(other.source, answer=28))
+    if format_ == "parquet":
+        with pytest.raises(ValueError, match=r"row 2 \(id 'row-1'\) cannot be written: "):
+            write(tmp_path / "a.parquet", [good, wrong], format=format_)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_of_a_file_decides_its_format(tmp_path):
+    assert [format_of(Path(f"a.{name}")) for name in FORMATS] == list(FORMATS)
+    for name in ("a.csv", "a.json", "a.jsonl.gz", "a.JSONL", "a"):
+        with pytest.raises(ValueError, match=rf"{name}: files are written as jsonl or parquet; let the name end with"):
+            write(tmp_path / name, rows(1))
+    with pytest.raises(ValueError, match=r"a.parquet is to be jsonl; let its name end with .jsonl"):
+        write(tmp_path / "a.parquet", rows(1), format="jsonl")
 
 
 def test_options_name_what_is_allowed():

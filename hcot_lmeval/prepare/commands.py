@@ -20,7 +20,7 @@ from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.config import Options, from_file, read_options
 from hcot_lmeval.prepare.contamination import identities
 from hcot_lmeval.prepare.duplicates import Twins
-from hcot_lmeval.prepare.export import ExportOptions, only_rows, push, write_export
+from hcot_lmeval.prepare.export import ExportOptions, format_of, only_rows, push, write_export
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of, write_json
 from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.prepare.kinds import KINDS
@@ -186,7 +186,10 @@ def run_stats(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Exports prepared rows; returns the exit status."""
     given, out = _given(args), _out(args)
-    options, work = _read(ExportOptions, given), _read(Work, given)
+    work = _read(Work, given)
+    if args.to is not None:
+        given = {"format": format_of(args.to)} | given
+    options = _read(ExportOptions, given)
     path = args.to or out / "export" / f"train.{options.format}"
     inputs = find_inputs(_rows_of(args.sources))
     unread: list[Unreadable] = []

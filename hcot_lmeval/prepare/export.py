@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.prepare.rows import TAGS, PreparedRow
+from hcot_lmeval.columns import surrogate_in
+from hcot_lmeval.prepare.rows import THINK, PreparedRow
 
 FORMATS = ("jsonl", "parquet")
 FORMS = ("columns", "chat")
@@ -81,7 +82,7 @@ class ExportOptions:
 def exported(row: PreparedRow, options: ExportOptions) -> dict[str, Any]:
     """Returns the record that is written for a row."""
     record = row.record()
-    begin, end = TAGS[0]
+    begin, end = THINK
     if options.form == "chat":  # whole: nothing but the message says where the thinking ends, and what the answer is
         answer = ANSWER.format(row.source.answer) if row.source.answer else ""
         said = record["hierarchical_cot"] if row.source.response else f"{begin}{row.trace}{end}{answer}"
@@ -100,7 +101,12 @@ def write_export(rows: Iterable[PreparedRow], path: Path, options: ExportOptions
         path: the file.
         options: the form.
         tick: is called after each row.
+
+    Raises:
+        ValueError: the path has another suffix than the format, or a row cannot be written; the message names it.
     """
+    if format_of(path) != options.format:
+        raise ValueError(f"{path} is to be {options.format}; let its name end with .{options.format}")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     count = 0
@@ -108,8 +114,11 @@ def write_export(rows: Iterable[PreparedRow], path: Path, options: ExportOptions
         with ExitStack() as stack:
             write = (_jsonl if options.format == "jsonl" else _parquet)(draft, options, stack)
             for row in rows:
-                write(exported(row, options))
                 count += 1
+                record = exported(row, options)
+                if place := surrogate_in(record):
+                    raise _unwritten(count, row.source.id, f"there is half of a character in {place}")
+                write(record)
                 tick()
         os.replace(draft, path)
     finally:
@@ -117,11 +126,26 @@ def write_export(rows: Iterable[PreparedRow], path: Path, options: ExportOptions
     return count
 
 
+def format_of(path: Path) -> str:
+    """Returns the format that the name of a file stands for.
+
+    Raises:
+        ValueError: it ends otherwise.
+    """
+    if path.suffix[1:] not in FORMATS:
+        raise ValueError(f"{path}: files are written as {' or '.join(FORMATS)}; let the name end with .{FORMATS[0]}")
+    return path.suffix[1:]
+
+
+def _unwritten(number: int, name: str, why: object) -> ValueError:
+    return ValueError(f"row {number} (id {name!r}) cannot be written: {why}; leave it out, or mend it")
+
+
 Write = Callable[[Mapping[str, Any]], None]
 
 
 def _jsonl(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
-    file = stack.enter_context(path.open("w", encoding="utf-8", errors="surrogateescape"))
+    file = stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
 
     def write(record: Mapping[str, Any]) -> None:
         file.write(_json(record) + "\n")
@@ -136,11 +160,20 @@ def _parquet(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
     schema = _schema(options)
     writer = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema, compression="zstd"))
     batch: list[dict[str, Any]] = []
+    written = 0
 
     def flush() -> None:
-        if batch:
-            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
-            batch.clear()
+        nonlocal written
+        if not batch:
+            return
+        try:
+            tables = [pyarrow.Table.from_pylist(batch, schema)]
+        except pyarrow.ArrowException:  # too many bytes for one table, or a row at fault
+            tables = [_table(row, schema, written + number) for number, row in enumerate(batch, 1)]
+        for table in tables:
+            writer.write_table(table)
+        written += len(batch)
+        batch.clear()
 
     def write(record: Mapping[str, Any]) -> None:
         batch.append({key: _json(value) if key in _AS_JSON else value for key, value in record.items()})
@@ -156,16 +189,16 @@ _AS_JSON = frozenset({"outline", "sentences", "made_by", "meta"})
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if _encodes(text) else json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _encodes(text: str) -> bool:
+def _table(row: Mapping[str, Any], schema: Any, number: int) -> Any:
+    import pyarrow
+
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return pyarrow.Table.from_pylist([row], schema)
+    except pyarrow.ArrowException as error:
+        raise _unwritten(number, row["id"], error) from None
 
 
 def _schema(options: ExportOptions) -> Any:

@@ -199,7 +199,7 @@ def _number(line: bytes) -> int | None:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    """A line of JSON; a lone surrogate, which UTF-8 has no bytes for, is written as an escape."""
+    """A line of JSON; a lone surrogate, which only rejected rows have, is written as an escape."""
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:

@@ -1,7 +1,8 @@
 """Where rows are: files, patterns, folders and data sets on the hub, read one record at a time.
 
-Files are JSONL (``.jsonl``, ``.jsonl.gz``) or parquet, told apart by their suffix. What is no file here is a data set
-on the hub, ``owner/name``, and is streamed. Nothing is held but the record at hand (of parquet, a batch of them).
+Files are JSONL (``.jsonl``, ``.jsonl.gz``) or parquet, told apart by what they begin with. What is no file here is a
+data set on the hub, ``owner/name``, and is streamed. Nothing is held but the record at hand (of parquet, a batch of
+them).
 
 This module imports the standard library alone; `datasets` and `pyarrow` come when they are needed.
 """
@@ -13,6 +14,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +79,7 @@ class Input:
         """Yields the records in their order."""
         if self.file is None:
             return self._hub()
-        return _parquet(self.file) if self.file.suffix == ".parquet" else _lines(self.file)
+        return _parquet(self.file) if _is_parquet(self.file) else _lines(self.file)
 
     def _hub(self) -> Iterator[Record]:
         import datasets
@@ -152,30 +154,71 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet" or _begins_with(path, b"PAR1")
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines that are not blank, with their numbers; a compressed file may end before its end."""
+    number = 0
+    with gzip.open(path, "rb") if _begins_with(path, b"\x1f\x8b") else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield number + 1, f"the compressed file is damaged from here on: {error}".encode()
+
+
 def _lines(path: Path) -> Iterator[Record]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _parsed(f"{path}, line {number}", line.decode(errors="replace").removeprefix("\ufeff"))
+    for number, line in _raw_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            data = json.loads(line.decode("utf-8-sig"), parse_int=_integer)
+        except (ValueError, RecursionError):
+            data = None
+        if isinstance(data, dict):
+            yield Record(where, data)
+        else:
+            yield Record(where, None, line[:200].decode(errors="replace"))
 
 
-def _parsed(where: str, line: str) -> Record:
+def _integer(digits: str) -> int | str:
+    """An integer; one of more digits than Python turns into a number stays a text."""
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        data = None
-    return Record(where, data) if isinstance(data, dict) else Record(where, None, line[:200])
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with _open_parquet(path) as file:
         for batch in file.iter_batches(BATCH):
-            for row in batch.to_pylist():
+            for place in range(len(batch)):
                 number += 1
-                yield Record(f"{path}, row {number}", row)
+                try:
+                    (data,) = batch.slice(place, 1).to_pylist()
+                except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is none, odd dates
+                    yield Record(f"{path}, row {number}", None, f"{type(error).__name__}: {error}"[:200])
+                else:
+                    yield Record(f"{path}, row {number}", data)
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} is no parquet file, or a damaged one: {error}") from None
 
 
 def count_records(inputs: Sequence[Input], limit: int | None = None) -> int | None:
@@ -189,9 +232,7 @@ def count_records(inputs: Sequence[Input], limit: int | None = None) -> int | No
 
 
 def _count(path: Path) -> int:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    if _is_parquet(path):
+        with _open_parquet(path) as file:
+            return int(file.metadata.num_rows)
+    return sum(1 for _ in _raw_lines(path))

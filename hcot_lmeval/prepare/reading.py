@@ -2,47 +2,59 @@
 
     for row in read_rows(find_inputs(["traces.jsonl"])):     # SourceRow, or Unreadable where it holds none
 
-Data sets are recognised by the names of their columns; `ROLES` lists them, the preferred first. Three forms are read:
+Data sets are recognised by the names of their columns (`hcot_lmeval.columns`). Three forms are read:
 
-    question, text                   text holds the thinking section: ``<think>…</think>``, or OpenThoughts' tags
+    question, text                   text holds the thinking section: ``<think>…</think>``, or other models' strings
     question, reasoning, response    the thinking section has a column of its own
-    messages                         a conversation; the last user's and the last assistant's message count
+    messages                         a conversation: the last assistant's message, and the user's before it
+
+A column may list several traces of one question: each becomes a row, and those that the data set calls wrong do not.
 
 This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from hcot_lmeval.columns import (
+    OPTIONAL,
+    ROLES,
+    VERDICTS,
+    Said,
+    find_columns,
+    is_conversation,
+    read_content,
+    read_message,
+    read_verdict,
+    speaker,
+)
 from hcot_lmeval.prepare.inputs import Input, Record
 from hcot_lmeval.prepare.outline import OutlineError
 from hcot_lmeval.prepare.rows import (
-    TAGS,
     PreparedRow,
     ReadingError,
     SourceRow,
     Unreadable,
-    answer_or_none,
+    given_id,
+    refuse_surrogates,
     row_id,
-    text_or_none,
+    settle_answer,
 )
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "id": ("id", "uuid", "ID", "row_id"),
-    "question": ("question", "problem", "prompt", "instruction", "query", "Problem"),
-    "text": ("generated_solution", "response", "generation", "output", "completion", "model_output"),
-    "reasoning": ("reasoning_content", "reasoning", "thinking", "deepseek_reasoning", "thought"),
-    "response": ("response", "deepseek_solution", "final_response", "content"),
-    "answer": ("expected_answer", "answer", "final_answer", "ground_truth", "gold", "Answer"),
-    "messages": ("messages", "conversations", "conversation"),
-}
-"""Role -> the names of columns that play it."""
+from hcot_lmeval.vocabulary import PAIRS, changes
 
 SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
 """What OpenThoughts puts around the response; dropped."""
+AROUND = {
+    "<|channel|>analysis<|message|>": ("", "<|end|><|start|>assistant"),  # gpt-oss
+    "<|channel>": ("thought\n", ""),  # Gemma 4
+}
+"""Beginning of thinking -> what some models write before and behind the words of a section; dropped."""
+SWITCHES = frozenset({"on", "off", "none", "low", "medium", "high", *VERDICTS})
+"""What a column called ``reasoning`` may say of how a model was asked."""
 META_CHARS = 1000
 """Longer strings of columns that play no role are not kept as `SourceRow.meta`."""
 
@@ -55,20 +67,25 @@ def read_rows(
     Args:
         inputs: see `prepare.inputs.find_inputs`.
         columns: role -> name of the column, where `ROLES` does not know it.
-        limit: stop behind so many rows.
+        limit: stop behind so many records.
 
     Raises:
         ValueError: a role is unknown, or the first row of an input lacks the columns.
     """
     given = tuple(sorted(check_roles(columns or {}).items()))
-    for record in limited(inputs, limit):
-        first, record_ = record
+    for first, record in limited(inputs, limit):
         try:
-            yield read_row(record_, given)
+            records = alternatives(record, given)
         except ReadingError as error:
             if error.code == "no_column" and first:
-                raise ValueError(f"{record_.where}: {error.detail}") from None
-            yield Unreadable(record_.where, error.code, error.detail, record_.data or {})
+                raise ValueError(f"{record.where}: {error.detail}") from None
+            yield Unreadable(record.where, error.code, error.detail, record.data or {})
+            continue
+        for each in records:
+            try:
+                yield read_row(each, given)
+            except ReadingError as error:
+                yield Unreadable(each.where, error.code, error.detail, each.data or {})
 
 
 def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator[PreparedRow | Unreadable]:
@@ -91,7 +108,7 @@ def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator
             yield PreparedRow.from_record(data)
         except (ReadingError, OutlineError) as error:
             yield Unreadable(record.where, error.code, error.detail, data)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             yield Unreadable(record.where, "broken_record", f"{type(error).__name__}: {error}", data)
 
 
@@ -118,6 +135,46 @@ def check_roles(columns: Mapping[str, str]) -> Mapping[str, str]:
     return columns
 
 
+def alternatives(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> list[Record]:
+    """Returns a record for each trace that a record lists: one, where it holds texts.
+
+    Raises:
+        ReadingError: it has no columns, no trace, or as many traces as responses or verdicts are not.
+    """
+    data = record.data
+    if data is None:
+        raise ReadingError("broken_line", f"{record.line!r}")
+    names = resolve_columns(tuple(data), columns)
+    listed = [names[role] for role in ("text", "reasoning", "response") if role in names and _lists(data[names[role]])]
+    if not listed:
+        return [record]
+    listed += [name for name in _verdict_columns(data, names) if data[name] and _lists(data[name])]
+    sizes = {name: len(data[name]) for name in listed}
+    texts = [role for role in ("reasoning", "response", "text") if role in names and data[names[role]]]
+    count = sizes[listed[0]]
+    if not count:
+        raise ReadingError("no_text", f"{listed[0]} is empty")
+    if len(set(sizes.values())) > 1 or (count > 1 and any(names[role] not in sizes for role in texts)):
+        raise ReadingError("uneven_lists", ", ".join(f"{name}: {size}" for name, size in sizes.items()))
+    found = [data | {name: data[name][place] for name in listed} for place in range(count)]
+    if count == 1:
+        return [Record(record.where, found[0])]
+    if name := given_id(data.get(names.get("id", ""))):
+        found = [each | {names["id"]: f"{name}-{place}"} for place, each in enumerate(found, 1)]
+    return [Record(f"{record.where}, trace {place}", each) for place, each in enumerate(found, 1)]
+
+
+def _lists(value: Any) -> bool:
+    """Whether a value lists texts; parts of a message are one text."""
+    return isinstance(value, list) and not any(isinstance(each, Mapping) for each in value)
+
+
+def _verdict_columns(data: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """The columns that say whether a trace is correct, the first to be asked first."""
+    given = [names["verdict"]] if "verdict" in names else []
+    return given + [name for name in ROLES["verdict"] if given and name in data and name not in given]
+
+
 def read_row(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> SourceRow:
     """Reads a record.
 
@@ -128,53 +185,124 @@ def read_row(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> Sourc
     if data is None:
         raise ReadingError("broken_line", f"{record.line!r}")
     names = resolve_columns(tuple(data), columns)
-    question, text = _question_and_text(data, names)
+    refuse_surrogates(data)
+    try:
+        question, said = _question(data, names), _said(data, names)
+    except ValueError as error:
+        raise ReadingError("not_text", str(error)) from None
     if not (question or "").strip():
         raise ReadingError("no_question", f"{question!r}")
-    if "reasoning" in names and text_or_none(data[names["reasoning"]]):
-        reasoning, response = str(data[names["reasoning"]]), text_or_none(data.get(names.get("response", ""))) or ""
-        _refuse_tags(reasoning, response)
-    elif not isinstance(text, str) or not text.strip():
-        raise ReadingError("no_text", f"{text!r}"[:200])
-    else:
-        reasoning, response = split_thinking(text)
+    reasoning, response = _sections(said)
+    response, answer = settle_answer(response, data.get(names.get("answer", "")))
+    _refuse_tags(reasoning, response)
     if not reasoning.strip():
-        raise ReadingError("empty_thinking", f"the text begins {(text or response)[:60]!r}")
-    given = data.get(names["id"]) if "id" in names else None
+        raise ReadingError("empty_thinking", f"the text begins {(said.text or response)[:60]!r}")
+    verdicts = ((name, read_verdict(data[name])) for name in _verdict_columns(data, names))
+    name, correct = next(((name, found) for name, found in verdicts if found is not None), ("", True))
+    if not correct:
+        raise ReadingError("marked_wrong", f"{name}={data[name]!r}")
     return SourceRow(
-        row_id(question or "", reasoning) if given is None else str(given),
+        given_id(data.get(names.get("id", ""))) or row_id(question or "", reasoning),
         question or "",
         reasoning,
         response,
-        answer_or_none(data.get(names.get("answer", ""))),
+        answer,
         _meta(data, set(names.values())),
     )
 
 
+def _question(data: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    value = data[names["question"]] if "question" in names else None
+    if is_conversation(value):  # some data sets keep the prompt as messages
+        value = _last(value, "user").text
+    elif isinstance(value, (list, Mapping)):
+        value = (read_message(value) if isinstance(value, Mapping) else read_content(value)).text
+    if not isinstance(value, str) and "messages" in names:
+        messages = data[names["messages"]]
+        spoken = [speaker(message) for message in messages] if is_conversation(messages) else []
+        answered = len(spoken) - spoken[::-1].index("assistant") if "assistant" in spoken else len(spoken)
+        value = _last(messages[:answered], "user").text if spoken else None
+    more = data.get("input") if names.get("question") == "instruction" else None
+    if isinstance(value, str) and isinstance(more, str) and more.strip():  # what the instruction is about
+        value = f"{value}\n\n{more}"
+    return value if isinstance(value, str) else None
+
+
+def _said(data: Mapping[str, Any], names: Mapping[str, str]) -> Said:
+    """The reasoning that stands by itself, and the text or response."""
+    said = [_read(data[names[role]]) for role in ("messages", "text", "response") if role in names]
+    beside = _read(data[names["reasoning"]]).text if "reasoning" in names else None
+    if (beside or "").strip().casefold() in SWITCHES:
+        beside = None
+    text = next((each.text for each in reversed(said) if (each.text or "").strip()), None)
+    return Said(beside or next((each.reasoning for each in said if each.reasoning), ""), text)
+
+
+def _read(value: Any) -> Said:
+    if is_conversation(value):
+        return _last(value, "assistant")
+    if isinstance(value, Mapping):
+        return read_message(value)
+    return read_content(value) if isinstance(value, (str, list)) else Said("", None)
+
+
+def _last(messages: list[Any], wanted: str) -> Said:
+    found = next((message for message in reversed(messages) if speaker(message) == wanted), None)
+    return Said("", None) if found is None else read_message(found)
+
+
+def _sections(said: Said) -> tuple[str, str]:
+    """The thinking section and what follows it, wherever they stand; said twice is said once."""
+    reasoning, text = said.reasoning, said.text or ""
+    if reasoning.strip() and _first_pair(reasoning):
+        reasoning, rest = split_thinking(reasoning)
+        if rest.strip() and text.strip() not in ("", rest.strip()):
+            raise ReadingError("several_thoughts", f"a response within the reasoning: {rest.strip()[:60]!r}")
+        text = rest if rest.strip() else text
+    if not reasoning.strip():
+        if not text.strip():
+            raise ReadingError("no_text", f"{said.text!r:.200}")
+        return split_thinking(text)
+    if _first_pair(text):
+        repeated, rest = split_thinking(text)
+        if repeated.strip() in ("", reasoning.strip()):
+            return reasoning, rest
+    return reasoning, _without_solution_tags(text)
+
+
+def _first_pair(text: str) -> tuple[str, str] | None:
+    """The strings around the thinking section that comes first."""
+    found = ((at, pair) for pair in PAIRS for mark in pair if (at := text.find(mark)) >= 0)
+    return min(found, default=(0, None))[1]
+
+
 def split_thinking(text: str) -> tuple[str, str]:
-    """Returns what stands in the thinking section of a text, and what follows it.
+    """Returns what stands in the thinking section of a text, and what follows it, both exactly.
 
     A section without its beginning counts, for many chat templates write the beginning into the prompt.
 
     Raises:
         ReadingError: there is none, it has no end, or several begin.
     """
-    for begin, end in TAGS:
-        if begin not in text and end not in text:
-            continue
-        before, _, rest = text.partition(begin) if begin in text else ("", "", text)
-        if before.strip():
-            raise ReadingError("text_before_thinking", f"{before.strip()[:60]!r}")
-        reasoning, closed, response = rest.partition(end)
-        if not closed:
-            raise ReadingError("unclosed_thinking", f"{begin} without {end} in {len(text)} characters")
-        _refuse_tags(reasoning, response)
-        return reasoning, _without_solution_tags(response)
-    raise ReadingError("no_thinking", f"neither {TAGS[0][0]} nor {TAGS[1][0]} in {text[:60]!r}")
+    pair = _first_pair(text)
+    if pair is None:
+        raise ReadingError("no_thinking", f"neither {PAIRS[0][0]} nor what other models write in {text[:60]!r}")
+    marks = list(changes(text, pair, opened=False))
+    start = marks[0][1] if marks[0][0] else 0
+    if before := text[: max(0, start - len(pair[0]))].strip():
+        raise ReadingError("text_before_thinking", f"{before[:60]!r}")
+    ends = [at for opens, at in marks if not opens]
+    if not ends:
+        raise ReadingError("unclosed_thinking", f"{pair[0]} without {pair[1]} in {len(text)} characters")
+    before, behind = AROUND.get(pair[0], ("", ""))
+    reasoning = text[start : ends[0] - len(pair[1])].removeprefix(before).removesuffix(behind)
+    response = text[ends[0] :]
+    _refuse_tags(reasoning, response)
+    return reasoning, _without_solution_tags(response)
 
 
 def _refuse_tags(*texts: str) -> None:
-    for tag in (tag for pair in TAGS for tag in pair):
+    for tag in (tag for pair in PAIRS for tag in pair):
         if any(tag in text for text in texts):
             raise ReadingError("several_thoughts", f"{tag} comes within or behind the thinking section")
 
@@ -199,14 +327,11 @@ def resolve_columns(present: tuple[str, ...], columns: tuple[tuple[str, str], ..
         ReadingError: ``no_column``; the message names those present and those wanted.
     """
     given = dict(columns)
-    absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in ("id", "answer")]
-    names = {role: name for role, name in given.items() if name in present}
-    for role, usual in ROLES.items():
-        found = [name for name in usual if name in present and name not in names.values()]
-        if role not in given and found:
-            names[role] = found[0]
-    _settle(names, given, present)
-    if absent or not ("messages" in names or {"question", "text"} <= names.keys() or "reasoning" in names):
+    absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in OPTIONAL]
+    names = find_columns(present, given)
+    _settle(names, given)
+    asked = "question" in names and names.keys() & {"text", "reasoning", "response"}
+    if absent or not (asked or "messages" in names):
         wrong = f"there is no column for {', '.join(absent)}" if absent else "no columns of a question and a trace"
         raise ReadingError("no_column", f"{wrong}. Present: {', '.join(present)}. {_WANTED}")
     return names
@@ -227,55 +352,30 @@ _WANTED = (
 )
 
 
-def _settle(names: dict[str, str], given: Mapping[str, str], present: tuple[str, ...]) -> None:
+def _settle(names: dict[str, str], given: Mapping[str, str]) -> None:
     """A row may fit several forms: a column of reasoning is preferred, then messages unless a text was named."""
     if "reasoning" in names:
         if "response" not in names and "text" in names:  # `response` plays the text where there is no reasoning
             names["response"] = names.pop("text")
-        if "question" in names and not given.keys() & {"text", "messages"}:
+        if "question" in names and "response" in names and not given.keys() & {"text", "messages"}:
             names.pop("text", None)
             names.pop("messages", None)
-    elif "text" in names and "question" in names and "messages" not in given:
+        return
+    if "text" in names and "question" in names and "messages" not in given:
         names.pop("messages", None)
     elif "messages" in names and "text" not in given:
         names.pop("text", None)
-
-
-def _question_and_text(data: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str | None, Any]:
-    if "messages" in names:
-        question, text = _conversation(data[names["messages"]])
-        if "question" in names and (own := text_or_none(data[names["question"]])):
-            question = own
-        return question, text
-    question = data[names["question"]] if "question" in names else None
-    if isinstance(question, list):  # some data sets keep the prompt as messages
-        question = _last(question, "user")
-    return text_or_none(question), data.get(names["text"]) if "text" in names else None
-
-
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant"}
-
-
-def _conversation(messages: Any) -> tuple[str | None, str | None]:
-    if not isinstance(messages, list):
-        return None, None
-    return _last(messages, "user"), _last(messages, "assistant")
-
-
-def _last(messages: list[Any], wanted: str) -> str | None:
-    for message in reversed(messages):
-        if isinstance(message, Mapping):
-            role = message.get("role", message.get("from"))
-            if _ROLE_NAMES.get(str(role), role) == wanted:
-                return text_or_none(message.get("content", message.get("value")))
-    return None
+    if names.keys() & {"text", "messages"} and "response" not in given:
+        names.pop("response", None)
 
 
 def _meta(data: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+    """The other columns that hold plain values; no file of JSON could hold a number that is none."""
     return {
         key: value
         for key, value in data.items()
         if key not in used
         and isinstance(value, (str, int, float, bool))
         and not (isinstance(value, str) and len(value) > META_CHARS)
+        and not (isinstance(value, float) and not math.isfinite(value))
     }

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
+from hcot_lmeval.columns import is_prose, read_answer, surrogate_in
 from hcot_lmeval.prepare.outline import Outline
+from hcot_lmeval.vocabulary import PAIRS
 
-TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
-"""What stands around a thinking section."""
+THINK = PAIRS[0]
+"""What stands around a thinking section in what is written here."""
 READING = {
-    "broken_line": "the line is no JSON object",
+    "broken_line": "the line is no JSON object in UTF-8",
     "no_column": "the row lacks the columns of a question and a trace",
     "no_question": "the question is missing or blank",
     "no_text": "the trace is missing, blank or no text",
@@ -32,6 +34,11 @@ READING = {
     "several_thoughts": "thinking tags come more than once",
     "text_before_thinking": "there is text before the thinking section",
     "empty_thinking": "the thinking section is blank",
+    "lone_surrogate": "a column holds half of a character, which no file of text can hold",
+    "not_text": "a message has a part that is no text",
+    "no_answer": "the expected answer is none: not a number, infinite, or no plain value",
+    "uneven_lists": "columns list several traces and responses, and not as many of the one as of the other",
+    "marked_wrong": "the data set itself calls the trace wrong",
     "broken_record": "a column holds something else than prepared rows have there",
 }
 """Code of a row that could not be read -> what it means."""
@@ -110,27 +117,30 @@ class PreparedRow:
             OutlineError: the outline is none.
         """
         record = _decoded(record)
+        refuse_surrogates(record)
         question, text = (text_or_none(record.get(name)) for name in ("question", "hierarchical_cot"))
         if not (question or "").strip():
             raise ReadingError("no_question", f"question={question!r}")
         if not (text or "").strip():
             raise ReadingError("no_text", f"hierarchical_cot={text!r}")
         trace, response = untagged(text or "")
-        original = text_or_none(record.get("original")) or ""
-        reasoning = untagged(original)[0]
-        answer = answer_or_none(record.get("expected_answer"))
-        given = record.get("id")
+        original = record.get("original")
+        if not isinstance(original, str | None):
+            raise ReadingError("broken_record", f"original={original!r:.100}")
+        reasoning = untagged(original or "")[0]
+        response, answer = settle_answer(response, record.get("expected_answer"))
         source = SourceRow(
-            row_id(question or "", text or "") if given is None else str(given),
+            given_id(record.get("id")) or row_id(question or "", text or ""),
             question or "",
             reasoning,
             response,
             answer,
-            record.get("meta") or {},
+            dict(record.get("meta") or {}),
         )
         outline, lengths = record.get("outline"), record.get("sentences")
         pieces = None if lengths is None else tuple(reasoning[a:b] for a, b in pairwise(accumulate(lengths, initial=0)))
-        return cls(source, trace, Outline.from_json(outline) if outline else None, pieces, record.get("made_by") or {})
+        made_by = dict(record.get("made_by") or {})
+        return cls(source, trace, Outline.from_json(outline) if outline else None, pieces, made_by)
 
 
 class ReadingError(ValueError):
@@ -161,13 +171,13 @@ class Unreadable:
 
 def tagged(reasoning: str, response: str) -> str:
     """Puts thinking tags around `reasoning` where a response follows."""
-    begin, end = TAGS[0]
+    begin, end = THINK
     return f"{begin}{reasoning}{end}{response}" if response else reasoning
 
 
 def untagged(text: str) -> tuple[str, str]:
     """The way back from `tagged`; a text without an end of thinking is all reasoning."""
-    begin, end = TAGS[0]
+    begin, end = THINK
     reasoning, found, response = text.partition(end)
     return (reasoning.removeprefix(begin), response) if found else (text.removeprefix(begin), "")
 
@@ -177,14 +187,47 @@ def row_id(question: str, reasoning: str) -> str:
     return hashlib.sha256(f"{question}\0{reasoning}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def given_id(value: Any) -> str | None:
+    """Returns the name that a row brings; None for what is none, such as the NaN of an empty cell."""
+    return str(value) if isinstance(value, (str, int)) and str(value).strip() else None
+
+
 def text_or_none(value: Any) -> str | None:
     """Returns a text as it is, and None for anything else."""
     return value if isinstance(value, str) else None
 
 
-def answer_or_none(value: Any) -> str | None:
-    """Returns an expected answer as text; None where there is none."""
-    return None if value is None else str(value).strip() or None
+def settle_answer(response: str, value: Any) -> tuple[str, str | None]:
+    r"""Returns the response and the expected answer, where a data set may call the whole response an answer.
+
+    Whatever is called the answer is trained as ``\boxed{answer}`` where there is no response: a text that states the
+    answer becomes the response, and the answer is what it states.
+
+    Raises:
+        ReadingError: the value is no answer.
+    """
+    try:
+        answer = read_answer(value)
+    except ValueError as error:
+        raise ReadingError("no_answer", str(error)) from None
+    if answer is None or not is_prose(answer):
+        return response, answer
+    from hcot_lmeval.answers import extract_answer
+
+    stated = extract_answer(answer, fallback="answer" in answer.casefold())
+    if not response.strip():
+        return f"\n\n{answer}", stated
+    return response, stated or answer
+
+
+def refuse_surrogates(record: Mapping[str, Any]) -> None:
+    """Raises a `ReadingError` where a column holds a lone surrogate: no step would get such a row to training."""
+    try:
+        place = surrogate_in(record)
+    except RecursionError:
+        raise ReadingError("broken_record", "values within values without an end") from None
+    if place:
+        raise ReadingError("lone_surrogate", f"in the column {place}")
 
 
 _NESTED = ("outline", "sentences", "made_by", "meta")

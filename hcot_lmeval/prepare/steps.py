@@ -7,6 +7,7 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,14 +45,18 @@ class Work:
 
 
 def unread(row: Unreadable) -> dict[str, Any]:
-    """Returns the entry of a row that could not be read."""
+    """Returns the entry of a row that could not be read; values that JSON does not have (dates, bytes) as texts."""
+    try:
+        record = json.loads(json.dumps(dict(row.record), default=str))
+    except (TypeError, ValueError, RecursionError):
+        record = {"columns": [str(name) for name in row.record]}
     return {
         "reject": {
-            "id": row.record.get("id"),
+            "id": record.get("id"),
             "reason": row.code,
             "detail": f"{row.where}: {row.detail}",
             "faults": [{"code": row.code, "detail": row.detail}],
-            "row": dict(row.record),
+            "row": record,
         }
     }
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+from hcot_lmeval.columns import surrogate_in
+
 FAILURES = {
     "wrong_json": "the reply is no JSON",
     "schema": "the reply is JSON of another form than was asked for",
     "truncated": "the reply ends at the limit of output tokens",
     "refused": "the teacher or its content filter declined to answer",
     "empty_reply": "the reply has no text",
+    "broken_text": "the reply holds half of a character (a lone surrogate)",
     "bad_request": "the server does not accept the question, perhaps for its length",
     "broken_response": "the server's response could not be read",
     "timeout": "no reply came in time",
@@ -143,6 +146,8 @@ class Task:
     def read(self, reply: Reply) -> Reply:
         """Returns a stored reply with its data, or with the failure that makes it useless."""
         found = parse(reply, self.schema)
+        if found.failure is None and (place := surrogate_in({"text": found.text, "data": found.data})):
+            return found.failed("broken_text", f"in its {place}")
         if found.failure is None and self.accept is not None:
             try:
                 self.accept(found)
