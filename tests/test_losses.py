@@ -118,6 +118,16 @@ def test_losses_and_gradients_equal_the_obvious_ones(notation, shape, structure,
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
 
 
+def test_compiled_losses_are_the_same() -> None:
+    """Dynamo would decide a comparison with a member of an IntEnum by its type."""
+    columns = batch(GRAMMARS["memento"], "malformed")
+    hidden, head = hidden_of(len(columns[0])), torch.nn.Linear(WIDTH, VOCAB_SIZE, dtype=torch.float64)
+    inputs = (hidden, *columns, head, GRAMMARS["memento"], StructureLoss("mass", marker_weight=5.0), 1024)
+    plain, compiled = packed_losses(*inputs), torch.compile(packed_losses, backend="eager")(*inputs)
+    for name in ("objective", "cross_entropy", "structure", "counts"):
+        torch.testing.assert_close(getattr(compiled, name), getattr(plain, name))
+
+
 def test_every_state_and_class_and_illegal_targets_occur_above() -> None:
     seen = [
         set(zip(*(c.tolist() for c in batch(GRAMMARS["memento"], shape)), strict=True))

@@ -250,9 +250,10 @@ class HcotLM(HFLM):
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """Decodes token ids; of the special tokens, markers and thinking tokens are never skipped."""
         if not skip_special_tokens:
-            return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         ids = [tokens] if isinstance(tokens, int) else [int(i) for i in tokens]
-        return str(self.tokenizer.decode([i for i in ids if i not in self.vocabulary.hidden_ids]))
+        kept = [i for i in ids if i not in self.vocabulary.hidden_ids]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     # --- generation ---------------------------------------------------------------------------------------------------
 

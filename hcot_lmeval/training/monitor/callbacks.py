@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
@@ -83,9 +84,17 @@ class Steering(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes the intervals from the settings, which a run that goes on would have from its checkpoint."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        """Takes intervals and learning rate from the settings; a run that goes on has those of its checkpoint.
+
+        The rates are the same unless the run is longer now: the end of the shorter schedule is then no step of it.
+        """
         state.compute_steps(args, state.max_steps)
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        if isinstance(schedule, LambdaLR):
+            parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, rate, factor in parts:
+                group["lr"] = rate * factor(schedule.last_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decides for the step behind; the Trainer itself asks for a checkpoint with each evaluation."""
