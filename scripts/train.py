@@ -29,7 +29,7 @@ def main() -> None:
         return
     try:
         sft(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped before the first step; start the same command again'}", file=sys.stderr)

@@ -284,6 +284,9 @@ REFUSED = {
     "trainer.report_to=dvclive cannot be used: .*pip install dvclive": {"report_to": "dvclive"},
     "trainer.report_to=tensorbord cannot be used: tensorbord is not supported": {"report_to": "tensorbord"},
     "trainer.fsdp shards a model over several processes with a GPU each; here are 1 on cpu": {"fsdp": "full_shard"},
+    "section trainer needs what is not installed: .*deepspeed": {"deepspeed": "none.json"},
+    "section trainer needs what is not installed: .*galore": {"optim": "galore_adamw"},
+    "trainer.accelerator_config.split_batches cannot be set": {"accelerator_config": {"split_batches": True}},
     "trainer.save_steps=0.5 is not allowed": {"save_steps": 0.5},
 }
 
@@ -293,6 +296,13 @@ def test_mistakes_are_one_line_before_anything_is_made(tmp_path, told) -> None:
     message = refused(tmp_path, short(tmp_path / "run", **REFUSED[told]))
     assert re.search(f"^error: {told}", message), message
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_at_the_start(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        told = f"error: output={output} cannot be written: {tmp_path / 'file'} is no folder"
+        assert refused(tmp_path, short(output)).startswith(told)
 
 
 def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path) -> None:

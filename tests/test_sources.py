@@ -141,6 +141,22 @@ def test_messages_of_another_form_are_told(message):
         load("chat.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"), [(7, "7"), (" x ", "x"), ("", None), (None, None), (float("nan"), None), (["7"], "7")]
+)
+def test_answers_are_texts(answer, expected):
+    with open("x.jsonl", "w") as file:
+        file.write(json.dumps(ROWS[0] | {"expected_answer": answer}) + "\n")
+    assert load("x.jsonl")[0]["answer"] == expected
+
+
+def test_several_answers_are_no_answer():
+    with open("x.jsonl", "w") as file:
+        file.write(json.dumps(ROWS[0] | {"expected_answer": ["7", "8"]}) + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 0: the expected answer is \['7', '8'\]; name a column"):
+        load("x.jsonl")
+
+
 def test_question_and_trace_are_taken_where_messages_are_there_too(tmp_path):
     path = save(tmp_path / "both.jsonl", [ROWS[0] | CHAT[0]])
     assert load(path)[0]["trace"] == ROWS[0]["hierarchical_cot"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hcot_lmeval.training.config import SftConfig
@@ -101,9 +102,28 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
     arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
     arguments = {name: value for name, value in arguments.items() if name not in ELSEWHERE}
+    try:
+        made = _made(config, arguments, steps, checkpoints)
+        with suppress(ValueError):  # of optimisers that ask for the model, which is not there yet
+            Trainer.get_optimizer_cls_and_kwargs(made)
+    except ImportError as error:
+        raise ValueError(f"section trainer needs what is not installed: {' '.join(str(error).split())}") from None
+    if made.fsdp and (made.device.type == "cpu" or made.world_size == 1):
+        raise ValueError(
+            f"trainer.fsdp shards a model over several processes with a GPU each; here are {made.world_size} on "
+            f"{made.device.type}. Leave it out (several processes then train by DDP), or start with torchrun on GPUs"
+        )
+    if made.accelerator_config.split_batches:
+        raise ValueError(
+            "trainer.accelerator_config.split_batches cannot be set here: the schedule deals out whole batches"
+        )
+    return made
+
+
+def _made(config: SftConfig, arguments: dict[str, Any], steps: int, checkpoints: Path) -> TrainingArguments:
     evaluation = config.evaluation
     device = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
-    made = TrainingArguments(
+    return TrainingArguments(
         **DEFAULTS | device | arguments,  # unless told, several processes on CPUs are not recognised as such
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -120,12 +140,6 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
         average_tokens_across_devices=True,
         label_names=["shift_labels"],
     )
-    if made.fsdp and (made.device.type == "cpu" or made.world_size == 1):
-        raise ValueError(
-            f"trainer.fsdp shards a model over several processes with a GPU each; here are {made.world_size} on "
-            f"{made.device.type}. Leave it out (several processes then train by DDP), or start with torchrun on GPUs"
-        )
-    return made
 
 
 def check_trackers(arguments: TrainingArguments) -> None:

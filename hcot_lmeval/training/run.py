@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -82,12 +83,15 @@ class RunDirectory:
     def identity(self) -> Path:
         return self.root / "run.json"
 
-    def check(self, config: SftConfig) -> None:
-        """Raises `ValueError` if another run, with other settings, lives there; changes nothing.
+    def check(self, config: SftConfig | None) -> None:
+        """Raises `ValueError` if another run than `config`'s, if given, lives there, or nothing can; changes nothing.
 
         What never came to a checkpoint is no run. The last phase may be longer than it was.
         """
-        if self.identity.is_file() and (self.kept or self.model.exists()):
+        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"output={self.root} cannot be written: {there} is no folder that may be; choose another")
+        if config is not None and self.identity.is_file() and (self.kept or self.model.exists()):
             before = json.loads(self.identity.read_text(encoding="utf-8"))
             _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root)
 

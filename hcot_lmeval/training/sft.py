@@ -72,8 +72,8 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     leave_group_at_exit()
     check_settings(config)
     run = RunDirectory(config.output)
+    run.check(None if restart else config)
     if not restart:
-        run.check(config)
         announce(run)
     tokenizer, new = load_tokenizer(config)
     check_model(config, tokenizer)

@@ -176,7 +176,7 @@ def _plain_row(
     row: Mapping[str, Any], index: int, columns: Mapping[str, str], source: str, think: tuple[str, str]
 ) -> dict[str, Any]:
     found = {role: row[name] for role, name in columns.items()}
-    answer, trace, messages = found.get("answer"), found.get("trace"), found.get("messages")
+    trace, messages = found.get("trace"), found.get("messages")
     if "messages" in columns:
         read = [_message(message, f"{source}, row {index}") for message in messages or []]
         role, reasoning, content = read[-1] if read else ("", "", None)
@@ -188,10 +188,19 @@ def _plain_row(
         "question": found.get("question"),
         "messages": messages,
         "trace": trace,
-        "answer": None if answer is None else str(answer).strip() or None,
+        "answer": _answer(found.get("answer"), f"{source}, row {index}"),
         "source": source,
         "row": index,
     }
+
+
+def _answer(answer: Any, place: str) -> str | None:
+    """An expected answer as text; a list of one holds it, and not a number is none."""
+    if isinstance(answer, list) and len(answer) == 1:
+        [answer] = answer
+    if isinstance(answer, (list, Mapping)):
+        raise ValueError(f"{place}: the expected answer is {answer!r:.100}; name a column of texts or numbers")
+    return None if answer is None or answer != answer else str(answer).strip() or None
 
 
 def _message(message: Any, place: str) -> tuple[str, str, str | None]:
