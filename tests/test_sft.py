@@ -161,7 +161,9 @@ def test_killed_and_resumed_it_ends_the_same(finished, tmp_path) -> None:
     config, checkpoints = settings(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     process = start(tmp_path, config)
     wait_for(process, checkpoints / f"checkpoint-{EVERY}" / "config.json")  # it is being written
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as torchrun does
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 143
     told = re.fullmatch(

@@ -68,7 +68,7 @@ class Steering(TrainerCallback):
 
     @contextmanager
     def heed_sigterm(self) -> Iterator[None]:
-        """While it is open SIGTERM stops training at the end of a step, and a second one at once."""
+        """While it is open SIGTERM, once or again as torchrun sends it, stops training at the end of a step."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -76,7 +76,6 @@ class Steering(TrainerCallback):
 
         def handler(number: int, frame: Any) -> None:
             self.terminated = True
-            signal.signal(signal.SIGTERM, before)
 
         signal.signal(signal.SIGTERM, handler)
         try:
