@@ -8,7 +8,7 @@ e^F) that of all, and M = 1 - sum_{i in I} p_i the mass of the legal tokens. The
 so plain cross-entropy holds the term on illegal markers once, and ``mass`` adds ``weight`` times more of it: it raises
 legality and nothing else, and vanishes where nothing illegal is likely. ``unlikelihood`` (Welleck et al. 2020) adds
 ``- sum_{i in I} log(1 - p_i)``, which is the same to first order. ``marker_weight`` multiplies the cross-entropy of
-markers, for comparison; it teaches to write more of them, not to place them better (see docs/training.md).
+markers, for comparison; it teaches to write more of them, not to place them better (see docs/trained.md).
 
 All results are sums over targets, so that a caller can divide by the count of a whole, distributed batch.
 """
