@@ -75,6 +75,29 @@ def test_settings_that_change_nothing_may_change(tmp_path) -> None:
     checkpoint(run, 5)
     moved = config(output="elsewhere", data={**MINIMAL["data"], "workers": 3}, evaluation={"batch_size": 2})
     assert run.claim(moved).name == "checkpoint-5"
+    shown = {"report_to": "tensorboard", "save_total_limit": 9, "save_steps": 5, "logging_steps": 3}
+    assert run.claim(config(trainer=shown)).name == "checkpoint-5"
+
+
+def test_the_last_phase_alone_may_become_longer(tmp_path) -> None:
+    def phases(*steps: int) -> SftConfig:
+        return config(phases=[{"policy": "recompute", "steps": number} for number in steps])
+
+    run = RunDirectory(tmp_path)
+    run.claim(phases(5, 5))
+    checkpoint(run, 10)
+    assert run.claim(phases(5, 9)).name == "checkpoint-10"
+    for other in (phases(5, 5), phases(6, 9), phases(5, 9, 1), phases(14)):
+        with pytest.raises(ValueError, match="may be made longer"):
+            run.claim(other)
+
+
+def test_what_came_to_no_checkpoint_is_no_run(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(config())
+    run.add_samples([{"step": 3}])
+    assert run.claim(config(phases=[{"policy": "evict", "steps": 10}])) is None
+    assert not run.samples.exists()
 
 
 def test_findings_are_written_once(tmp_path) -> None:
