@@ -6,7 +6,6 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "bench": ("hcot_lmeval.bench.cli", "time the engine beside others on equal work, and beside the hardware"),
     "compare": ("hcot_lmeval.report.cli", "compare models with and without pruning: run a grid, make the tables"),
     "diagnose": ("hcot_lmeval.diagnosis.cli", "why a checkpoint loops, breaks the notation or never ends"),
     "prepare": ("hcot_lmeval.prepare.cli", "flat chains of thought in, checked hierarchical traces out"),

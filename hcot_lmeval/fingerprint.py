@@ -21,7 +21,7 @@ LIBRARIES = ("lm_eval", "torch", "transformers", "math-verify", "sympy")
 """What computes logits and scores."""
 ENVIRONMENT = ("HCOT_LMEVAL_DATA", "HCOT_LMEVAL_INSTRUCTIONS")
 """Variables that choose data and prompts."""
-BYSTANDERS = ("report", "training", "diagnosis", "prepare", "assets", "bench")
+BYSTANDERS = ("report", "training", "diagnosis", "prepare", "assets")
 """Parts of this package that take no part in an evaluation."""
 GRADERS = ("answers", "scoring", "synthetic", "tasks")
 """Parts that take part in it and not in generating."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from hcot_lmeval.bench.gpu.cli import main
+from bench.gpu.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,6 @@ FORBIDDEN = {
     "tokens": {"lm_eval", "trl", "datasets"},
     "answers": {"torch", "transformers", "lm_eval", "datasets"},
     "training": {"lm_eval"},
-    "bench": {"lm_eval", "trl", "datasets"},
 }
 """Part of the package -> libraries that it may import nowhere, not even within a function."""
 
@@ -107,9 +106,9 @@ def test_part_imports_no_forbidden_library(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_nobody_imports_what_stands_on_top(path):
-    """lm-eval and `plugin` ask for `lm` by its name, the start-up file for `plugin`, a command for `bench`."""
+    """lm-eval and `plugin` ask for `lm` by its name, the start-up file for `plugin`."""
     used = {module.split(".")[0] for module in ours(imported(path))} - {part(path)}
-    assert used & {"lm", "plugin", "bench"} == set()
+    assert used & {"lm", "plugin"} == set()
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if module_name(path) != "__init__"], ids=module_name)

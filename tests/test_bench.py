@@ -7,20 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from hcot_lmeval.bench import check, floor, prune_events, shapes
-from hcot_lmeval.bench.check import WrongLogitsError, check_engines, plain_logits
-from hcot_lmeval.bench.engines import ENGINES, gguf_file, prepare, resubmit
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.engines.generate import Generate
-from hcot_lmeval.bench.engines.llama import _whole
-from hcot_lmeval.bench.floor import Floor, FloorTime
-from hcot_lmeval.bench.long_trace import measure_long
-from hcot_lmeval.bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
-from hcot_lmeval.bench.memory import PeakMemory
-from hcot_lmeval.bench.tables import engine_table
-from hcot_lmeval.bench.timing import StepClock, StepTime, Timing
-from hcot_lmeval.bench.work import (
+from bench import check, floor, prune_events, shapes
+from bench.check import WrongLogitsError, check_engines, plain_logits
+from bench.engines import ENGINES, gguf_file, prepare, resubmit
+from bench.engines.contract import Setting, UnavailableError
+from bench.engines.generate import Generate
+from bench.engines.llama import _whole
+from bench.floor import Floor, FloorTime
+from bench.long_trace import measure_long
+from bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
+from bench.memory import PeakMemory
+from bench.tables import engine_table
+from bench.timing import StepClock, StepTime, Timing
+from bench.work import (
     CLOSE,
     LONG_LIVE,
     LONG_SCRIPT,
@@ -33,6 +32,7 @@ from hcot_lmeval.bench.work import (
     fitted,
     make_work,
 )
+
 from hcot_lmeval.trace import LiveContext, live_ids
 from tests.tiny import tiny_model
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from hcot_lmeval.bench import guard
-from hcot_lmeval.bench.measure import Measurement
-from hcot_lmeval.bench.prune_events import EventTime
-from hcot_lmeval.bench.timing import Timing
+from bench import guard
+from bench.measure import Measurement
+from bench.prune_events import EventTime
+from bench.timing import Timing
 
 
 def quiet(doing: str) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import clock
+from bench.gpu import cli, identity, probes, steps
+from bench.gpu.identity import Identity, compare
+from bench.shapes import make_model
 
-from hcot_lmeval.bench import clock
-from hcot_lmeval.bench.gpu import cli, identity, probes, steps
-from hcot_lmeval.bench.gpu.identity import Identity, compare
-from hcot_lmeval.bench.shapes import make_model
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.backends import Masked
 from hcot_lmeval.engine.device.graphs import Runner
@@ -106,9 +106,8 @@ def test_the_clock_runs_the_work_and_graphs_are_for_cuda():
 
 def test_help_is_instant():
     script = Path(__file__).resolve().parents[1] / "scripts" / "check_gpu.py"
-    code = (
-        "import runpy, sys\ntry:\n    runpy.run_path(sys.argv[1], run_name='__main__')\nexcept SystemExit:\n    pass\n"
-    )
+    code = "import os, runpy, sys\nsys.path.insert(0, os.path.dirname(sys.argv[1]))\n"
+    code += "try:\n    runpy.run_path(sys.argv[1], run_name='__main__')\nexcept SystemExit:\n    pass\n"
     code += "assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, str(script), "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)

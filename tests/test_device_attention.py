@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
+from bench.gpu import probes
 
-from hcot_lmeval.bench.gpu import probes
 from hcot_lmeval.engine.computing import ATTENTION
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Decode

@@ -1,8 +1,8 @@
 """Trains under-trained models with each structure loss and says what it does to illegal traces and to accuracy.
 
-    python scripts/study_structure.py                        # every loss, three seeds, half a minute a run on one core
-    python scripts/study_structure.py --seeds 5 --steps 2000 --out study
-    python scripts/study_structure.py --losses none mass     # some of them
+    python scripts/studies/structure.py                      # every loss, three seeds, half a minute a run on one core
+    python scripts/studies/structure.py --seeds 5 --steps 2000 --out study
+    python scripts/studies/structure.py --losses none mass     # some of them
 
 The losses differ in nothing but what is added to the cross-entropy: same data, same weights at the start for a seed,
 same order. Each model then solves the same held-out problems by free-running pruned generation, greedily and sampled at

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hcot_lmeval.bench.engines.contract import Setting
-from hcot_lmeval.bench.floor import FloorTime
-from hcot_lmeval.bench.measure import Measurement, Report, measure
-from hcot_lmeval.bench.work import LONG_LIVE
+from bench.engines.contract import Setting
+from bench.floor import FloorTime
+from bench.measure import Measurement, Report, measure
+from bench.work import LONG_LIVE
 from hcot_lmeval.trace import Policy
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from hcot_lmeval.bench.measure import Report
-from hcot_lmeval.bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
+from bench.measure import Report
+from bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.slots import Chunk, KVPool

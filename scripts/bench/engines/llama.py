@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.engines.gguf_file import write_gguf
-from hcot_lmeval.bench.timing import StepClock, Timing
+from bench.engines.contract import Setting, UnavailableError
+from bench.engines.gguf_file import write_gguf
+from bench.timing import StepClock, Timing
 from hcot_lmeval.trace import Policy, Step
 
 KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}

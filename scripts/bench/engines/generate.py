@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hcot_lmeval.bench.engines.contract import OnLogits, Setting
-from hcot_lmeval.bench.timing import StepClock, Timing
-from hcot_lmeval.bench.work import PAD
+from bench.engines.contract import OnLogits, Setting
+from bench.timing import StepClock, Timing
+from bench.work import PAD
 
 CERTAIN = 1e9
 """A score beyond all others; infinity has no softmax."""

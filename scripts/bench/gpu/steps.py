@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.bench.clock import seconds
-from hcot_lmeval.bench.work import MARKERS
+from bench.clock import seconds
+from bench.work import MARKERS
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.engine.device.attention import attached, survey
 from hcot_lmeval.engine.device.backends import Backend

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from hcot_lmeval.bench.choosing import ChoiceTime
-from hcot_lmeval.bench.floor import FloorTime
-from hcot_lmeval.bench.measure import Figures
-from hcot_lmeval.bench.prune_events import EventTime
-from hcot_lmeval.bench.work import GREEDY, Sampling, Work
+from bench.choosing import ChoiceTime
+from bench.floor import FloorTime
+from bench.measure import Figures
+from bench.prune_events import EventTime
+from bench.work import GREEDY, Sampling, Work
 
 NOTHING = "–"
 

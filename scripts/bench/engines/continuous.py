@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.timing import StepClock, Timing
-from hcot_lmeval.bench.work import PAD
+from bench.engines.contract import Setting, UnavailableError
+from bench.timing import StepClock, Timing
+from bench.work import PAD
 
 BLOCK = 256
 """Tokens of a block of its cache, by default."""

@@ -1,7 +1,7 @@
 """What constraints, caps and forced answers do to illegal traces, completion, accuracy and tokens.
 
-    python scripts/study_control.py                       # trains two short runs, then evaluates 50 cells
-    python scripts/study_control.py --out study --limit 50
+    python scripts/studies/control.py                       # trains two short runs, then evaluates 50 cells
+    python scripts/studies/control.py --out study --limit 50
 
 The models: tiny-hcot as it was trained and under the wrong policy (unpruned), and two that were stopped early. Each
 writes greedily and at temperature 1, freely and under each means, through ``lm_eval --model hcot`` (see the grid in
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
 
 MEANS: dict[str, dict[str, Any]] = {

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hcot_lmeval.bench.engines import prepare
-from hcot_lmeval.bench.engines.contract import Contender, Setting, UnavailableError
-from hcot_lmeval.bench.floor import Floor, FloorTime
-from hcot_lmeval.bench.memory import PeakMemory
-from hcot_lmeval.bench.shapes import token_bytes
-from hcot_lmeval.bench.timing import Timing
-from hcot_lmeval.bench.work import Work
+from bench.engines import prepare
+from bench.engines.contract import Contender, Setting, UnavailableError
+from bench.floor import Floor, FloorTime
+from bench.memory import PeakMemory
+from bench.shapes import token_bytes
+from bench.timing import Timing
+from bench.work import Work
 from hcot_lmeval.trace import Policy
 
 Report = Callable[[str], None]

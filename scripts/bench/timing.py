@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hcot_lmeval.bench.work import Work
+from bench.work import Work
 
 
 @dataclass(frozen=True)

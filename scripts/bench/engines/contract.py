@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hcot_lmeval.bench.timing import Timing
-from hcot_lmeval.bench.work import GREEDY, Sampling, Work
+from bench.timing import Timing
+from bench.work import GREEDY, Sampling, Work
 
 OnLogits = Callable[[int, int, Any], None]
 """Called with (row, tokens generated so far, logits [vocabulary]) before each token; the logits are lent, not given."""

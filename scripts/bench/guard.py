@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hcot_lmeval.bench.engines.contract import Setting
-from hcot_lmeval.bench.measure import Report, measure
-from hcot_lmeval.bench.prune_events import Place, time_events
-from hcot_lmeval.bench.shapes import make_model
-from hcot_lmeval.bench.work import Script, make_work
+from bench.engines.contract import Setting
+from bench.measure import Report, measure
+from bench.prune_events import Place, time_events
+from bench.shapes import make_model
+from bench.work import Script, make_work
 
 SHAPE = "tiny"
 SCRIPT = Script(tokens=120, prompt=24, thought=40, solution=6, text=4)

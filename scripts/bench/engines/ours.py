@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.timing import StepClock, Timing
-from hcot_lmeval.bench.work import MARKERS
+from bench.engines.contract import Setting, UnavailableError
+from bench.timing import StepClock, Timing
+from bench.work import MARKERS
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.engine import OnLogits
 from hcot_lmeval.engine.rows import Completion

@@ -1,7 +1,7 @@
 """Plants mistakes in small models and lets `diagnose` name them: does it find what is wrong, and nothing else?
 
-    python scripts/study_diagnosis.py                        # 5 trainings of two minutes, 9 diagnoses
-    python scripts/study_diagnosis.py --out study --steps 1500
+    python scripts/studies/diagnosis.py                        # 5 trainings of two minutes, 9 diagnoses
+    python scripts/studies/diagnosis.py --out study --steps 1500
 
 The mistakes are those that people make: the prompt in the loss, the end token masked out of it, a marker that was never
 a target, a record that names another policy, a template with one more blank than in training, and running a model under

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.bench.engines import ENGINES, prepare
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.measure import Measurement, Report, checked_run
-from hcot_lmeval.bench.work import Script, Work, make_work
+from bench.engines import ENGINES, prepare
+from bench.engines.contract import Setting, UnavailableError
+from bench.measure import Measurement, Report, checked_run
+from bench.work import Script, Work, make_work
 from hcot_lmeval.trace import Policy
 
 SCRIPT = Script(tokens=48, prompt=9, thought=10, solution=3, text=2)

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.bench.shapes import DTYPES, SHAPES
+from bench.shapes import DTYPES, SHAPES
 
 if TYPE_CHECKING:
-    from hcot_lmeval.bench.gpu.steps import StepFigure
+    from bench.gpu.steps import StepFigure
 
 SUMMARY = """\
 Checks the engine's path for GPUs on this machine and times it. The order is that in which to trust it:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the parts, prints their tables, and returns the exit status."""
     import torch
 
-    from hcot_lmeval.bench.facts import machine, versions
+    from bench.facts import machine, versions
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name, value in (ON_CUDA if device.type == "cuda" else ON_CPU).items():
@@ -119,7 +119,7 @@ def _all_well(device: Any) -> str:
 
 def run_probes(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
     """``probes``: a line for each backend and kind of layer."""
-    from hcot_lmeval.bench.gpu.probes import layers, probe_all
+    from bench.gpu.probes import layers, probe_all
     from hcot_lmeval.engine.device.choice import MAKERS
 
     found = _watched(probe_all(device), len(MAKERS) * len(layers(device)), lambda p: f"{p.backend}: {p.layer}")
@@ -135,7 +135,7 @@ def run_probes(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, An
 
 def run_identity(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
     """``identity``: a line for each model, policy and way to run."""
-    from hcot_lmeval.bench.gpu.identity import KINDS, compare_all, ways
+    from bench.gpu.identity import KINDS, compare_all, ways
     from hcot_lmeval.trace import Policy
 
     compiled = "L2" in args.levels
@@ -152,8 +152,8 @@ def run_identity(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, 
 
 def run_steps(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
     """``steps``: a line for each level, batch and live length."""
-    from hcot_lmeval.bench.gpu.steps import time_levels
-    from hcot_lmeval.bench.shapes import make_model
+    from bench.gpu.steps import time_levels
+    from bench.shapes import make_model
 
     model = make_model(args.shape, args.dtype, str(device))
     figures = time_levels(model, args.levels, args.batch, args.live, steps=args.steps)
@@ -189,6 +189,6 @@ def _watched(results: Iterable[Any], total: int, name: Callable[[Any], str]) -> 
 
 
 def _print(heading: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    from hcot_lmeval.bench.tables import aligned
+    from bench.tables import aligned
 
     print("\n".join([heading, *aligned(rows), *notes, ""]))

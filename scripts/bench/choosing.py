@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from hcot_lmeval.bench.clock import seconds
-from hcot_lmeval.bench.measure import Report
-from hcot_lmeval.bench.work import Sampling
+from bench.clock import seconds
+from bench.measure import Report
+from bench.work import Sampling
 from hcot_lmeval.engine.device.fields import Warmth
 from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
 from hcot_lmeval.engine.native import sampler_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from hcot_lmeval.bench.engines.contract import Contender, Setting
+from bench.engines.contract import Contender, Setting
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("generate", {}),
@@ -33,5 +33,5 @@ def prepare(name: str, setting: Setting) -> Contender:
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name!r}; known are {', '.join(ENGINES)}")
     module, options = ENGINES[name]
-    contender: Contender = import_module(f"hcot_lmeval.bench.engines.{module}").prepare(setting, **options)
+    contender: Contender = import_module(f"bench.engines.{module}").prepare(setting, **options)
     return contender

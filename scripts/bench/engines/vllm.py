@@ -7,8 +7,8 @@ import time
 from importlib import import_module
 from importlib.util import find_spec
 
-from hcot_lmeval.bench.engines.contract import Setting, UnavailableError
-from hcot_lmeval.bench.timing import Timing
+from bench.engines.contract import Setting, UnavailableError
+from bench.timing import Timing
 
 MEMORY_SHARE = 0.5
 """Part of the GPU's memory for it; the model of the other engines is there too."""

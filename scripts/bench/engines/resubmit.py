@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hcot_lmeval.bench.engines.contract import Setting
-from hcot_lmeval.bench.engines.generate import Forced, decode
-from hcot_lmeval.bench.timing import StepClock, Timing
-from hcot_lmeval.bench.work import CLOSE, PAD
+from bench.engines.contract import Setting
+from bench.engines.generate import Forced, decode
+from bench.timing import StepClock, Timing
+from bench.work import CLOSE, PAD
 from hcot_lmeval.trace import LiveContext, Policy
 
 

@@ -12,15 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.bench.engines import ENGINES
-from hcot_lmeval.bench.shapes import DTYPES, SHAPES
-from hcot_lmeval.bench.work import LONG_LIVE, LONG_SCRIPT, Script
+from bench.engines import ENGINES
+from bench.shapes import DTYPES, SHAPES
+from bench.work import LONG_LIVE, LONG_SCRIPT, Script
 
 if TYPE_CHECKING:
-    from hcot_lmeval.bench.engines.contract import Setting
-    from hcot_lmeval.bench.floor import FloorTime
-    from hcot_lmeval.bench.measure import Measurement
-    from hcot_lmeval.bench.prune_events import EventTime
+    from bench.engines.contract import Setting
+    from bench.floor import FloorTime
+    from bench.measure import Measurement
+    from bench.prune_events import EventTime
 
 SUMMARY = """\
 Times engines on equal work, in one run: models with random weights are made to generate the same scripted tokens.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the command that was chosen and counts who else computes meanwhile."""
-    from hcot_lmeval.bench.neighbours import Neighbours
+    from bench.neighbours import Neighbours
 
     args.neighbours = Neighbours()
     return int(args.action(args))
@@ -207,8 +207,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 def run_engines(args: argparse.Namespace) -> int:
     """``engines``: a table for each batch size."""
-    from hcot_lmeval.bench.measure import figures, measure
-    from hcot_lmeval.bench.tables import best_table, engine_table
+    from bench.measure import figures, measure
+    from bench.tables import best_table, engine_table
 
     results: list[dict[str, Any]] = []
     all_made = []
@@ -229,9 +229,9 @@ def run_engines(args: argparse.Namespace) -> int:
 
 def run_long(args: argparse.Namespace) -> int:
     """``long``: the same on a long trace, against the first engine."""
-    from hcot_lmeval.bench.long_trace import measure_long
-    from hcot_lmeval.bench.measure import figures
-    from hcot_lmeval.bench.tables import engine_table
+    from bench.long_trace import measure_long
+    from bench.measure import figures
+    from bench.tables import engine_table
 
     results, base = [], args.engines[0]
     for setting in _settings(args):
@@ -247,9 +247,9 @@ def run_long(args: argparse.Namespace) -> int:
 
 def run_prune(args: argparse.Namespace) -> int:
     """``prune``: the curve of prune events."""
-    from hcot_lmeval.bench.prune_events import places, time_events
-    from hcot_lmeval.bench.shapes import make_model
-    from hcot_lmeval.bench.tables import event_table
+    from bench.prune_events import places, time_events
+    from bench.shapes import make_model
+    from bench.tables import event_table
 
     model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
     where = places(args.solution, args.context, args.thought)
@@ -264,8 +264,8 @@ def run_sampling(args: argparse.Namespace) -> int:
     """``sampling``: a line for each batch and setting."""
     import torch
 
-    from hcot_lmeval.bench.choosing import SETTINGS, time_choices
-    from hcot_lmeval.bench.tables import choice_table
+    from bench.choosing import SETTINGS, time_choices
+    from bench.tables import choice_table
 
     torch.set_num_threads(args.threads)
     with _progress(len(args.batch) * len(SETTINGS)) as report:
@@ -278,7 +278,7 @@ def run_sampling(args: argparse.Namespace) -> int:
 
 def run_guard(args: argparse.Namespace) -> int:
     """``guard``: 1 if a ratio is beyond its bound."""
-    from hcot_lmeval.bench.guard import guard
+    from bench.guard import guard
 
     with _progress(None) as report:
         found = guard(report, threads=args.threads, options=dict(args.option))
@@ -288,9 +288,9 @@ def run_guard(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[Setting]:
     """The work of each batch size, and of each live context that is asked for, for one model."""
-    from hcot_lmeval.bench.engines.contract import Setting
-    from hcot_lmeval.bench.shapes import make_model
-    from hcot_lmeval.bench.work import Sampling, fitted, make_work
+    from bench.engines.contract import Setting
+    from bench.shapes import make_model
+    from bench.work import Sampling, fitted, make_work
     from hcot_lmeval.engine.options import read_options
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
@@ -306,7 +306,7 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
 
 
 def _checks(setting: Setting, engines: Sequence[str]) -> str:
-    from hcot_lmeval.bench.check import check_engines
+    from bench.check import check_engines
 
     with _progress(len(engines)) as report:
         found = check_engines(setting, engines, report)
@@ -334,7 +334,7 @@ def _progress(total: int | None) -> Iterator[Callable[[str], None]]:
 
 def _finish(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
     """Says what the figures were measured with, and writes the file."""
-    from hcot_lmeval.bench.facts import machine, versions
+    from bench.facts import machine, versions
 
     facts = {"versions": versions(), "machine": machine(args.device, args.threads)}
     facts["machine"]["cores used by others"] = f"{args.neighbours.cores():.2f}"
