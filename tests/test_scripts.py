@@ -11,7 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+@pytest.mark.parametrize(
+    "script",
+    [
+        path.relative_to(ROOT / "scripts").as_posix()
+        for folder in (".", "studies")
+        for path in sorted((ROOT / "scripts" / folder).glob("*.py"))
+    ],
+)
 def test_help(script) -> None:
     command = [sys.executable, f"scripts/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
