@@ -5,15 +5,20 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+from dataclasses import asdict
 from decimal import Decimal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hcot_lmeval.columns import is_prose, read_answer, read_verdict
+from hcot_lmeval.columns import ROLES, is_prose, read_answer, read_verdict
+from hcot_lmeval.prepare.checks import Checker
 from hcot_lmeval.prepare.cli import main
-from hcot_lmeval.prepare.inputs import find_inputs
-from hcot_lmeval.prepare.reading import read_rows
+from hcot_lmeval.prepare.inputs import Record, find_inputs
+from hcot_lmeval.prepare.reading import read_prepared, read_rows
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
+from hcot_lmeval.prepare.steps import unread
 from tests.prepare_files import flat_row, read_jsonl, write_rows
 
 R, A = "First.\nThen 2.", "It is \\boxed{2}."
@@ -314,6 +319,48 @@ def test_no_row_with_half_a_character_passes_any_step(tmp_path):
     assert main(["export", str(path), "--out", str(tmp_path), "--to", str(tmp_path / "x.parquet"), "--quiet"]) == 0
     assert (tmp_path / "x.parquet").read_bytes()[:4] == b"PAR1"
     assert main(["export", str(path), "--out", str(tmp_path), "--to", str(tmp_path / "x.csv"), "--quiet"]) == 1
+
+
+LEAVES = st.one_of(
+    st.sampled_from(["Q?", "", BOTH, "<think>a", "</think>", "\ud83d", "off", "\x00", "[THOUGHT]a[SOLUTION]b[RETURN]"]),
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.just(b"\xff"), st.just(datetime.date(2026, 1, 1))),
+)
+KEYS = st.sampled_from(["role", "content", "parts", "type", "text", "thinking", "thought", "user", "start", "blocks"])
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": LEAVES})
+VALUES = st.recursive(
+    LEAVES | st.lists(MESSAGES, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = sorted({name for names in ROLES.values() for name in names})
+NESTED = ("id", "expected_answer", "original", "outline", "sentences", "made_by", "meta")
+TRACES = st.fixed_dictionaries(
+    {"question": st.just("Q?"), "hierarchical_cot": LEAVES}, optional=dict.fromkeys(NESTED, VALUES)
+)
+
+
+class Given:
+    """An input that holds a good row and another one."""
+
+    def __init__(self, record):
+        good = {"question": "Q?", "response": BOTH, "hierarchical_cot": BOTH}
+        self.records = lambda: iter([Record("first", good), Record("here", record)])
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), TRACES)
+@settings(max_examples=150, deadline=None)
+def test_whatever_stands_in_a_column_is_read_or_rejected(flat, prepared):
+    check = Checker()
+    for row in [*read_rows([Given(flat)]), *read_prepared([Given(prepared)])]:
+        if isinstance(row, Unreadable):
+            json.loads(json.dumps(unread(row)))
+        elif isinstance(row, SourceRow):
+            assert row.question.strip() and row.reasoning.strip()
+            json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode()
+        else:
+            record = json.loads(json.dumps(row.record(), ensure_ascii=False, allow_nan=False).encode())
+            assert PreparedRow.from_record(record) == row
+            check(row)
 
 
 def test_rows_of_the_same_name_stay_apart(tmp_path):

@@ -121,9 +121,9 @@ class PreparedRow:
         question, text = (text_or_none(record.get(name)) for name in ("question", "hierarchical_cot"))
         if not (question or "").strip():
             raise ReadingError("no_question", f"question={question!r}")
-        if not (text or "").strip():
-            raise ReadingError("no_text", f"hierarchical_cot={text!r}")
         trace, response = untagged(text or "")
+        if not trace.strip():
+            raise ReadingError("no_text", f"hierarchical_cot={text!r}")
         original = record.get("original")
         if not isinstance(original, str | None):
             raise ReadingError("broken_record", f"original={original!r:.100}")
@@ -135,11 +135,11 @@ class PreparedRow:
             reasoning,
             response,
             answer,
-            dict(record.get("meta") or {}),
+            _plain(record.get("meta")),
         )
         outline, lengths = record.get("outline"), record.get("sentences")
         pieces = None if lengths is None else tuple(reasoning[a:b] for a, b in pairwise(accumulate(lengths, initial=0)))
-        made_by = dict(record.get("made_by") or {})
+        made_by = _plain(record.get("made_by"))
         return cls(source, trace, Outline.from_json(outline) if outline else None, pieces, made_by)
 
 
@@ -228,6 +228,13 @@ def refuse_surrogates(record: Mapping[str, Any]) -> None:
         raise ReadingError("broken_record", "values within values without an end") from None
     if place:
         raise ReadingError("lone_surrogate", f"in the column {place}")
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The values of a mapping as JSON has them; dates and bytes, which parquet has, as texts."""
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"{value!r:.100} is no object")
+    return dict(json.loads(json.dumps(dict(value or {}), default=str, allow_nan=False)))
 
 
 _NESTED = ("outline", "sentences", "made_by", "meta")
