@@ -143,6 +143,10 @@ REJECTED = {
         {"question": "Q?", "reasoning": BOTH, "response": "another"},
         {"question": "Q?", "reasoning": R, "answer": BOTH},
     ],
+    "several_turns": [
+        {"messages": [*chat(thinking=R)["messages"], *chat(thinking=R)["messages"]]},
+        {"prompt": [USER, {**USER, "role": "assistant"}, USER], "completion": BOTH},
+    ],
     "marked_wrong": [
         {"question": "Q?", "deepseek_thinking_trajectory": R, "deepseek_attempt": A, "deepseek_grade": "No"},
         {"question": "Q?", "generations": [BOTH], "correctness_math_verify": [None], "correctness_llama": [False]},

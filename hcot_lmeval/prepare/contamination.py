@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.columns import ROLES
+
 N = 8
 """Words of an n-gram."""
 FEWEST = 4
@@ -33,8 +35,8 @@ TASKS = {
 """Evaluation task -> its data set."""
 LANGUAGES = "ar bn de en es fr id it ja ko ms pt ru sw te th vi zh".split()
 """The configurations of PolyMath."""
-QUESTION = ("question", "problem", "Problem", "prompt")
-"""Columns in which evaluation rows keep the problem."""
+QUESTION = ROLES["question"][:3]
+"""Columns in which evaluation rows keep the problem; upper and lower case are the same."""
 
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
@@ -165,7 +167,8 @@ def _file_problems(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _question(row: Mapping[str, Any], where: str) -> str:
-    found = next((row[name] for name in QUESTION if isinstance(row.get(name), str)), None)
+    folded = {name.casefold(): value for name, value in row.items() if isinstance(value, str)}
+    found = next((folded[name] for name in QUESTION if name in folded), None)
     if found is None:
         raise ValueError(f"{where}: no column {', '.join(QUESTION)}; present: {json.dumps(list(row))}")
-    return str(found)
+    return found

@@ -188,6 +188,8 @@ def read_row(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> Sourc
     refuse_surrogates(data)
     try:
         question, said = _question(data, names), _said(data, names)
+    except ReadingError:
+        raise
     except ValueError as error:
         raise ReadingError("not_text", str(error)) from None
     if not (question or "").strip():
@@ -214,18 +216,25 @@ def read_row(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> Sourc
 def _question(data: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
     value = data[names["question"]] if "question" in names else None
     if is_conversation(value):  # some data sets keep the prompt as messages
-        value = _last(value, "user").text
+        value = _asked(value)
     elif isinstance(value, (list, Mapping)):
         value = (read_message(value) if isinstance(value, Mapping) else read_content(value)).text
     if not isinstance(value, str) and "messages" in names:
         messages = data[names["messages"]]
         spoken = [speaker(message) for message in messages] if is_conversation(messages) else []
         answered = len(spoken) - spoken[::-1].index("assistant") if "assistant" in spoken else len(spoken)
-        value = _last(messages[:answered], "user").text if spoken else None
+        value = _asked(messages[:answered]) if spoken else None
     more = data.get("input") if names.get("question") == "instruction" else None
     if isinstance(value, str) and isinstance(more, str) and more.strip():  # what the instruction is about
         value = f"{value}\n\n{more}"
     return value if isinstance(value, str) else None
+
+
+def _asked(messages: list[Any]) -> str | None:
+    users = [message for message in messages if speaker(message) == "user"]
+    if len(users) > 1:  # the last one alone would be another question
+        raise ReadingError("several_turns", f"{len(users)} messages of the user")
+    return read_message(users[0]).text if users else None
 
 
 def _said(data: Mapping[str, Any], names: Mapping[str, str]) -> Said:
@@ -240,15 +249,11 @@ def _said(data: Mapping[str, Any], names: Mapping[str, str]) -> Said:
 
 def _read(value: Any) -> Said:
     if is_conversation(value):
-        return _last(value, "assistant")
+        said = (message for message in reversed(value) if speaker(message) == "assistant")
+        return next(map(read_message, said), Said("", None))
     if isinstance(value, Mapping):
         return read_message(value)
     return read_content(value) if isinstance(value, (str, list)) else Said("", None)
-
-
-def _last(messages: list[Any], wanted: str) -> Said:
-    found = next((message for message in reversed(messages) if speaker(message) == wanted), None)
-    return Said("", None) if found is None else read_message(found)
 
 
 def _sections(said: Said) -> tuple[str, str]:

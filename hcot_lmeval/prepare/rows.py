@@ -36,6 +36,7 @@ READING = {
     "empty_thinking": "the thinking section is blank",
     "lone_surrogate": "a column holds half of a character, which no file of text can hold",
     "not_text": "a message has a part that is no text",
+    "several_turns": "the conversation has turns before its last question, which a row cannot hold",
     "no_answer": "the expected answer is none: not a number, infinite, or no plain value",
     "uneven_lists": "columns list several traces and responses, and not as many of the one as of the other",
     "marked_wrong": "the data set itself calls the trace wrong",
@@ -118,20 +119,20 @@ class PreparedRow:
         """
         record = _decoded(record)
         refuse_surrogates(record)
-        question, text = (text_or_none(record.get(name)) for name in ("question", "hierarchical_cot"))
-        if not (question or "").strip():
-            raise ReadingError("no_question", f"question={question!r}")
-        trace, response = untagged(text or "")
-        if not trace.strip():
-            raise ReadingError("no_text", f"hierarchical_cot={text!r}")
+        question, text = record.get("question"), record.get("hierarchical_cot")
+        if not isinstance(question, str) or not question.strip():
+            raise ReadingError("no_question", f"question={question!r:.100}")
+        trace, response = untagged(text) if isinstance(text, str) else ("", "")
+        if not isinstance(text, str) or not trace.strip():
+            raise ReadingError("no_text", f"hierarchical_cot={text!r:.100}")
         original = record.get("original")
         if not isinstance(original, str | None):
             raise ReadingError("broken_record", f"original={original!r:.100}")
         reasoning = untagged(original or "")[0]
         response, answer = settle_answer(response, record.get("expected_answer"))
         source = SourceRow(
-            given_id(record.get("id")) or row_id(question or "", text or ""),
-            question or "",
+            given_id(record.get("id")) or row_id(question, text),
+            question,
             reasoning,
             response,
             answer,
@@ -190,11 +191,6 @@ def row_id(question: str, reasoning: str) -> str:
 def given_id(value: Any) -> str | None:
     """Returns the name that a row brings; None for what is none, such as the NaN of an empty cell."""
     return str(value) if isinstance(value, (str, int)) and str(value).strip() else None
-
-
-def text_or_none(value: Any) -> str | None:
-    """Returns a text as it is, and None for anything else."""
-    return value if isinstance(value, str) else None
 
 
 def settle_answer(response: str, value: Any) -> tuple[str, str | None]:
