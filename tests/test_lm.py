@@ -18,6 +18,8 @@ from hcot_lmeval.events import Statistics
 from hcot_lmeval.lm.model import DEFAULT_CHECKPOINT, HcotLM
 from hcot_lmeval.notes import read_notes
 from hcot_lmeval.response import Response
+from hcot_lmeval.tokens import add_special_tokens
+from hcot_lmeval.vocabulary import marker_ids
 from tests.lm_tasks import QUESTIONS, choice_task, generation_task, instances
 from tests.tiny import KINDS, favour, save_tiny, tiny_model, tiny_tokenizer
 
@@ -45,6 +47,13 @@ def pruner():
 def stock():
     """A model that knows nothing of markers, thinking or chats."""
     return tiny_model("llama", torch.float64), tiny_tokenizer(markers=False, think=False, chat=False)
+
+
+def extended(tokenizer):
+    """A model whose vocabulary, and the tokenizer's, were extended by the markers."""
+    model = tiny_model("qwen2")
+    add_special_tokens(tokenizer, model)
+    return model
 
 
 def hcot(pair, **model_args):
@@ -423,6 +432,23 @@ class TestCheckpoints:
         assert [decode(encode(text), skip_special_tokens=True) for text in raw] == expected
         assert raw != [a.raw for a in without.generate_until(instances())]
         assert with_adapter.run_facts != without.run_facts
+
+    def test_an_adapter_brings_its_tokenizer(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        tokenizer = tiny_tokenizer(markers=False)
+        path = save_tiny(tmp_path / "model", tiny_model("qwen2"), tokenizer)
+        model = extended(tokenizer)
+        rows = {"embed_tokens": sorted(marker_ids(tokenizer).ids)}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+        adapted.save_pretrained(tmp_path / "adapter")
+        with pytest.raises(
+            OSError, match=r"peft=.* does not fit on pretrained=.* the tokenizer that it was trained on"
+        ):
+            HcotLM(path, device="cpu", peft=str(tmp_path / "adapter"), journal="off")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        lm = HcotLM(path, device="cpu", peft=str(tmp_path / "adapter"), max_context=64, journal="off")
+        assert lm.policy == "recompute" and len(lm.tokenizer) == len(tokenizer) > len(tiny_tokenizer(markers=False))
+        assert lm.generate_until(instances(QUESTIONS[:1]), disable_tqdm=True)
 
     def test_default_checkpoint_is_the_published_one(self):
         assert DEFAULT_CHECKPOINT == "anujjamwal/OpenMath-Nemotron-1.5B-PruneAware"

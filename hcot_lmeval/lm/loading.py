@@ -90,6 +90,14 @@ def _check_files(pretrained: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def tokenizer_of_adapter(arguments: Mapping[str, Any]) -> str | None:
+    """The directory of an adapter that brings its tokenizer, with the markers it was trained on, if none is named."""
+    adapter, named = arguments.get("peft"), arguments.get("tokenizer")
+    if named or not isinstance(adapter, str) or not any((Path(adapter) / file).is_file() for file in TOKENIZER_FILES):
+        return named
+    return adapter
+
+
 def _is_path(place: str) -> bool:
     """Whether a text can only be a path: an id on a hub has one slash at most, and no dot or tilde before it."""
     return place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place
@@ -115,6 +123,13 @@ def blamed(pretrained: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
         raise OSError(
             f"{name}={place!r} could not be loaded; give a checkpoint directory, a bundled checkpoint "
             f"({', '.join(BUNDLED)}), or an id on a hub within reach: {error}"
+        ) from error
+    except (IndexError, RuntimeError) as error:
+        if not arguments.get("peft"):
+            raise
+        raise OSError(
+            f"peft={arguments['peft']!r} does not fit on pretrained={pretrained!r} with tokenizer="
+            f"{arguments.get('tokenizer')!r}; give the model and the tokenizer that it was trained on: {error}"
         ) from error
 
 

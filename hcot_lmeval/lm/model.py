@@ -56,6 +56,7 @@ from hcot_lmeval.lm.loading import (
     check_places,
     default_device,
     prepare_cpu_ranks,
+    tokenizer_of_adapter,
 )
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
@@ -116,6 +117,7 @@ class HcotLM(HFLM):
         check_names(pretrained, rest)
         check_directories(self.options)
         check_places(pretrained, rest)
+        rest["tokenizer"] = tokenizer_of_adapter(rest)
         watch_building()
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
