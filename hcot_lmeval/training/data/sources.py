@@ -26,12 +26,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from hcot_lmeval import columns as column_names
 from hcot_lmeval import synthetic
+from hcot_lmeval.columns import read_answer, read_content, read_message
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.training.config import SourceConfig
 
@@ -54,8 +57,6 @@ FEATURES = Features(
     }
 )
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""The keys of a message, and the types and keys of a part, under which chat models and data sets write it."""
 SYNTHETIC = "synthetic:"
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file -> the builder of `datasets` that reads it."""
@@ -81,7 +82,7 @@ def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
     return cached_map(
         rows,
         partial(_plain_row, columns=columns, source=source.path, think=get_markup(markup).think),
-        (columns, source.path, get_markup(markup).think, code_digest(__file__)),
+        (columns, source.path, get_markup(markup).think, code_digest(__file__, column_names.__file__)),
         FEATURES,
         with_indices=True,
         desc=f"Reading {source.path}",
@@ -183,7 +184,7 @@ def _plain_row(
         trace = _with_reasoning(reasoning, content, think) if role == "assistant" else None
         messages = [{"role": role, "content": content} for role, _, content in read[:-1]]
     else:
-        found["question"], trace = (_parts(text, source)[1] for text in (found["question"], trace))
+        found["question"], trace = (_text(text, source) for text in (found["question"], trace))
     return {
         "question": found.get("question"),
         "messages": messages,
@@ -195,43 +196,35 @@ def _plain_row(
 
 
 def _answer(answer: Any, place: str) -> str | None:
-    """An expected answer as text; a list of one holds it, and not a number is none."""
-    if isinstance(answer, list) and len(answer) == 1:
-        [answer] = answer
-    if isinstance(answer, (list, Mapping)):
+    """An expected answer as text; what is no number, or infinite, is none."""
+    if isinstance(answer, Mapping) or (isinstance(answer, list) and len(answer) != 1):
         raise ValueError(f"{place}: the expected answer is {answer!r:.100}; name a column of texts or numbers")
-    return None if answer is None or answer != answer else str(answer).strip() or None
+    try:
+        return read_answer(answer)
+    except ValueError:
+        return None
 
 
 def _message(message: Any, place: str) -> tuple[str, str, str | None]:
-    """Returns role, reasoning and content of a message."""
+    """Returns role, reasoning and content of a message; no content where a part of it is no text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"{place}: a message has the keys role and content; this one is {message!r:.100}")
-    reasoning, content = _parts(message["content"], place)
-    beside = next((message[key] for key in REASONING if message.get(key)), None)
-    return message["role"], reasoning if beside is None else _parts(beside, place)[1] or "", content
+    if not isinstance(message["content"], (str, list, NoneType)):
+        raise ValueError(f"{place}: a text or a list of parts was expected, not {message['content']!r:.100}")
+    try:
+        return message["role"], *read_message(message)
+    except ValueError:
+        return message["role"], "", None
 
 
-def _parts(content: Any, place: str) -> tuple[str, str | None]:
-    """Returns the reasoning and the text in a content; no text where a part is something else, such as an image."""
-    if content is None or isinstance(content, str):
-        return "", content
-    if isinstance(content, Mapping):
-        raise ValueError(f"{place}: a text or a list of parts was expected, not {content!r:.100}")
-    if not isinstance(content, list):
-        return "", str(content)
-    reasoning, texts, other = "", list[str](), False
-    for part in content:
-        fields = {"type": "text", "text": part} if isinstance(part, str) else part or {}
-        kind = fields.get("type") or ("text" if fields.get("text") is not None else None)
-        text = next((fields[key] for key in ("text", *REASONING) if fields.get(key)), "")
-        if kind in ("reasoning", "thinking"):
-            reasoning += str(text)
-        elif kind in ("text", "input_text", "output_text"):
-            texts.append(str(text))
-        else:
-            other = True
-    return reasoning, None if other else "".join(texts)
+def _text(value: Any, place: str) -> str | None:
+    """A question or a trace: a text, a list of parts, or a number as it is written."""
+    if isinstance(value, Mapping):
+        raise ValueError(f"{place}: a text or a list of parts was expected, not {value!r:.100}")
+    try:
+        return read_content(value).text if isinstance(value, list) or value is None else str(value)
+    except ValueError:
+        return None
 
 
 def _with_reasoning(reasoning: str, content: str | None, think: tuple[str, str]) -> str | None:
