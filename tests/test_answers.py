@@ -409,7 +409,7 @@ def test_every_gold_answer_can_be_checked(name):
         gold = row["answer"]
         boxed = gold + "}" * (gold.count("{") - gold.count("}"))
         assert grade(rf"so \boxed{{{boxed}}}.", gold).correct is True, gold
-        assert is_equivalent("123457", gold).correct is False, gold
+        assert is_equivalent("123457", gold, seconds=60).correct is False, gold  # on a busy machine, too
 
 
 def test_main_thread_is_not_needed():
