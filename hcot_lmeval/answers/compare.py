@@ -52,7 +52,7 @@ def answers_equal(gold: str, answer: str) -> bool:
     gold, answer = normalize(gold), normalize(answer)
     if (verdict := literals_equal(gold, answer)) is not None:
         return verdict
-    pairs = product(readings(gold, answer), readings(answer, gold))
+    pairs = product(readings(gold, answer, is_gold=True), readings(answer, gold))
     try:
         return _some(equal, ((parse(left), parse(right)) for left, right in pairs))
     except algebra.Unparsed as error:
@@ -112,6 +112,7 @@ def equal(gold: Node, answer: Node) -> bool:
         return _congruent(gold, answer)
     if (either := _relations(gold, answer)) is not None:
         return either
+    gold, answer = _spread(gold, answer), _spread(answer, gold)
     answer = _renamed(answer, gold)
     if not _names_agree(gold, answer):
         return False
@@ -311,6 +312,17 @@ def _same_name(one: str, other: str, stems: bool = False) -> bool:
     return bool(re.fullmatch(r"[A-Za-z]'*_[a-z]", function))  # y is f(x)
 
 
+def _spread(node: Node, other: Node) -> Node:
+    """``(x, y) = (1, 2)`` as the list ``x = 1, y = 2``, where the other side names its values like that."""
+    if not (_is_assignment(node) and other.kind == "list" and _all_named(other)):
+        return node
+    names, values = node.items
+    if names.kind != "tuple" or values.kind != "tuple" or len(names.items) != len(values.items):
+        return node
+    pairs = zip(names.items, values.items, strict=True)
+    return Node("list", node.text, node.source, tuple(Node("chain", "", "", pair, ("=",)) for pair in pairs), (",",))
+
+
 def _all_named(node: Node) -> bool:
     stems = [label.split("_")[0] for label in _labels(node)]
     return len(stems) > 1 and all(stems) and len(set(stems)) == len(stems)
@@ -334,7 +346,8 @@ def _unlabel(node: Node) -> Node:
         if len(keep) > 1 or not _is_label(keep[0].text):
             return _unlabel(_chain(keep, marks[:cut], node))
         return items[-1]
-    return items[-1] if set(marks) <= {"=", "in"} else node
+    named = marks == ["=="] and _is_label(items[0].text)  # x \equiv 7
+    return items[-1] if named or set(marks) <= {"=", "in"} else node
 
 
 def _approximates(value: Node, shown: Node) -> bool:

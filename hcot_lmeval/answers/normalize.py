@@ -20,8 +20,8 @@ _SYMBOLS = {
     "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "→": r"\to ", "⇒": r"\implies ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "٫": ".", "٬": ",",
-    "、": ",", "。": ".", "۔": ".", "।": ".", "٪": r"\%", "\u2061": "", "\u200b": "", "\u2062": "", "\ufeff": "",
-    "“": "", "”": "", "∖": r"\setminus ", "…": r"\ldots ", "\0": "",
+    "、": ",", "。": ".", "۔": ".", "।": ".", "٪": r"\%", "“": "", "”": "",
+    "∖": r"\setminus ", "…": r"\ldots ", "\0": "",
 }  # fmt: skip
 _RADICAL = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 
@@ -75,6 +75,35 @@ _TIGHT_OR = re.compile(r"(?<=\d)or(?=[A-Za-z(]+\s*=|-?\d)")
 
 _GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+"
 _INDIAN = r"[1-9]\d?(?:,\d{2})+,\d{3}"
+_DOTTED = re.compile(r"(?<![\w.,'])[1-9]\d{0,2}(?:(?:'\d{3})+|(?:\.\d{3}){2,}|(?:\.\d{3})+(?=,\d{1,2}(?!\d)))(?![\d'])")
+_POWERS = {
+    2: "hundred 百 백",
+    3: "thousand thousands mille mil mila tausend ribu nghìn ngàn elfu тысяча тысячи тысяч тыс 千 천 ألف हज़ार हजार "
+    "হাজার వేల พัน",
+    4: "万 萬 만 หมื่น",
+    5: "lakh lakhs लाख লক্ষ লাখ లక్ష แสน",
+    6: "million millions millionen millón millones milhão milhões milione milioni juta triệu миллион миллиона "
+    "миллионов млн مليون ล้าน",
+    7: "crore crores करोड़ কোটি కోటి",
+    8: "亿 億 억",
+    9: "billion billions milliard milliards milliarde milliarden miliardo miliardi bilhão bilhões miliar tỷ миллиард "
+    "миллиарда миллиардов млрд مليار",
+    12: "trillion trillions 兆 조",
+}
+"""Words for powers of ten in the languages of PolyMath. A billion in English is 10^9."""
+_POWER_OF = {unicodedata.normalize("NFKC", word): power for power, words in _POWERS.items() for word in words.split()}
+_SCALED = re.compile(  # 2.5 million, 3\text{ million dollars}, 12万人
+    r"(?<=[\d}])\s?(\\text\s?\{\s?)?(dozen|"
+    + "|".join(sorted(_POWER_OF, key=len, reverse=True))
+    + r")(?![^\W\d_\u0900-\uffff])(?:\s(?:de|of)(?![^\W\d_]))?",
+    re.IGNORECASE,
+)
+
+
+def _scaled(match: re.Match[str]) -> str:
+    word = match[2].lower()
+    factor = "12" if word == "dozen" else f"10^{{{_POWER_OF[word]}}}"
+    return rf"\cdot {factor}{match[1] or ''}"
 
 
 @lru_cache(maxsize=4096)
@@ -87,12 +116,17 @@ def normalize(text: str) -> str:
     return _trim(_balance(re.sub(r"\s+", " ", text)))
 
 
-def readings(text: str, other: str) -> list[str]:
+def readings(text: str, other: str, *, is_gold: bool = False) -> list[str]:
     """Returns the readings of a normalized answer: digits grouped by commas are one number or several.
 
     A single comma is a decimal comma only if `other`, the answer on the other side, is written with a decimal point.
-    ``2e-4`` is 0.0002 or, with Euler's number, 2e - 4.
+    ``2e-4`` is 0.0002 or, with Euler's number, 2e - 4. An answer of ``2.5 million`` is 2500000, or 2.5 where the gold
+    answer has no such word, for it may count millions.
     """
+    text = _DOTTED.sub(lambda match: re.sub(r"['.]", "", match.group()), text)
+    scaled = _SCALED.sub(_scaled, text)
+    if scaled != text:
+        return [*readings(scaled, other), *([] if is_gold or _SCALED.search(other) else [text])]
     joined = re.sub(rf"(?<![\d,.])(?:{_GROUPED}|{_INDIAN})(?!,?\d)", lambda match: match.group().replace(",", ""), text)
     found = [joined, text] if joined != text else [text]
     printed = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1\\cdot 10^{\2}", text)
@@ -120,6 +154,8 @@ def _vulgar(match: re.Match[str]) -> str:
 def _character(char: str) -> str:
     if char.isascii():
         return char
+    if unicodedata.category(char) in ("Cf", "Sc"):  # what shows nothing, as the direction of Arabic; other dollars
+        return ""
     digit = unicodedata.decimal(char, None)
     return str(digit) if digit is not None else _SYMBOLS.get(char, char)
 
@@ -131,7 +167,8 @@ def _delimiters(text: str) -> str:
             r"(?<!\\)\\{2,}+(?=[A-Za-z%$()\[\]])", lambda _: "\\", text
         )  # escaped twice on its way through JSON
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
-    text = re.sub(r"\\[()\[\]]|\\?\$|\\label\{[^{}]*\}|\\tag\{[^{}]*\}", " ", text)
+    text = re.sub(r"^\s*(\*\*|`+)(.*)\1\s*$", r"\2", text, flags=re.DOTALL)  # of Markdown
+    text = re.sub(r"\\[()\[\]]|\\?\$|\\(?:euro|pounds|yen)(?![A-Za-z])|\\(?:label|tag)\{[^{}]*\}", " ", text)
     return _STYLES.sub(" ", text)
 
 
@@ -218,13 +255,26 @@ _ORDINAL = re.compile(
     r"|(?:st|nd|rd|th)(?![A-Za-z])|(\\text\s?\{)\s?(?:st|nd|rd|th)\b)"
 )
 _QUANTITY = re.compile(r"\\text\s*\{\s*(-?\d[\d.,:/]*)\s*([A-Za-z]+\.?(?:[ /]?[A-Za-z]+\.?){0,2})?\s*\}")
+_TAIL = re.compile(r"(?<=\d)( ?)([^\W\d_][^\d\\{}^=<>+*()\[\],;:|%]*)$")
+_PLAIN_WORDS = re.compile(
+    rf"(?!(?:{'|'.join(_GREEK)}|(?:(?:arc)?(?:sin|cos|tan|cot|csc)h?|log|exp|sqrt)[xyz]?)$)"
+    r"[A-Za-z][a-z]{3,}(?: [a-z]{2,}){0,2}\.?"
+)
+
+
+def _worded(match: re.Match[str]) -> str:
+    r"""``12 apples``, 12個, ``12 рублей``: the words are text. Greek and single Cyrillic letters may be variables."""
+    letters = [char for char in match[2] if char.isalpha()]
+    foreign = [char for char in letters if not char.isascii() and not "\u0370" <= char <= "\u03ff"]
+    words = (len(letters) > 1 or foreign[0] > "\u04ff") if foreign else match[1] and _PLAIN_WORDS.fullmatch(match[2])
+    return rf" \text{{{match[2].rstrip('. ')}}}" if words else match.group()
 
 
 def _quantities(text: str) -> str:
     r"""``\text{7:45 p.m.}`` to ``7:45 \text{p.m.}``; ``9^{\text{th}}`` to 9."""
     text = _QUANTITY.sub(lambda match: f"{match[1]} \\text{{{match[2]}}}" if match[2] else match[1], text)
     text = _ORDINAL.sub(lambda match: match[1] or "", text)
-    return re.sub(r"(?<=\d) ([a-z]{4,})$", r" \\text{\1}", text)
+    return _TAIL.sub(_worded, text)
 
 
 _CALL = re.compile(r"(\^)\s*\(|\\(sqrt)\s*\(|(?:\\text\s*\{\s*)?(?<![A-Za-z\\])(floor|ceil(?:ing)?|abs)\s*\}?\s*\(")
@@ -268,17 +318,35 @@ def _choose(match: re.Match[str]) -> str:
 
 
 def _numbers(text: str) -> str:
+    text = _GOES_ON.sub(_repeating, text)
+    text = re.sub(r"(\d\.\d{5,})\s?(?:\\ldots|\.{3})\s*$", r"\1", text)
+    text = _BRACKETED.sub(_interval, text)
     text = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating, text)
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d)\.(?!\d)", r"\1", text)
 
 
+_GOES_ON = re.compile(  # 0.1666... and 0.2727...: a digit three times, several twice
+    r"(?<![\d.])(\d*)\.(\d{0,12}?)(?:(\d)\3{2,}|(\d{2,12})\4+)\s?(?:\\ldots|\.{3})\s*$"
+)
+
+
 def _repeating(match: re.Match[str]) -> str:
-    whole, fixed, cycle = match.group(1) or "0", match.group(2), match.group(3)
+    whole, fixed, cycle = match.group(1) or "0", match.group(2), match.group(3) or match.group(4)
     bottom = "9" * len(cycle) + "0" * len(fixed)
     top = int(whole + fixed + cycle) - int(whole + fixed)
     return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+_BRACKETED = re.compile(r"(?:(?<![\w}])|(?<=\\cup)|(?<=\\cap)|(?<=\\in))([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])")
+
+
+def _interval(match: re.Match[str]) -> str:
+    """``]1,2]`` to ``(1,2]``, as the French and the Germans write what is open."""
+    if match[1] == "[" and match[3] == "]":
+        return match.group()
+    return {"]": "(", "[": "["}[match[1]] + match[2] + {"[": ")", "]": "]"}[match[3]]
 
 
 def _arguments(text: str) -> str:
@@ -338,7 +406,7 @@ def _trim(text: str) -> str:
     while previous != text:
         previous = text
         text = _trim_end(text.strip())
-        text = re.sub(r"^(?:[\s,;:]|\\text\s*\{[^{}]*:\s*\}|\\text\s*\{\s*\}|\\implies\b)+", "", text)
+        text = re.sub(r"^(?:[\s,;:]|\\text\s*\{[^{}]*:\s*\}|\\text\s*\{\s*\}|\\(?:implies|approx)\b)+", "", text)
     return text
 
 

@@ -15,6 +15,8 @@ _KNOWN = {
     r"\emptyset": sympy.EmptySet,
     r"\mathbb{Z}": sympy.Integers,
     r"\mathbb{N}": sympy.Naturals,
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), sympy.Reals),
+    **dict.fromkeys(("all integers", "integers"), sympy.Integers),
 }
 _X = sympy.Dummy("x", real=True)
 

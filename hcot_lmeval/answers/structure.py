@@ -248,6 +248,8 @@ def _as_text(source: str) -> Node | None:
     if r"\text" not in source and not (len(words) > 1 and any(len(word) > 2 for word in words)) and len(words[0]) < 3:
         return None
     kept = [word for word in words if word.lower() not in ("the", "a", "an")] or words
+    if len(kept) == 2 and kept[0].lower() in ("option", "choice", "answer") and len(kept[1]) == 1:
+        kept = kept[1:]
     words_text = " ".join(kept).lower() if len("".join(kept)) > 1 else kept[0]
     return Node("text", words_text, source)
 
