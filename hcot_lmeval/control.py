@@ -78,6 +78,14 @@ class ControlOptions:
         if self.closing_tokens is None:
             raise ValueError("closing_tokens=None is not allowed; give a number from 0 up")
 
+    def check_room(self, context: int | None) -> None:
+        """Raises `ValueError` if an answer is to be kept more room than a context has (None: not known)."""
+        if context is not None and (self.force_answer or 0) >= context:
+            raise ValueError(
+                f"force_answer={self.force_answer} keeps all of max_context={context} for the answer; lower it, or "
+                "raise max_context"
+            )
+
     @property
     def controls(self) -> dict[str, Any]:
         """The options in force by name; nothing if the model writes as it likes."""

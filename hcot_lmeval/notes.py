@@ -135,7 +135,7 @@ class NotesFile:
         self.run: dict[str, Any] = header["run"]
 
     def __iter__(self) -> Iterator[Note]:
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open(encoding="utf-8", errors="replace") as lines:  # a torn line may end within a character
             next(lines)
             for line in lines:
                 record = _parse(line)
@@ -189,7 +189,7 @@ def _first_line(path: Path) -> dict[str, Any] | None:
     """Returns the parsed first line, {} if it cannot be parsed, None if there is none."""
     if not path.exists() or path.stat().st_size == 0:
         return None
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         return _parse(next(lines)) or {}
 
 

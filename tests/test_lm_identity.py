@@ -1,6 +1,7 @@
 """What identifies a result: weights, code, seeds, prompts and the clock. Nothing is taken for what it is not."""
 
 import datetime
+import json
 import logging
 import os
 
@@ -8,6 +9,7 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 
 from hcot_lmeval import fingerprint
 from hcot_lmeval.lm import HcotLM
@@ -77,6 +79,19 @@ def test_results_follow_weights_that_change_behind_their_files(tmp_path):
     again = hcot(tmp_path, path, device="cpu", dtype="float32")
     assert raw(again) == before
     assert again._statistics.resumed == 3
+
+
+def test_results_follow_a_generation_config_that_changes_in_memory(tmp_path):
+    lm = hcot(tmp_path, tiny_model("qwen2"))
+    before = raw(lm)
+    lm.model.generation_config.repetition_penalty = 5.0
+    penalized = raw(lm)
+    lm.model.generation_config.eos_token_id = list(range(3, 320))
+    assert len({*map(tuple, (before, penalized, raw(lm)))}) == 3
+    assert lm._statistics.resumed == 0
+    lm.model.generation_config = tiny_model("qwen2").generation_config
+    assert raw(lm) == before
+    assert lm._statistics.resumed == 3
 
 
 def test_large_files_are_told_apart_by_more_than_size_and_time(tmp_path):
@@ -303,3 +318,75 @@ def test_a_home_that_cannot_be_written_to_is_said_before_the_weights_are_loaded(
 def test_two_models_of_other_seeds_are_favoured_apart(tmp_path):
     """Were all these models to say the same, nothing above would mean anything."""
     assert raw(hcot(tmp_path)) != raw(hcot(tmp_path, favour(tiny_model("qwen2", seed=1), [3], 5.0)))
+
+
+@pytest.mark.parametrize("damage", [{"response": None}, {"response": {"answer": "5"}}, {"response": {"text": "5"}}])
+def test_a_record_of_the_journal_without_its_parts_is_generated_anew(tmp_path, damage, caplog):
+    before = raw(hcot(tmp_path))
+    for path in (tmp_path / "journal").rglob("*.jsonl"):
+        header, *lines = path.read_text().splitlines()
+        lines = [json.dumps(json.loads(line) | damage) for line in lines]
+        path.write_text("\n".join([header, '{"key": ["a"]}', *lines]) + "\n")
+    again = hcot(tmp_path)
+    assert raw(again) == before
+    assert again._statistics.resumed == 0
+    assert "generated anew" in caplog.text
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('No system!') }}", "cannot be applied .No system!.; .*apply_chat_template=false"),
+        ("{% for m in messages %}", "cannot be applied .*apply_chat_template=false"),
+        ("<|im_start|>user Hello<|im_end|>", "leaves out what the user says.*apply_chat_template=false"),
+        ("{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{% endfor %}", "leaves out"),
+    ],
+)
+def test_a_chat_template_that_shows_no_problem_is_refused_when_the_model_is_loaded(tmp_path, template, told):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=told):
+        hcot(tmp_path, tokenizer=tokenizer)
+    assert raw(hcot(tmp_path, tokenizer=tokenizer, apply_chat_template=False))
+
+
+def test_half_of_a_surrogate_pair_in_a_prompt_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"surrogate pair.*What is .ud83d\?"):
+        hcot(tmp_path).generate_until(instances(("2+2?", "What is \ud83d?")), disable_tqdm=True)
+
+
+def test_a_limit_that_does_nothing_is_told(tmp_path, caplog):
+    lm = hcot(tmp_path, max_gen_toks=8)
+    raw(lm)
+    assert "max_gen_toks=8 of the model arguments does nothing" in caplog.text and "(24)" in caplog.text
+    caplog.clear()
+    raw(lm, max_gen_toks=8)
+    raw(lm, max_gen_toks=None)
+    assert "does nothing" not in caplog.text
+
+
+def test_paths_may_be_objects(tmp_path):
+    path = tmp_path / "model"
+    save_tiny(path, tiny_model("qwen2"))
+    assert raw(HcotLM(path, tokenizer=path, device="cpu", journal=None)) == raw(HcotLM(str(path), journal=None))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_leaves_weights_to_chance_is_refused(tmp_path):
+    path = tmp_path / "model"
+    save_tiny(path, tiny_model("qwen2"))
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of .* such as model.layers.1.mlp.up_proj.weight"):
+        HcotLM(str(path), journal=None)
+
+
+def test_a_model_in_memory_without_a_tokenizer_is_told(tmp_path):
+    with pytest.raises(ValueError, match="give its tokenizer="):
+        HcotLM(tiny_model("qwen2"), journal=None)

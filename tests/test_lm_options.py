@@ -128,7 +128,7 @@ class TestModelArguments:
 
         def load(path, **kwargs):
             seen.update(kwargs)
-            return tiny_model("qwen2")
+            return tiny_model("qwen2"), {"missing_keys": set()}
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
         HcotLM(pretrained=checkpoint, device="cpu", load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")

@@ -308,6 +308,7 @@ class Engine:
 
     def _check_requests(self, requests: Sequence[Request]) -> None:
         known, reserve = self.decoder.known_ids, self.options.force_answer or 0
+        self.options.check_room(self.limits.context)
         for request in requests:
             params = request.params
             for name, ids in (("prompt_ids", request.prompt_ids), ("forced_ids", request.forced_ids)):

@@ -7,6 +7,7 @@ failure is no more than a warning. Both are known at the start.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import tempfile
@@ -46,6 +47,7 @@ def check_run(evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     _check_metadata(asked.get("metadata") or {})
     # lm-eval knows of no other template than that of --apply_chat_template; the model says which prompts get one
     logging.getLogger("lm_eval.evaluator").addFilter(_tells_of_no_missing_template)
+    _check_documents(asked)
     output = getattr(asked.get("evaluation_tracker"), "output_path", None)
     if output:
         check_output(Path(output), asked.get("model_args") or {})
@@ -60,6 +62,21 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, METADATA, n=1, cutoff=0.8)
         if near and name not in METADATA:
             raise ValueError(f"metadata: {name!r} is read by no task of ours; did you mean {near[0]!r}?")
+
+
+def _check_documents(asked: Mapping[str, Any]) -> None:
+    """Looks at what chooses the documents, of which lm-eval evaluates all where it knows no better."""
+    limit, samples = asked.get("limit"), asked.get("samples") or {}
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit={limit} leaves no documents; give a number of them, or a share of them up to 1")
+    samples = json.loads(samples) if isinstance(samples, str) else samples
+    tasks = [task for task in asked.get("tasks") or () if isinstance(task, str)]
+    for name, chosen in samples.items():
+        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.8)
+        if near and name not in tasks:
+            raise ValueError(f"samples: no task is called {name!r}; did you mean {near[0]!r}?")
+        if not chosen or not all(type(number) is int and number >= 0 for number in chosen):
+            raise ValueError(f"samples: {name}={chosen!r} is no list of documents, counted from 0")
 
 
 def check_output(output: Path, model_args: str | Mapping[str, Any]) -> None:

@@ -151,7 +151,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         offset = len(file.readline())
         for line in file:
             record = _parse(line)
-            if record is not None and "key" in record:
+            if record is not None and isinstance(record.get("key"), str):
                 yield offset, record
             offset += len(line)
 

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hcot_lmeval.assets import BUNDLED
 from hcot_lmeval.errors import message_for_users
@@ -25,6 +26,9 @@ def check_names(pretrained: Any, arguments: dict[str, Any]) -> None:
     """Raises `ValueError` for an argument that neither we, ``hf``, `from_pretrained` nor the model's config knows."""
     known = known_names()
     unknown = [name for name in arguments if name not in known]
+    for name in unknown:
+        if not name.isidentifier():  # no field of any config, which may have to be fetched for the next question
+            raise unknown_argument(name, known)
     if unknown and isinstance(pretrained, str):
         unknown = [name for name in unknown if not _is_config_field(pretrained, name, arguments)]
     if unknown:
@@ -39,6 +43,54 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return name in config.to_dict()
+
+
+def check_kinds(pretrained: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a model, tokenizer or device of a kind that ``hf`` would stumble over or pass over."""
+    if not isinstance(pretrained, (str, torch.nn.Module)):
+        raise ValueError(
+            f"pretrained={pretrained!r} is neither a checkpoint's directory or id, written as text (./{pretrained}), "
+            "nor a model in memory"
+        )
+    tokenizer = arguments.get("tokenizer")
+    if not isinstance(tokenizer, (str, PreTrainedTokenizerBase, NoneType)):
+        raise ValueError(f"tokenizer={tokenizer!r} is neither a directory or id, written as text, nor a tokenizer")
+    if not isinstance(pretrained, str):
+        if not tokenizer and not getattr(pretrained, "name_or_path", ""):
+            raise ValueError("pretrained is a model in memory that names no checkpoint; give its tokenizer=, too")
+        return
+    device, found = str(arguments.get("device") or "cpu"), torch.accelerator.current_accelerator(check_available=True)
+    kind, count = ("cpu", 0) if found is None else (found.type, torch.accelerator.device_count())
+    allowed = ("cpu", *([kind] if count else []), *(f"{kind}:{index}" for index in range(count)))
+    if device not in (*allowed, "cuda:0"):  # which lm-eval says where nobody asked for a device
+        raise ValueError(f"device={device!r} is not in this machine, which has {', '.join(allowed)}")
+    if arguments.get("parallelize") and not count:
+        raise ValueError("parallelize=True spreads a model over several devices, and this machine has the CPU alone")
+
+
+def whole(auto: Any) -> Any:
+    """Returns a class of `AutoModel` that refuses a checkpoint which leaves some of the model's weights to chance."""
+
+    class Whole(auto):
+        @classmethod
+        def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+            try:
+                model, info = auto.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" not in str(error):
+                    raise
+                raise ValueError(
+                    f"the weights of {name!r} have other sizes than its configuration; take back what changes that, or "
+                    "fetch the checkpoint again"
+                ) from error
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"{name!r} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be "
+                    "random; take back what changes its configuration, or fetch the checkpoint again"
+                )
+            return model
+
+    return Whole
 
 
 PLACES = ("tokenizer", "peft", "delta")
@@ -71,7 +123,9 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     if not arguments.get("gguf_file"):
         _check_files(pretrained, arguments)
     dtype = arguments.get("dtype", "auto")
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype) and dtype != "auto":
+    real = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if dtype not in ("auto", None) and not (isinstance(real, torch.dtype) and real.is_floating_point):
+        dtype = str(dtype)
         near = difflib.get_close_matches(dtype.replace("bf", "bfloat").replace("fp", "float"), DTYPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")

@@ -21,6 +21,7 @@ Differences to ``hf`` that a user should know:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -52,16 +53,25 @@ from hcot_lmeval.lm.loading import (
     PLACES,
     blamed,
     check_directories,
+    check_kinds,
     check_names,
     check_places,
     default_device,
     prepare_cpu_ranks,
     tokenizer_of_adapter,
+    whole,
 )
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
-from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, at_time
-from hcot_lmeval.lm.requests import NEUTRAL, GenerationSettings, instance_name, repeat_indices, request_seed
+from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, applied, at_time, check_template
+from hcot_lmeval.lm.requests import (
+    NEUTRAL,
+    GenerationSettings,
+    instance_name,
+    repeat_indices,
+    request_seed,
+    warn_of_unused_limit,
+)
 from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.lm.worklist import Notes, Worklist
 from hcot_lmeval.markup import Markup
@@ -112,6 +122,9 @@ class HcotLM(HFLM):
 
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
+        pretrained = os.fspath(pretrained) if isinstance(pretrained, os.PathLike) else pretrained
+        rest |= {name: os.fspath(rest[name]) for name in PLACES if isinstance(rest.get(name), os.PathLike)}
+        check_kinds(pretrained, rest)
         rest.update({name: resolve(rest.get(name)) for name in PLACES if name in rest or name == "tokenizer"})
         pretrained = resolve(pretrained)
         check_names(pretrained, rest)
@@ -147,7 +160,9 @@ class HcotLM(HFLM):
         )
         self._statistics = RunStatistics()
         self._other_ranks: list[RunStatistics] = []
-        self._loaded = weights_digest(self.model, quick=True) if isinstance(pretrained, str) else None
+        self._loaded = self._standing(quick=True) if isinstance(pretrained, str) else None
+        if self._prompts.chat:
+            check_template(super().apply_chat_template)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> HcotLM:
@@ -192,7 +207,10 @@ class HcotLM(HFLM):
         Weights were tied when the base was loaded. lm-eval does it once more, behind the adapter, and transformers then
         looks in vain for an embedding that PEFT has wrapped, as it does where an adapter brings rows of new tokens.
         """
+        auto = getattr(self, "AUTO_MODEL_CLASS")  # noqa: B009 - mypy finds no type for it
+        self.AUTO_MODEL_CLASS = whole(auto)
         super()._create_model(*args, **kwargs)
+        self.AUTO_MODEL_CLASS = auto
         if hasattr(self._model, "peft_config"):
             self._model.get_base_model().tie_weights = lambda *_, **__: None
 
@@ -226,7 +244,7 @@ class HcotLM(HFLM):
     def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._held is not None:
             self.chat_template_args = {**self.chat_template_args, "chat_template": self._held}
-        return str(super().apply_chat_template(chat, add_generation_prompt))
+        return applied(super().apply_chat_template, chat, add_generation_prompt)
 
     @cached_property
     def _template(self) -> str:
@@ -271,6 +289,7 @@ class HcotLM(HFLM):
         """
         self._check_thinking(requests)
         self._follow_weights()
+        warn_of_unused_limit(self.options.max_gen_toks, requests)
         work = Worklist(self._journal)
         for instance, repeat in zip(requests, repeat_indices(requests), strict=True):
             work.add(self._request(instance, repeat))
@@ -355,18 +374,22 @@ class HcotLM(HFLM):
     # --- made on first use: a run of log-likelihoods needs none of it -------------------------------------------------
 
     def _follow_weights(self) -> None:
-        """Other weights than before are another model: it gets another engine, journal and notes."""
+        """Other weights or defaults than before are another model: it gets another engine, journal and notes."""
         known = self.__dict__.pop("_weights", None)
         if known is not None and known[0] != self._weights[0]:
-            for name in ("engine", "_own_facts", "run_facts", "_journal", "_notes"):
+            for name in ("engine", "_own_facts", "run_facts", "_journal", "_notes", "_settings"):
                 self.__dict__.pop(name, None)
+
+    def _standing(self, *, quick: bool = False) -> str:
+        """A digest of what of the model may change in memory: its weights, and how its generation config samples."""
+        return digest([weights_digest(self.model, quick=quick), str(getattr(self.model, "generation_config", None))])
 
     @cached_property
     def _weights(self) -> tuple[str | None]:
-        """A digest of the weights that no file tells of: of a model in memory, or changed since it was loaded."""
-        if self._loaded is not None and weights_digest(self.model, quick=True) == self._loaded:
+        """A digest of what no file tells of: of a model in memory, or of one that was changed since it was loaded."""
+        if self._loaded is not None and self._standing(quick=True) == self._loaded:
             return (None,)
-        return (weights_digest(self.model),)
+        return (self._standing(),)
 
     @cached_property
     def engine(self) -> Engine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +42,11 @@ REFUSED = {
 }
 """Arguments of lm-eval's ``hf`` that have no meaning here, and what to do instead."""
 
+FLAGS = frozenset(
+    """add_bos_token force_download load_in_4bit load_in_8bit local_files_only logits_cache low_cpu_mem_usage
+    parallelize trust_remote_code use_fast_tokenizer use_safetensors""".split()
+)
+"""Arguments of ``hf`` and of `from_pretrained` that are true or false."""
 
 PROMPT_MARKERS = ("text", "tokens", "acting")
 
@@ -89,6 +95,7 @@ class Options(ControlOptions, ComputeOptions):
     def __post_init__(self) -> None:
         ControlOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)
+        self.check_room(self.max_context)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Options:
@@ -97,7 +104,7 @@ class Options(ControlOptions, ComputeOptions):
         Raises:
             ValueError: a value is not allowed; the message says which are.
         """
-        markup = values.get("markup")
+        markup = None if values.get("markup") is None else str(values["markup"])
         if markup is not None:
             get_markup(markup)
         return cls(
@@ -132,6 +139,9 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     for name, advice in REFUSED.items():
         if rest.get(name):
             raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
+    for name in FLAGS & rest.keys():
+        if isinstance(rest[name], str):  # any text would count as true
+            _flag(name, rest[name])
     _check_batch_size(rest.get("batch_size", 1))
     if rest.get("enable_thinking") is not None:
         _flag("enable_thinking", rest["enable_thinking"])
@@ -250,9 +260,9 @@ def _switch(name: str, value: Any) -> bool | None:
 def _directory(name: str, value: Any) -> Path | None:
     if value is None or value is False or value == "off":
         return None
-    if value is True or not str(value):
+    if isinstance(value, bool) or not isinstance(value, (str, int, os.PathLike)) or not str(value):
         raise ValueError(f"{name}={value!r} is neither a directory nor 'off'")
-    path = Path(value).expanduser()
+    path = Path(str(value)).expanduser()  # lm-eval reads a directory called 2024 as a number
     if path.exists() and not path.is_dir():
         raise ValueError(f"{name}={value} is a file; name a directory or 'off'")
     return path

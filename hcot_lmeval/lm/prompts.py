@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _CONTENT = "\ufdd0content\ufdd0"
 """Stands for the user's message when a template is examined; a noncharacter of Unicode is in no template."""
+
+_ADVICE = "mend it, or send prompts as they are (apply_chat_template=false)"
 
 
 class Prompt(NamedTuple):
@@ -50,6 +53,24 @@ def at_time(template: str, now: datetime) -> str:
             call[0],
         )
     return held
+
+
+def applied(apply: Callable[..., Any], chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """Applies a chat template.
+
+    Raises:
+        ValueError: there is none, or it refuses the chat.
+    """
+    try:
+        return str(apply(chat, add_generation_prompt))
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"the chat template cannot be applied ({error}); {_ADVICE}") from error
+
+
+def check_template(apply: Callable[..., Any]) -> None:
+    """Raises `ValueError` for a template that shows nothing of what the user says: all problems would look the same."""
+    if _CONTENT not in applied(apply, [{"role": "user", "content": _CONTENT}]):
+        raise ValueError(f"the chat template leaves out what the user says; {_ADVICE}")
 
 
 class PromptEncoder:
@@ -101,7 +122,13 @@ class PromptEncoder:
         Args:
             text: of the benchmark.
             rendered: whether the benchmark has put it through the template; None: not known.
+
+        Raises:
+            ValueError: `text` is none that a tokenizer could read.
         """
+        if half := re.search("[\ud800-\udfff]", text):
+            around = text[max(0, half.start() - 30) : half.end() + 30]
+            raise ValueError(f"a prompt holds half of a surrogate pair, which is no text: {around!r}; mend the data")
         if self.chat and not (self._is_rendered(text) if rendered is None else rendered):
             text = self._render([{"role": "user", "content": text}])
         header = "" if self.think is None else self._generation_prompt.partition(self.think[0])[0]
@@ -112,7 +139,10 @@ class PromptEncoder:
         """What the template writes behind the user's message, or an empty string without a template."""
         if not self.tokenizer.chat_template:
             return ""
-        return self._render([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)[2]
+        try:
+            return self._render([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)[2]
+        except ValueError:  # a template that is not applied, for it cannot be
+            return ""
 
     def _is_rendered(self, text: str) -> bool:
         """Whether a prompt of somebody who does not tell has been through the template."""

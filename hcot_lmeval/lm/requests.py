@@ -7,6 +7,7 @@ so it is computed once. Repeats of a sampled instance differ in their seed, repe
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from hcot_lmeval.fingerprint import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+logger = logging.getLogger(__name__)
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the limit on generated tokens that lm-eval's models take."""
@@ -80,7 +83,8 @@ class GenerationSettings:
             ValueError: a kwarg is unknown or has a value that is not allowed.
         """
         check_gen_kwargs(kwargs)
-        normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(kwargs), self.max_gen_toks))
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        normal: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         temperature = float(normal.get("temperature") or 0.0)
         if normal["do_sample"] and temperature == 0:
             raise ValueError("do_sample=True needs a temperature above 0, for example temperature=0.6")
@@ -137,6 +141,19 @@ def check_gen_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def warn_of_unused_limit(max_gen_toks: int | None, instances: Iterable[Instance]) -> None:
+    """Says so where a limit was given as a model argument, and every task names one of its own."""
+    named = [{value for name in LIMITS if (value := i.args[1].get(name)) is not None} for i in instances]
+    if max_gen_toks is not None and named and all(named) and any(limits != {max_gen_toks} for limits in named):
+        logger.warning(
+            "max_gen_toks=%d of the model arguments does nothing, for the tasks name limits of their own (%s); "
+            "--gen_kwargs max_gen_toks=%d takes their place",
+            max_gen_toks,
+            ", ".join(map(str, sorted(set().union(*named)))),
+            max_gen_toks,
+        )
 
 
 def repeat_indices(instances: Iterable[Instance]) -> Iterator[int]:

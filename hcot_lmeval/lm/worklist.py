@@ -9,6 +9,7 @@ from typing import Any
 from hcot_lmeval.engine import Request
 from hcot_lmeval.lm.journal import Journal
 from hcot_lmeval.lm.requests import request_key
+from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.response import Response
 
@@ -29,6 +30,17 @@ class Notes(NoteTaker):
         except OSError as error:
             logger.error("notes=%s can no longer be written (%s): the run goes on without", self.path, error.strerror)
             self._works = False
+
+
+def _response(record: Mapping[str, Any]) -> Response | None:
+    """The response in a record of the journal; None if somebody has taken parts of it away."""
+    try:
+        response = Response.from_dict(record["response"])
+        RunStatistics().add(response.stats, resumed=True)
+    except (KeyError, TypeError) as error:
+        logger.warning("a record of the journal lacks %s: its request is generated anew", error)
+        return None
+    return response
 
 
 class Worklist:
@@ -65,9 +77,8 @@ class Worklist:
             return []
         self.journal.refresh()
         for key in self._requests:
-            record = self.journal.get(key)
-            if record is not None:
-                self._responses[key] = Response.from_dict(record["response"])
+            if (record := self.journal.get(key)) is not None and (response := _response(record)) is not None:
+                self._responses[key] = response
         if self._responses:
             logger.warning(
                 "%d of %d requests are already finished (%s; journal=off generates anew)",

@@ -204,6 +204,10 @@ def _metric(run: Run, samples: Sequence[Mapping[str, Any]], wanted: str | None) 
     if wanted in numbers:
         return wanted
     have = ", ".join(samples[0]["metrics"])
+    if "bypass" in samples[0]["metrics"]:
+        raise ResultsError(
+            f"{run.path}: task {run.task} was run with --predict_only, so nothing is graded; leave it out"
+        )
     raise ResultsError(f"{run.path}: task {run.task} has no metric {wanted or 'for the accuracy'!r}; it has {have}")
 
 

@@ -156,5 +156,7 @@ def check_sizes(name: str, sizes: Sequence[int], allowed: range) -> None:
 
 def dataset_rows(problems: Iterator[Problem], size: int, name: str) -> list[dict[str, Any]]:
     """Returns `size` problems as rows for lm-eval: problem, answer, the size under the column `name`, blocks."""
+    if type(size) is not int or size < 1:
+        raise ValueError(f"size={size!r}: a number of problems, 1 or more, is needed")
     chosen = itertools.islice(problems, size)
     return [{"problem": p.prompt, "answer": p.answer, name: p.size, "blocks": p.blocks} for p in chosen]
