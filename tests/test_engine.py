@@ -376,3 +376,53 @@ def test_adapters():
 
 def test_a_model_without_a_context_limit_gets_the_fallback():
     assert engine_module._model_context(object()) == engine_module.FALLBACK_CONTEXT
+
+
+@pytest.mark.parametrize("compute", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
+)
+def test_an_engine_follows_a_model_into_another_type(types, compute):
+    model, tokenizer = tiny_model("qwen2", types[0]), tiny_tokenizer()
+    requests = [Request("1", tuple(encode_prompt(tokenizer, "What is 7^2?")), SamplingParams(max_gen_toks=30))]
+    options = {"policy": "off", "max_context": 64, "compute": compute}
+    engine = Engine(model, tokenizer, **options)
+    engine.generate(requests)
+    model.to(types[1])
+    (after,), (fresh,) = engine.generate(requests), Engine(model, tokenizer, **options).generate(requests)
+    assert after.token_ids == fresh.token_ids
+    assert engine.decoder.layers == Engine(model, tokenizer, **options).decoder.layers
+
+
+@pytest.mark.parametrize("compute", ["auto", "torch"])
+def test_weights_that_become_nan_end_a_run(compute):
+    model = tiny_model("qwen2")
+    engine = Engine(model, tiny_tokenizer(), policy="off", max_context=64, compute=compute)
+    model.get_decoder().layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match="logits that are NaN"):
+        engine.generate([Request("1", (5, 6), SamplingParams(max_gen_toks=5))])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"stop_strings": "abc"}, "a list of strings"),
+        ({"stop_strings": (5,)}, "a list of strings"),
+        ({"stop_ids": ("a",)}, "a list of token ids"),
+        ({"top_k": 2.5}, "a whole number"),
+        ({"max_gen_toks": True}, "a whole number"),
+        ({"max_gen_toks": "5"}, "a whole number"),
+        ({"temperature": "0.5"}, "a number"),
+    ],
+)
+def test_sampling_parameters_of_other_kinds_are_told(given, told):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}=.* is not allowed; it has to be {told}"):
+        SamplingParams(**given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"max_context": 64.5}, {"max_context": "64"}, {"slots": True}, {"prompt_acts": "no"}]
+)
+def test_engine_options_of_other_kinds_are_told(model, given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}="):
+        Engine(model, tiny_tokenizer(), policy="off", **given)

@@ -108,15 +108,22 @@ class Decoder:
         self.compute, self.weights = Compute(compute), WeightForm(weights)
         self.native: NativeStep | None = None
         self._lock = _lock_of(self.model)
-        found = self._probe()
-        self.layers, self.kv_dtype = {i: layer.shape for i, layer in found.items()}, kv_dtype
-        self.windows = {i: layer.window or None for i, layer in found.items()}
-        self.known_ids = min(self.vocabulary, rows_of(self.model))
-        if kv_dtype != "auto":
-            self.layers = {i: replace(shape, dtype=KV_DTYPES[kv_dtype]) for i, shape in self.layers.items()}
-        self.native = self._compiled(weights=self.weights, rows=rows, huge_pages=huge_pages)
+        self.kv_dtype = kv_dtype
+        self._reading = {"weights": self.weights, "rows": rows, "huge_pages": huge_pages}
+        self._prepare()
         if check:
             self._check()
+
+    def _prepare(self) -> None:
+        """Looks at the model in the type in which it is now, which its slots and the compiled step have to follow."""
+        self._dtype, self.native = self.model.dtype, None
+        found = self._probe()
+        self.layers = {i: layer.shape for i, layer in found.items()}
+        self.windows = {i: layer.window or None for i, layer in found.items()}
+        self.known_ids = min(self.vocabulary, rows_of(self.model))
+        if self.kv_dtype != "auto":
+            self.layers = {i: replace(shape, dtype=KV_DTYPES[self.kv_dtype]) for i, shape in self.layers.items()}
+        self.native = self._compiled(**self._reading)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +178,10 @@ class Decoder:
     def refresh(self) -> None:
         """To be called before a run: since the last, weights may have changed, or adapters been put around layers."""
         with self._lock:
-            if self.native is not None:
+            if self.model.dtype != self._dtype:
+                self._prepare()
+                self._check()
+            elif self.native is not None:
                 try:
                     self.native.refresh()
                 except NoCopyError as error:

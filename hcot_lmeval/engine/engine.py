@@ -204,6 +204,11 @@ class Engine:
         if on_logits is not None:
             for row, scores in zip(rows, logits, strict=True):
                 on_logits(row.request, row.sample, len(row.generated), scores)
+        begun = [i for i, row in enumerate(rows) if not row.generated]
+        if begun and bool(logits[begun].isnan().any()):  # no token of these would mean anything
+            raise UnsupportedModelError(
+                f"{self.decoder.name} gives logits that are NaN; its weights have changed for it"
+            )
         draws = [row.draw() for row in rows]
         for row, choice in zip(rows, sample(logits, draws, self._chooser(logits)), strict=True):
             self._accept(row, choice)

@@ -60,12 +60,15 @@ class EngineOptions(ControlOptions, ComputeOptions):
         ComputeOptions.__post_init__(self)
         if self.policy is not None and self.policy not in list(Policy):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
-        if self.slots != "auto" and (not isinstance(self.slots, int) or self.slots < 1):
+        if self.slots != "auto" and (type(self.slots) is not int or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
         for name in ("max_context", "max_position", "max_slots", "step_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed; it has to be at least 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r} is not allowed; it has to be a whole number, at least 1")
+        for name in ("any_policy", "prompt_acts", "self_check", "poison"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

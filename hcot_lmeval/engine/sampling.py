@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,6 +62,11 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind, allowed in _KINDS:
+            value = getattr(self, name)
+            values = value if allowed.startswith("a list") else (value,)
+            if isinstance(values, str) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+                raise ValueError(f"{name}={value!r} is not allowed; it has to be {allowed}")
         checks = {
             "max_gen_toks": (self.max_gen_toks >= 1, "at least 1"),
             "min_gen_toks": (0 <= self.min_gen_toks <= self.max_gen_toks, "within 0..max_gen_toks"),
@@ -78,6 +84,14 @@ class SamplingParams:
         for name, (good, allowed) in checks.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be {allowed}")
+
+
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    *((name, Integral, "a whole number") for name in ("max_gen_toks", "min_gen_toks", "top_k", "seed", "n")),
+    *((name, Real, "a number") for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+    ("stop_strings", str, "a list of strings"),
+    ("stop_ids", Integral, "a list of token ids"),
+)
 
 
 class Choice(NamedTuple):
