@@ -368,6 +368,15 @@ def test_a_limit_that_does_nothing_is_told(tmp_path, caplog):
     assert "does nothing" not in caplog.text
 
 
+def test_what_a_generation_config_recommends_in_vain_is_told(tmp_path, caplog):
+    model = tiny_model("qwen2")
+    raw(hcot(tmp_path, model))
+    assert "not supported" not in caplog.text
+    model.generation_config.no_repeat_ngram_size = 2
+    raw(hcot(tmp_path, model))
+    assert "recommends no_repeat_ngram_size=2, which is not supported" in caplog.text
+
+
 def test_paths_may_be_objects(tmp_path):
     path = tmp_path / "model"
     save_tiny(path, tiny_model("qwen2"))

@@ -70,6 +70,7 @@ from hcot_lmeval.lm.requests import (
     instance_name,
     repeat_indices,
     request_seed,
+    warn_of_unsupported,
     warn_of_unused_limit,
 )
 from hcot_lmeval.lm.statistics import RunStatistics
@@ -460,6 +461,7 @@ class HcotLM(HFLM):
     @cached_property
     def _settings(self) -> GenerationSettings:
         config = getattr(self.model, "generation_config", None)
+        warn_of_unsupported(config)
         defaults = {name: getattr(config, name, None) for name in NEUTRAL}
         return GenerationSettings(self.max_gen_toks, defaults, self._stop_id)
 

@@ -51,6 +51,21 @@ NEUTRAL: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_p
 """Values under which these have no effect."""
 
 
+UNSUPPORTED = (
+    "no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias typical_p epsilon_cutoff "
+    "eta_cutoff min_length min_new_tokens guidance_scale exponential_decay_length_penalty"
+).split()
+"""What a checkpoint's generation config may ask of ``model.generate``, and no request can ask of us."""
+
+
+def warn_of_unsupported(config: Any) -> None:
+    """Says what a generation config recommends that is not done."""
+    found = {name: getattr(config, name, None) for name in UNSUPPORTED}
+    asked = [f"{name}={value!r}" for name, value in found.items() if value not in (None, 0, 1, [])]
+    if asked:
+        logger.warning("the checkpoint's generation config recommends %s, which is not supported", ", ".join(asked))
+
+
 class GenerationSettings:
     """Turns generation kwargs into sampling parameters.
 
