@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from hcot_lmeval.report.comparable import check_comparable, remarks
-from hcot_lmeval.report.integrity import Incomparable, check_integrity, check_settings
-from hcot_lmeval.report.recorded import UNBOUND, Budget, budget
-from hcot_lmeval.report.results import Run, read_runs
+from hcot_lmeval.report.comparable import Incomparable, check_comparable, check_integrity, check_settings, remarks
+from hcot_lmeval.report.results import UNBOUND, Budget, Run, read_runs
 from tests.result_files import build_run, hash_of
 
 RIGHT = [1, 0, 1, 1]
@@ -354,7 +352,7 @@ UNNAMED = {"generation_kwargs": {"max_gen_toks": None}}
     ],
 )
 def test_budget_in_force(run, settings, expected):
-    assert budget(run(**settings)) == expected
+    assert run(**settings).budget == expected
 
 
 def test_budgets_agree_if_one_limit_would_do_for_both():

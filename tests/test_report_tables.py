@@ -14,9 +14,9 @@ import pytest
 
 from hcot_lmeval.report import render
 from hcot_lmeval.report.columns import FAULTS
+from hcot_lmeval.report.comparable import check_integrity
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
-from hcot_lmeval.report.integrity import check_integrity
 from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.statistics import Estimate
 from hcot_lmeval.report.tables import Head, Table

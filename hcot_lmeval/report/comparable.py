@@ -4,22 +4,30 @@ May differ: the model, the policy and its ablation, the controls, the context wi
 checkpoints the chat template may differ too, since it belongs to the model as its tokenizer does; `remarks` says so.
 Must agree within a task: its version and configuration, the documents and their targets, the metric and filter, the
 number of responses, few-shot examples, system instruction, sampling, the budget of generated tokens
-(`recorded.Budget`), and the versions of lm-eval, transformers and torch.
+(`results.Budget`), and the versions of lm-eval, transformers and torch.
 
-This module imports the standard library alone.
+And the files of each run must agree with themselves, with the problems they hold and with the name they are given. A
+samples file that was cut off, put beside the wrong results, or whose labels were moved gives numbers as smooth as any
+other; each of these leaves a contradiction, and here it is found. This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import itertools
+import json
+import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from statistics import fmean
+from typing import Any
 
-from hcot_lmeval.report import recorded
-from hcot_lmeval.report.integrity import Incomparable, check_integrity, documents
-from hcot_lmeval.report.results import Run
+from hcot_lmeval.events import Statistics
+from hcot_lmeval.report.results import LIMITS, ResultsError, Run
 
 ANY_DIFFERENCE = frozenset(
     """ablation any_policy batch_size closing_tokens constraints delta device force_answer journal loop_tokens
@@ -31,31 +39,35 @@ ANY_DIFFERENCE = frozenset(
 CODE = re.compile(r"^\s*(def |class |@|lambda|<function|<class|functools\.partial)")
 """Beginnings of a function as lm-eval writes it into the configuration of a task."""
 
+COUNTED = ("generated_tokens", "pruned_tokens", "reforwarded_tokens", "prune_events", "blocks", "peak_live_tokens")
+"""Statistics of a response that are not above the totals or maxima of its run."""
 
-class Setting(NamedTuple):
-    """Something that has to be the same in all runs of a task."""
+POLICY_WORDS = {
+    **{word: {word} for word in ("off", "recompute", "evict")},
+    "unpruned": {"off"},
+    "pruned": {"recompute", "evict"},
+}
+"""Words in the name of a run -> the policies that they can mean."""
 
-    what: str
-    of: Callable[[Run], Any]
-    advice: str
+NAMED_WINDOW = re.compile(r"(?:\b(?:context|window)[ =]|max_context[ =]|, )(\d+)(?=,|$)")
+"""A context window in the name of a run, as in ``MODEL, off, 1024`` and ``MODEL, window 1024``."""
 
+COLUMN = re.compile(r"^(?:\{\{\s*)?(\w+)(?:\s*\}\})?$")
+"""A ``doc_to_target`` that is a column of the documents and nothing else."""
 
 SAME_COMMAND = "run one of them again with the arguments of the other"
-SETTINGS = (
-    Setting("versions of the task", lambda run: run.results["versions"].get(run.task), "run the older one again"),
-    Setting("metrics", lambda run: run.metric, "name one with --metric"),
-    Setting("filters", lambda run: run.samples[0]["filter"], "name one with --filter"),
-    Setting("numbers of few-shot examples", lambda run: run.results.get("n-shot", {}).get(run.task), SAME_COMMAND),
-    Setting("seeds of the choice of few-shot examples", lambda run: _few_shot(run, "fewshot_seed"), SAME_COMMAND),
-    Setting("forms of few-shot examples", lambda run: run.results.get("fewshot_as_multiturn"), SAME_COMMAND),
-    Setting("system instructions", lambda run: run.results.get("system_instruction"), SAME_COMMAND),
-    Setting("numbers of responses to a problem", lambda run: recorded.task_config(run).get("repeats", 1), SAME_COMMAND),
-)
+OTHER_VERSION = "run the older one again, or allow it with --allow-versions"
+ADVICE = {
+    "versions of the task": "run the older one again",
+    "metrics": "name one with --metric",
+    "filters": "name one with --filter",
+}
+"""Where `SAME_COMMAND` is none."""
+SWAPPED = "the labels were swapped, or the folder is another run's"
 
 
-def _few_shot(run: Run, key: str) -> Any:
-    """A setting of the choice of examples, which matters only where there are any."""
-    return run.config.get(key) if run.results.get("n-shot", {}).get(run.task) else None
+class Incomparable(ResultsError):
+    """Runs cannot stand in one table; the message says which, why, and what to do."""
 
 
 def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> None:
@@ -72,7 +84,8 @@ def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> No
     for run in runs:
         check_integrity(run)
     _check_model_names(runs)
-    for alike in _by_task(runs):
+    for task in dict.fromkeys(run.task for run in runs):
+        alike = [run for run in runs if run.task == task]
         for run in alike[1:]:
             _check_pair(alike[0], run, allow_versions)
         for one, other in itertools.combinations(alike, 2):
@@ -80,22 +93,162 @@ def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> No
             _check_prompts(one, other)
 
 
-def _by_task(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    for task in dict.fromkeys(run.task for run in runs):
-        yield [run for run in runs if run.task == task]
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def check_integrity(run: Run) -> None:
+    """Refuses a run whose files contradict themselves or its name.
+
+    Raises:
+        Incomparable: documents are missing or there twice; statistics of responses are missing; a document or its
+            target is not the one that was hashed when the run was made; a target is not the answer in its document; a
+            score lies outside 0..1; the scores do not have the mean of the results file; the responses cannot have
+            been made under the settings beside them; the name says another policy or window than was used.
+    """
+    checks = (_complete, _statistics, _settings, _hashes, _targets, _scores, _name)
+    for told, advice in itertools.chain.from_iterable(check(run) for check in checks):
+        raise Incomparable(f"{run.name!r} ({run.task}): {told}; {advice} ({run.path})")
+
+
+Faults = Iterator[tuple[str, str]]
+"""What is wrong with a run, and what to do."""
+
+
+def _complete(run: Run) -> Faults:
+    counts = Counter(sample["doc_id"] for sample in run.samples)
+    if twice := [doc_id for doc_id, count in counts.items() if count > 1]:
+        yield f"{_documents(twice)} stand in the samples more than once", "remove the copies, or run again"
+    expected = run.results.get("n-samples", {}).get(run.task, {}).get("effective")
+    if expected not in (None, len(counts)):
+        told = f"the samples file holds {len(counts)} documents, the results file was made from {expected}"
+        yield told, "a part was cut off or removed: run it again"
+
+
+def _statistics(run: Run) -> Faults:
+    """An older version of this package counted less; what it did not count is not 0."""
+    wanted = {field.name for field in fields(Statistics)}
+    if missing := sorted({name for stats in run.requests or () for name in wanted - stats.keys()}):
+        told = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
+        yield told, "run it again"
+
+
+def _settings(run: Run) -> Faults:
+    """Responses of another run, as from a cache, have statistics that these settings and totals do not allow."""
+    if run.totals is None or not run.requests:
+        return
+    most: dict[str, Any] = {name: run.totals[name] for name in COUNTED if name in run.totals}
+    if run.policy == "off":
+        most |= {"pruned_tokens": 0, "prune_events": 0}
+    if run.budget is not None:
+        most["generated_tokens"] = min(run.budget.high, most.get("generated_tokens", run.budget.high))
+    for name, allowed in most.items():
+        found = max(stats[name] for stats in run.requests)
+        if found > allowed:
+            told = f"a response has {name}={found}, and the results file (pruning={run.policy}) allows only {allowed}"
+            yield told, "the responses are another run's, as from a cache: run it again"
+
+
+def _hashes(run: Run) -> Faults:
+    """lm-eval hashed each document and target when it made them (`lm_eval.evaluator`, 0.4)."""
+    for part in ("doc", "target"):
+        key, text = f"{part}_hash", _as_json if part == "doc" else str
+        if wrong := [s["doc_id"] for s in run.samples if key in s and s[key] != _hash(text(s[part]))]:
+            told = f"{key} of {_documents(wrong)} is not that of the {part} beside it"
+            yield told, "the file was changed after the run: take the original, or run again"
+
+
+def _as_json(doc: Any) -> str:
+    return json.dumps(doc, indent=2, ensure_ascii=False)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _targets(run: Run) -> Faults:
+    found = COLUMN.match(str(run.task_config.get("doc_to_target", "")))
+    if found is None:  # a template or a function
+        return
+    column = found[1]
+    wrong = [s["doc_id"] for s in run.samples if column in s["doc"] and not _is_target(s["doc"][column], s["target"])]
+    if wrong:
+        told = f"the target of {_documents(wrong)} is not the {column} of the document"
+        yield told, "the labels were swapped or changed: run it again"
+
+
+def _is_target(answer: Any, target: str) -> bool:
+    """Whether a target is the answer, perhaps read as a Python literal, as lm-eval does with templates."""
+    if str(answer) == target:
+        return True
+    try:
+        return str(ast.literal_eval(str(answer))) == target
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+
+
+def _scores(run: Run) -> Faults:
+    if outside := [doc_id for doc_id, score in run.scores.items() if not 0 <= score <= 1]:
+        told = f"{run.metric} of {_documents(outside)} lies outside 0..1, as in {run.scores[outside[0]]:g}"
+        yield told, "name another metric with --metric"
+    metrics = run.task_config.get("metric_list") or []
+    is_mean = any(entry["metric"] == run.metric and entry.get("aggregation") == "mean" for entry in metrics)
+    recorded = run.results["results"].get(run.task, {}).get(f"{run.metric},{run.samples[0]['filter']}")
+    mean = fmean(run.scores.values())
+    if is_mean and isinstance(recorded, (int, float)) and not math.isclose(mean, recorded, abs_tol=1e-6):
+        told = f"the mean of {run.metric} over the samples is {mean:.4f}, its results file says {recorded:.4f}"
+        yield told, "the two files are not of one evaluation, or one was changed: run it again"
+
+
+def _name(run: Run) -> Faults:
+    if run.totals is None:
+        return
+    for word in re.split(r"[\s,()=]+", run.name.lower()):  # a part of a word, as in tiny-evict, claims nothing
+        if run.policy not in POLICY_WORDS.get(re.sub(r"-\d+$", "", word), {run.policy}):
+            yield f"its results file says policy {run.policy}", SWAPPED
+    windows = {int(number) for number in NAMED_WINDOW.findall(run.name)}
+    if windows and run.max_context not in windows:
+        yield f"its results file says max_context={run.max_context}", SWAPPED
+
+
+def check_settings(run: Run, expected: Mapping[str, Any]) -> None:
+    """Refuses a run that was made with other model arguments than it should have been.
+
+    Args:
+        run: as read.
+        expected: model arguments, such as ``{"pruning": "off", "max_context": 1024}``.
+
+    Raises:
+        Incomparable: one of them has another value in the results file, or does not stand there.
+    """
+    acted = {"pruning": run.policy, "max_context": run.max_context} if run.totals else {}
+    for name, value in expected.items():
+        for found in (run.model_args.get(name), acted.get(name, value)):
+            if str(found) != str(value):
+                told = f"its results file says {name}={found} instead of {value}"
+                raise Incomparable(f"{run.name!r} ({run.task}): {told}; {SWAPPED} ({run.path})")
+
+
+def _documents(ids: Iterable[int]) -> str:
+    """Returns ``document 3`` or ``12 documents (0, 1, 2, 3, 4, ...)``."""
+    every = sorted(ids)
+    if len(every) == 1:
+        return f"document {every[0]}"
+    return f"{len(every)} documents ({', '.join(map(str, every[:5]))}{', ...' if len(every) > 5 else ''})"
 
 
 # --- which runs -------------------------------------------------------------------------------------------------------
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
-    """Neither a run nor a name may be there twice, but for other seeds."""
-    for same in (_evaluation, _place):
-        seen: dict[Any, Run] = {}
-        for run in runs:
-            known = seen.setdefault(same(run), run)
-            if known is not run:
-                raise _twice(known, run)
+    """Neither a run nor a name may be there twice, but for other seeds, which a table pools."""
+    for one, other in itertools.combinations(runs, 2):
+        if _evaluation(one) == _evaluation(other):
+            told = f"they are the same run ({one.path}, {other.path})"
+            raise _refusal(one, other, told, "name each folder once")
+    for one, other in itertools.combinations(runs, 2):
+        if (one.name, one.task, one.seed) == (other.name, other.task, other.seed):
+            told = f"both have this name ({one.path}, {other.path})"
+            raise _refusal(one, other, told, "give the folders names: NAME=DIR")
 
 
 def _evaluation(run: Run) -> Any:
@@ -103,44 +256,46 @@ def _evaluation(run: Run) -> Any:
     return run.results.get("date"), run.results.get("total_evaluation_time_seconds"), run.task
 
 
-def _place(run: Run) -> Any:
-    """What makes a run one of a table's entries; runs of several seeds are pooled there."""
-    return run.name, run.task, run.seed
-
-
-def _twice(one: Run, other: Run) -> Incomparable:
-    if _evaluation(one) == _evaluation(other):
-        return _refusal(one, other, f"they are the same run ({one.path}, {other.path})", "name each folder once")
-    told = f"both have this name ({one.path}, {other.path})"
-    return _refusal(one, other, told, "give the folders names: NAME=DIR")
-
-
 def _check_model_names(runs: Sequence[Run]) -> None:
     """A run that is called like the checkpoint of another one carries a swapped label."""
-    for run in runs:
+    for run, other in itertools.product(runs, runs):
         head = run.name.split(",")[0]
-        for other in runs:
-            if head == other.model != run.model:
-                told = f"{run.name!r} was made with {run.model}, and {head} is the checkpoint of {other.name!r}"
-                raise _refusal(run, other, told, "the labels were swapped, or the name needs changing")
+        if head == other.model != run.model:
+            told = f"{run.name!r} was made with {run.model}, and {head} is the checkpoint of {other.name!r}"
+            raise _refusal(run, other, told, "the labels were swapped, or the name needs changing")
 
 
 # --- what has to agree ------------------------------------------------------------------------------------------------
 
 
 def _check_pair(one: Run, other: Run, allow_versions: bool) -> None:
-    for what, of, advice in SETTINGS:
-        _require(one, other, what, of(one), of(other), advice)
+    ours, theirs = _same(one), _same(other)
+    for what, value in ours.items():
+        _require(one, other, what, value, theirs[what], ADVICE.get(what, SAME_COMMAND))
     _check_task_config(one, other, allow_versions)
     _check_documents(one, other)
     if not allow_versions:
-        ours, theirs = recorded.versions(one), recorded.versions(other)
+        ours, theirs = one.versions, other.versions
         for name in ours.keys() & theirs.keys():
-            advice = "run the older one again, or allow it with --allow-versions"
-            _require(one, other, f"versions of {name}", ours[name], theirs[name], advice)
+            _require(one, other, f"versions of {name}", ours[name], theirs[name], OTHER_VERSION)
 
 
-def _require(one: Run, other: Run, what: str, ours: Any, theirs: Any, advice: str) -> None:
+def _same(run: Run) -> dict[str, Any]:
+    """What has to be the same in all runs of a task."""
+    shots = run.results.get("n-shot", {}).get(run.task)
+    return {
+        "versions of the task": run.results["versions"].get(run.task),
+        "metrics": run.metric,
+        "filters": run.samples[0]["filter"],
+        "numbers of few-shot examples": shots,
+        "seeds of the choice of few-shot examples": run.config.get("fewshot_seed") if shots else None,
+        "forms of few-shot examples": run.results.get("fewshot_as_multiturn"),
+        "system instructions": run.results.get("system_instruction"),
+        "numbers of responses to a problem": run.task_config.get("repeats", 1),
+    }
+
+
+def _require(one: Run, other: Run, what: str, ours: Any, theirs: Any, advice: str = SAME_COMMAND) -> None:
     if ours != theirs:
         raise _refusal(one, other, f"the {what} differ: {_short(ours)} and {_short(theirs)}", advice)
 
@@ -154,20 +309,18 @@ def _check_task_config(one: Run, other: Run, allow_versions: bool) -> None:
     ours, theirs = _comparable_config(one), _comparable_config(other)
     for key in sorted(ours.keys() | theirs.keys()):
         mine, yours = ours.get(key), theirs.get(key)
-        what = f"settings {key!r} of the task"
-        _require(one, other, what, _without_code(mine), _without_code(yours), SAME_COMMAND)
+        _require(one, other, f"settings {key!r} of the task", _without_code(mine), _without_code(yours))
         if not allow_versions and mine != yours:
-            advice = "run the older one again, or allow it with --allow-versions"
-            raise _refusal(one, other, f"the code of the task's {key!r} differs", advice)
+            raise _refusal(one, other, f"the code of the task's {key!r} differs", OTHER_VERSION)
 
 
 def _comparable_config(run: Run) -> dict[str, Any]:
     """The task's configuration without what is compared elsewhere, stems from the model, or names a file."""
-    config = dict(recorded.task_config(run))
-    kwargs = {key: value for key, value in recorded.generation_kwargs(run).items() if key not in recorded.LIMITS}
-    foreign = {*recorded.model_args(run), "version", "config_source"}  # lm-eval adds the model's arguments
-    metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key not in foreign}
-    return config | {"generation_kwargs": kwargs, "metadata": metadata}
+    kwargs = {key: value for key, value in run.generation_kwargs.items() if key not in LIMITS}
+    foreign = {*run.model_args, "version", "config_source"}  # lm-eval adds the model's arguments
+    given = run.task_config.get("metadata") or {}
+    metadata = {key: value for key, value in given.items() if key not in foreign}
+    return {**run.task_config, "generation_kwargs": kwargs, "metadata": metadata}
 
 
 def _without_code(value: Any) -> Any:
@@ -179,31 +332,27 @@ def _without_code(value: Any) -> Any:
 
 
 def _check_documents(one: Run, other: Run) -> None:
-    ours, theirs = _documents_of(one), _documents_of(other)
+    ours, theirs = _samples(one), _samples(other)
     for run, more, lacking, fewer in ((other, ours, theirs, one), (one, theirs, ours, other)):
         if missing := more.keys() - lacking.keys():
             limits = f"--limit {fewer.config.get('limit')} and {run.config.get('limit')}"
-            told = f"{documents(missing)} of {fewer.name!r} missing in {run.name!r} ({limits})"
+            told = f"{_documents(missing)} of {fewer.name!r} missing in {run.name!r} ({limits})"
             raise _refusal(one, other, told, "run both on the same documents")
     for part, advice in (("doc", "the data are others, or in another order"), ("target", "the labels were changed")):
-        wrong = [doc_id for doc_id in ours if ours[doc_id][part] != theirs[doc_id][part]]
-        if wrong:
-            told = f"{documents(wrong)} with another {part}, as in {_differing(ours, theirs, wrong[0], part)}"
+        if wrong := [doc_id for doc_id in ours if ours[doc_id][part] != theirs[doc_id][part]]:
+            example = " and ".join(_short(samples[wrong[0]][part]) for samples in (ours, theirs))
+            told = f"{_documents(wrong)} with another {part}, as in {example}"
             raise _refusal(one, other, told, f"{advice}: run both on the same data")
 
 
-def _documents_of(run: Run) -> dict[int, dict[str, Any]]:
+def _samples(run: Run) -> dict[int, dict[str, Any]]:
     return {sample["doc_id"]: sample for sample in run.samples}
 
 
-def _differing(ours: Any, theirs: Any, doc_id: int, part: str) -> str:
-    return f"{_short(ours[doc_id][part])} and {_short(theirs[doc_id][part])}"
-
-
 def _check_budgets(one: Run, other: Run) -> None:
-    if not recorded.generates(one):
-        return
-    ours, theirs = recorded.budget(one), recorded.budget(other)
+    if not str(one.task_config.get("output_type", "")).startswith("generate"):
+        return  # log-likelihoods are compared, and there is no budget
+    ours, theirs = one.budget, other.budget
     if ours == theirs or (ours and theirs and ours.agrees_with(theirs)):
         return
     told = f"the budgets of generated tokens differ: {ours or 'not recorded'} and {theirs or 'not recorded'}"
@@ -215,39 +364,33 @@ def _check_budgets(one: Run, other: Run) -> None:
 
 def _check_prompts(one: Run, other: Run) -> None:
     """Prompts have to be the same text, save where lm-eval logs them within the template of another checkpoint."""
-    rendered = one.results.get("chat_template_sha") or other.results.get("chat_template_sha")
-    if recorded.checkpoint(one) == recorded.checkpoint(other):
-        _check_same_checkpoint(one, other)
-    elif rendered:
-        return
-    ours, theirs = _prompts(one), _prompts(other)
-    wrong = [doc_id for doc_id in ours if ours[doc_id] != theirs.get(doc_id)]
-    if wrong and not _differ_in_time_alone(one, other):
-        raise _refusal(one, other, f"the prompts of {documents(wrong)} differ", SAME_COMMAND)
-
-
-def _check_same_checkpoint(one: Run, other: Run) -> None:
-    advice = "give --apply_chat_template to both or to neither"
-    _require(one, other, "uses of a chat template", recorded.is_templated(one), recorded.is_templated(other), advice)
     ours, theirs = (run.results.get("chat_template_sha") for run in (one, other))
-    if ours and theirs:
-        _require(one, other, "chat templates", ours, theirs, SAME_COMMAND)
-    ours, theirs = recorded.commit(one), recorded.commit(other)
-    if ours and theirs:
-        _require(one, other, f"commits of {recorded.checkpoint(one)}", ours, theirs, "name one with revision=")
+    if one.checkpoint == other.checkpoint:
+        advice = "give --apply_chat_template to both or to neither"
+        _require(one, other, "uses of a chat template", one.is_templated, other.is_templated, advice)
+        if ours and theirs:
+            _require(one, other, "chat templates", ours, theirs)
+        mine, yours = (run.config.get("model_sha") for run in (one, other))  # on the hub, if lm-eval tells
+        if mine and yours:
+            _require(one, other, f"commits of {one.checkpoint}", mine, yours, "name one with revision=")
+    elif ours or theirs:
+        return
+    before, after = _samples(one), _samples(other)
+    hashes = {doc_id: sample.get("prompt_hash") for doc_id, sample in after.items()}
+    wrong = [doc_id for doc_id, sample in before.items() if sample.get("prompt_hash") != hashes.get(doc_id)]
+    if wrong and not _differ_in_time_alone(one, other):
+        raise _refusal(one, other, f"the prompts of {_documents(wrong)} differ", SAME_COMMAND)
 
 
 def _differ_in_time_alone(one: Run, other: Run) -> bool:
     """Whether the prompts differ in one and the same piece each, and the chat template did read two times."""
-    times = {recorded.clock(one), recorded.clock(other)}
-    if None in times or len(times) == 1:
+    if None in (one.clock, other.clock) or one.clock == other.clock:
         return False
-    ours, theirs = _documents_of(one), _documents_of(other)
-    return len({_changed(_text(ours[doc_id]), _text(theirs[doc_id])) for doc_id in ours}) == 1
-
-
-def _text(sample: Mapping[str, Any]) -> str:
-    return str(sample["arguments"]["gen_args_0"]["arg_0"])
+    ours, theirs = (
+        {doc_id: str(sample["arguments"]["gen_args_0"]["arg_0"]) for doc_id, sample in _samples(run).items()}
+        for run in (one, other)
+    )
+    return len({_changed(ours[doc_id], theirs[doc_id]) for doc_id in ours}) == 1
 
 
 def _changed(old: str, new: str) -> tuple[str, str]:
@@ -259,13 +402,8 @@ def _changed(old: str, new: str) -> tuple[str, str]:
 
 def _common(one: str, other: str) -> int:
     """Characters that two texts begin with alike."""
-    return next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )
-
-
-def _prompts(run: Run) -> dict[int, str | None]:
-    return {sample["doc_id"]: sample.get("prompt_hash") for sample in run.samples}
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 # --- what a reader should know ----------------------------------------------------------------------------------------
@@ -277,21 +415,27 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     That is: prompts that no run could read, and what differs between runs and is not plain from their names.
     """
     found = [text for run in runs for text in _room_remarks(run)]
-    if len({recorded.is_templated(run) for run in runs}) > 1:
-        without = ", ".join(dict.fromkeys(run.name for run in runs if not recorded.is_templated(run)))
+    if len({run.is_templated for run in runs}) > 1:
+        without = ", ".join(dict.fromkeys(run.name for run in runs if not run.is_templated))
         found.append(f"no chat template was applied to the prompts of {without}; it was to the others")
     for name in ("lm-eval", "transformers", "torch"):
-        values = {recorded.versions(run).get(name, "unknown") for run in runs}
+        values = {run.versions.get(name, "unknown") for run in runs}
         if len(values) > 1:
             found.append(f"the runs were made with different versions of {name}: {', '.join(sorted(values))}")
-    times = dict.fromkeys(time for time in map(recorded.clock, runs) if time)
+    times = dict.fromkeys(run.clock for run in runs if run.clock)
     if len(times) > 1:
         found.append(f"the chat template told the models different times: {', '.join(times)}")
     for what in ("device", "batch_size"):
         values = {str(run.config.get(what)) for run in runs}
         if len(values) > 1:
             found.append(f"{what} differs ({', '.join(sorted(values))}), so speeds are not comparable")
-    return found + [text for alike in _by_checkpoint(runs) for text in _argument_remarks(alike)]
+    for checkpoint in dict.fromkeys(run.checkpoint for run in runs):
+        args = [run.model_args for run in runs if run.checkpoint == checkpoint]
+        for name in sorted(set().union(*args) - ANY_DIFFERENCE):
+            values = {str(given.get(name, "its default")) for given in args}
+            if len(values) > 1:
+                found.append(f"runs of {checkpoint} differ in {name}: {', '.join(sorted(values))}")
+    return found
 
 
 def _room_remarks(run: Run) -> Iterator[str]:
@@ -303,20 +447,6 @@ def _room_remarks(run: Run) -> Iterator[str]:
             f"{len(full)} of {count} prompts of {run.name!r} ({run.task}) left no room in its window, so that their "
             f"responses are empty; the longest has {longest} tokens: choose a window well above that"
         )
-
-
-def _by_checkpoint(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    for checkpoint in dict.fromkeys(map(recorded.checkpoint, runs)):
-        yield [run for run in runs if recorded.checkpoint(run) == checkpoint]
-
-
-def _argument_remarks(runs: Sequence[Run]) -> Iterator[str]:
-    """Differences between runs of one checkpoint, such as dtype."""
-    args = [recorded.model_args(run) for run in runs]
-    for name in sorted({name for given in args for name in given} - ANY_DIFFERENCE):
-        values = {str(given.get(name, "its default")) for given in args}
-        if len(values) > 1:
-            yield f"runs of {recorded.checkpoint(runs[0])} differ in {name}: {', '.join(sorted(values))}"
 
 
 def _refusal(one: Run, other: Run, told: str, advice: str) -> Incomparable:

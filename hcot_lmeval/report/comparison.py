@@ -10,25 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.report import render
+from hcot_lmeval.report.columns import COSTS, TOKENS, Column, endings
 from hcot_lmeval.report.entries import Entry, entries_of
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import LEVEL
-from hcot_lmeval.report.tables import (
-    Table,
-    Test,
-    costs_table,
-    endings_table,
-    find_tests,
-    shares_table,
-    tests_table,
-    tokens_table,
-    weighted_table,
-)
+from hcot_lmeval.report.tables import Head, Table, Test, find_tests, shares_table, tests_table, weighted_table
 
 INDEX = "comparison.json"
 """The file that names all others."""
@@ -36,29 +26,30 @@ INDEX = "comparison.json"
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """The comparison of one task.
-
-    Attributes:
-        task: its name.
-        entries: what is compared.
-        tests: each entry against the baseline.
-        tables: those that the entries have something for.
-    """
+    """The comparison of one task: each entry against the baseline, and the tables that they have something for."""
 
     task: str
     entries: tuple[Entry, ...]
     tests: tuple[Test, ...]
     tables: tuple[Table, ...]
 
+    @property
+    def title(self) -> str:
+        return f"{self.task}: {len(self.entries[0].scores)} problems"
+
+    def as_dict(self) -> dict[str, Any]:
+        runs = [
+            {"name": run.name, "entry": entry.name, "path": str(run.path), "model": run.model, "metric": run.metric}
+            | {"config": dict(run.config)}
+            for entry in self.entries
+            for run in entry.runs
+        ]
+        return {"runs": runs, "tables": {table.key: render.json_value(table) for table in self.tables}}
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, task by task.
-
-    Attributes:
-        tasks: in the order in which they came.
-        settings: what the statistics depend on.
-    """
+    """Runs side by side, task by task, and what the statistics depend on."""
 
     tasks: tuple[TaskComparison, ...]
     settings: dict[str, Any]
@@ -66,9 +57,8 @@ class Comparison:
     def text(self) -> str:
         """Returns all tables for a terminal."""
         parts = []
-        for part in self.tasks:
-            parts += [_underlined(f"{part.task}: {len(part.entries[0].scores)} problems")]
-            parts += [render.terminal(table) for table in part.tables]
+        for task in self.tasks:
+            parts += [f"{task.title}\n{'=' * len(task.title)}", *map(render.terminal, task.tables)]
         return "\n\n".join(parts)
 
     def write(self, directory: Path, plots: bool = True) -> list[Path]:
@@ -80,22 +70,23 @@ class Comparison:
         """
         directory.mkdir(parents=True, exist_ok=True)
         earlier = _files_of(directory / INDEX)
-        written = self._write_tables(directory)
-        for path in earlier - set(written):
-            path.unlink(missing_ok=True)
-        if plots:
-            written += self._plot(directory)
-            self._write_index(directory, written)
-        return written
-
-    def _write_tables(self, directory: Path) -> list[Path]:
-        texts = {"comparison.md": self._markdown(), "comparison.tex": self._latex()}
-        for part in self.tasks:
-            texts |= {f"{part.task}-{table.key}.csv": render.csv_text(table) for table in part.tables}
+        markdown = [text for task in self.tasks for text in (f"## {task.title}\n", *map(render.markdown, task.tables))]
+        texts = {
+            "comparison.md": "\n".join(markdown),
+            "comparison.tex": "\n".join(render.latex(table) for task in self.tasks for table in task.tables),
+            **{f"{task.task}-{t.key}.csv": render.csv_text(t) for task in self.tasks for t in task.tables},
+        }
         for name, text in texts.items():
             (directory / name).write_text(text, encoding="utf-8")
         written = [directory / name for name in (*texts, INDEX)]
         self._write_index(directory, written)
+        for path in earlier - set(written):
+            path.unlink(missing_ok=True)
+        if plots:
+            from hcot_lmeval.report.plots import plot_task
+
+            written += [path for part in self.tasks for path in plot_task(part.task, part.entries, directory)]
+            self._write_index(directory, written)
         return written
 
     def _write_index(self, directory: Path, written: Sequence[Path]) -> None:
@@ -105,22 +96,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as JSON values, unrounded."""
-        return {"settings": self.settings, "tasks": {part.task: _task_dict(part) for part in self.tasks}}
-
-    def _markdown(self) -> str:
-        parts = []
-        for part in self.tasks:
-            parts += [f"## {part.task}: {len(part.entries[0].scores)} problems\n"]
-            parts += [render.markdown(table) for table in part.tables]
-        return "\n".join(parts)
-
-    def _latex(self) -> str:
-        return "\n".join(render.latex(table) for part in self.tasks for table in part.tables)
-
-    def _plot(self, directory: Path) -> list[Path]:
-        from hcot_lmeval.report.plots import plot_task
-
-        return [path for part in self.tasks for path in plot_task(part.task, part.entries, directory)]
+        return {"settings": self.settings, "tasks": {part.task: part.as_dict() for part in self.tasks}}
 
 
 def compare(
@@ -159,20 +135,28 @@ def compare(
     return Comparison(tuple(tasks), settings)
 
 
-def _tables(
-    entries: Sequence[Entry], tests: Sequence[Test], *, by: str | None, resamples: int, seed: int
-) -> list[Table]:
-    shares = partial(shares_table, entries, by=by, resamples=resamples, seed=seed)
-    tables: list[Table | None] = [shares("accuracy", f"Accuracy ({entries[0].runs[0].metric})", lambda e: e.scores)]
-    tables.append(weighted_table(entries))
+def _tables(entries: Sequence[Entry], tests: Sequence[Test], **how: Any) -> list[Table]:
+    title = f"Accuracy ({entries[0].runs[0].metric})"
+    tables = [shares_table(entries, "accuracy", title, lambda e: e.scores, **how), weighted_table(entries)]
     if any(entry.completed for entry in entries):
         title = "Completion: ended by itself, not at a limit"
-        tables.append(shares("completion", title, lambda e: e.completed))
+        tables.append(shares_table(entries, "completion", title, lambda e: e.completed, **how))
     if any(entry.requests for entry in entries):
-        tables += [tokens_table(entries), costs_table(entries), endings_table(entries)]
+        for key, title, columns in (
+            ("tokens", "Tokens of a response", TOKENS),
+            ("costs", "Context, memory and time", COSTS),
+            ("endings", "Ends, blocks, and faults of notation", endings(entries)),
+        ):
+            tables.append(_columns_table(entries, key, title, columns))
     if tests:
         tables.append(tests_table(tests))
     return [table for table in tables if table is not None]
+
+
+def _columns_table(entries: Sequence[Entry], key: str, title: str, columns: Sequence[Column]) -> Table:
+    """One row for each entry."""
+    rows = [(entry.name, *(value(entry) for _, value in columns)) for entry in entries]
+    return Table(key, title, (Head("run"), *(head for head, _ in columns)), tuple(rows))
 
 
 def _files_of(index: Path) -> set[Path]:
@@ -182,17 +166,3 @@ def _files_of(index: Path) -> set[Path]:
     except (FileNotFoundError, json.JSONDecodeError):  # there is none, or its writer was killed
         return set()
     return {index.with_name(Path(name).name) for name in names}
-
-
-def _task_dict(part: TaskComparison) -> dict[str, Any]:
-    runs = [
-        {"name": run.name, "entry": entry.name, "path": str(run.path), "model": run.model, "metric": run.metric}
-        | {"config": dict(run.config)}
-        for entry in part.entries
-        for run in entry.runs
-    ]
-    return {"runs": runs, "tables": {table.key: render.json_value(table) for table in part.tables}}
-
-
-def _underlined(title: str) -> str:
-    return f"{title}\n{'=' * len(title)}"

@@ -10,7 +10,6 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from hcot_lmeval.report.recorded import checkpoint, model_args
 from hcot_lmeval.report.results import ResultsError, Run, label
 from hcot_lmeval.scoring.aggregate import LEVELS
 
@@ -51,20 +50,15 @@ class Entry:
     @cached_property
     def completed(self) -> dict[int, float] | None:
         """doc_id -> share of its responses that ended by themselves; None for a model that is not ours."""
-        return self.mean_metric("completed")
-
-    def mean_metric(self, metric: str) -> dict[int, float] | None:
-        """Returns doc_id -> mean of a metric over seeds, or None if a run has no such metric."""
-        if not all(metric in sample for run in self.runs for sample in run.samples):
+        if not all("completed" in sample for run in self.runs for sample in run.samples):
             return None
-        ids = [sample["doc_id"] for sample in self.runs[0].samples]
-        values = [{sample["doc_id"]: float(sample[metric]) for sample in run.samples} for run in self.runs]
-        return {key: fmean(value[key] for value in values) for key in ids}
+        values = [{sample["doc_id"]: float(sample["completed"]) for sample in run.samples} for run in self.runs]
+        return {key: fmean(value[key] for value in values) for key in values[0]}
 
-    def groups(self, column: str) -> dict[Any, list[int]]:
-        """Returns the doc_ids for each value of a column of the documents, easiest first."""
-        found = self.runs[0].groups(column)
-        return {value: [sample["doc_id"] for sample in found[value]] for value in sorted(found, key=difficulty)}
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """The cell of a table; runs named ``x`` and ``x, 1024``, both of window 1024, must not fall into the same."""
+        return self.task, self.family, self.window
 
 
 def difficulty(value: Any) -> tuple[int, Any]:
@@ -83,19 +77,18 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
     pooled: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         pooled.setdefault((SEED.sub("", run.name), run.task), []).append(run)
-    for group in pooled.values():
+    entries = []
+    for (name, task), group in pooled.items():
         _check_alike(group)
-    entries = [
-        Entry(name, without(name, window(group[0])), task, group[0].max_context, tuple(group))
-        for (name, task), group in pooled.items()
-    ]
-    places = Counter(map(_place, entries))
-    return [entry if places[_place(entry)] == 1 else replace(entry, family=entry.name) for entry in entries]
+        window = group[0].max_context
+        entries.append(Entry(name, name.removesuffix(f", {window}") or name, task, window, tuple(group)))
+    places = Counter(entry.place for entry in entries)
+    return [entry if places[entry.place] == 1 else replace(entry, family=entry.name) for entry in entries]
 
 
 def _check_alike(runs: Sequence[Run]) -> None:
     """A name that was given to different settings must not make seeds of them, nor one seed count twice."""
-    settings = {repr((label(run), checkpoint(run), _arguments(run))): run for run in runs}
+    settings = {repr((label(run), run.checkpoint, _arguments(run))): run for run in runs}
     if len(settings) > 1:
         told = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
         raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
@@ -107,20 +100,5 @@ def _check_alike(runs: Sequence[Run]) -> None:
 
 def _arguments(run: Run) -> list[tuple[str, str]]:
     """The model arguments that a seed leaves as they are."""
-    given = model_args(run).items()
+    given = run.model_args.items()
     return sorted((name, str(value)) for name, value in given if name not in ("seed", "notes", "journal"))
-
-
-def _place(entry: Entry) -> tuple[str, str, int | None]:
-    """The cell of a table; runs named ``x`` and ``x, 1024``, both of window 1024, must not fall into the same one."""
-    return entry.task, entry.family, entry.window
-
-
-def without(name: str, part: str) -> str:
-    """Returns a name such as ``model, off, 1024`` without the last of its parts, if that is `part`."""
-    return name.removesuffix(f", {part}") or name
-
-
-def window(run: Run) -> str:
-    """Returns the part of a run's name that tells its window."""
-    return str(run.max_context)

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hcot_lmeval.report.comparable import check_settings
 from hcot_lmeval.report.folder import described
-from hcot_lmeval.report.integrity import check_settings
-from hcot_lmeval.report.recorded import checkpoint, generation_kwargs
 from hcot_lmeval.report.results import ResultsError, Run, read_runs
 
 
@@ -80,12 +79,8 @@ class Reader:
         if len(done) < len(cells):
             self.said.append(f"{len(cells) - len(done)} of {len(cells)} cells in {out} are not finished")
         for path in done:
-            if self._holds_wanted(path):
+            if not self.tasks or any(any(path.rglob(f"samples_{task}_*.jsonl")) for task in self.tasks):
                 yield from self.cell(path)
-
-    def _holds_wanted(self, path: Path) -> bool:
-        """Whether a cell has a task that is to be read; a grid may hold others."""
-        return not self.tasks or any(any(path.rglob(f"samples_{task}_*.jsonl")) for task in self.tasks)
 
     def cell(self, path: Path) -> list[Run]:
         """Returns the runs of a finished cell under the name of the cell, one for each of its tasks.
@@ -108,7 +103,7 @@ def _named(runs: Sequence[Run], name: str, path: Path) -> list[Run]:
     labels = {run.name for run in runs}
     if len(labels) == 1:
         return [run.named(name) for run in runs]
-    if len(set(map(checkpoint, runs))) > 1 or any(run.totals is None for run in runs):
+    if len({run.checkpoint for run in runs}) > 1 or any(run.totals is None for run in runs):
         raise ResultsError(f"{path} holds runs of several models ({'; '.join(sorted(labels))}); name a folder of each")
     parts = ((name, run.policy, run.ablation, run.controls, run.max_context) for run in runs)
     names = [", ".join(str(part) for part in some if part is not None) for some in parts]
@@ -116,7 +111,11 @@ def _named(runs: Sequence[Run], name: str, path: Path) -> list[Run]:
 
 
 def _check_same(one: Run, other: Run) -> None:
-    for what, of in (("checkpoints", checkpoint), ("generation kwargs", generation_kwargs)):
-        if of(one) != of(other):
-            told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
-            raise ResultsError(f"{told}, but their {what} differ: {of(one)} and {of(other)}; give each a folder")
+    told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
+    kwargs = one.generation_kwargs, other.generation_kwargs
+    for what, ours, theirs in (
+        ("checkpoints", one.checkpoint, other.checkpoint),
+        ("generation kwargs", *kwargs),
+    ):
+        if ours != theirs:
+            raise ResultsError(f"{told}, but their {what} differ: {ours} and {theirs}; give each a folder")

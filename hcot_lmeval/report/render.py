@@ -6,7 +6,7 @@ import csv
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from hcot_lmeval.report.statistics import Estimate
@@ -38,21 +38,34 @@ def latex(table: Table) -> str:
 
 def csv_text(table: Table) -> str:
     """Returns a table as comma-separated values, unrounded; an estimate takes three columns."""
-    rows = [list(_flat(table.heads, row)) for row in table.rows]
-    names = list(dict.fromkeys(name for row in rows for name, _ in row))
+    rows: list[dict[str, Any]] = []
+    for row in table.rows:
+        rows.append({})
+        for head, cell in zip(table.heads, row, strict=True):
+            if isinstance(cell, Estimate):
+                bounds = {f"{head.column} low": cell.low, f"{head.column} high": cell.high}
+                rows[-1] |= {head.column: cell.value, **bounds}
+            else:
+                rows[-1][head.column] = "" if cell is None else cell
     out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(dict(row) for row in rows)
+    writer.writerows(rows)
     return out.getvalue()
 
 
 def json_value(table: Table) -> dict[str, Any]:
     """Returns a table as JSON values, unrounded."""
-    rows = [{_key(head): _plain(cell) for head, cell in zip(table.heads, row, strict=True)} for row in table.rows]
+    rows = [
+        {
+            head.column: asdict(cell) if isinstance(cell, Estimate) else cell
+            for head, cell in zip(table.heads, row, strict=True)
+        }
+        for row in table.rows
+    ]
     return {
         "title": table.title,
-        "columns": {_key(head): head.meaning or head.name for head in table.heads},
+        "columns": {head.column: head.meaning or head.name for head in table.heads},
         "rows": rows,
         "notes": list(table.notes),
     }
@@ -64,7 +77,8 @@ def parts(table: Table) -> Iterator[Table]:
     names = list(range([*texts, False].index(False)))
     chosen = list(names)
     for i in range(len(names), len(table.heads)):
-        if len(chosen) > len(names) and _width(_columns(table, [*chosen, i])) > WIDTH:
+        wider = _tabulate(_columns(table, [*chosen, i]), "simple").splitlines()
+        if len(chosen) > len(names) and max(map(len, wider)) > WIDTH:
             yield _columns(table, chosen)
             chosen = list(names)
         chosen.append(i)
@@ -74,10 +88,6 @@ def parts(table: Table) -> Iterator[Table]:
 def _columns(table: Table, chosen: Sequence[int]) -> Table:
     rows = tuple(tuple(row[i] for i in chosen) for row in table.rows)
     return replace(table, heads=tuple(table.heads[i] for i in chosen), rows=rows)
-
-
-def _width(table: Table) -> int:
-    return max(map(len, _tabulate(table, "simple").splitlines()))
 
 
 def meanings(table: Table) -> list[str]:
@@ -114,21 +124,3 @@ def _tabulate(table: Table, style: Style) -> str:
 
 def _markdown_text(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _flat(heads: tuple[Head, ...], row: tuple[Cell, ...]) -> Iterator[tuple[str, Any]]:
-    for head, cell in zip(heads, row, strict=True):
-        if isinstance(cell, Estimate):
-            yield from ((_key(head), cell.value), (f"{_key(head)} low", cell.low), (f"{_key(head)} high", cell.high))
-        else:
-            yield _key(head), "" if cell is None else cell
-
-
-def _plain(cell: Cell) -> Any:
-    if isinstance(cell, Estimate):
-        return {"value": cell.value, "low": cell.low, "high": cell.high, "problems": cell.problems}
-    return cell
-
-
-def _key(head: Head) -> str:
-    return head.key or head.name

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 STAMP = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}\.\d+)$")
 """Time stamp at the end of the name of a results or samples file (lm-eval 0.4)."""
@@ -24,10 +24,45 @@ PREFERRED = ("acc", "avg@", "exact_match")
 """Beginnings of the names of metrics that can be the accuracy of a run, the preferred first."""
 GROUPINGS = ("level", "depth", "variables")
 """Columns of our tasks' documents by which problems are grouped, easiest first."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Generation kwargs that limit the generated tokens of a request; of several lm-eval takes the first of this order."""
+TORCH_VERSION = re.compile(r"^PyTorch version: (\S+)$", re.MULTILINE)
+"""Its line in what ``torch.utils.collect_env`` prints."""
+UNBOUND = 2**63
+"""No limit."""
 
 
 class ResultsError(ValueError):
     """A folder does not hold what a comparison needs."""
+
+
+class Checkpoint(NamedTuple):
+    """What tells the weights of one run from those of another, as far as their names do."""
+
+    name: str
+    revision: str
+    peft: str
+    delta: str
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in self if part not in ("", "main"))
+
+
+class Budget(NamedTuple):
+    """The limit on the generated tokens of a request, pruned ones included.
+
+    Without pruning nothing can be generated beyond the context window, so that every limit from the window up does
+    the same. Two runs have the same budget if some one limit would have left both as they are: `low` <= it <= `high`.
+    """
+
+    low: int
+    high: int
+
+    def agrees_with(self, other: Budget) -> bool:
+        return max(self.low, other.low) <= min(self.high, other.high)
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low} or more"
 
 
 @dataclass(frozen=True)
@@ -68,28 +103,92 @@ class Run:
     @property
     def policy(self) -> str | None:
         """``off``, ``recompute``, ``evict``, or None for a model that is not ours."""
-        return self.totals["pruning"] if self.totals else None
+        return self._total("pruning")
 
     @property
     def ablation(self) -> str | None:
         """The variant of the rule (`hcot_lmeval.ablation`), or None for the rule itself."""
-        return self.totals.get("ablation") if self.totals else None
+        return self._total("ablation")
 
     @property
     def controls(self) -> str | None:
         """What was done beside the model's wish (`hcot_lmeval.control`), as ``name=value``; None for nothing."""
-        found = self.totals.get("controls") if self.totals else None
+        found = self._total("controls")
         return " ".join(f"{name}={value}" for name, value in found.items()) if found else None
 
     @property
     def max_context(self) -> int | None:
         """Most live tokens of a request, or None for a model that is not ours."""
-        return self.totals["max_context"] if self.totals else None
+        return self._total("max_context")
 
     @property
     def seed(self) -> int | None:
         """Of the sampling, or None for a model that is not ours."""
-        return self.totals["seed"] if self.totals else None
+        return self._total("seed")
+
+    @property
+    def clock(self) -> str | None:
+        """What the chat template read as the time, or None if it read none."""
+        return self._total("clock")
+
+    def _total(self, key: str) -> Any:
+        return self.totals.get(key) if self.totals else None
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The model arguments as they were given; older releases of lm-eval record one string."""
+        given = self.config.get("model_args") or {}
+        if isinstance(given, str):
+            return dict(pair.split("=", 1) for pair in given.split(",") if "=" in pair)
+        return dict(given)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        args = self.model_args
+        name = args.get("pretrained") or args.get("model") or self.results.get("model_name") or ""
+        return Checkpoint(str(name).rstrip("/"), *(str(args.get(key) or "") for key in ("revision", "peft", "delta")))
+
+    @property
+    def is_templated(self) -> bool:
+        """Whether prompts were put into a chat template, by lm-eval or by ``--model hcot`` itself."""
+        return bool(self.results.get("chat_template_sha") or self._total("chat_template"))
+
+    @property
+    def task_config(self) -> Mapping[str, Any]:
+        """The configuration of the task, as it was in force."""
+        return self.results["configs"][self.task]
+
+    @property
+    def generation_kwargs(self) -> dict[str, Any]:
+        """Those of the task, ``--gen_kwargs`` included."""
+        return dict(self.task_config.get("generation_kwargs") or {})
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget in force; None if the files do not tell, as for another model whose task names no limit.
+
+        The task's generation kwargs come first, then the default of the model: for ``hcot`` as it recorded it, for
+        another model its argument ``max_gen_toks``.
+        """
+        kwargs, totals = self.generation_kwargs, self.totals
+        default = totals["max_gen_toks"] if totals else self.model_args.get("max_gen_toks")
+        limit = next((kwargs[name] for name in LIMITS if kwargs.get(name) is not None), default)
+        if limit is None:
+            return None
+        if totals and totals["pruning"] == "off" and int(limit) >= totals["max_context"]:
+            return Budget(totals["max_context"], UNBOUND)
+        return Budget(int(limit), int(limit))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what computed the run, as far as its files tell them."""
+        torch = TORCH_VERSION.search(self.results.get("pretty_env_info") or "")
+        found = {
+            "lm-eval": self.results.get("lm_eval_version"),
+            "transformers": self.results.get("transformers_version"),
+            "torch": torch[1] if torch else None,
+        }
+        return {name: str(version) for name, version in found.items() if version not in (None, "N/A")}
 
     @cached_property
     def scores(self) -> dict[int, float]:
@@ -103,19 +202,19 @@ class Run:
             return None
         return tuple(stats for sample in self.samples for stats in sample["requests"])
 
-    def groups(self, column: str) -> dict[Any, tuple[dict[str, Any], ...]]:
-        """Returns the samples for each value of a column of the documents, in the order of first appearance.
+    def groups(self, column: str) -> dict[Any, list[int]]:
+        """Returns the doc_ids for each value of a column of the documents, in the order of first appearance.
 
         Raises:
             ResultsError: the documents have no such column.
         """
-        found: dict[Any, list[dict[str, Any]]] = {}
+        found: dict[Any, list[int]] = {}
         for sample in self.samples:
             if column not in sample["doc"]:
                 known = ", ".join(sorted(sample["doc"]))
                 raise ResultsError(f"documents of {self.task} have no column {column!r}; they have {known}")
-            found.setdefault(sample["doc"][column], []).append(sample)
-        return {value: tuple(samples) for value, samples in found.items()}
+            found.setdefault(sample["doc"][column], []).append(sample["doc_id"])
+        return found
 
     @property
     def grouping(self) -> str | None:
@@ -135,8 +234,8 @@ def read_runs(
 
     Args:
         directory: the ``--output_path`` of one or more evaluations, or a folder above it.
-        tasks: names of tasks to read; None: all.
-        metric: the metric to take for the accuracy; None: the first of `PREFERRED` that the samples have.
+        tasks: those to read; None: all.
+        metric: the accuracy; None: the first of `PREFERRED` that the samples have.
         filter_name: of lm-eval's filters, where a task has several; None: the first.
 
     Raises:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from hcot_lmeval.report.columns import COSTS, TOKENS, Column, endings
 from hcot_lmeval.report.entries import Entry, difficulty
 from hcot_lmeval.report.statistics import Estimate, Paired, estimate, holm, honest_sentence, is_significant, paired
 
@@ -35,6 +34,10 @@ class Head:
     signed: bool = False
     least: float = 0.0
     key: str = ""
+
+    @property
+    def column(self) -> str:
+        return self.key or self.name
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,31 @@ class Test:
     baseline: str
     name: str
     paired: Paired
-    corrected_p: float = field(default=float("nan"))
+    corrected_p: float
+
+
+def windows_table(
+    entries: Sequence[Entry], levels: Sequence[Any], cell: Callable[[Entry, Any], Cell]
+) -> tuple[tuple[Head, ...], tuple[tuple[Cell, ...], ...]]:
+    """The layout of the published tables: a row for each level and model, a column for each window.
+
+    Args:
+        entries: of one task.
+        levels: of the rows; None: all problems.
+        cell: what an entry has at a level.
+
+    Returns:
+        Heads and rows, without a column of levels.
+    """
+    windows = sorted({entry.window for entry in entries}, key=lambda w: (w is None, w or 0))
+    at = {(entry.family, entry.window): entry for entry in entries}
+    rows = [
+        (family, *(cell(at[family, w], level) if (family, w) in at else None for w in windows))
+        for level in levels
+        for family in dict.fromkeys(entry.family for entry in entries)
+    ]
+    names = ("own limit" if window is None else str(window) for window in windows)
+    return (Head("run"), *(Head(name, digits=1, scale=100) for name in names)), tuple(rows)
 
 
 def shares_table(
@@ -77,7 +104,7 @@ def shares_table(
     resamples: int,
     seed: int,
 ) -> Table:
-    """A share of problems, in the layout of the published tables: a row for each level and model, a column a window.
+    """A share of problems, with the interval of all.
 
     Args:
         entries: of one task.
@@ -88,30 +115,22 @@ def shares_table(
         resamples: of the bootstrap; 0: no intervals.
         seed: of the bootstrap.
     """
-    windows = sorted({entry.window for entry in entries}, key=lambda w: (w is None, w or 0))
-    families = list(dict.fromkeys(entry.family for entry in entries))
-    at = {(entry.family, entry.window): entry for entry in entries}
 
-    def cell(family: str, window: int | None, level: Any) -> Cell:
-        entry = at.get((family, window))
-        found = None if entry is None else values(entry)
-        if entry is None or found is None:
-            return None
-        ids = list(found) if level is None else (entry.groups(str(by)).get(level) or [])
-        chosen = [found[i] for i in ids]
+    def cell(entry: Entry, level: Any) -> Cell:
+        found = values(entry) or {}
+        ids = list(found) if level is None else (entry.runs[0].groups(str(by)).get(level) or [])
+        chosen = [found[i] for i in ids if found]
         if not chosen:
             return None
         return estimate(chosen, resamples=resamples, seed=seed) if level is None else sum(chosen) / len(chosen)
 
-    levels = [] if by is None else sorted({v for entry in entries for v in entry.groups(by)}, key=difficulty)
-    rows = [
-        (str(level) if level is not None else "all", family, *(cell(family, window, level) for window in windows))
-        for level in [*levels, None]
-        for family in families
-    ]
-    heads = [Head(by or ""), Head("run"), *(Head(window_name(window), digits=1, scale=100) for window in windows)]
+    found = {level for entry in entries for level in entry.runs[0].groups(by)} if by else ()
+    levels = [*sorted(found, key=difficulty), None]
+    heads, rows = windows_table(entries, levels, cell)
+    names = [str(level) if level is not None else "all" for level in levels for _ in range(len(rows) // len(levels))]
     note = f"percent of {len(entries[0].scores)} problems; 95 % interval of all"
-    return Table(key, title, tuple(heads), tuple(rows), (note, *seeds_note(entries)))
+    labelled = tuple((name, *row) for name, row in zip(names, rows, strict=True))
+    return Table(key, title, (Head(by or ""), *heads), labelled, (note, *seeds_note(entries)))
 
 
 def seeds_note(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -124,55 +143,21 @@ def seeds_note(entries: Sequence[Entry]) -> tuple[str, ...]:
     return (f"means over seeds: {'; '.join(f'{count} of {name}' for name, count in counts.items())}",)
 
 
-def window_name(window: int | None) -> str:
-    """The head of a window's column."""
-    return "own limit" if window is None else str(window)
-
-
 def weighted_table(entries: Sequence[Entry]) -> Table | None:
     """PolyMath's difficulty-weighted accuracy, or None for another task."""
     from hcot_lmeval.scoring.aggregate import difficulty_weighted
 
     if not all("dw_acc" in sample for entry in entries for run in entry.runs for sample in run.samples):
         return None
-    windows = sorted({entry.window for entry in entries}, key=lambda w: (w is None, w or 0))
-    at = {(entry.family, entry.window): entry for entry in entries}
 
-    def cell(family: str, window: int | None) -> Cell:
-        entry = at.get((family, window))
-        if entry is None:
-            return None
+    def cell(entry: Entry, _: Any) -> Cell:
         pairs = [[tuple(sample["dw_acc"]) for sample in run.samples] for run in entry.runs]
         mean = sum(difficulty_weighted(items) for items in pairs) / len(pairs)
         return None if math.isnan(mean) else mean
 
-    rows = [(f, *(cell(f, w) for w in windows)) for f in dict.fromkeys(entry.family for entry in entries)]
-    heads = (Head("run"), *(Head(window_name(window), digits=1, scale=100) for window in windows))
     weights = "percent; levels low, medium, high, top weigh 1, 2, 4, 8 (PolyMath, arXiv 2504.18428)"
     notes = (f"{weights}; empty where a level has no problem", *seeds_note(entries))
-    return Table("weighted", "Difficulty-weighted accuracy", heads, tuple(rows), notes)
-
-
-def columns_table(entries: Sequence[Entry], key: str, title: str, columns: Sequence[Column]) -> Table:
-    """One row for each entry, a column for each of `columns`, their meanings below."""
-    heads = [Head("run"), *(Head(c.head, c.meaning, c.digits, key=c.key) for c in columns)]
-    rows = [(entry.name, *(column.value(entry) for column in columns)) for entry in entries]
-    return Table(key, title, tuple(heads), tuple(rows))
-
-
-def tokens_table(entries: Sequence[Entry]) -> Table:
-    """What was generated, thrown away and forwarded again."""
-    return columns_table(entries, "tokens", "Tokens of a response", TOKENS)
-
-
-def costs_table(entries: Sequence[Entry]) -> Table:
-    """Context, memory and time."""
-    return columns_table(entries, "costs", "Context, memory and time", COSTS)
-
-
-def endings_table(entries: Sequence[Entry]) -> Table:
-    """Why responses ended, their blocks, and their faults of notation by kind."""
-    return columns_table(entries, "endings", "Ends, blocks, and faults of notation", endings(entries))
+    return Table("weighted", "Difficulty-weighted accuracy", *windows_table(entries, [None], cell), notes)
 
 
 def find_tests(entries: Sequence[Entry], baseline: str | None, *, resamples: int, seed: int) -> list[Test]:
@@ -192,25 +177,24 @@ def find_tests(entries: Sequence[Entry], baseline: str | None, *, resamples: int
     if not any(baseline in (entry.name, entry.family) for entry in entries):
         names = dict.fromkeys(name for entry in entries for name in (entry.family, entry.name))
         raise ValueError(f"baseline={baseline!r} is not a run here; choose one of {'; '.join(names)}")
-    found = []
-    for entry in entries:
-        other = _baseline_of(entry, entries, baseline)
-        if other is not None:
-            result = paired(other.scores, entry.scores, resamples=resamples, seed=seed)
-            found.append(Test(entry.task, other.name, entry.name, result))
-    ps = holm([test.paired.p for test in found])
-    return [Test(t.task, t.baseline, t.name, t.paired, p) for t, p in zip(found, ps, strict=True)]
+    pairs = [(other, entry) for entry in entries for other in _baseline_of(entry, entries, baseline)]
+    found = [paired(other.scores, entry.scores, resamples=resamples, seed=seed) for other, entry in pairs]
+    ps = holm([test.p for test in found])
+    return [
+        Test(entry.task, other.name, entry.name, test, p)
+        for (other, entry), test, p in zip(pairs, found, ps, strict=True)
+    ]
 
 
-def _baseline_of(entry: Entry, entries: Sequence[Entry], baseline: str) -> Entry | None:
+def _baseline_of(entry: Entry, entries: Sequence[Entry], baseline: str) -> list[Entry]:
+    """What the entry is compared with; none for the baseline itself and where nothing fits."""
     same_task = [other for other in entries if other.task == entry.task]
     exact = [other for other in same_task if other.name == baseline]
     family = [other for other in same_task if other.family == baseline]
     if entry in (exact or family):
-        return None
+        return []
     same_window = [other for other in family if other.window == entry.window]
-    candidates = exact or same_window or (family if len(family) == 1 else [])
-    return candidates[0] if candidates else None
+    return (exact or same_window or (family if len(family) == 1 else []))[:1]
 
 
 def tests_table(tests: Sequence[Test]) -> Table:
@@ -229,16 +213,10 @@ def tests_table(tests: Sequence[Test]) -> Table:
     rows = []
     for test in tests:
         r = test.paired
-        numbers = (r.better, r.worse, r.difference, r.low, r.high, r.p, test.corrected_p)
-        rows.append((test.name, test.baseline, *numbers))
-    problems = tests[0].paired.problems
-    notes = (*disagreement_note(tests), honest_sentence(problems, [test.paired for test in tests]))
-    return Table("tests", "Paired tests on the same problems", heads, tuple(rows), notes)
-
-
-def disagreement_note(tests: Sequence[Test]) -> tuple[str, ...]:
-    """Says which to believe, if an interval leaves zero out although the test does not reject."""
-    found = (test.paired for test in tests)
+        rows.append((test.name, test.baseline, r.better, r.worse, r.difference, r.low, r.high, r.p, test.corrected_p))
+    found = [test.paired for test in tests]
+    notes = [honest_sentence(found[0].problems, found)]
     if any((r.low > 0 or r.high < 0) and not is_significant(r.p) for r in found):
-        return ("where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow",)
-    return ()
+        told = "where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow"
+        notes.insert(0, told)
+    return Table("tests", "Paired tests on the same problems", heads, tuple(rows), tuple(notes))

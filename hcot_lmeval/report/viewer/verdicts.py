@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.report.recorded import checkpoint
 from hcot_lmeval.report.results import Run, read_runs
 from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 
@@ -119,7 +118,7 @@ def _unfitting(what: str) -> ViewerError:
 def _fits(source: Source, run: Run) -> bool:
     """Whether an evaluation was made with the settings of the notes, and with their model where both name it."""
     wanted = [source.run.get(key) for key in ("pruning", "max_context", "ablation")]
-    made = checkpoint(run)
+    made = run.checkpoint
     names = {source.run.get("name"), Path(made.peft or made.name).name} - {None, ""}
     return wanted == [run.policy, run.max_context, run.ablation] and len(names) < 2
 
