@@ -575,7 +575,7 @@ def test_help_is_light():
 
 
 def test_assets_are_those_that_the_page_names():
-    from hcot_lmeval.report.viewer.page import SCRIPTS
+    from hcot_lmeval.report.viewer.build import SCRIPTS
 
     folder = Path(math_module.__file__).with_name("web")
     assert {path.name for path in folder.iterdir()} == {*SCRIPTS, "page.html", "style.css"}

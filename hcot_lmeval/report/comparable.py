@@ -332,7 +332,7 @@ def _without_code(value: Any) -> Any:
 
 
 def _check_documents(one: Run, other: Run) -> None:
-    ours, theirs = _samples(one), _samples(other)
+    ours, theirs = one.by_doc, other.by_doc
     for run, more, lacking, fewer in ((other, ours, theirs, one), (one, theirs, ours, other)):
         if missing := more.keys() - lacking.keys():
             limits = f"--limit {fewer.config.get('limit')} and {run.config.get('limit')}"
@@ -343,10 +343,6 @@ def _check_documents(one: Run, other: Run) -> None:
             example = " and ".join(_short(samples[wrong[0]][part]) for samples in (ours, theirs))
             told = f"{_documents(wrong)} with another {part}, as in {example}"
             raise _refusal(one, other, told, f"{advice}: run both on the same data")
-
-
-def _samples(run: Run) -> dict[int, dict[str, Any]]:
-    return {sample["doc_id"]: sample for sample in run.samples}
 
 
 def _check_budgets(one: Run, other: Run) -> None:
@@ -375,7 +371,7 @@ def _check_prompts(one: Run, other: Run) -> None:
             _require(one, other, f"commits of {one.checkpoint}", mine, yours, "name one with revision=")
     elif ours or theirs:
         return
-    before, after = _samples(one), _samples(other)
+    before, after = one.by_doc, other.by_doc
     hashes = {doc_id: sample.get("prompt_hash") for doc_id, sample in after.items()}
     wrong = [doc_id for doc_id, sample in before.items() if sample.get("prompt_hash") != hashes.get(doc_id)]
     if wrong and not _differ_in_time_alone(one, other):
@@ -387,7 +383,7 @@ def _differ_in_time_alone(one: Run, other: Run) -> bool:
     if None in (one.clock, other.clock) or one.clock == other.clock:
         return False
     ours, theirs = (
-        {doc_id: str(sample["arguments"]["gen_args_0"]["arg_0"]) for doc_id, sample in _samples(run).items()}
+        {doc_id: str(sample["arguments"]["gen_args_0"]["arg_0"]) for doc_id, sample in run.by_doc.items()}
         for run in (one, other)
     )
     return len({_changed(ours[doc_id], theirs[doc_id]) for doc_id in ours}) == 1

@@ -196,6 +196,11 @@ class Run:
         return {sample["doc_id"]: float(sample[self.metric]) for sample in self.samples}
 
     @cached_property
+    def by_doc(self) -> dict[Any, dict[str, Any]]:
+        """doc_id -> sample."""
+        return {sample["doc_id"]: sample for sample in self.samples}
+
+    @cached_property
     def requests(self) -> tuple[Mapping[str, Any], ...] | None:
         """Statistics of every response (keys of `hcot_lmeval.events.Statistics`); None for a model that is not ours."""
         if not all("requests" in sample for sample in self.samples):

@@ -1,20 +1,36 @@
-"""From traces to the file: replays, packs and writes one trace at a time."""
+"""The page: one HTML file that needs nothing else and lets nothing in, written one trace at a time.
+
+Model output is untrusted. What keeps it inert, each enough by itself:
+
+* texts, formulas and structure are compressed and in base64, an alphabet without markup; the list's rows are JSON in
+  ASCII whose ``<``, ``>`` and ``&`` are escaped;
+* the page's script makes text nodes of texts and elements of names on a fixed list, never markup of strings;
+* a content security policy allows one script and one style, by their hashes, and no request of any kind.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
+import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from tqdm import tqdm
 
-from hcot_lmeval.report.viewer.page import render
 from hcot_lmeval.report.viewer.payload import index_row, pack, shorten_titles
 from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 from hcot_lmeval.report.viewer.tree import outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdicts
+
+SCRIPTS = ("core.js", "data.js", "rows.js", "draw.js", "curve.js", "pane.js", "list.js", "app.js")
+"""Joined in this order into the one script."""
 
 
 def write_page(
@@ -52,16 +68,42 @@ def write_page(
         shorten_titles(rows)
         blobs.seek(0)
         described = [{"name": source.name, "facts": source.facts, "notes": source.is_notes} for source in sources]
-        _replace(path, render(title, described, rows, (line.rstrip("\n") for line in blobs)))
+        index = {"title": title, "sources": described, "rows": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.part")
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.writelines(_parts(index, (line.rstrip("\n") for line in blobs)))
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
     return len(rows)
 
 
-def _replace(path: Path, parts: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _parts(index: dict[str, Any], blobs: Iterable[str]) -> Iterator[str]:
+    """The page in parts, to be written one after another."""
+    body = "\n".join(map(_asset, SCRIPTS))
+    script, style = f'(() => {{\n"use strict";\n{body}\n}})();\n', _asset("style.css")
+    text = json.dumps(index, separators=(",", ":"))  # what follows lets it stand in a script element
+    parts = {
+        "title": html.escape(index["title"]),
+        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        "script": script,
+        "index": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
+    }
+    for part in re.split(r"\{\{(\w+)\}\}", _asset("page.html")):
+        if part == "blobs":
+            yield from (f'<script type="text/plain" id="blob{i}">{blob}</script>\n' for i, blob in enumerate(blobs))
+        else:
+            yield parts.get(part, part)
+
+
+def _asset(name: str) -> str:
+    return files("hcot_lmeval.report.viewer").joinpath("web", name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

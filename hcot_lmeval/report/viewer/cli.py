@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from hcot_lmeval.markup import PRESETS, get_markup
@@ -121,13 +121,12 @@ def _decoder(name: str) -> Decode:
 
 
 def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace]:
-    number = 0
-    for trace in traces:
-        task_fits = not args.task or trace.task in args.task
-        doc_fits = not args.doc or str(trace.doc_id) in args.doc
-        if task_fits and doc_fits and (args.limit is None or number < args.limit):
-            number += 1
-            yield trace
+    fitting = (
+        trace
+        for trace in traces
+        if (not args.task or trace.task in args.task) and (not args.doc or str(trace.doc_id) in args.doc)
+    )
+    return islice(fitting, args.limit)
 
 
 def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts) -> None:

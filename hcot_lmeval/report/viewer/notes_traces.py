@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup
-from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError, records
+from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError, doc_name, records
 from hcot_lmeval.trace import LiveContext, Malformed, Policy
 
 Decode = Callable[[Sequence[int]], str]
@@ -51,62 +51,51 @@ def note_traces(source: Source, decode: Decode | None = None) -> Iterator[Trace]
 def _trace(source: Source, record: Record, markup: Markup, decode: Decode | None) -> Trace:
     prompt_ids, ids, meta = record["prompt_ids"], record["token_ids"], record["meta"]
     markers = find_markers(markup, record)
+    context = _context_maker(source.run, record, markers)
     if decode is not None:
         prompt, text, offsets = decode(prompt_ids), *_spelled(ids, decode)
     else:
         prompt, text, offsets = _written(source, record, markup, markers)
     last = record["events"][-1]
-    trace = Trace(
+    return Trace(
         source=source,
         task=str(meta.get("task", record["request"])),
-        doc_id=_name(meta.get("doc_id", record["request"])),
+        doc_id=doc_name(meta.get("doc_id", record["request"])),
         repeat=int(meta.get("repeat", record["sample"])),
         prompt=prompt,
         text=text,
         prompt_ids=prompt_ids,
         ids=ids,
         offsets=offsets,
-        context=_context_maker(source.run, record, markers),
+        context=context,
+        prompt_acts=_prompt_acts(record, context()),
         finish=last["reason"] if last["type"] == "Finish" else "",
         wall_seconds=record["statistics"]["wall_seconds"],
         recorded=record["events"],
     )
-    return replace(trace, prompt_acts=_prompt_acts(record, trace))
-
-
-def _name(value: Any) -> int | str:
-    return value if isinstance(value, int) else str(value)
 
 
 # --- the rule of the run ----------------------------------------------------------------------------------------------
 
 
 def find_markers(markup: Markup, record: Record) -> MarkerIds:
-    """Reads the ids of the markers off the events; a marker that was never generated gets an id that no token has."""
+    """Reads the ids of the markers off the events; what was never generated gets an id that no token has.
+
+    The lead of a flat notation is the token behind the split of any block that was closed without lacking its lead.
+    """
     found = {"open": -1, "split": -2, "close": -3}
-    first = len(record["prompt_ids"])
-    for event in record["events"]:
-        if event["type"] in ACTS:
-            found[ACTS[event["type"]]] = event["id"]
-        elif event["type"] == "Fault" and event["kind"] in STRAYS:
-            found[STRAYS[event["kind"]]] = record["token_ids"][event["index"] - first]
-    lead = None if markup.lead is None else _find_lead(record)
-    return MarkerIds(**found, keep=markup.keep, nested=markup.nested, lead=lead)
-
-
-def _find_lead(record: Record) -> int:
-    """The token behind the split of any block of a flat notation that was closed without lacking its lead."""
-    first = len(record["prompt_ids"])
-    missed = {event["index"] for event in record["events"] if event.get("kind") == Malformed.MISSING_LEAD}
-    split: int | None = None
-    for event in record["events"]:
-        if event["type"] == "Open":
-            split = None
-        elif event["type"] == "Split":
-            split = event["index"]
-        elif event["type"] in ("Close", "Prune") and split is not None and event["index"] not in missed:
-            return int(record["token_ids"][split + 1 - first])
-    return -4
+    lead, split, events = -4, None, record["events"]
+    tokens = dict(enumerate(record["token_ids"], len(record["prompt_ids"])))
+    missed = {event["index"] for event in events if event.get("kind") == Malformed.MISSING_LEAD}
+    for event in events:
+        act = ACTS.get(event["type"]) or STRAYS.get(event.get("kind"))
+        if act is not None:
+            found[act] = tokens[event["index"]]
+        if event["type"] in ("Open", "Split"):
+            split = event["index"] if event["type"] == "Split" else None
+        elif event["type"] in ("Close", "Prune") and split is not None and event["index"] not in missed and lead < 0:
+            lead = tokens[split + 1]
+    return MarkerIds(**found, keep=markup.keep, nested=markup.nested, lead=lead if markup.lead is not None else None)
 
 
 def _context_maker(run: Mapping[str, Any], record: Record, markers: MarkerIds) -> Callable[[], LiveContext]:
@@ -131,16 +120,16 @@ def _seed(record: Record) -> int:
     return derive_seed(record["meta"].get("seed", 0), record["sample"])
 
 
-def _prompt_acts(record: Record, trace: Trace) -> bool:
+def _prompt_acts(record: Record, context: LiveContext) -> bool:
     """Whether markers in the prompt acted: the notes say how much of it stayed, and at which depth it ended."""
-    first = next((e for e in record["events"] if "depth" in e), None)
-    if first is None:
-        return record["events"][0]["live"] < len(trace.prompt_ids)
-    context = trace.context()
-    for token in trace.prompt_ids:
+    length = len(record["prompt_ids"])
+    first = next((event for event in record["events"] if "depth" in event), None)
+    if first is None or record["events"][0]["live"] < length:
+        return record["events"][0]["live"] < length
+    for token in record["prompt_ids"]:
         context.push_inert(token)
-    steps = [context.push(token) for token in trace.ids[: first["index"] + 1 - len(trace.prompt_ids)]]
-    return record["events"][0]["live"] < len(trace.prompt_ids) or steps[-1].depth != first["depth"]
+    steps = [context.push(token) for token in record["token_ids"][: first["index"] + 1 - length]]
+    return steps[-1].depth != first["depth"]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -163,7 +152,7 @@ def _written(source: Source, record: Record, markup: Markup, markers: MarkerIds)
     if "text" not in record:
         text = "".join(f"{token} " for token in ids)
         prompt = " ".join(map(str, record["prompt_ids"]))
-        return prompt, text, offsets_of([len(str(token)) + 1 for token in ids])
+        return prompt, text, [0, *accumulate(len(str(token)) + 1 for token in ids)]
     text = record["text"]
     spelling = {markers.open: markup.open, markers.split: markup.split, markers.close: markup.close}
     acting = [(i, spelling[token]) for i, token in enumerate(ids) if token in spelling]
@@ -175,14 +164,6 @@ def _written(source: Source, record: Record, markup: Markup, markers: MarkerIds)
         )
     known = [(i, at, marker) for (i, marker), at in zip(acting, places, strict=True)]
     return record["prompt"], text, spread(len(ids), len(text), known)
-
-
-def offsets_of(lengths: Sequence[int]) -> list[int]:
-    """Returns where pieces of these lengths begin, and at last where all end."""
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return offsets
 
 
 def locate(text: str, wanted: Sequence[str], count: int, indices: Sequence[int]) -> list[int] | None:

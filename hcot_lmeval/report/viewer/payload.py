@@ -26,7 +26,7 @@ from typing import Any
 
 from hcot_lmeval.report.viewer.mathml import Tree, formulas, mathml
 from hcot_lmeval.report.viewer.reading import Trace
-from hcot_lmeval.report.viewer.tree import Outline, Segment
+from hcot_lmeval.report.viewer.tree import Outline, Segment, borders
 from hcot_lmeval.report.viewer.verdicts import Verdict
 
 SPARK = 48
@@ -49,17 +49,14 @@ def structure(trace: Trace, outline: Outline) -> dict[str, Any]:
     return {
         "segments": _segments(trace, outline.segments),
         "blocks": [
-            [b.open, _place(b.split), _place(b.close), b.depth, b.thought, b.solution, b.pruned] for b in outline.blocks
+            [b.open, *(-1 if i is None else i for i in (b.split, b.close)), b.depth, b.thought, b.solution, b.pruned]
+            for b in outline.blocks
         ],
         "growth": outline.growth,
-        "formulas": _formulas(trace.text, _borders(trace, outline.segments), trees),
+        "formulas": _formulas(trace.text, borders(trace, outline.segments), trees),
         "prompt_formulas": _formulas(trace.prompt, [0, len(trace.prompt)], trees),
         "trees": [json.loads(tree) for tree in trees],
     }
-
-
-def _place(segment: int | None) -> int:
-    return -1 if segment is None else segment
 
 
 def index_row(trace: Trace, outline: Outline, verdict: Verdict, source: int) -> dict[str, Any]:
@@ -126,24 +123,17 @@ def live_over_time(outline: Outline) -> list[int]:
 
 
 def _segments(trace: Trace, segments: Sequence[Segment]) -> list[list[Any]]:
-    borders = _units(trace.text, _borders(trace, segments))
+    widths = (stop - start for start, stop in pairwise(_units(trace.text, borders(trace, segments))))
     return [
-        [s.kind.value[0], s.count, stop - start, s.depth, s.gone or 0, s.fault.value if s.fault else 0]
-        for s, start, stop in zip(segments, borders[:-1], borders[1:], strict=True)
+        [s.kind.value[0], s.count, width, s.depth, s.gone or 0, s.fault.value if s.fault else 0]
+        for s, width in zip(segments, widths, strict=True)
     ]
 
 
-def _borders(trace: Trace, segments: Sequence[Segment]) -> list[int]:
-    """Where each segment begins in the text, and at last where the text ends."""
-    first = len(trace.prompt_ids)
-    starts = [trace.offsets[segment.start - first] for segment in segments]
-    return [*starts, len(trace.text)]
-
-
-def _formulas(text: str, borders: Sequence[int], trees: dict[str, int]) -> list[list[int]]:
-    """The formulas within the stretches between `borders`; none reaches across a marker."""
+def _formulas(text: str, edges: Sequence[int], trees: dict[str, int]) -> list[list[int]]:
+    """The formulas within the stretches between `edges`; none reaches across a marker."""
     found: list[tuple[int, int, int]] = []
-    for begin, end in pairwise(borders):
+    for begin, end in pairwise(edges):
         for formula in formulas(text[begin:end]):
             tree: Tree | None = mathml(formula.latex, formula.display)
             if tree is not None:

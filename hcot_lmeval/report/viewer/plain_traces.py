@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
-from typing import Any
 
-from hcot_lmeval.markup import MarkerIds, Markup, resolve_markers
-from hcot_lmeval.report.viewer.reading import USUAL, Columns, Source, Trace, ViewerError, records
+from hcot_lmeval.markup import Markup, resolve_markers
+from hcot_lmeval.report.viewer.reading import USUAL, Columns, Source, Trace, ViewerError, doc_name, records
 from hcot_lmeval.trace import LiveContext, Policy
 
 Cut = Callable[[str], list[str]]
 """Cuts a text that holds no marker into tokens; joined again they are the text."""
 
-PIECE = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
-"""A word, or another sign, with the space before it: about what a tokenizer makes of English."""
-
-
-def pieces(text: str) -> list[str]:
-    """Cuts a text into words and other signs; joined again they are the text."""
-    return PIECE.findall(text)
+pieces: Cut = re.compile(r"\s*\w+|\s*[^\w\s]|\s+").findall
+"""Words and other signs, with the space before them: about what a tokenizer makes of English."""
 
 
 def tokenizer_cut(name: str) -> Cut:
@@ -38,8 +32,7 @@ def tokenizer_cut(name: str) -> Cut:
     def cut(text: str) -> list[str]:
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         starts = list(accumulate((start for start, _ in spans), max))  # the bytes of one character share its start
-        borders = [0, *starts[1:], len(text)]
-        return [text[a:b] for a, b in pairwise(borders)] if spans else []
+        return [text[a:b] for a, b in pairwise([0, *starts[1:], len(text)])] if spans else []
 
     return cut
 
@@ -59,48 +52,31 @@ def plain_traces(
     Raises:
         ViewerError: a row has no text.
     """
-    for path in source.paths:
-        for number, row in enumerate(records(path)):
-            name = columns.find(row, "text")
-            if name is None or not isinstance(row[name], str):
-                wanted = columns.text or " or ".join(USUAL["text"])
-                raise ViewerError(
-                    f"{path}, row {number + 1}: no column {wanted}, only {', '.join(row)}; choose with --text-column"
-                )
-            yield _trace(source, path.stem, number, row, name, markup, policy, columns, cut)
-
-
-def _trace(
-    source: Source,
-    task: str,
-    number: int,
-    row: Mapping[str, Any],
-    column: str,
-    markup: Markup,
-    policy: Policy,
-    columns: Columns,
-    cut: Cut | None,
-) -> Trace:
-    prompt, gold = (columns.find(row, role) for role in ("prompt", "gold"))
     vocabulary: dict[str, int] = {marker: i for i, marker in enumerate(markup.markers)}
-    markers: MarkerIds = resolve_markers(markup, vocabulary.get)
-    text = row[column]
-    tokens = cut_at_markers(text, markup, cut or pieces)
-    prompt_text = str(row[prompt]) if prompt else ""
-    return Trace(
-        source=source,
-        task=task,
-        doc_id=number if row.get("id") is None else row["id"] if isinstance(row["id"], int) else str(row["id"]),
-        repeat=0,
-        prompt=prompt_text,
-        text=text,
-        prompt_ids=[len(vocabulary)] * len((cut or pieces)(prompt_text)),
-        ids=[vocabulary.get(token, len(vocabulary)) for token in tokens],
-        offsets=[0, *accumulate(map(len, tokens))],
-        context=lambda: LiveContext(markers, policy),
-        unit="token" if cut else "piece",
-        gold=str(row[gold]) if gold else None,
-    )
+    markers = resolve_markers(markup, vocabulary.get)
+    for path, number, row in ((file, *pair) for file in source.paths for pair in enumerate(records(file))):
+        column, prompt, gold = (columns.find(row, role) for role in ("text", "prompt", "gold"))
+        if column is None or not isinstance(row[column], str):
+            wanted = columns.text or " or ".join(USUAL["text"])
+            raise ViewerError(
+                f"{path}, row {number + 1}: no column {wanted}, only {', '.join(row)}; choose with --text-column"
+            )
+        tokens = cut_at_markers(row[column], markup, cut or pieces)
+        prompt_text = str(row[prompt]) if prompt else ""
+        yield Trace(
+            source=source,
+            task=path.stem,
+            doc_id=number if row.get("id") is None else doc_name(row["id"]),
+            repeat=0,
+            prompt=prompt_text,
+            text=row[column],
+            prompt_ids=[len(vocabulary)] * len((cut or pieces)(prompt_text)),
+            ids=[vocabulary.get(token, len(vocabulary)) for token in tokens],
+            offsets=[0, *accumulate(map(len, tokens))],
+            context=lambda: LiveContext(markers, policy),
+            unit="token" if cut else "piece",
+            gold=str(row[gold]) if gold else None,
+        )
 
 
 def cut_at_markers(text: str, markup: Markup, cut: Cut) -> list[str]:

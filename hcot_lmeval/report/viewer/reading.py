@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ class Trace:
         return f"{self.task}/{self.doc_id}/{self.repeat} of {self.source.name}"
 
 
+def doc_name(value: Any) -> int | str:
+    """Returns a `Trace.doc_id`: anything but a number as text."""
+    return value if isinstance(value, int) else str(value)
+
+
 USUAL = {
     "text": ("hierarchical_cot", "generated_solution", "text", "response", "output"),
     "prompt": ("question", "problem", "prompt"),
@@ -131,12 +136,11 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
         ViewerError: a path does not exist, holds no traces, or is given twice.
     """
     sources = [source for path in paths for source in _sources_of(path)]
-    seen: dict[Path, Source] = {}
-    for source in sources:
-        for path in source.paths:
-            if path.resolve() in seen:
-                raise ViewerError(f"{path} is given twice; name each file or folder once")
-            seen[path.resolve()] = source
+    seen: set[Path] = set()
+    for path in (path for source in sources for path in source.paths):
+        if path.resolve() in seen:
+            raise ViewerError(f"{path} is given twice; name each file or folder once")
+        seen.add(path.resolve())
     return _named(sources)
 
 
@@ -144,50 +148,37 @@ def _sources_of(path: Path) -> list[Source]:
     if not path.exists():
         raise ViewerError(f"{path} does not exist; give a file or folder of notes (model argument notes=DIR)")
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    firsts = {file: first_record(file) for file in files if not is_samples(file)}
-    firsts = {file: first for file, first in firsts.items() if first.get("schema") in (None, SCHEMA)}
-    if not firsts:
+    grouped: dict[str, tuple[Mapping[str, Any], list[Path]]] = {}
+    for file in files:
+        if file.name.startswith("samples_") and STAMP.search(file.stem):
+            continue
+        header = _first_record(file)
+        if header.get("schema") is None:
+            grouped[str(file)] = {}, [file]
+        elif header["schema"] == SCHEMA:
+            run = header["run"] or {"pruning": None}
+            grouped.setdefault(json.dumps(header, sort_keys=True), (run, []))[1].append(file)
+    if not grouped:
         raise ViewerError(f"no notes in {path}; run lm_eval with the model argument notes=DIR and give DIR")
-    grouped: dict[str, list[Path]] = {}
-    headers: dict[str, Mapping[str, Any]] = {}
-    for file, header in firsts.items():
-        is_notes = header.get("schema") == SCHEMA
-        key = json.dumps(header, sort_keys=True) if is_notes else str(file)
-        grouped.setdefault(key, []).append(file)
-        headers[key] = (header["run"] or {"pruning": None}) if is_notes else {}
     alone = len(grouped) == 1 and path.is_dir()
-    names = {key: path.name if alone else found[0].stem for key, found in grouped.items()}
-    return [Source(names[key], tuple(found), headers[key]) for key, found in grouped.items()]
+    return [Source(path.name if alone else found[0].stem, tuple(found), run) for run, found in grouped.values()]
 
 
 def _named(sources: Sequence[Source]) -> list[Source]:
     """Gives sources names that tell them apart: by model, policy and window where that does, else with a number."""
-    labels = [_label(source) for source in sources]
+    facts = ("name", "pruning", "ablation", "max_context")
+    told = [[str(source.run[key]) for key in facts if source.run.get(key) is not None] for source in sources]
+    labels = [", ".join(words) or source.name for words, source in zip(told, sources, strict=True)]
     if len(set(labels)) < len(labels):
         labels = [f"{label} ({source.name})" for label, source in zip(labels, sources, strict=True)]
     taken: list[str] = []
     for label in labels:
         taken.append(label if labels.count(label) == 1 else f"{label} {taken.count(label) + 1}")
     unique = [f"{number + 1}: {name}" if taken.count(name) > 1 else name for number, name in enumerate(taken)]
-    return [Source(name, source.paths, source.run) for name, source in zip(unique, sources, strict=True)]
+    return [replace(source, name=name) for name, source in zip(unique, sources, strict=True)]
 
 
-def _label(source: Source) -> str:
-    told = [source.run.get(key) for key in ("name", "pruning", "ablation", "max_context")]
-    return ", ".join(str(fact) for fact in told if fact is not None) or source.name
-
-
-def is_samples(path: Path) -> bool:
-    """Whether a file has the name of samples that lm-eval logged."""
-    return path.name.startswith("samples_") and STAMP.search(path.stem) is not None
-
-
-def first_record(path: Path) -> dict[str, Any]:
-    """Returns the first line of a JSONL file.
-
-    Raises:
-        ViewerError: the file is empty, or its first line is no JSON object.
-    """
+def _first_record(path: Path) -> dict[str, Any]:
     with path.open(encoding="utf-8") as lines:
         record = _parse(lines.readline())
     if record is None:

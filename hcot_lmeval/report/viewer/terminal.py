@@ -12,7 +12,7 @@ from typing import TextIO
 
 from hcot_lmeval.report.viewer.payload import live_over_time
 from hcot_lmeval.report.viewer.reading import Trace
-from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, outline_of
+from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, borders, outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdict, Verdicts
 from hcot_lmeval.report.viewer.visible import plural, visible
 from hcot_lmeval.trace import Kind
@@ -46,14 +46,7 @@ class Style:
 
 
 def print_trace(trace: Trace, verdicts: Verdicts, style: Style, *, expand: bool = False) -> None:
-    """Prints one trace.
-
-    Args:
-        trace: the trace.
-        verdicts: what is known of right and wrong.
-        style: width and colours.
-        expand: print the thoughts too.
-    """
+    """Prints one trace; with `expand` the thoughts too."""
     outline = outline_of(trace)
     _head(trace, outline, verdicts.of(trace, len(trace.ids)), style)
     for line in curve(live_over_time(outline), style.width):
@@ -79,10 +72,10 @@ def _head(trace: Trace, outline: Outline, verdict: Verdict, style: Style) -> Non
     if count.malformed:
         faults = ", ".join(f"{kind} × {number}" for kind, number in count.malformed.items())
         style.line(style.paint(f"malformed: {faults}", "red"))
-    changed = [f"{kind} × {number}" for kind, number in count.forced.items()]
-    looped = [f"loops × {count.loops}"] if count.loops else []
-    if changed or looped:
-        style.line(style.paint(f"changed by the decoder: {', '.join([*changed, *looped])}", "yellow"))
+    changed = count.forced | ({"loops": count.loops} if count.loops else {})
+    if changed:
+        told_of = ", ".join(f"{kind} × {number}" for kind, number in changed.items())
+        style.line(style.paint(f"changed by the decoder: {told_of}", "yellow"))
     for line in _wrapped(trace.prompt, style.width - 2):
         style.line(f"  {style.paint(line, 'dim')}")
 
@@ -100,21 +93,19 @@ def curve(heights: list[int], width: int) -> Iterator[str]:
 
 
 def _body(trace: Trace, outline: Outline, style: Style, expand: bool) -> None:
-    first = len(trace.prompt_ids)
-    borders = [*(trace.offsets[s.start - first] for s in outline.segments), len(trace.text)]
+    texts = [trace.text[begin:end] for begin, end in pairwise(borders(trace, outline.segments))]
     blocks = {block.open: block for block in outline.blocks}
     hidden_until = -1
     for place, segment in enumerate(outline.segments):
         if place < hidden_until:
             continue
-        text = trace.text[borders[place] : borders[place + 1]]
         if segment.kind is Kind.OPEN:
             block = blocks[place]
             folds = not expand and block.split is not None and outline.segments[block.split].gone is not None
             hidden_until = block.split if folds and block.split is not None else -1
             _opened(block, outline.segments, trace.unit, style, folds)
         else:
-            _line(segment, text, style)
+            _line(segment, texts[place], style)
 
 
 def _opened(block: Block, segments: Sequence[Segment], unit: str, style: Style, folded: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hcot_lmeval.events import Event, Forced, Illegal, Loop, Recorder, Statistics, statistics
 from hcot_lmeval.report.viewer.reading import Trace, ViewerError
-from hcot_lmeval.trace import Kind, LiveContext, Malformed, Step
+from hcot_lmeval.trace import Kind, LiveContext, Malformed
 
 
 @dataclass(slots=True)
@@ -106,42 +106,24 @@ def outline_of(trace: Trace) -> Outline:
     outline = replay(trace.context(), trace.prompt_ids, trace.ids, trace.finish, trace.prompt_acts)
     if trace.recorded is not None:
         _compare(trace, outline.events)
-        outline.remarks = [_as_event(event) for event in trace.recorded if event["type"] in REMARKS]
+        noted = [event for event in trace.recorded if event["type"] in REMARKS]
+        kinds = [REMARKS[event["type"]] for event in noted]
+        outline.remarks = [
+            kind(**{f.name: event[f.name] for f in fields(kind)}) for kind, event in zip(kinds, noted, strict=True)
+        ]
     return outline
 
 
 IRRELEVANT = {"time", "shared", "stop", "pruned_text"}
 """Fields of noted events that a replay cannot know."""
 
-
 REMARKS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Illegal, Forced, Loop)}
 """Events that tell of the decoder and not of the trace."""
 
 
-def _as_event(record: Mapping[str, Any]) -> Event:
-    kind = REMARKS[record["type"]]
-    return kind(**{f.name: record[f.name] for f in fields(kind)})
-
-
-def _without_remarks(noted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Noted events as they would be without remarks, which part runs of text."""
-    kept: list[dict[str, Any]] = []
-    parted = False
-    for event in noted:
-        if event["type"] in REMARKS:
-            parted = True
-        elif parted and kept and kept[-1]["type"] == event["type"] == "Tokens":
-            kept[-1] = {**kept[-1], "ids": [*kept[-1]["ids"], *event["ids"]]}
-            parted = False
-        else:
-            kept.append(event)
-            parted = False
-    return kept
-
-
 def _compare(trace: Trace, events: Sequence[Event]) -> None:
     noted = _without_remarks(_bare(event) for event in trace.recorded or ())
-    again = [_bare(_as_record(event)) for event in events]
+    again = [_bare({"type": type(e).__name__, **{f.name: getattr(e, f.name) for f in fields(e)}}) for e in events]
     if noted == again:
         return
     pairs = enumerate(zip(noted, again, strict=False))
@@ -153,8 +135,20 @@ def _compare(trace: Trace, events: Sequence[Event]) -> None:
     )
 
 
-def _as_record(event: Event) -> dict[str, Any]:
-    return {"type": type(event).__name__, **{f.name: getattr(event, f.name) for f in fields(event)}}
+def _without_remarks(noted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Noted events as they would be without remarks, which part runs of text."""
+    kept: list[dict[str, Any]] = []
+    parted = False
+    for event in noted:
+        if event["type"] in REMARKS:
+            parted = True
+            continue
+        if parted and kept and kept[-1]["type"] == event["type"] == "Tokens":
+            kept[-1] = {**kept[-1], "ids": [*kept[-1]["ids"], *event["ids"]]}
+        else:
+            kept.append(event)
+        parted = False
+    return kept
 
 
 def _bare(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,75 +171,49 @@ def replay(
     recorder = Recorder(clock=lambda: 0.0)
     for token in prompt:
         _ = context.push(token) if prompt_acts else context.push_inert(token)
-    recorder.prefill(len(prompt), len(context.live), 0)
-    writer = _Writer(context)
+    started = len(context.live)
+    recorder.prefill(len(prompt), started, 0)
+    inside = list(context.source)  # trace indices in the context, kept up to date at prunes
+    gone: dict[int, int] = {}
+    marked: list[Segment] = []
+    pruned: dict[int, int] = {}
+    growth: list[tuple[int, int | None]] = []
+    grown = 0  # tokens since the last prune
     for index, token in enumerate(ids, len(prompt)):
         step = context.push(token)
         recorder.step(index, token, step, len(context.live))
-        writer.take(index, step)
-    recorder.finish(finish, None, context.depth)
-    return writer.outline(recorder.events, len(prompt))
-
-
-class _Writer:
-    """Collects kinds and fates token by token; a fate is known only when a later token seals it."""
-
-    def __init__(self, context: LiveContext) -> None:
-        self._context = context
-        self._started = len(context.live)
-        self._inside = list(context.source)  # trace indices in the context, kept up to date at prunes
-        self._gone: dict[int, int] = {}
-        self._steps: list[tuple[int, Kind, int, Malformed | None]] = []  # marked tokens: index, kind, depth, fault
-        self._pruned: dict[int, int] = {}
-        self._growth: list[tuple[int, int | None]] = []
-        self._since = 0  # plain tokens since the last prune
-        self._next = context.length
-
-    def take(self, index: int, step: Step) -> None:
-        self._inside.append(index)
-        self._next = index + 1
+        inside.append(index)
         if step.kind is not Kind.TEXT or step.malformed is not None:
-            self._steps.append((index, step.kind, step.depth, step.malformed))
-        if not step.is_prune:
-            self._since += 1
-            return
-        still = set(self._context.source)
-        self._gone.update((i, index) for i in self._inside if i not in still)
-        self._inside = [i for i in self._inside if i in still]
-        self._pruned[index] = len(step.pruned)
-        self._growth.append((self._since, len(self._context.live)))
-        self._since = 0
+            marked.append(Segment(step.kind, index, 1, step.depth, fault=step.malformed))
+        grown += 1
+        if step.is_prune:
+            still = set(context.source)
+            gone.update((i, index) for i in inside if i not in still)
+            inside = [i for i in inside if i in still]
+            pruned[index] = len(step.pruned)
+            growth.append((grown - 1, len(context.live)))
+            grown = 0
+    recorder.finish(finish, None, context.depth)
+    segments = _segments(marked, gone, len(prompt), len(prompt) + len(ids))
+    live, blocks = list(context.source), _blocks(segments, pruned)
+    return Outline(segments, blocks, [*growth, (grown, None)], started, live, recorder.events)
 
-    def outline(self, events: list[Event], prompt_len: int) -> Outline:
-        segments = self._segments(prompt_len)
-        return Outline(
-            segments=segments,
-            blocks=_blocks(segments, self._pruned),
-            growth=[*self._growth, (self._since, None)],
-            started=self._started,
-            live=list(self._context.source),
-            events=events,
-        )
 
-    def _segments(self, start: int) -> list[Segment]:
-        segments: list[Segment] = []
-        depth = 0
-        for index, kind, depth_after, fault in self._steps:
-            segments += self._runs(start, index, depth)
-            segments.append(Segment(kind, index, 1, depth_after, self._gone.get(index), fault))
-            start, depth = index + 1, depth_after
-        return segments + self._runs(start, self._next, depth)
-
-    def _runs(self, start: int, stop: int, depth: int) -> list[Segment]:
-        """The text between two marked tokens, cut where the fate changes."""
-        runs: list[Segment] = []
-        for index in range(start, stop):
-            gone = self._gone.get(index)
-            if runs and runs[-1].gone == gone:
-                runs[-1].count += 1
-            else:
-                runs.append(Segment(Kind.TEXT, index, 1, depth, gone))
-        return runs
+def _segments(marked: Sequence[Segment], gone: Mapping[int, int], start: int, stop: int) -> list[Segment]:
+    """The tokens [start, stop): the marked ones, and between them text, cut where the fate changes."""
+    segments: list[Segment] = []
+    at = {segment.start: segment for segment in marked}
+    depth = 0  # a token's fate is known only when a later one seals it, hence at the end
+    for index in range(start, stop):
+        segment, fate, last = at.get(index), gone.get(index), segments[-1] if segments else None
+        if segment is not None:
+            segment.gone, depth = fate, segment.depth
+            segments.append(segment)
+        elif last is not None and last.start not in at and last.gone == fate:
+            last.count += 1
+        else:
+            segments.append(Segment(Kind.TEXT, index, 1, depth, fate))
+    return segments
 
 
 def _blocks(segments: Sequence[Segment], pruned: dict[int, int]) -> list[Block]:
@@ -262,13 +230,15 @@ def _blocks(segments: Sequence[Segment], pruned: dict[int, int]) -> list[Block]:
             block = waiting.pop()
             block.close, block.pruned = place, pruned.get(segment.start, 0)
     for block in blocks:
-        _count(block, segments)
+        begin = segments[block.open].start + 1
+        end = segments[-1].stop if block.close is None else segments[block.close].start
+        middle = end if block.split is None else segments[block.split].start
+        block.thought = middle - begin
+        block.solution = 0 if block.split is None else end - middle - 1
     return blocks
 
 
-def _count(block: Block, segments: Sequence[Segment]) -> None:
-    begin = segments[block.open].start + 1
-    end = segments[-1].stop if block.close is None else segments[block.close].start
-    middle = end if block.split is None else segments[block.split].start
-    block.thought = middle - begin
-    block.solution = 0 if block.split is None else end - middle - 1
+def borders(trace: Trace, segments: Sequence[Segment]) -> list[int]:
+    """Returns where each segment begins in the text, and at last where the text ends."""
+    first = len(trace.prompt_ids)
+    return [*(trace.offsets[segment.start - first] for segment in segments), len(trace.text)]

@@ -37,7 +37,6 @@ class Verdicts:
 
     def __init__(self, runs: dict[str, list[Run]] | None = None) -> None:
         self._runs = runs or {}
-        self._samples: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
         self._asked = self._known = 0
 
     def of(self, trace: Trace, generated: int) -> Verdict:
@@ -50,7 +49,7 @@ class Verdicts:
         run = self._run_of(trace)
         if run is None:
             return Verdict(gold=trace.gold)
-        sample = self._lines(trace.source, run).get(trace.doc_id)
+        sample = run.by_doc.get(trace.doc_id)
         if sample is None:
             return Verdict()
         self._known += 1
@@ -83,12 +82,6 @@ class Verdicts:
                 f"({paths}); give one narrower folder for each of the notes, in their order"
             )
         return fitting[0] if fitting else None
-
-    def _lines(self, source: Source, run: Run) -> dict[Any, dict[str, Any]]:
-        key = (source.name, run.task)
-        if key not in self._samples:
-            self._samples[key] = {sample["doc_id"]: sample for sample in run.samples}
-        return self._samples[key]
 
 
 def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdicts:
