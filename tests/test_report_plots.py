@@ -16,8 +16,17 @@ from hcot_lmeval.events import Recorder
 from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
-from hcot_lmeval.report.lengths import block_lengths, live_curve
-from hcot_lmeval.report.plots import _styles, budget_curve, live_context, most_pruned, notes_of, plot_task, roomiest
+from hcot_lmeval.report.plots import (
+    _styles,
+    budget_curve,
+    closed_blocks,
+    live_context,
+    live_curve,
+    most_pruned,
+    notes_of,
+    plot_task,
+    roomiest,
+)
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.trace import LiveContext, Policy
 from tests.random_traces import random_trace
@@ -59,11 +68,11 @@ def test_lengths_are_those_of_the_rewritten_trace(policy: str) -> None:
     seen = 0
     for seed in range(60):
         note, _, ids, inert = noted(seed, policy)
-        found = block_lengths(note)
+        found = list(closed_blocks(note))
         blocks = rewrite(ids, inert, MARKERS["hcot"]).blocks
-        assert sorted(found.thoughts) == sorted(b.split - b.open - 1 for b in blocks)
-        assert sorted(found.solutions) == sorted(b.close - b.split - 1 for b in blocks)
-        assert len(found.depths) == len(blocks) and min(found.depths, default=1) >= 1
+        assert sorted(b.thought for b in found) == sorted(b.split - b.open - 1 for b in blocks)
+        assert sorted(b.solution for b in found) == sorted(b.close - b.split - 1 for b in blocks)
+        assert len(found) == len(blocks) and min((b.depth for b in found), default=1) >= 1
         seen += len(blocks)
     assert seen > 100
 

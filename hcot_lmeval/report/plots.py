@@ -12,16 +12,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
 from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.events import Prune
+from hcot_lmeval.events import Close, Open, Prefill, Prune, Split, Sweep, Tokens
 from hcot_lmeval.notes import Note, NotesFile
 from hcot_lmeval.report.entries import Entry
-from hcot_lmeval.report.lengths import BlockLengths, block_lengths, live_curve
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import estimate
 
@@ -61,25 +60,22 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
     for name, statistic, label in BUDGETS:
         if any(stats[statistic] for entry in ours for stats in entry.requests or ()):  # 0 has no place on a log scale
             drawn[name] = within(ours, statistic, label)
-    read = {entry.name: notes_of(entry) for entry in ours}
-    notes = {name: run for name, run in read.items() if any(note.token_ids for note in run)}
+    read = ((entry.name, notes_of(entry)) for entry in ours)
+    notes = {name: run for name, run in read if any(note.token_ids for note in run)}
     if notes:
         rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].ablation is None]
         drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
-    lengths = {name: BlockLengths.joined(map(block_lengths, run)) for name, run in notes.items()}
-    if any(found.depths for found in lengths.values()):
-        drawn["blocks"] = blocks(lengths)
+    closed = {name: [block for note in run for block in closed_blocks(note)] for name, run in notes.items()}
+    if any(closed.values()):
+        drawn["blocks"] = blocks(closed)
     return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
 
 
 def roomiest(entries: Sequence[Entry]) -> list[Entry]:
     """Returns each family's entry with the largest window: what it does when the window does not end it."""
-    chosen: dict[str, Entry] = {}
-    for entry in entries:
-        other = chosen.get(entry.family)
-        if other is None or (entry.window or 0) > (other.window or 0):
-            chosen[entry.family] = entry
-    return list(chosen.values())
+    families = dict.fromkeys(entry.family for entry in entries)
+    alike = ([entry for entry in entries if entry.family == family] for family in families)
+    return [max(family, key=lambda entry: entry.window or 0) for family in alike]
 
 
 def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Mapping[int, float] | None]) -> Figure:
@@ -154,14 +150,9 @@ def notes_of(entry: Entry) -> list[Note]:
 
 def _is_of(run: Run, facts: Mapping[str, Any]) -> bool:
     """Whether notes with these facts in their header were taken by a run, as far as both tell."""
-    totals = run.totals or {}
-    said = {"pruning": run.policy, "max_context": run.max_context, "ablation": run.ablation, **_controls(totals)}
+    said = {field.name: None for field in fields(ControlOptions)} | dict((run.totals or {}).get("controls") or {})
+    said |= {"pruning": run.policy, "max_context": run.max_context, "ablation": run.ablation}
     return "pruning" not in facts or all(facts.get(name) == value for name, value in said.items())
-
-
-def _controls(totals: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name: None for field in fields(ControlOptions)}
-    return names | dict(totals.get("controls") or {})
 
 
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
@@ -197,14 +188,47 @@ def prunes(note: Note) -> int:
     return sum(isinstance(event, Prune) for event in note.events)
 
 
-def blocks(lengths: Mapping[str, BlockLengths]) -> Figure:
+def live_curve(note: Note) -> list[int]:
+    """Returns the live tokens after the prompt and after each generated token."""
+    live: list[int] = []
+    for event in note.events:
+        if isinstance(event, (Prefill, Prune)):
+            live.append(event.live)
+        elif isinstance(event, Tokens):
+            live += range(live[-1] + 1, live[-1] + 1 + len(event.ids))
+        elif isinstance(event, (Open, Split, Close)):
+            live.append(live[-1] + 1)
+    return live
+
+
+class ClosedBlock(NamedTuple):
+    """Tokens between the markers of a block, blocks within it included; and its depth, 1 for the outermost."""
+
+    thought: int
+    solution: int
+    depth: int
+
+
+def closed_blocks(note: Note) -> Iterator[ClosedBlock]:
+    """Yields the blocks that one response closed; a block without a solution is left out."""
+    stack: list[tuple[Open, int | None]] = []
+    for event in note.events:
+        if isinstance(event, Open):
+            stack.append((event, None))
+        elif isinstance(event, Split) and stack:
+            stack[-1] = (stack[-1][0], event.index)
+        elif isinstance(event, (Close, Prune)) and not isinstance(event, Sweep) and stack:
+            opened, split = stack.pop()
+            if split is not None:
+                yield ClosedBlock(split - opened.index - 1, event.index - split - 1, opened.depth)
+
+
+def blocks(closed: Mapping[str, Sequence[ClosedBlock]]) -> Figure:
     """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
     titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
-    for style, (name, found) in zip(_styles(), lengths.items(), strict=False):
-        if not found.depths:
-            continue
-        for axes, values in zip(panels, (found.thoughts, found.solutions, found.depths), strict=True):
+    for style, (name, found) in zip(_styles(), closed.items(), strict=False):
+        for axes, values in zip(panels, zip(*found, strict=True), strict=False):  # of no blocks there are no values
             x = np.sort(values)
             axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, **style)
     for axes, title in zip(panels, titles, strict=True):

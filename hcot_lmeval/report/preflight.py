@@ -21,7 +21,7 @@ FROM_TRANSFORMERS = ("hcot", "hf")
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Raises `ValueError` with every fault of the cells.
+    """Refuses cells that cannot be run, with every fault at once.
 
     Raises:
         ValueError: a checkpoint or a task is not there, or a model was trained under another policy.

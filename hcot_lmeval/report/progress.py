@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -63,9 +63,8 @@ class Progress:
         """Counts a cell that is done, or that failed for the reason given."""
         self._seconds[folder] = folder.seconds()
         self._open.remove(folder)
-        self._current, self._started = None, time.monotonic()
+        self._current, self._started, took = None, time.monotonic(), self._seconds[folder]
         self._bar.update()
-        took = self._seconds[folder]
         if fault is not None:
             self.warns(fault)
         told = "failed" if fault else f"done in {_duration(took)}" if took else "done"
@@ -100,15 +99,15 @@ class Progress:
 
 
 def _expected(folder: CellFolder, known: dict[CellFolder, float]) -> float:
-    for kin in (_like(3), _like(2), _like(0)):
-        alike = [seconds for other, seconds in known.items() if kin(other) == kin(folder)]
+    for depth in (3, 2, 0):
+        alike = [seconds for other, seconds in known.items() if _kind(other)[:depth] == _kind(folder)[:depth]]
         if alike:
-            return fmean(alike)
-    raise AssertionError("all cells are alike in nothing")
+            break
+    return fmean(alike)
 
 
-def _like(depth: int) -> Callable[[CellFolder], tuple[str | None, ...]]:
-    return lambda folder: (folder.cell.task, folder.cell.model.name, folder.cell.policy)[:depth]
+def _kind(folder: CellFolder) -> tuple[str | None, ...]:
+    return folder.cell.task, folder.cell.model.name, folder.cell.policy
 
 
 def _duration(seconds: float) -> str:

@@ -120,7 +120,9 @@ def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lo
         log.write(f"\n$ {shlex.join(command)}\n".encode())
         log.flush()
         start = log.tell()
-        code = _watched(command, log, lock, lambda: progress.ticks(folder, _last_words(folder.log, start)))
+        code = _watched(
+            command, log, lock, lambda: progress.ticks(folder, next(reversed(_lines(folder.log, start)), ""))
+        )
     if folder.finish():
         return None
     return Failure(folder, _reason(code), "\n".join(_message(_lines(folder.log, start))))
@@ -128,8 +130,10 @@ def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lo
 
 def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Callable[[], None]) -> int:
     """Runs a command to its end and returns its exit status; ends it when this process is interrupted."""
+    # Threads that spin while they wait for each other take many times as long on a machine that has other work.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(), pass_fds=(lock.fileno(),)
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=(lock.fileno(),)
     )
     try:
         while True:
@@ -138,25 +142,13 @@ def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Call
             except subprocess.TimeoutExpired:
                 tick()
     except BaseException:
-        _end(process)
+        process.terminate()
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         raise
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with lm-eval told to find the model hcot and its output not held back.
-
-    Threads that spin while they wait for each other take many times as long on a machine that has other work.
-    """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _reason(code: int) -> str:
@@ -171,10 +163,6 @@ def _message(lines: Sequence[str]) -> Sequence[str]:
     if not starts:
         return lines[-LOG_LINES:]
     return [*dropwhile(lambda line: line.startswith(" "), lines[starts[-1] + 1 :])][:LOG_LINES]
-
-
-def _last_words(log: Path, start: int) -> str:
-    return next(reversed(_lines(log, start)), "")
 
 
 def _lines(log: Path, start: int) -> list[str]:

@@ -35,12 +35,9 @@ class Paired:
         problems: their number.
         better: problems with a higher score in the second run.
         worse: problems with a lower one.
-        difference: mean of second minus first, within -1..1.
-        low: lower end of its 95 % confidence interval (percentiles of the paired bootstrap; where all problems change
-            alike, see `paired`).
-        high: upper end.
-        p: of the two-sided test that there is no difference.
-        test: the test's name.
+        difference: mean of second minus first, within -1..1; `low` and `high` are its 95 % confidence interval
+            (percentiles of the paired bootstrap; where all problems change alike, see `paired`).
+        p: of the two-sided test, named `test`, that there is no difference.
     """
 
     problems: int
