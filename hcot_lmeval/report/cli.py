@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,27 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser; every option of ``run`` that a grid file may hold has the name of the key there."""
-    parser = _parser(argparse.ArgumentParser, description=SUMMARY, epilog=EXAMPLES)
+    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, **form)
     kinds = parser.add_subparsers(required=True, metavar="{run,read}")
-    run = _parser(
-        kinds.add_parser, name="run", help="evaluate what is missing of a grid, then compare", epilog=RUN_EXAMPLES
-    )
+    told = "evaluate what is missing of a grid, then compare"
+    run = kinds.add_parser("run", help=told, description=f"{told.capitalize()}.", epilog=RUN_EXAMPLES, **form)
     run.set_defaults(action=run_grid, parser=run)
     _add_grid_options(run)
     _add_table_options(run)
-    read = _parser(kinds.add_parser, name="read", help="compare results that are there", epilog=READ_EXAMPLES)
+    told = "compare results that are there"
+    read = kinds.add_parser("read", help=told, description=f"{told.capitalize()}.", epilog=READ_EXAMPLES, **form)
     read.set_defaults(action=read_results, parser=read)
     read.add_argument("folders", nargs="+", metavar="[NAME=]DIR", help="output folder of lm_eval, or of a grid")
     read.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     _add_table_options(read)
     return parser
-
-
-def _parser(make: Callable[..., Any], **settings: Any) -> argparse.ArgumentParser:
-    if "name" in settings:
-        settings["description"] = settings["help"].capitalize() + "."
-        return make(settings.pop("name"), formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-    return make(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
 
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
@@ -137,10 +131,6 @@ def _add_grid_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="list the cells, done and to do, with commands; run nothing"
     )
     parser.add_argument("--keys", action="store_true", help="print every key of GRID.yaml with its meaning, and stop")
-
-
-GRID_KEYS = """models policies windows tasks seeds limit batch_size device model_args gen_kwargs include_path
-    apply_chat_template notes lm_eval_args""".split()
 
 
 def _add_table_options(parser: argparse.ArgumentParser) -> None:
@@ -175,11 +165,11 @@ def run_grid(args: argparse.Namespace) -> int:
         return 0
     check_cells([folder.cell for folder in folders if not folder.is_done])
     failures = _run(folders, args)
-    done = [folder for folder in folders if folder.is_done]
-    if not done:
-        raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
     reader = Reader(None, args.metric, args.filter)
-    _compare([run for folder in done for run in reader.cell(folder.path)], args)
+    runs = [run for folder in folders if folder.is_done for run in reader.cell(folder.path)]
+    if not runs:
+        raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
+    _compare(runs, args)
     if failures:
         names = "; ".join(failure.title for failure in failures)
         print(f"{len(failures)} of {len(folders)} cells failed and are not in the tables: {names}", file=sys.stderr)
@@ -193,35 +183,32 @@ def plan(args: argparse.Namespace) -> list[CellFolder]:
     from hcot_lmeval.settings import parse_settings, read_yaml
 
     settings = read_yaml(args.grid, EXAMPLE_LINE) if args.grid else {}
-    grid = parse_settings(GridConfig, settings | _given(args), args.grid or "the grid of the command line")
+    grid = parse_settings(
+        GridConfig, settings | _given(args, GridConfig.model_fields), args.grid or "the grid of the command line"
+    )
     folders = [CellFolder(args.out, cell) for cell in grid.cells]
     return [with_other_versions(folder) for folder in folders] if args.allow_versions else folders
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _given(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """The keys of a grid that stand on the command line."""
-    given = {key: getattr(args, key) for key in GRID_KEYS if getattr(args, key) is not None}
+    import yaml
+
+    given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     for key, words in given.items():
-        swallowed = [word for word in words if word.endswith((".yaml", ".yml"))] if isinstance(words, list) else []
-        if swallowed:
-            file, option = swallowed[0], f"--{key.replace('_', '-')}"
+        option = f"--{key.replace('_', '-')}"
+        for file in (word for word in words if word.endswith((".yaml", ".yml"))) if isinstance(words, list) else ():
             raise ValueError(
                 f"{file} stands among the values of {option}; name the grid first: run {file} {option} ..."
             )
-    for key in given.keys() & {"model_args", "gen_kwargs"}:
-        given[key] = _pairs(key, given[key])
+        if key in ("model_args", "gen_kwargs"):
+            for word in (word for word in words if "=" not in word):
+                raise ValueError(f"{option} {word}: expected KEY=VALUE")
+            pairs = (word.split("=", 1) for word in words)
+            given[key] = {name: yaml.safe_load(value) for name, value in pairs}
     if "lm_eval_args" in given:
         given["lm_eval_args"] = shlex.split(given["lm_eval_args"])
     return given
-
-
-def _pairs(key: str, words: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    without = [word for word in words if "=" not in word]
-    if without:
-        raise ValueError(f"--{key.replace('_', '-')} {without[0]}: expected KEY=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
 
 
 def _listed(folder: CellFolder) -> str:
@@ -291,11 +278,7 @@ def _compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
     for line in remarks(runs):
         print(f"note: {line}")
     written = comparison.write(args.out, plots=not args.no_plots)
-    print(f"\nwritten to {args.out}: {_summary(written)}")
-
-
-def _summary(written: Sequence[Path]) -> str:
-    """The files of all tasks by name, those of single tasks by their number."""
     whole = sorted(path.name for path in written if path.stem == "comparison")
     parts = Counter(path.suffix for path in written if path.stem != "comparison")
-    return ", ".join([*whole, *(f"{count} {suffix}" for suffix, count in sorted(parts.items()))])
+    told = ", ".join([*whole, *(f"{count} {suffix}" for suffix, count in sorted(parts.items()))])
+    print(f"\nwritten to {args.out}: {told}")

@@ -58,14 +58,14 @@ class CellFolder:
         cell, grid = self.cell, self.cell.grid
         tasks = fingerprint.folder_digest(grid.include_path) if grid.include_path else None
         checkpoints = [cell.model_args.get(key) for key in ("pretrained", "peft", "delta", "tokenizer")]
+        keys = ("limit", "batch_size", "device", "gen_kwargs", "apply_chat_template", "lm_eval_args")
         facts = {
             "task": cell.task,
             "model": cell.model.model,
             "model_args": cell.model_args,
             "checkpoints": [fingerprint.checkpoint_facts(name) if name else None for name in checkpoints],
             "seed": cell.seeds,
-            **{key: getattr(grid, key) for key in ("limit", "batch_size", "device", "gen_kwargs")},
-            **{key: getattr(grid, key) for key in ("apply_chat_template", "lm_eval_args")},
+            **{key: getattr(grid, key) for key in keys},
             "include_path": [str(grid.include_path.resolve()), tasks] if grid.include_path else None,
             "environment": fingerprint.environment(),
             "versions": fingerprint.versions(cell.model.model),
@@ -102,9 +102,12 @@ class CellFolder:
     def command(self, lm_eval: Sequence[str] = LM_EVAL) -> list[str]:
         """Returns the command that evaluates the cell."""
         cell, grid = self.cell, self.cell.grid
+        places = {"journal": str(self.path / "journal")} if cell.model.ours else {}  # what changes no result
+        if cell.model.ours and grid.notes:
+            places["notes"] = str(self.path / "notes")
         options = {
             "--model": cell.model.model,
-            "--model_args": arguments(cell.model_args | self._places()),
+            "--model_args": arguments(cell.model_args | places),
             "--tasks": cell.task,
             "--batch_size": str(grid.batch_size),
             "--device": grid.device,
@@ -118,13 +121,6 @@ class CellFolder:
         given = [part for key, value in options.items() if value is not None for part in (key, value)]
         template = ["--apply_chat_template"] if grid.apply_chat_template is True else []
         return [*lm_eval, *given, *template, "--log_samples", *grid.lm_eval_args]
-
-    def _places(self) -> dict[str, Any]:
-        """Where hcot keeps what does not change the result."""
-        if not self.cell.model.ours:
-            return {}
-        notes = {"notes": str(self.path / "notes")} if self.cell.grid.notes else {}
-        return {"journal": str(self.path / "journal"), **notes}
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
@@ -211,11 +207,8 @@ def with_other_versions(folder: CellFolder) -> CellFolder:
     others = []
     for path in (folder.out / "cells").glob("*/"):
         found = described(path)
-        if found and (path / "results").is_dir() and _apart(found["settings"]) == _apart(folder.settings):
+        same = found and {**found["settings"], "versions": None} == {**folder.settings, "versions": None}
+        if same and (path / "results").is_dir():
             others.append(path)
     newest = max(others, key=lambda path: (path / "results").stat().st_mtime, default=None)
     return folder if folder.is_done or newest is None else replace(folder, place=newest)
-
-
-def _apart(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "versions"}

@@ -150,7 +150,9 @@ def notes_of(entry: Entry) -> list[Note]:
 
 def _is_of(run: Run, facts: Mapping[str, Any]) -> bool:
     """Whether notes with these facts in their header were taken by a run, as far as both tell."""
-    said = {field.name: None for field in fields(ControlOptions)} | dict((run.totals or {}).get("controls") or {})
+    said: dict[str, Any] = {field.name: None for field in fields(ControlOptions)} | dict(
+        (run.totals or {}).get("controls") or {}
+    )
     said |= {"pruning": run.policy, "max_context": run.max_context, "ablation": run.ablation}
     return "pruning" not in facts or all(facts.get(name) == value for name, value in said.items())
 

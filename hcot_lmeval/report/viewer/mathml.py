@@ -121,25 +121,20 @@ def mathml(latex: str, display: bool) -> Tree | None:
         return None
     for pattern, replacement in ALIASES:
         latex = pattern.sub(replacement, latex)
-    element = _convert(latex.strip(), display)
-    if element is None:
-        return None
-    try:
-        return ["math", {"display": "block" if display else "inline"}, *_children(element, [LARGEST], 0)]
-    except _Unfit:
-        return None
-
-
-def _convert(latex: str, display: bool) -> Element | None:
     try:
         from latex2mathml.converter import convert_to_element
     except ModuleNotFoundError:
         raise ViewerError("formulas need latex2mathml: pip install 'hcot_lmeval[report]'") from None
+    shown = "block" if display else "inline"
     try:
-        return convert_to_element(latex, display="block" if display else "inline")
+        element = convert_to_element(latex.strip(), display=shown)
     except Exception:
         # The library has a dozen errors of its own and lets IndexError, KeyError and RecursionError through for input
         # that is not LaTeX. Whatever it was, the formula is shown as its source.
+        return None
+    try:
+        return ["math", {"display": shown}, *_children(element, [LARGEST], 0)]
+    except _Unfit:
         return None
 
 
@@ -151,19 +146,15 @@ def _children(element: Element, budget: list[int], depth: int) -> list[Any]:
     budget[0] -= 1
     if budget[0] < 0 or depth > DEEPEST:
         raise _Unfit
-    own = _text(element.text) if element.text else None
-    return [*([own] if own else []), *(_tree(child, budget, depth + 1) for child in element)]
-
-
-def _tree(element: Element, budget: list[int], depth: int) -> Tree:
-    tag = element.tag
-    if tag not in TAGS or (element.tail and element.tail.strip()):
-        raise _Unfit
-    children = _children(element, budget, depth)
-    if len(children) != ARITY.get(tag, len(children)):
-        raise _Unfit
-    allowed = {k: v for k, v in element.attrib.items() if k in ATTRIBUTES and ATTRIBUTES[k].fullmatch(v)}
-    return [tag, allowed, *children]
+    children: list[Any] = [_text(element.text)] if element.text else []
+    for child in element:
+        within = _children(child, budget, depth + 1)
+        unfit = child.tag not in TAGS or len(within) != ARITY.get(child.tag, len(within))
+        if unfit or (child.tail and child.tail.strip()):
+            raise _Unfit
+        allowed = {k: v for k, v in child.attrib.items() if k in ATTRIBUTES and ATTRIBUTES[k].fullmatch(v)}
+        children.append([child.tag, allowed, *within])
+    return children
 
 
 def _text(text: str) -> str:

@@ -109,22 +109,16 @@ def _body(trace: Trace, outline: Outline, style: Style, expand: bool) -> None:
 
 
 def _opened(block: Block, segments: Sequence[Segment], unit: str, style: Style, folded: bool) -> None:
-    segment = segments[block.open]
+    start, close = segments[block.open].start, block.close
     solution = "no solution" if block.split is None else f"solution {plural(block.solution, unit)}"
     told = f"{'▸' if folded else '▾'} thought {plural(block.thought, unit)} → {solution}"
-    rest = f"  depth {block.depth}, from {segment.start}, {_fate(block, segments)}"
-    style.line(_indent(segment.depth - 1) + style.paint(told, "magenta") + style.paint(rest, "dim"))
-
-
-def _fate(block: Block, segments: Sequence[Segment]) -> str:
-    """What became of a block when it closed, and of what stands in it before that."""
-    if block.close is None:
-        return "unclosed"
-    if not block.pruned:
-        return "kept"
-    inner, end = segments[block.open + 1 : block.close], segments[block.close].start
-    before = sum(segment.count for segment in inner if segment.gone is not None and segment.gone < end)
-    return f"pruned {block.pruned}" + (f" ({before} before, with blocks within)" if before else "")
+    fate = "unclosed" if close is None else "kept"
+    if close is not None and block.pruned:
+        inner, end = segments[block.open + 1 : close], segments[close].start
+        before = sum(segment.count for segment in inner if segment.gone is not None and segment.gone < end)
+        fate = f"pruned {block.pruned}" + (f" ({before} before, with blocks within)" if before else "")
+    rest = f"  depth {block.depth}, from {start}, {fate}"
+    style.line(_indent(block.depth - 1) + style.paint(told, "magenta") + style.paint(rest, "dim"))
 
 
 def _line(segment: Segment, text: str, style: Style) -> None:
