@@ -21,13 +21,13 @@ from hcot_lmeval.report.plots import (
     budget_curve,
     closed_blocks,
     live_context,
-    live_curve,
     most_pruned,
     notes_of,
     plot_task,
     roomiest,
 )
 from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.report.viewer.tree import live_curve
 from hcot_lmeval.trace import LiveContext, Policy
 from tests.random_traces import random_trace
 from tests.reference import MARKERS, POLICIES, rewrite
@@ -58,7 +58,7 @@ def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
     falls = 0
     for seed in range(40):
         note, live, _, _ = noted(seed, policy)
-        assert live_curve(note) == live
+        assert live_curve(note.events) == live
         falls += any(b < a for a, b in itertools.pairwise(live))
     assert (falls > 10) == (policy != "off")
 

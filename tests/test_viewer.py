@@ -24,11 +24,11 @@ from hcot_lmeval.report.viewer.build import write_page
 from hcot_lmeval.report.viewer.cli import main
 from hcot_lmeval.report.viewer.mathml import ATTRIBUTES, TAGS, formulas, mathml
 from hcot_lmeval.report.viewer.notes_traces import locate, note_traces, spread
-from hcot_lmeval.report.viewer.payload import _units, live_over_time, shorten_titles
+from hcot_lmeval.report.viewer.payload import _units, shorten_titles
 from hcot_lmeval.report.viewer.plain_traces import cut_at_markers, pieces, plain_traces, tokenizer_cut
 from hcot_lmeval.report.viewer.reading import Columns, ViewerError, find_sources
 from hcot_lmeval.report.viewer.terminal import Style, curve, print_trace
-from hcot_lmeval.report.viewer.tree import outline_of, replay
+from hcot_lmeval.report.viewer.tree import live_curve, outline_of, replay
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
 from hcot_lmeval.report.viewer.visible import visible
 from hcot_lmeval.trace import Kind, LiveContext, Policy
@@ -54,7 +54,7 @@ def test_at_every_moment_the_living_segments_are_the_live_context(case):
     ids, prompt_len, markers, policy = case
     outline = outlined(ids, prompt_len, markers, policy)
     assert [i for s in outline.segments for i in range(s.start, s.stop)] == list(range(prompt_len, len(ids)))
-    context, heights = LiveContext(markers, policy), live_over_time(outline)
+    context, heights = LiveContext(markers, policy), live_curve(outline.events)
     for token in ids[:prompt_len]:
         context.push_inert(token)
     for moment in range(prompt_len, len(ids)):

@@ -109,12 +109,8 @@ def compare(
 ) -> Comparison:
     """Compares runs that `comparable.check_comparable` let pass.
 
-    Args:
-        runs: of one or more tasks; those that differ in nothing but the seed are pooled.
-        by: the column of the documents that holds the level; None: `Run.grouping`.
-        baseline: see `tables.find_tests`.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    Those that differ in nothing but the seed are pooled. The column `by` of the documents holds the level; None:
+    `Run.grouping`. For `baseline` see `tables.find_tests`; `resamples` and `seed` are those of the bootstrap.
 
     Raises:
         ResultsError: the documents have no column `by`.

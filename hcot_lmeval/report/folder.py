@@ -40,12 +40,9 @@ PLAIN = re.compile(r"[A-Za-z_./~][\w./:@~+-]*")
 
 @dataclass(frozen=True, eq=False)
 class CellFolder:
-    """The folder of one cell.
+    """The folder of one cell below that of the grid; `place`, if it does not follow from the settings.
 
-    Attributes:
-        out: of the whole grid.
-        cell: what is evaluated.
-        place: the folder, where it is not the one that follows from the settings (see `with_other_versions`).
+    See `with_other_versions`.
     """
 
     out: Path

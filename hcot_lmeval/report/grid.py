@@ -152,16 +152,7 @@ class GridConfig(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluation.
-
-    Attributes:
-        grid: that it belongs to.
-        model: of the grid.
-        task: of the grid.
-        policy: None for another model than hcot.
-        window: None for another model than hcot that does not say how it takes one.
-        seed: of sampling.
-    """
+    """One evaluation. Another model than hcot has no policy, and no window unless it says how it takes one."""
 
     grid: GridConfig
     model: ModelConfig
@@ -178,22 +169,20 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """Name and task."""
         return f"{self.name} ({self.task})"
 
     @property
     def model_args(self) -> dict[str, Any]:
         """The model arguments that determine the result; where notes and journal lie does not."""
-        named = (
-            self.model.pretrained if self.model.ours else resolve(self.model.pretrained)
-        )  # only hcot knows the bundled
+        named = self.model.pretrained
+        if not self.model.ours and named:
+            named = resolve(named)  # only hcot knows the bundled
         checkpoint = {"pretrained": named} if named else {}
         given = {**checkpoint, **self.grid.model_args, **self.model.model_args}
         if self.model.ours:
             return given | {"pruning": self.policy, "max_context": self.window, "seed": self.seed} | self._budget(given)
-        window = {self.model.window_argument: self.window} if self.model.window_argument else {}
-        seed = {self.model.seed_argument: self.seed} if self.model.seed_argument else {}
-        return given | window | seed
+        own = {self.model.window_argument: self.window, self.model.seed_argument: self.seed}
+        return given | {name: value for name, value in own.items() if name}
 
     def _budget(self, given: dict[str, Any]) -> dict[str, Any]:
         """One default limit for all windows: by itself hcot takes a window beyond `USUAL_BUDGET` for its limit."""
@@ -222,24 +211,15 @@ def _cells_of(grid: GridConfig, model: ModelConfig, task: str) -> Iterator[Cell]
 def _policies(grid: GridConfig, model: ModelConfig) -> list[str]:
     """The policies of a model, ``trained`` replaced by what its training record says, each one once."""
     wanted = model.policies or grid.policies
-    given = {**grid.model_args, **model.model_args}
-    return list(dict.fromkeys(_trained(model, given) if policy == "trained" else policy for policy in wanted))
-
-
-def _trained(model: ModelConfig, given: dict[str, Any]) -> str:
-    record = record_of(model, given)
-    return Policy.RECOMPUTE.value if record is None else record.policy
+    record = record_of(model, {**grid.model_args, **model.model_args}) if "trained" in wanted else None
+    trained = Policy.RECOMPUTE.value if record is None else record.policy
+    return list(dict.fromkeys(trained if policy == "trained" else policy for policy in wanted))
 
 
 def record_of(model: ModelConfig, given: Mapping[str, Any]) -> TrainingRecord | None:
     """Returns the training record of a model, as the engine settles it: an adapter's before its base's.
 
-    Args:
-        model: of the grid.
-        given: its model arguments, with those of the grid.
-
-    Returns:
-        None if neither has a record, or is not there at all (see `preflight`).
+    None if neither has one, or is not there at all (see `preflight`). `given` are the model's and the grid's arguments.
     """
     for checkpoint in (given.get("peft"), model.pretrained):
         try:

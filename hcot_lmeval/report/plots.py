@@ -18,11 +18,12 @@ import matplotlib
 import numpy as np
 
 from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.events import Close, Open, Prefill, Prune, Split, Sweep, Tokens
+from hcot_lmeval.events import Close, Open, Prune, Split, Sweep
 from hcot_lmeval.notes import Note, NotesFile
 from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import estimate
+from hcot_lmeval.report.viewer.tree import live_curve
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,12 +89,10 @@ def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Ma
         if not mine:
             continue
         found = [estimate(list((values(entry) or {}).values()), resamples=RESAMPLES) for entry in mine]
+        low, middle, high = 100 * np.array([(e.low, e.value, e.high) for e in found]).T
+        spread = np.maximum(0.0, [middle - low, high - middle])
         beside = DODGE * (i - (len(families) - 1) / 2)
         places = [windows.index(entry.window) + beside for entry in mine if entry.window]
-        middle = 100 * np.array([e.value for e in found])
-        spread = 100 * np.array(
-            [[max(0.0, e.value - e.low) for e in found], [max(0.0, e.high - e.value) for e in found]]
-        )
         if places:
             axes.errorbar(places, middle, spread, label=family, capsize=3, **style)
         else:  # a model without windows is a level that the others reach or do not
@@ -171,7 +170,7 @@ def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     for style, (name, run) in zip(_styles(), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
             line = {} if prunes(note) else {"linestyle": next(straight)}
-            axes.plot(live_curve(note), label=name, **style | line, linewidth=1.2)
+            axes.plot(live_curve(note.events), label=name, **style | line, linewidth=1.2)
     shown = [note for run in notes.values() for note in run if note.meta["doc_id"] == doc_id]
     why = "of the response with most prunes" if any(map(prunes, shown)) else "of the longest response"
     axes.set_title(f"problem {doc_id}, that {why}", fontsize=9)
@@ -188,19 +187,6 @@ def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
 def prunes(note: Note) -> int:
     """Returns how often something was thrown away."""
     return sum(isinstance(event, Prune) for event in note.events)
-
-
-def live_curve(note: Note) -> list[int]:
-    """Returns the live tokens after the prompt and after each generated token."""
-    live: list[int] = []
-    for event in note.events:
-        if isinstance(event, (Prefill, Prune)):
-            live.append(event.live)
-        elif isinstance(event, Tokens):
-            live += range(live[-1] + 1, live[-1] + 1 + len(event.ids))
-        elif isinstance(event, (Open, Split, Close)):
-            live.append(live[-1] + 1)
-    return live
 
 
 class ClosedBlock(NamedTuple):

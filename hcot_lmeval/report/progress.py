@@ -18,13 +18,10 @@ WORDS = 60
 
 
 class Progress:
-    """A line for each cell that ends, and on a terminal a bar over the cells.
+    """A line for each cell of the grid that ends, and on a terminal a bar over the cells.
 
     The time left is estimated from the finished cells: a cell is expected to take what the others of its task, model
     and policy took on average; where there are none, those of its task and model; else all.
-
-    Args:
-        folders: all cells of the grid.
     """
 
     def __init__(self, folders: Sequence[CellFolder]) -> None:

@@ -14,14 +14,7 @@ from hcot_lmeval.report.results import ResultsError, Run, read_runs
 
 @dataclass
 class Reader:
-    """Reads runs and gives them names.
-
-    Attributes:
-        tasks: those to read; None: all.
-        metric: the accuracy; None: the usual one of the task.
-        filter_name: of lm-eval; None: the first.
-        said: what the user should know about the choice of runs, a sentence each.
-    """
+    """Reads runs as `read_runs` does, and gives them names; `said` is what the user should know of their choice."""
 
     tasks: Sequence[str] | None = None
     metric: str | None = None

@@ -31,13 +31,7 @@ GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that did not end well.
-
-    Attributes:
-        folder: of the cell.
-        reason: one line.
-        log: what lm_eval said of it: the message of a traceback, else the last lines that it printed.
-    """
+    """A cell that did not end well, and what lm_eval said of it: a traceback's message, or the last lines printed."""
 
     folder: CellFolder
     reason: str
@@ -64,14 +58,7 @@ def run_cells(
 ) -> list[Failure]:
     """Evaluates every cell that is not done; those that another process has in work come last.
 
-    Args:
-        folders: the cells.
-        progress: told of every cell.
-        after: called with each cell that is done now.
-        lm_eval: the command of lm-eval.
-
-    Returns:
-        the cells that failed.
+    Returns those that failed; `after` is called with each one that is done now.
 
     Raises:
         KeyboardInterrupt: after the cell in work was ended; what it has finished is in its journal.

@@ -73,16 +73,7 @@ class Test:
 def windows_table(
     entries: Sequence[Entry], levels: Sequence[Any], cell: Callable[[Entry, Any], Cell]
 ) -> tuple[tuple[Head, ...], tuple[tuple[Cell, ...], ...]]:
-    """The layout of the published tables: a row for each level and model, a column for each window.
-
-    Args:
-        entries: of one task.
-        levels: of the rows; None: all problems.
-        cell: what an entry has at a level.
-
-    Returns:
-        Heads and rows, without a column of levels.
-    """
+    """Heads and rows as the published tables have them: a row for each level and model, a column for each window."""
     windows = sorted({entry.window for entry in entries}, key=lambda w: (w is None, w or 0))
     at = {(entry.family, entry.window): entry for entry in entries}
     rows = [
@@ -104,17 +95,7 @@ def shares_table(
     resamples: int,
     seed: int,
 ) -> Table:
-    """A share of problems, with the interval of all.
-
-    Args:
-        entries: of one task.
-        key: see `Table`.
-        title: see `Table`.
-        values: entry -> doc_id -> share; None where the entry has none.
-        by: the column of the documents that holds the level; None: no levels.
-        resamples: of the bootstrap; 0: no intervals.
-        seed: of the bootstrap.
-    """
+    """A share of problems, `values`: doc_id -> share; by levels, if a column of the documents holds one; and of all."""
 
     def cell(entry: Entry, level: Any) -> Cell:
         found = values(entry) or {}
@@ -163,12 +144,8 @@ def weighted_table(entries: Sequence[Entry]) -> Table | None:
 def find_tests(entries: Sequence[Entry], baseline: str | None, *, resamples: int, seed: int) -> list[Test]:
     """Tests every entry against the baseline, corrected for their number.
 
-    Args:
-        entries: of all tasks.
-        baseline: name of an entry, with which all others of its task are compared; or of a family, whose member at the
-            same window is taken (or its only one); None: the family of the first entry.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    The baseline is the name of an entry, with which all others of its task are compared; or of a family, whose member
+    at the same window is taken (or its only one); None: the family of the first entry.
 
     Raises:
         ValueError: no entry has that name.

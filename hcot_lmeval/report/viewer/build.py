@@ -43,14 +43,6 @@ def write_page(
 ) -> int:
     """Writes the page and returns the number of its traces. An old page stays until the new one is whole.
 
-    Args:
-        path: the file; its folder is made if need be.
-        traces: what to show, of any of the sources.
-        sources: all sources.
-        verdicts: what is known of right and wrong.
-        title: of the page.
-        progress: show a progress bar.
-
     Raises:
         ViewerError: there are no traces, or one of them does not follow the rule.
     """

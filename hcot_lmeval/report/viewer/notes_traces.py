@@ -29,9 +29,7 @@ STRAYS = {Malformed.STRAY_SPLIT: "split", Malformed.STRAY_CLOSE: "close", Malfor
 def note_traces(source: Source, decode: Decode | None = None) -> Iterator[Trace]:
     """Yields the traces of a source of notes, in the order of its files.
 
-    Args:
-        source: notes.
-        decode: maps token ids to text, markers included; None: the text in the notes.
+    Their text is that in the notes, or what `decode` makes of the token ids, markers included.
 
     Raises:
         ViewerError: a line is no note, its markup is unknown, or its text lacks its markers.
@@ -217,10 +215,7 @@ def _latest(spelled: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
 def spread(count: int, length: int, fixed: Sequence[tuple[int, int, str]]) -> list[int]:
     """Returns the offsets of `count` tokens in a text of `length` characters, evenly between those that are known.
 
-    Args:
-        count: how many tokens.
-        length: characters of the text.
-        fixed: index of a token, where it begins, and what it is.
+    Known, in `fixed`, are the index of a token, where it begins, and what it is.
     """
     offsets: list[int] = []
     token = at = 0

@@ -26,7 +26,7 @@ from typing import Any
 
 from hcot_lmeval.report.viewer.mathml import Tree, formulas, mathml
 from hcot_lmeval.report.viewer.reading import Trace
-from hcot_lmeval.report.viewer.tree import Outline, Segment, borders
+from hcot_lmeval.report.viewer.tree import Outline, Segment, borders, live_curve
 from hcot_lmeval.report.viewer.verdicts import Verdict
 
 SPARK = 48
@@ -104,22 +104,12 @@ def shorten_titles(rows: Sequence[dict[str, Any]]) -> None:
 
 def spark(outline: Outline) -> str:
     """Returns the live context over time in `SPARK` characters: the largest of each stretch, on a scale to the peak."""
-    heights = live_over_time(outline)
+    heights = live_curve(outline.events)
     peak, count = max(*heights, 1), len(heights)
     stretches = (
         heights[count * i // SPARK : max(count * (i + 1) // SPARK, count * i // SPARK + 1)] for i in range(SPARK)
     )
     return "".join(DIGITS[(len(DIGITS) - 1) * max(stretch) // peak] for stretch in stretches)
-
-
-def live_over_time(outline: Outline) -> list[int]:
-    """Returns the live tokens after the prompt and after every generated token."""
-    heights = [outline.started]
-    for grown, after in outline.growth:
-        heights += range(heights[-1] + 1, heights[-1] + grown + 1)
-        if after is not None:
-            heights.append(after)
-    return heights
 
 
 def _segments(trace: Trace, segments: Sequence[Segment]) -> list[list[Any]]:

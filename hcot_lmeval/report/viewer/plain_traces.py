@@ -40,14 +40,7 @@ def tokenizer_cut(name: str) -> Cut:
 def plain_traces(
     source: Source, markup: Markup, policy: Policy, columns: Columns, cut: Cut | None = None
 ) -> Iterator[Trace]:
-    """Yields the rows of plain files as traces.
-
-    Args:
-        source: files of plain traces.
-        markup: the notation in which they are written.
-        policy: what a return would have done.
-        columns: which columns hold text, prompt and answer.
-        cut: how to cut text into tokens; None: `pieces`.
+    """Yields the rows of plain files as traces, as if a return had acted as `policy` says; the usual cut is `pieces`.
 
     Raises:
         ViewerError: a row has no text.

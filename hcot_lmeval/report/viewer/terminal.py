@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TextIO
 
-from hcot_lmeval.report.viewer.payload import live_over_time
 from hcot_lmeval.report.viewer.reading import Trace
-from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, borders, outline_of
+from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, borders, live_curve, outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdict, Verdicts
 from hcot_lmeval.report.viewer.visible import plural, visible
 from hcot_lmeval.trace import Kind
@@ -49,7 +48,7 @@ def print_trace(trace: Trace, verdicts: Verdicts, style: Style, *, expand: bool 
     """Prints one trace; with `expand` the thoughts too."""
     outline = outline_of(trace)
     _head(trace, outline, verdicts.of(trace, len(trace.ids)), style)
-    for line in curve(live_over_time(outline), style.width):
+    for line in curve(live_curve(outline.events), style.width):
         style.line(style.paint(line, "blue"))
     style.line()
     _body(trace, outline, style, expand)

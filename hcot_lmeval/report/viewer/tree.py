@@ -11,7 +11,21 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from hcot_lmeval.events import Event, Forced, Illegal, Loop, Recorder, Statistics, statistics
+from hcot_lmeval.events import (
+    Close,
+    Event,
+    Forced,
+    Illegal,
+    Loop,
+    Open,
+    Prefill,
+    Prune,
+    Recorder,
+    Split,
+    Statistics,
+    Tokens,
+    statistics,
+)
 from hcot_lmeval.report.viewer.reading import Trace, ViewerError
 from hcot_lmeval.trace import Kind, LiveContext, Malformed
 
@@ -161,12 +175,7 @@ def replay(
 ) -> Outline:
     """Pushes a trace through a fresh live context and writes down what becomes of every token.
 
-    Args:
-        context: a live context of any kind to which nothing was pushed yet.
-        prompt: token ids of the prompt.
-        ids: generated token ids.
-        finish: why the generation ended, for the events.
-        prompt_acts: whether markers of the prompt open and close blocks.
+    With `prompt_acts`, markers of the prompt open and close blocks too.
     """
     recorder = Recorder(clock=lambda: 0.0)
     for token in prompt:
@@ -242,3 +251,16 @@ def borders(trace: Trace, segments: Sequence[Segment]) -> list[int]:
     """Returns where each segment begins in the text, and at last where the text ends."""
     first = len(trace.prompt_ids)
     return [*(trace.offsets[segment.start - first] for segment in segments), len(trace.text)]
+
+
+def live_curve(events: Iterable[Event]) -> list[int]:
+    """Returns the live tokens after the prompt and after each generated token."""
+    live: list[int] = []
+    for event in events:
+        if isinstance(event, (Prefill, Prune)):
+            live.append(event.live)
+        elif isinstance(event, Tokens):
+            live += range(live[-1] + 1, live[-1] + 1 + len(event.ids))
+        elif isinstance(event, (Open, Split, Close)):
+            live.append(live[-1] + 1)
+    return live
