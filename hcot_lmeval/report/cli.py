@@ -171,7 +171,7 @@ def run_grid(args: argparse.Namespace) -> int:
         raise ValueError(f"no cell is finished; the logs are in {args.out / 'cells'}")
     _compare(runs, args)
     if failures:
-        names = "; ".join(failure.title for failure in failures)
+        names = "; ".join(failure.folder.cell.title for failure in failures)
         print(f"{len(failures)} of {len(folders)} cells failed and are not in the tables: {names}", file=sys.stderr)
     return 1 if failures else 0
 

@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from hcot_lmeval.events import Statistics
-from hcot_lmeval.report.results import LIMITS, ResultsError, Run
+from hcot_lmeval.report.results import LIMITS, ResultsError, Run, label
 
 ANY_DIFFERENCE = frozenset(
     """ablation any_policy batch_size closing_tokens constraints delta device force_answer journal loop_tokens
@@ -234,6 +234,43 @@ def _documents(ids: Iterable[int]) -> str:
     if len(every) == 1:
         return f"document {every[0]}"
     return f"{len(every)} documents ({', '.join(map(str, every[:5]))}{', ...' if len(every) > 5 else ''})"
+
+
+# --- one name ---------------------------------------------------------------------------------------------------------
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    """Refuses to pool runs of one name as seeds of one setting, if they are of several, or one seed counts twice.
+
+    Raises:
+        ResultsError: as said.
+    """
+    settings = {repr((label(run), run.checkpoint, _without_seed(run))): run for run in runs}
+    if len(settings) > 1:
+        told = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
+        raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
+    for seed, count in Counter(run.seed for run in runs).items():
+        if count > 1 and seed is not None:
+            paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
+            raise ResultsError(f"{count} runs of {runs[0].name!r} have seed {seed} ({paths}); read one of them")
+
+
+def _without_seed(run: Run) -> list[tuple[str, str]]:
+    given = run.model_args.items()
+    return sorted((name, str(value)) for name, value in given if name not in ("seed", "notes", "journal"))
+
+
+def check_copies(one: Run, other: Run) -> None:
+    """Refuses to take a run for an older one of the same name, if it is of another checkpoint or other sampling.
+
+    Raises:
+        ResultsError: as said.
+    """
+    kwargs = (one.generation_kwargs, other.generation_kwargs)
+    for what, ours, theirs in (("checkpoints", one.checkpoint, other.checkpoint), ("generation kwargs", *kwargs)):
+        if ours != theirs:
+            told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
+            raise ResultsError(f"{told}, but their {what} differ: {ours} and {theirs}; give each a folder")
 
 
 # --- which runs -------------------------------------------------------------------------------------------------------

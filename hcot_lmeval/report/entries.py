@@ -10,7 +10,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from hcot_lmeval.report.results import ResultsError, Run, label
+from hcot_lmeval.report.comparable import check_seeds
+from hcot_lmeval.report.results import Run
 from hcot_lmeval.scoring.aggregate import LEVELS
 
 SEED = re.compile(r", seed \d+$")
@@ -79,26 +80,8 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
         pooled.setdefault((SEED.sub("", run.name), run.task), []).append(run)
     entries = []
     for (name, task), group in pooled.items():
-        _check_alike(group)
+        check_seeds(group)
         window = group[0].max_context
         entries.append(Entry(name, name.removesuffix(f", {window}") or name, task, window, tuple(group)))
     places = Counter(entry.place for entry in entries)
     return [entry if places[entry.place] == 1 else replace(entry, family=entry.name) for entry in entries]
-
-
-def _check_alike(runs: Sequence[Run]) -> None:
-    """A name that was given to different settings must not make seeds of them, nor one seed count twice."""
-    settings = {repr((label(run), run.checkpoint, _arguments(run))): run for run in runs}
-    if len(settings) > 1:
-        told = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
-        raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
-    for seed, count in Counter(run.seed for run in runs).items():
-        if count > 1 and seed is not None:
-            paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
-            raise ResultsError(f"{count} runs of {runs[0].name!r} have seed {seed} ({paths}); read one of them")
-
-
-def _arguments(run: Run) -> list[tuple[str, str]]:
-    """The model arguments that a seed leaves as they are."""
-    given = run.model_args.items()
-    return sorted((name, str(value)) for name, value in given if name not in ("seed", "notes", "journal"))

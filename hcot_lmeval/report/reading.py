@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hcot_lmeval.report.comparable import check_settings
+from hcot_lmeval.report.comparable import check_copies, check_settings
 from hcot_lmeval.report.folder import described
-from hcot_lmeval.report.results import ResultsError, Run, read_runs
+from hcot_lmeval.report.results import ResultsError, Run, label, read_runs
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Reader:
         for run in self._runs(path):
             key = (run.name, run.task, run.seed)
             if key in newest:
-                _check_same(newest[key], run)
+                check_copies(newest[key], run)
                 older.add(key)
             newest[key] = run
         for name, task, seed in sorted(older, key=str):
@@ -98,17 +98,4 @@ def _named(runs: Sequence[Run], name: str, path: Path) -> list[Run]:
         return [run.named(name) for run in runs]
     if len({run.checkpoint for run in runs}) > 1 or any(run.totals is None for run in runs):
         raise ResultsError(f"{path} holds runs of several models ({'; '.join(sorted(labels))}); name a folder of each")
-    parts = ((name, run.policy, run.ablation, run.controls, run.max_context) for run in runs)
-    names = [", ".join(str(part) for part in some if part is not None) for some in parts]
-    return [run.named(full) for run, full in zip(runs, names, strict=True)]
-
-
-def _check_same(one: Run, other: Run) -> None:
-    told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
-    kwargs = one.generation_kwargs, other.generation_kwargs
-    for what, ours, theirs in (
-        ("checkpoints", one.checkpoint, other.checkpoint),
-        ("generation kwargs", *kwargs),
-    ):
-        if ours != theirs:
-            raise ResultsError(f"{told}, but their {what} differ: {ours} and {theirs}; give each a folder")
+    return [run.named(label(run, name)) for run in runs]

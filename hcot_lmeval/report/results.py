@@ -283,11 +283,11 @@ def _json(path: Path, text: str) -> dict[str, Any]:
         ) from None
 
 
-def label(run: Run) -> str:
+def label(run: Run, model: str = "") -> str:
     """Returns the name of a run that was given none: checkpoint, policy, variant of the rule, controls, and window."""
     if run.totals is None:
-        return f"{run.model} ({run.config['model']})"
-    parts = (run.model, run.policy, run.ablation, run.controls, run.max_context)
+        return f"{model or run.model} ({run.config['model']})"
+    parts = (model or run.model, run.policy, run.ablation, run.controls, run.max_context)
     return ", ".join(str(part) for part in parts if part is not None)
 
 

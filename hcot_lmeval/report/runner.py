@@ -37,17 +37,14 @@ class Failure:
     reason: str
     log: str
 
-    @property
-    def title(self) -> str:
-        return self.folder.cell.title
-
     def told(self, earlier: Sequence[Failure]) -> str:
         """Returns the reason and the log; of a failure that is like an earlier one, that."""
+        title = self.folder.cell.title
         for other in earlier:
             if (other.reason, other.log) == (self.reason, self.log):
-                return f"{self.title} failed like {other.title}; {self.folder.log}"
+                return f"{title} failed like {other.folder.cell.title}; {self.folder.log}"
         lines = (f"    {line}" for line in self.log.splitlines())
-        return "\n".join([f"{self.title} failed: {self.reason}; {self.folder.log}", *lines])
+        return "\n".join([f"{title} failed: {self.reason}; {self.folder.log}", *lines])
 
 
 def run_cells(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hcot_lmeval.markup import PRESETS, get_markup
 from hcot_lmeval.report.results import ResultsError
 from hcot_lmeval.report.viewer.build import write_page
 from hcot_lmeval.report.viewer.notes_traces import Decode, note_traces
-from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
+from hcot_lmeval.report.viewer.plain_traces import Cut, plain_traces, tokenizer_cut
 from hcot_lmeval.report.viewer.reading import Columns, Source, Trace, ViewerError, find_sources
 from hcot_lmeval.report.viewer.terminal import Style, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = find_sources(args.notes)
         verdicts = _verdicts(args, sources)
-        read = _reader(args)
-        traces = chain.from_iterable(_chosen(args, read(source)) for source in sources)
+        cut, decode = (tokenizer_cut(args.tokenizer), _decoder(args.tokenizer)) if args.tokenizer else (None, None)
+        traces = chain.from_iterable(_chosen(args, _read(args, source, cut, decode)) for source in sources)
         if args.terminal:
             _print(args, traces, verdicts)
         else:
@@ -101,16 +101,11 @@ def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
     return read_verdicts(sources, args.samples) if args.samples else Verdicts()
 
 
-def _reader(args: argparse.Namespace) -> Callable[[Source], Iterator[Trace]]:
+def _read(args: argparse.Namespace, source: Source, cut: Cut | None, decode: Decode | None) -> Iterator[Trace]:
+    if source.is_notes:
+        return note_traces(source, decode)
     columns = Columns(args.text_column, args.prompt_column, args.gold_column)
-    cut, decode = (tokenizer_cut(args.tokenizer), _decoder(args.tokenizer)) if args.tokenizer else (None, None)
-
-    def read(source: Source) -> Iterator[Trace]:
-        if source.is_notes:
-            return note_traces(source, decode)
-        return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
-
-    return read
+    return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
 
 
 def _decoder(name: str) -> Decode:
