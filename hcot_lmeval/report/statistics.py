@@ -7,7 +7,6 @@ from each other than problems do. The statistics themselves are those of scipy a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -198,8 +197,3 @@ def _bootstrap_p(means: np.ndarray) -> float:
     zero = 1e-9  # sums of thirds that cancel are not always 0 exactly
     tail = min((means <= zero).sum(), (means >= -zero).sum())
     return min(1.0, 2 * float(tail + 1) / (len(means) + 1))
-
-
-def is_significant(p: float) -> bool:
-    """Whether a (corrected) p is below the 5 % level."""
-    return not math.isnan(p) and p < LEVEL

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hcot_lmeval.report.entries import Entry, difficulty
-from hcot_lmeval.report.statistics import Estimate, Paired, estimate, holm, honest_sentence, is_significant, paired
+from hcot_lmeval.report.statistics import LEVEL, Estimate, Paired, estimate, holm, honest_sentence, paired
 
 Cell = str | int | float | Estimate | None
 
@@ -193,7 +193,7 @@ def tests_table(tests: Sequence[Test]) -> Table:
         rows.append((test.name, test.baseline, r.better, r.worse, r.difference, r.low, r.high, r.p, test.corrected_p))
     found = [test.paired for test in tests]
     notes = [honest_sentence(found[0].problems, found)]
-    if any((r.low > 0 or r.high < 0) and not is_significant(r.p) for r in found):
+    if any((r.low > 0 or r.high < 0) and r.p >= LEVEL for r in found):
         told = "where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow"
         notes.insert(0, told)
     return Table("tests", "Paired tests on the same problems", heads, tuple(rows), tuple(notes))

@@ -106,9 +106,8 @@ def spark(outline: Outline) -> str:
     """Returns the live context over time in `SPARK` characters: the largest of each stretch, on a scale to the peak."""
     heights = live_curve(outline.events)
     peak, count = max(*heights, 1), len(heights)
-    stretches = (
-        heights[count * i // SPARK : max(count * (i + 1) // SPARK, count * i // SPARK + 1)] for i in range(SPARK)
-    )
+    starts = (count * i // SPARK for i in range(SPARK + 1))
+    stretches = (heights[start : max(stop, start + 1)] for start, stop in pairwise(starts))
     return "".join(DIGITS[(len(DIGITS) - 1) * max(stretch) // peak] for stretch in stretches)
 
 
