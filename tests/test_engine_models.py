@@ -242,7 +242,7 @@ def test_every_part_gets_its_own_attention_back() -> None:
             model.set_attn_implementation(chosen)
         configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
         before = [part._attn_implementation for part in configs]
-        assert len(set(before)) == 2
+        assert len(set(before)) == 2 or not IN_REGISTRY  # older releases have one way for all parts
         decoder = Decoder(model)
         assert [part._attn_implementation for part in configs] == before
         with pytest.raises(ZeroDivisionError), decoder.attached():

@@ -54,6 +54,18 @@ def first_time(path: Path) -> datetime:
     return datetime.fromisoformat(path.read_text())
 
 
+def held_time(root: Path | None, facts: Mapping[str, Any]) -> datetime:
+    """Returns what a chat template reads from the clock, in this run and in all that go on with its journal.
+
+    Args:
+        root: directory of all journals, or None.
+        facts: that tell runs apart.
+    """
+    now = datetime.now() if root is None else first_time(root / "clocks" / f"{digest(facts)[:16]}.txt")
+    logger.warning("the chat template reads the clock, which stands at %s for all prompts of this run", now)
+    return now
+
+
 class Journal:
     """The finished requests of all runs with one fingerprint.
 

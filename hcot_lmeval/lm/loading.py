@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hcot_lmeval.assets import BUNDLED
+from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.errors import message_for_users
 from hcot_lmeval.lm.options import Options, known_names, unknown_argument
 
@@ -43,6 +43,41 @@ def _is_config_field(pretrained: str, name: str, arguments: dict[str, Any]) -> b
     except (OSError, ValueError):  # no config, so no field of it; loading the model will say what is wrong
         return False
     return name in config.to_dict()
+
+
+def settle_arguments(pretrained: Any, arguments: dict[str, Any], options: Options) -> tuple[Any, dict[str, Any]]:
+    """Returns the checkpoint and the arguments of ``hf`` as it takes them, if nothing that can be seen now is wrong.
+
+    Raises:
+        ValueError: an argument is unknown or of a kind that is not allowed.
+        OSError: a directory is not there, lacks what it should hold, or cannot be written to.
+    """
+    pretrained = os.fspath(pretrained) if isinstance(pretrained, os.PathLike) else pretrained
+    paths = (name for name in PLACES if isinstance(arguments.get(name), os.PathLike))
+    given = arguments | {name: os.fspath(arguments[name]) for name in paths}
+    check_kinds(pretrained, given)
+    given |= {name: resolve(given.get(name)) for name in PLACES if name in given or name == "tokenizer"}
+    pretrained = resolve(pretrained)
+    check_names(pretrained, given)
+    check_directories(options)
+    check_places(pretrained, given)
+    return pretrained, given | {"tokenizer": tokenizer_of_adapter(given)}
+
+
+def merge_arguments(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``--model_args`` with what lm-eval's command line says beside them.
+
+    Raises:
+        ValueError: both say the same thing, and not the same of it.
+    """
+    told = {name: value for name, value in beside.items() if value is not None}
+    for name in sorted(told.keys() & given.keys()):
+        if str(given[name]) != str(told[name]):
+            raise ValueError(
+                f"model_args: {name}={given[name]!r} stands against --{name} {told[name]!r} (its default, if it was "
+                f"left out); give --{name} {given[name]} alone"
+            )
+    return {**given, **told}
 
 
 def check_kinds(pretrained: Any, arguments: Mapping[str, Any]) -> None:

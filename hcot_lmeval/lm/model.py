@@ -21,7 +21,6 @@ Differences to ``hf`` that a user should know:
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -34,7 +33,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import BitsAndBytesConfig
 
-from hcot_lmeval.assets import resolve
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.computing import SPEED_ALONE
@@ -48,22 +46,11 @@ from hcot_lmeval.lm.fingerprint import (
     tokenizer_digest,
     weights_digest,
 )
-from hcot_lmeval.lm.journal import Journal, first_time
-from hcot_lmeval.lm.loading import (
-    PLACES,
-    blamed,
-    check_directories,
-    check_kinds,
-    check_names,
-    check_places,
-    default_device,
-    prepare_cpu_ranks,
-    tokenizer_of_adapter,
-    whole,
-)
+from hcot_lmeval.lm.journal import Journal, held_time
+from hcot_lmeval.lm.loading import blamed, default_device, merge_arguments, prepare_cpu_ranks, settle_arguments, whole
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
-from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, applied, at_time, check_template
+from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, applied, at_time, check_switch, check_template
 from hcot_lmeval.lm.requests import (
     NEUTRAL,
     GenerationSettings,
@@ -123,15 +110,7 @@ class HcotLM(HFLM):
 
     def __init__(self, pretrained: Any = DEFAULT_CHECKPOINT, **model_args: Any) -> None:
         self.options, rest = split_model_args(model_args)
-        pretrained = os.fspath(pretrained) if isinstance(pretrained, os.PathLike) else pretrained
-        rest |= {name: os.fspath(rest[name]) for name in PLACES if isinstance(rest.get(name), os.PathLike)}
-        check_kinds(pretrained, rest)
-        rest.update({name: resolve(rest.get(name)) for name in PLACES if name in rest or name == "tokenizer"})
-        pretrained = resolve(pretrained)
-        check_names(pretrained, rest)
-        check_directories(self.options)
-        check_places(pretrained, rest)
-        rest["tokenizer"] = tokenizer_of_adapter(rest)
+        pretrained, rest = settle_arguments(pretrained, rest, self.options)
         watch_building()
         self._arguments = dict(rest)
         thinking = rest.pop("enable_thinking", None)
@@ -172,14 +151,7 @@ class HcotLM(HFLM):
         Raises:
             ValueError: both say the same thing, and not the same of it.
         """
-        beside = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        for name in sorted(beside.keys() & arg_dict.keys()):
-            if str(arg_dict[name]) != str(beside[name]):
-                raise ValueError(
-                    f"model_args: {name}={arg_dict[name]!r} stands against --{name} {beside[name]!r} (its default, if "
-                    f"it was left out); give --{name} {arg_dict[name]} alone"
-                )
-        return cls(**{**arg_dict, **beside})
+        return cls(**merge_arguments(arg_dict, additional_config or {}))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> HcotLM:
@@ -263,10 +235,7 @@ class HcotLM(HFLM):
         """What a template that tells the time reads: one moment for all prompts of a run, and for those that go on."""
         if "strftime_now" not in self._template:
             return None
-        root, name = self.options.journal, f"{digest(self._own_facts)[:16]}.txt"
-        now = datetime.now() if root is None else first_time(root / "clocks" / name)
-        logger.warning("the chat template reads the clock, which stands at %s for all prompts of this run", now)
-        return now
+        return held_time(self.options.journal, self._own_facts)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """Decodes token ids; of the special tokens, markers and thinking tokens are never skipped."""
@@ -477,13 +446,7 @@ class HcotLM(HFLM):
         self.enable_thinking = enable
         if enable is None:
             return
-        if enable and not self.vocabulary.has_thinking:
-            raise ValueError(
-                f"enable_thinking=True, but the tokenizer has no {' and '.join(self.markup.think)}; "
-                "name the end of thinking with think_end_token"
-            )
-        if "enable_thinking" not in self._template:
-            raise ValueError(f"enable_thinking={enable} does nothing: the chat template does not read it; leave it out")
+        check_switch(enable, self._template, self.vocabulary)
         given: dict[str, Any] = self._arguments.get("chat_template_args") or {}
         self.chat_template_args = given | {"enable_thinking": enable}
 

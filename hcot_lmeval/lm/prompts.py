@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.tokens import encode_prompt
-from hcot_lmeval.vocabulary import Pair, leaves_open, token_id
+from hcot_lmeval.vocabulary import Pair, Vocabulary, leaves_open, token_id
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,17 @@ class Prompt(NamedTuple):
     text: str
     ids: list[int]
     thinking: bool
+
+
+def check_switch(enable: bool, template: str, vocabulary: Vocabulary) -> None:
+    """Raises `ValueError` if ``enable_thinking`` would do nothing with this template and this vocabulary."""
+    if enable and not vocabulary.has_thinking:
+        raise ValueError(
+            f"enable_thinking=True, but the tokenizer has no {' and '.join(vocabulary.think)}; "
+            "name the end of thinking with think_end_token"
+        )
+    if "enable_thinking" not in template:
+        raise ValueError(f"enable_thinking={enable} does nothing: the chat template does not read it; leave it out")
 
 
 def at_time(template: str, now: datetime) -> str:
