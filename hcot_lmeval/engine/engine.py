@@ -204,10 +204,9 @@ class Engine:
         if on_logits is not None:
             for row, scores in zip(rows, logits, strict=True):
                 on_logits(row.request, row.sample, len(row.generated), scores)
-        begun = [i for i, row in enumerate(rows) if not row.generated]
-        if (
-            self.options.self_check and begun and bool(logits[begun].isnan().any())
-        ):  # no token of these would mean anything
+        # no token of NaN would mean anything; whoever switched the check off wants to measure such a model
+        begun = [i for i, row in enumerate(rows) if not row.generated and self.options.self_check]
+        if begun and bool(logits[begun].isnan().any()):
             raise UnsupportedModelError(
                 f"{self.decoder.name} gives logits that are NaN; its weights have changed for it"
             )
