@@ -1,37 +1,45 @@
-"""What all tests share: no network, one thread, and a cache directory of their own."""
+"""What all tests share: no network, one thread, and directories of their own in place of those in HOME."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-import torch
+CACHES = "HCOT_LMEVAL_TEST_CACHES"
+"""Names the folder that all processes of a run share. It goes when the process that made it ends."""
+if CACHES not in os.environ:
+    os.environ[CACHES] = tempfile.mkdtemp(prefix="hcot-tests-")
+    atexit.register(shutil.rmtree, os.environ[CACHES], ignore_errors=True)
+SHARED = Path(os.environ[CACHES])
+# Before anything that reads them is imported: HOME may be somebody's, or not writable.
+for variable in ("HF_HOME", "HCOT_LMEVAL_CACHE", "MPLCONFIGDIR"):
+    os.environ.setdefault(variable, str(SHARED / variable.lower()))
 
-from tests.full import FULL
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.full import FULL  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not FULL:
     os.environ.setdefault("HCOT_LMEVAL_CXXFLAGS", "-O1")  # compiled in a fifth of the time
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+KERNELS = Path(os.environ["HCOT_LMEVAL_CACHE"]) / "kernels"
+KERNELS.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Journals of a test never meet those of the user or of another test; compiled kernels serve all."""
     path = tmp_path_factory.mktemp("cache")
-    (path / "kernels").symlink_to(_kernels(tmp_path_factory))
+    (path / "kernels").symlink_to(KERNELS)
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(path))
-    return path
-
-
-def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
-    path.mkdir(exist_ok=True)
     return path
 
 
