@@ -287,3 +287,13 @@ def test_ctrl_c_while_workers_map_ends_this_process_alone() -> None:
         """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == ["interrupted", "timed out", ""]
+
+
+@pytest.mark.parametrize("kind", ["file", "synthetic"])
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, kind):
+    """`datasets` keeps what it reads below HF_HOME, which by default lies in HOME."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "hierarchical_cot": "2", "expected_answer": "2"}\n')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere")
+    with pytest.raises(OSError, match=r"cannot be written to .*/proc/nowhere.*; set HF_HOME to a directory that can"):
+        load_source(SourceConfig(path=str(path) if kind == "file" else "synthetic:arith"))

@@ -17,6 +17,7 @@ list of parts; a message with a part that is no text, such as an image, has the 
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -57,6 +58,8 @@ FEATURES = Features(
     }
 )
 
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+"""What a directory that cannot be made or written to ends in."""
 SYNTHETIC = "synthetic:"
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file -> the builder of `datasets` that reads it."""
@@ -291,6 +294,13 @@ def _reading(path: str, read: Any, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise OSError(
+            f"{path} cannot be read: the cache of `datasets` cannot be written to ({error.strerror}: "
+            f"{error.filename}); set HF_HOME to a directory that can"
+        ) from error
 
 
 def _synthetic(source: SourceConfig, markup: str) -> Dataset:
