@@ -9,6 +9,9 @@ added behind it:
     lm_eval.tasks    our task folder, behind the stock tasks and before the user's `include_path`: later ones win
     lm_eval.evaluator   a look at the arguments before a model of ours is loaded; mistakes end in one line
 
+One thing comes before: if the command line names our model, the threads of PyTorch, which `lm_eval.evaluator` imports,
+are told to sleep while they wait (`wait_passively`).
+
 Releases of lm-eval that read entry points find the same things by themselves; then nothing is added here.
 ``HCOT_LMEVAL_AUTOLOAD=0`` switches the start-up off; the command ``hcot-eval`` works all the same.
 
@@ -113,6 +116,18 @@ def watch_runs() -> None:
     evaluator.simple_evaluate = simple_evaluate
 
 
+def wait_passively() -> None:
+    """Sets ``OMP_WAIT_POLICY=PASSIVE``, unless it is set, if this is a command such as ``lm_eval --model hcot``.
+
+    By default the threads of PyTorch compute while they wait for each other. A step of a small model lasts
+    milliseconds, so beside other work on the same cores it takes 5 to 20 times as long. OpenMP reads the variable once,
+    when PyTorch is loaded.
+    """
+    line = f" {' '.join(sys.argv[1:])} "
+    if any(f" {option}{ALIAS} " in line for option in ("--model ", "--model=", "-M ")):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 ADDITIONS: "dict[str, Callable[[], None]]" = {
     "lm_eval.models": register_model,
     "lm_eval.tasks": add_tasks,
@@ -162,6 +177,8 @@ def _followed_by_addition(spec: "ModuleSpec | None") -> "ModuleSpec | None":
     execute = spec.loader.exec_module
 
     def exec_module(module: "ModuleType") -> None:
+        if module.__name__ == "lm_eval.evaluator":
+            wait_passively()
         execute(module)
         if module.__name__ == spec.name:  # some loaders serve many modules
             _add(spec.name)

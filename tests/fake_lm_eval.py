@@ -22,6 +22,11 @@ class TaskManager:
         given = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
         self.folders = [*(["stock"] if include_defaults else []), *given]
 """
+EVALUATOR = """
+import os
+policy = os.environ.get("OMP_WAIT_POLICY")
+def simple_evaluate(): ...
+"""
 
 
 def write(folder: Path, **changed: str) -> Path:
@@ -29,6 +34,7 @@ def write(folder: Path, **changed: str) -> Path:
     sources = {"registry": REGISTRY, "models": MODELS, "tasks": TASKS, "manager": MANAGER} | changed
     files = {
         "__init__.py": "",
+        "evaluator.py": EVALUATOR,
         "api/__init__.py": "",
         "api/registry.py": sources["registry"],
         "models/__init__.py": sources["models"],

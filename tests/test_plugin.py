@@ -215,6 +215,23 @@ def test_reload_and_a_second_import_are_served_again(wheel, fake):
     assert wheel.python_says(code, PYTHONPATH=fake()) == "['dummy', 'hcot'] 2"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given", "policy"),
+    [
+        (["--model", "hcot", "--tasks", "aime24"], None, "PASSIVE"),
+        (["run", "--tasks", "aime24", "--model=hcot"], None, "PASSIVE"),
+        (["--model", "hcot"], "ACTIVE", "ACTIVE"),
+        (["--model", "hf", "--tasks", "hcot"], None, "None"),
+        ([], None, "None"),
+    ],
+)
+def test_threads_sleep_while_they_wait_if_the_command_names_our_model(wheel, fake, arguments, given, policy):
+    """PyTorch is loaded by `lm_eval.evaluator`, and reads the variable then."""
+    code = f"import sys; sys.argv[1:] = {arguments}; import lm_eval.evaluator as evaluator; print(evaluator.policy)"
+    environment = {} if given is None else {"OMP_WAIT_POLICY": given}
+    assert wheel.python_says(code, PYTHONPATH=fake(), **environment) == policy
+
+
 def test_lm_eval_imported_first(wheel, fake):
     """Even a class imported earlier by name adds our tasks: it was patched, not replaced."""
     code = """
