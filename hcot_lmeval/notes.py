@@ -6,14 +6,14 @@ the file back. This module imports the standard library alone.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hcot_lmeval.events import EVENTS, Event, Prune, Statistics, statistics
+from hcot_lmeval.store import JsonLines, check_schema, scan
 
 SCHEMA = "hcot-notes/1"
 
@@ -55,7 +55,7 @@ class NoteTaker:
         is_new: whether nothing had been noted there.
 
     Raises:
-        ValueError: the file exists and is not a file of notes of this schema.
+        StoreError: the file exists and is not a file of notes of this schema.
     """
 
     def __init__(
@@ -64,24 +64,13 @@ class NoteTaker:
         decode: Callable[[Sequence[int]], str] | None = None,
         run: dict[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
         self.decode = decode
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        header = _first_line(self.path)
-        if header is not None and header.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{self.path} does not begin with a header of {SCHEMA!r}; name another file or move this one"
-            )
-        self.is_new = header is None
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        if header is None:
-            self._write({"schema": SCHEMA, "run": run or {}})
-        elif not _ends_with_newline(self.path):  # the last writer was killed within a line
-            self._file.write("\n")
+        self._store = JsonLines(path, header={"schema": SCHEMA, "run": run or {}}, durable=False)
+        self.path, self.is_new = self._store.path, self._store.is_new
 
     def add(self, note: Note) -> None:
         """Appends one finished request and flushes."""
-        self._write(
+        self._store.append(
             {
                 "request": note.request,
                 "sample": note.sample,
@@ -96,7 +85,7 @@ class NoteTaker:
 
     def close(self) -> None:
         """Closes the file; adding to a closed note taker is an error."""
-        self._file.close()
+        self._store.close()
 
     def __enter__(self) -> NoteTaker:
         return self
@@ -109,10 +98,6 @@ class NoteTaker:
             return {}
         return {"prompt": self.decode(note.prompt_ids), "text": self.decode(note.token_ids)}
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-
 
 class NotesFile:
     """A file of notes opened for reading.
@@ -124,30 +109,24 @@ class NotesFile:
         run: the facts in the header.
 
     Raises:
-        ValueError: the file is not a file of notes of this schema.
+        StoreError: the file is not a file of notes of this schema.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header = _first_line(self.path)
-        if header is None or header.get("schema") != SCHEMA:
-            raise ValueError(f"{self.path} is not a file of notes: its first line should hold schema {SCHEMA!r}")
-        self.run: dict[str, Any] = header["run"]
+        self.run: dict[str, Any] = check_schema(self.path, SCHEMA)["run"]
 
     def __iter__(self) -> Iterator[Note]:
-        with self.path.open(encoding="utf-8", errors="replace") as lines:  # a torn line may end within a character
-            next(lines)
-            for line in lines:
-                record = _parse(line)
-                if record is not None and "request" in record:
-                    yield _note_from_json(record)
+        for _, record in scan(self.path, damaged=True):
+            if "request" in record:
+                yield _note_from_json(record)
 
 
 def read_notes(path: str | os.PathLike[str]) -> list[Note]:
     """Reads all notes of a file.
 
     Raises:
-        ValueError: the file is not a file of notes of this schema.
+        StoreError: the file is not a file of notes of this schema.
     """
     return list(NotesFile(path))
 
@@ -175,25 +154,3 @@ def _note_from_json(record: dict[str, Any]) -> Note:
         events=tuple(_event_from_json(event) for event in record["events"]),
         meta=record["meta"],
     )
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _first_line(path: Path) -> dict[str, Any] | None:
-    """Returns the parsed first line, {} if it cannot be parsed, None if there is none."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        return _parse(next(lines)) or {}
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -7,8 +7,6 @@ itself in the middle of the N-th line of the journal, so that the line is torn.
 """
 
 import json
-import os
-import signal
 import sys
 from unittest import mock
 
@@ -17,8 +15,8 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from hcot_lmeval.lm import HcotLM
-from hcot_lmeval.lm.journal import Journal
 from tests.lm_tasks import generation_task
+from tests.torn_lines import die_within_record
 
 TASK = {"docs": 7, "repeats": 2, "do_sample": True, "temperature": 1.0, "max_gen_toks": 40}
 
@@ -34,24 +32,11 @@ def evaluate(checkpoint: str, **arguments: str) -> tuple[HcotLM, dict | None]:
     return lm, json.loads(json.dumps(plain, default=str))
 
 
-def die_after(lines: int) -> None:
-    write, written = Journal._write, [0]
-
-    def torn(self: Journal, record: dict) -> int:
-        written[0] += "key" in record
-        if written[0] == lines:
-            os.write(self._file.fileno(), json.dumps(record).encode()[:25])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, record)
-
-    Journal._write = torn
-
-
 def main(checkpoint: str, out: str, *pairs: str) -> None:
     torch.set_num_threads(1)
     arguments = dict(pair.split("=") for pair in pairs)
     if "die_after" in arguments:
-        die_after(int(arguments.pop("die_after")))
+        die_within_record(int(arguments.pop("die_after")))
     lm, result = evaluate(checkpoint, **arguments)
     facts = {"world": lm.world_size, "generated": lm.engine.live.requests_done}
     for path, value in ((f"{out}.{lm.rank}", facts), (out, result)):

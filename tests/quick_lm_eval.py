@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 from functools import partialmethod
 from pathlib import Path
 from unittest import mock
@@ -18,25 +16,11 @@ from lm_eval.tasks import TaskManager
 TASKS = Path(__file__).parents[1] / "tasks" / "synthetic"
 
 
-def die_after(lines: int) -> None:
-    from hcot_lmeval.lm.journal import Journal
-
-    write, written = Journal._write, [0]
-
-    def torn(self: Journal, record: dict) -> int:
-        written[0] += "key" in record
-        if written[0] < lines:
-            return write(self, record)
-        os.write(self._file.fileno(), json.dumps(record).encode()[:25])
-        os.kill(os.getppid(), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    Journal._write = torn
-
-
 if __name__ == "__main__":
     if "DIE_AFTER" in os.environ:
-        die_after(int(os.environ["DIE_AFTER"]))
+        from tests.torn_lines import die_within_record
+
+        die_within_record(int(os.environ["DIE_AFTER"]), parent=True)
     TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
     with mock.patch("lm_eval.evaluator.add_env_info"):
         cli_evaluate()

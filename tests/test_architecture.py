@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "hcot_lmeval"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.relative_to(PACKAGE).parts)
 
-RULE = {"markup", "trace", "grammar", "events", "notes", "response"}
+RULE = {"markup", "trace", "grammar", "events", "store", "notes", "response"}
 """Modules that need nothing but the standard library and one another."""
 LIGHT = RULE | {"__init__", "plugin", "answers", "synthetic", "record", "assets", "vocabulary", "fingerprint"}
 """Modules whose import pulls in nothing but the standard library; heavy parts come within functions, on first use."""

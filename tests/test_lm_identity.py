@@ -274,25 +274,24 @@ def test_the_first_who_asks_sets_the_time_for_all(tmp_path):
 
 
 def test_a_journal_that_fills_the_disk_ends_no_run(tmp_path, monkeypatch, caplog):
-    written = Journal._write
+    add = Journal.add
 
-    def full(self, record):
-        if "key" in record and len(self) >= 1:
+    def full(self, key, record):
+        if len(self) >= 1:
             raise OSError(28, "No space left on device")
-        return written(self, record)
+        return add(self, key, record)
 
-    monkeypatch.setattr(Journal, "_write", full)
+    monkeypatch.setattr(Journal, "add", full)
     lm = hcot(tmp_path)
     assert len(raw(lm)) == 3
     assert caplog.text.count(f"journal={tmp_path / 'journal'} can no longer be written (No space left on device)") == 1
 
 
 def test_notes_that_fill_the_disk_end_no_run(tmp_path, monkeypatch, caplog):
-    def full(self, record):
-        if "request" in record:
-            raise OSError(28, "No space left on device")
+    def full(self, note):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(NoteTaker, "_write", full)
+    monkeypatch.setattr(NoteTaker, "add", full)
     assert len(raw(hcot(tmp_path, notes=tmp_path / "notes"))) == 3
     assert caplog.text.count("can no longer be written (No space left on device)") == 1
 

@@ -102,25 +102,6 @@ def test_written_and_read_back(tmp_path):
     assert prune["pruned_text"] == f"91 {HCOT.split}"
 
 
-def test_each_note_is_on_disk_when_add_returns(tmp_path):
-    taker = NoteTaker(tmp_path / "run.jsonl")
-    taker.add(note([90, 91], 1))
-    assert len(read_notes(taker.path)) == 1
-    taker.close()
-
-
-def test_a_line_torn_by_a_kill_costs_that_line_alone(tmp_path):
-    path = tmp_path / "run.jsonl"
-    with NoteTaker(path) as taker:
-        taker.add(note([90, 91], 1))
-        taker.add(note([90, 92], 1))
-    path.write_bytes(path.read_bytes()[:-40])
-    assert [n.token_ids for n in read_notes(path)] == [(91,)]
-    with NoteTaker(path) as taker:
-        taker.add(note([90, 93], 1))
-    assert [n.token_ids for n in read_notes(path)] == [(91,), (93,)]
-
-
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text('{"schema": "something else"}\n')

@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
 from hcot_lmeval.lm.requests import GenerationSettings
+from hcot_lmeval.store import check_folder
 
 LONGEST_NAME = 255
 """Bytes of a file's name, on the usual file systems."""
@@ -94,13 +93,5 @@ def check_output(output: Path, model_args: str | Mapping[str, Any]) -> None:
             "are allowed, so no results could be saved; name the checkpoint by a shorter path, such as a link"
         )
     folder = output.parent if output.suffix == ".json" else output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0" * 4096)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(
-            f"output_path={output} cannot be written to ({error.strerror}), so no results could be saved; name another "
-            "directory with --output_path DIR"
-        ) from error
+    advice = "no results could be saved; name another directory with --output_path DIR"
+    check_folder(folder, f"output_path={output}", advice)

@@ -1,14 +1,14 @@
 """A journal of finished requests, so that a run that was killed continues where it was.
 
 A journal is a directory for each *fingerprint*, the digest of everything that determines a run's results. Results made
-under another fingerprint lie in another directory and are never looked at. Every process writes a file of its own:
+under another fingerprint lie in another directory and are never looked at. Every process writes a file of its own
+(`hcot_lmeval.store`):
 
     <root>/<fingerprint>/<time>-rank<rank>-<pid>.jsonl
         {"schema": "hcot-journal/1", "fingerprint": "...", "run": {...}}      the header, with the facts in clear
         {"key": "...", ...}                                                   one line for each finished request
 
-and reads those of all others, so ranks and concurrent runs need no locks. A line is on disk before `Journal.add`
-returns. A process killed within a line leaves it torn; a torn line counts as not written.
+and reads those of all others, so ranks and concurrent runs need no locks.
 
 No import of this module is heavy.
 """
@@ -19,12 +19,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hcot_lmeval.fingerprint import digest
+from hcot_lmeval.store import JsonLines, first_record, scan
 
 logger = logging.getLogger(__name__)
 
@@ -85,30 +86,31 @@ class Journal:
         self.fingerprint = digest(self.run)
         # 64 bits name the directory; the header holds the whole fingerprint and is what counts
         self.directory = Path(root).expanduser() / self.fingerprint[:16]
-        self._file: IO[bytes] | None = None
-        self._index: dict[str, tuple[Path, int]] = {}
+        self._ours: JsonLines | None = None
+        self._places: dict[str, tuple[Path, int]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Reads what other processes have finished since."""
         for path in sorted(self.directory.glob("*.jsonl")):
-            if not self._is_ours(path):
-                continue
-            self._index.update((record["key"], (path, offset)) for offset, record in _records(path))
+            if self._is_of_this_run(path):
+                for place, record in scan(path, damaged=True):  # what cannot be read is computed again
+                    if isinstance(record.get("key"), str):
+                        self._places[record["key"]] = path, place
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._places)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._index
+        return key in self._places
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Returns the record that was added under `key`, or None."""
-        if key not in self._index:
+        if key not in self._places:
             return None
-        path, offset = self._index[key]
+        path, place = self._places[key]
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(place)
             record = json.loads(file.readline())
         del record["key"]
         return record
@@ -119,61 +121,24 @@ class Journal:
         Raises:
             OSError: the journal's directory cannot be written.
         """
-        if self._file is None:
-            self._file = self._create()
-        offset = self._write({"key": key, **record})
-        self._index[key] = (Path(self._file.name), offset)
+        if self._ours is None:
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+            name = f"{stamp}-{time.time_ns() % 10**9:09d}-rank{self.rank}-{os.getpid()}.jsonl"
+            header = {"schema": SCHEMA, "fingerprint": self.fingerprint, "run": self.run}
+            self._ours = JsonLines(self.directory / name, header=header)
+        self._places[key] = self._ours.path, self._ours.append({"key": key, **record})
 
     def close(self) -> None:
         """Closes the file of this process; the next `add` starts a new one."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._ours is not None:
+            self._ours.close()
+            self._ours = None
 
-    def _create(self) -> IO[bytes]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        name = f"{stamp}-{time.time_ns() % 10**9:09d}-rank{self.rank}-{os.getpid()}.jsonl"
-        self._file = (self.directory / name).open("xb")
-        self._write({"schema": SCHEMA, "fingerprint": self.fingerprint, "run": self.run})
-        return self._file
-
-    def _write(self, record: dict[str, Any]) -> int:
-        assert self._file is not None
-        offset = self._file.tell()
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return offset
-
-    def _is_ours(self, path: Path) -> bool:
-        with path.open("rb") as file:
-            header = _parse(file.readline())
+    def _is_of_this_run(self, path: Path) -> bool:
+        header = first_record(path)
         if header is None:  # killed before the header was complete: there is nothing in it
             return False
         if header.get("schema") == SCHEMA and header.get("fingerprint") == self.fingerprint:
             return True
         logger.warning("%s was made by another kind of run and is left alone", path)
         return False
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the offset and content of every complete line behind the header."""
-    with path.open("rb") as file:
-        offset = len(file.readline())
-        for line in file:
-            record = _parse(line)
-            if record is not None and isinstance(record.get("key"), str):
-                yield offset, record
-            offset += len(line)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the object in a line, or None if the line is torn."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

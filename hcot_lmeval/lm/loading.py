@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.errors import message_for_users
 from hcot_lmeval.lm.options import Options, known_names, unknown_argument
+from hcot_lmeval.store import check_folder
 
 
 def check_names(pretrained: Any, arguments: dict[str, Any]) -> None:
@@ -257,17 +257,9 @@ def check_directories(options: Options) -> None:
         OSError: one of them cannot be written to.
     """
     for name, path in (("journal", options.journal), ("notes", options.notes)):
-        if path is None:
-            continue
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path) as file:
-                file.write(b"0")
-        except OSError as error:
-            raise OSError(
-                f"{name}={path} cannot be written to ({error.strerror}); name another directory with {name}=DIR, or "
-                f"give {name}=off"
-            ) from error
+        if path is not None:
+            advice = f"name another directory with {name}=DIR, or give {name}=off"
+            check_folder(path, f"{name}={path}", advice)
 
 
 def default_device() -> str:

@@ -218,9 +218,9 @@ def _listed(folder: CellFolder) -> str:
 
 
 def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failure]:
-    from hcot_lmeval.report.folder import write_json
     from hcot_lmeval.report.progress import Progress
     from hcot_lmeval.report.runner import run_cells
+    from hcot_lmeval.store import write_json
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "grid.json", {"cells": [folder.path.name for folder in folders]})

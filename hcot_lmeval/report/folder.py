@@ -16,12 +16,10 @@ process may be killed at any point.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +29,7 @@ from typing import Any
 from hcot_lmeval import fingerprint
 from hcot_lmeval.report.grid import Cell
 from hcot_lmeval.report.results import ResultsError, runs_of_file
+from hcot_lmeval.store import write_json
 
 SCHEMA = "hcot-cell/1"
 LM_EVAL = (sys.executable, "-m", "lm_eval")
@@ -181,13 +180,6 @@ def arguments(values: Mapping[str, Any]) -> str:
     if all(isinstance(v, numbers) or (isinstance(v, str) and PLAIN.fullmatch(v)) for v in values.values()):
         return ",".join(f"{key}={value}" for key, value in values.items())
     return json.dumps(values)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file as a whole or not at all, whoever else writes it."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 def described(path: Path) -> dict[str, Any] | None:

@@ -7,12 +7,10 @@ and lm_eval live on, no second one is started beside it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import IO
 
 from hcot_lmeval.report.folder import LM_EVAL, CellFolder
 from hcot_lmeval.report.progress import Progress
+from hcot_lmeval.store import lock
 
 LOG_LINES = 15
 """Of a failed cell that are shown."""
@@ -67,11 +66,12 @@ def run_cells(
         for folder in todo:
             if wait:
                 progress.waits(folder)
-            with _lock(folder, wait) as lock:
-                if lock is None:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with (folder.path / "lock").open("ab") as file:
+                if not lock(file, wait=wait):
                     busy.append(folder)
                     continue
-                failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, lock)
+                failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, file)
             progress.ends(folder, failure.told(failures) if failure else None)
             if failure is None:
                 after(folder)
@@ -81,23 +81,7 @@ def run_cells(
     return failures
 
 
-@contextmanager
-def _lock(folder: CellFolder, wait: bool) -> Iterator[IO[bytes] | None]:
-    """Yields the locked file, or None if another process has it and `wait` is false.
-
-    The system lets go of the lock when every process that inherited the file has ended, however it ended.
-    """
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
-
-
-def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lock: IO[bytes]) -> Failure | None:
+def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], locked: IO[bytes]) -> Failure | None:
     folder.prepare()
     command = folder.command(lm_eval)
     with folder.log.open("ab") as log:
@@ -105,19 +89,19 @@ def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], lo
         log.flush()
         start = log.tell()
         code = _watched(
-            command, log, lock, lambda: progress.ticks(folder, next(reversed(_lines(folder.log, start)), ""))
+            command, log, locked, lambda: progress.ticks(folder, next(reversed(_lines(folder.log, start)), ""))
         )
     if folder.finish():
         return None
     return Failure(folder, _reason(code), "\n".join(_message(_lines(folder.log, start))))
 
 
-def _watched(command: Sequence[str], log: IO[bytes], lock: IO[bytes], tick: Callable[[], None]) -> int:
+def _watched(command: Sequence[str], log: IO[bytes], locked: IO[bytes], tick: Callable[[], None]) -> int:
     """Runs a command to its end and returns its exit status; ends it when this process is interrupted."""
     # Threads that spin while they wait for each other take many times as long on a machine that has other work.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HCOT_LMEVAL_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=(lock.fileno(),)
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=(locked.fileno(),)
     )
     try:
         while True:

@@ -14,7 +14,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -28,6 +27,7 @@ from hcot_lmeval.report.viewer.payload import index_row, pack, shorten_titles
 from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 from hcot_lmeval.report.viewer.tree import outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdicts
+from hcot_lmeval.store import replacing
 
 SCRIPTS = ("core.js", "data.js", "rows.js", "draw.js", "curve.js", "pane.js", "list.js", "app.js")
 """Joined in this order into the one script."""
@@ -61,14 +61,8 @@ def write_page(
         blobs.seek(0)
         described = [{"name": source.name, "facts": source.facts, "notes": source.is_notes} for source in sources]
         index = {"title": title, "sources": described, "rows": rows}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.part")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.writelines(_parts(index, (line.rstrip("\n") for line in blobs)))
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
+            file.writelines(_parts(index, (line.rstrip("\n") for line in blobs)))
     return len(rows)
 
 

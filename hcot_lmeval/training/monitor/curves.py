@@ -11,13 +11,12 @@ prefix ``eval_``. Several records may share a step. Drawing needs matplotlib, wh
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hcot_lmeval.store import JsonLines, StoreError, line_of, replacing, scan
 from hcot_lmeval.training.monitor.verdict import train_loss
 
 if TYPE_CHECKING:
@@ -46,15 +45,16 @@ class Curves:
         records: all records so far, oldest first.
 
     Raises:
-        ValueError: a line of the file, other than the last, is no record.
+        StoreError: a line of the file, other than the last, is no record.
     """
 
     def __init__(self, path: Path | str, resumed_from: int | None = None) -> None:
         self.path = Path(path)
         found = [] if resumed_from is None else read_records(self.path)
         self.records = [record for record in found if record["step"] <= (resumed_from or 0)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, "".join(map(_line, self.records)).encode())
+        with replacing(self.path) as draft:
+            draft.write_bytes(b"".join(line_of(_plain(record)) for record in self.records))
+        self._store = JsonLines(self.path)
 
     def append(self, record: Record) -> None:
         """Adds a record.
@@ -64,10 +64,7 @@ class Curves:
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"the record {dict(record)!r:.200} needs the key 'step' with an int")
-        with self.path.open("ab") as file:
-            file.write(_line(record).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        self._store.append(_plain(record))
         self.records.append(dict(record))
 
 
@@ -75,11 +72,13 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     """Returns the records in a file, null as NaN; none if there is no file. A last line without its end is left out.
 
     Raises:
-        ValueError: a line is no record.
+        StoreError: a line is no record.
     """
-    path = Path(path)
-    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(complete, start=1)]
+    records = [record for _, record in scan(path)] if Path(path).exists() else []
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("step"), int):
+            raise StoreError(f"{path}:{number} is no record, for it has no step; mend or remove the line")
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
 
 
 def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
@@ -173,9 +172,8 @@ def save_figure(
 ) -> None:
     """Writes the picture that `draw` makes of the same arguments as PNG; a reader never meets half a file."""
     figure = draw(records, phases=phases, best_step=best_step)
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=120)
 
 
 def _new_figure() -> Figure:
@@ -223,25 +221,6 @@ def _with_train_loss(record: Record) -> Record:
     return record if train_loss(record) is None else {**record, TRAIN: train_loss(record)}
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
-
-
-def _line(record: Record) -> str:
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _parsed(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        if not isinstance(record["step"], int):
-            raise TypeError(f"step is {record['step']!r}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{place} is no record of a run ({error}); repair or remove the line") from error
-    return {key: math.nan if value is None else value for key, value in record.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+def _plain(record: Record) -> Record:
+    """Numbers that are not finite as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
