@@ -5,6 +5,7 @@ They are small models of nested arithmetic, trained by this package's own script
 
 from __future__ import annotations
 
+import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,12 @@ def resolve(name: Any) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the bundled checkpoint {name!r} is not in {ROOT}; install the package anew")
     return str(folder)
+
+
+def near_name(name: str) -> str | None:
+    """Returns the bundled checkpoint that a name is nearly that of, if nothing else can be meant.
+
+    Checkpoints of the hub belong to somebody, so their ids have a slash; the few that have none are old and well known.
+    """
+    near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.8)
+    return near[0] if near and name not in BUNDLED and not Path(name).exists() else None

@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hcot_lmeval.assets import BUNDLED, resolve
+from hcot_lmeval.assets import BUNDLED, near_name, resolve
 from hcot_lmeval.errors import message_for_users
 from hcot_lmeval.lm.options import Options, known_names, unknown_argument
 from hcot_lmeval.store import check_folder
@@ -152,6 +152,8 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     for name, place in {"pretrained": pretrained, **{name: arguments.get(name) for name in PLACES}}.items():
         if isinstance(place, str) and _is_path(place) and not Path(place).is_dir():
             raise FileNotFoundError(f"{name}={place!r} is no directory; give that of a checkpoint, or an id on a hub")
+        if isinstance(place, str) and (near := near_name(place)):
+            raise FileNotFoundError(f"{name}={place!r} is neither bundled nor a directory; did you mean {near}?")
     adapter = arguments.get("peft")
     if adapter and Path(adapter).is_dir() and not (Path(adapter) / ADAPTER).is_file():
         raise FileNotFoundError(f"peft={adapter!r} holds no {ADAPTER}; give the directory of an adapter")
