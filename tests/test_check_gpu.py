@@ -15,7 +15,7 @@ from bench.gpu.identity import Identity, compare
 from bench.shapes import make_model
 
 from hcot_lmeval.engine.device import choice
-from hcot_lmeval.engine.device.backends import Masked
+from hcot_lmeval.engine.device.attention import Sdpa
 from hcot_lmeval.engine.device.graphs import Runner
 from hcot_lmeval.engine.device.state import State
 
@@ -29,7 +29,7 @@ def test_on_the_cpu_it_checks_what_it_can_and_names_the_rest(tmp_path, capsys, m
     assert cli.main(["--device", "cpu", "--rows", "3", "--tokens", "50", "--steps", "2", "--json", str(path)]) == 0
     out, told = capsys.readouterr().out, json.loads(path.read_text())
     assert "all checks passed that a CPU can run. Left out, for want of CUDA: the flash kernels" in out
-    assert "varlen: not run:" in out and "L1, batch 2, live 64: not run: CUDA graphs need CUDA, not cpu" in out
+    assert "flash: not run:" in out and "L1, batch 2, live 64: not run: CUDA graphs need CUDA, not cpu" in out
     assert {probe["backend"] for probe in told["probes"] if probe["errors"]} == {"sdpa"}
     assert {(found["policy"], found["prunes"] > 0) for found in told["identity"]} == {
         ("off", False),
@@ -44,28 +44,28 @@ def test_on_the_cpu_it_checks_what_it_can_and_names_the_rest(tmp_path, capsys, m
 @pytest.mark.parametrize("policy", ["recompute", "evict"])
 def test_a_loop_that_keeps_its_thoughts_is_noticed(policy, monkeypatch):
     """The twin differs as soon as the rows see what they should not."""
-    model, plain = identity.make_model("qwen2"), Masked.decode
+    model, plain = identity.make_model("qwen2"), Sdpa.decode
     assert compare(model, Identity("qwen2", policy), rows=3, tokens=50).passed
 
     def short_sighted(self, query, keys, values, at, scores):
         return plain(self, query, keys, values, at._replace(first=(at.lengths - 4).clamp_min(0)), scores)
 
-    monkeypatch.setattr(Masked, "decode", short_sighted)
+    monkeypatch.setattr(Sdpa, "decode", short_sighted)
     monkeypatch.setattr(choice, "wrong", lambda backend, need: "")
     found = compare(model, Identity("qwen2", policy), rows=3, tokens=50)
     assert found.mismatches > 0 and not found.passed
 
 
 def test_a_kernel_that_is_wrong_or_breaks_fails(monkeypatch, capsys):
-    class Wrong(Masked):
+    class Wrong(Sdpa):
         def decode(self, query, keys, values, at, scores):
             return super().decode(query, keys, values, at, scores) * 1.1
 
-    class Broken(Masked):
+    class Broken(Sdpa):
         def chunk(self, *given):
             raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(probes, "MAKERS", {"sdpa": Masked, "wrong": Wrong, "broken": Broken})
+    monkeypatch.setattr(probes, "MAKERS", {"sdpa": Sdpa, "wrong": Wrong, "broken": Broken})
     monkeypatch.setattr(choice, "MAKERS", probes.MAKERS)
     need = probes.layers(CPU)["window of 70, float32"]
     monkeypatch.setattr(probes, "layers", lambda device: {"one": need})
@@ -86,7 +86,7 @@ def test_a_step_that_cannot_be_captured_fails(monkeypatch):
 
 def test_rows_that_do_not_make_every_step_are_noticed(monkeypatch):
     monkeypatch.setitem(steps.READ_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(State, "begin", lambda self, slot, start: None)
+    monkeypatch.setattr(State, "begin", lambda self, slot, request, ends: None)
     (found,) = steps.time_levels(make_model("tiny"), ["L0"], [2], [20], steps=2)
     assert found.failed and "rows made [0] steps, not 5" in found.reason
 

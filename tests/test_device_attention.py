@@ -9,21 +9,22 @@ import pytest
 import torch
 from bench.gpu import probes
 
-from hcot_lmeval.engine.computing import ATTENTION
+from hcot_lmeval.engine.attention import Scores
 from hcot_lmeval.engine.device import choice
-from hcot_lmeval.engine.device.attention import Decode
-from hcot_lmeval.engine.device.backends import Backend, Masked, Need, Ragged, Scores, UnavailableError
+from hcot_lmeval.engine.device.attention import Decode, Ragged, Sdpa, UnavailableError
 from hcot_lmeval.engine.device.choice import choose, errors, wrong
-from hcot_lmeval.engine.device.fields import Feed
-from hcot_lmeval.engine.device.flash import AtenFlash, FlashAttn, VarlenAttention
+from hcot_lmeval.engine.device.flash import FlashAttn, TorchFlash
+from hcot_lmeval.engine.device.state import Feed
+from hcot_lmeval.engine.options import ATTENTION
+from hcot_lmeval.engine.slots import KVPool, LayerSpec
 from tests.interpreter import run_in_interpreter
 
 CPU = torch.device("cpu")
 NEEDS = {
-    "grouped 12/2": Need(12, 2, 128, 128, torch.float32, CPU),
-    "window": Need(4, 4, 16, 16, torch.float32, CPU, window=16),
-    "cap and sinks": Need(6, 2, 24, 40, torch.float32, CPU, window=70, softcap=5.0, sinks=True),
-    "one head": Need(7, 1, 64, 64, torch.float32, CPU, sinks=True),
+    "grouped 12/2": LayerSpec(12, 2, 128, 128, torch.float32, CPU),
+    "window": LayerSpec(4, 4, 16, 16, torch.float32, CPU, window=16),
+    "cap and sinks": LayerSpec(6, 2, 24, 40, torch.float32, CPU, window=70, softcap=5.0, sinks=True),
+    "one head": LayerSpec(7, 1, 64, 64, torch.float32, CPU, sinks=True),
 }
 
 
@@ -31,14 +32,14 @@ NEEDS = {
 @pytest.mark.parametrize("need", NEEDS.values(), ids=NEEDS)
 def test_plain_pytorch(need, dtype):
     need = need._replace(dtype=dtype)
-    assert Masked().refuses(need) == "" and wrong(Masked(), need) == ""
+    assert Sdpa().refuses(need) == "" and wrong(Sdpa(), need) == ""
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_plain_pytorch_reads_slots_of_another_dtype(stored):
     for need in NEEDS.values():
         need = need._replace(stored=stored)
-        assert Masked().refuses(need) == "" and wrong(Masked(), need) == ""
+        assert Sdpa().refuses(need) == "" and wrong(Sdpa(), need) == ""
 
 
 def test_triton():
@@ -118,7 +119,7 @@ SHARED_MEMORY = 227 * 1024
 """Bytes that a program may have at compute capability 9.0 (CUDA C++ Programming Guide)."""
 
 
-def launch(backend: Backend, need: Need) -> None:
+def launch(backend: Sdpa, need: LayerSpec) -> None:
     """Calls its decode for two rows."""
     slots, first, lengths = torch.tensor([[1, 0], [0, 3], [9, 7]])
     keys, values = (torch.zeros(3, 40, need.heads, dim, dtype=need.dtype) for dim in (need.key_dim, need.value_dim))
@@ -129,25 +130,25 @@ def launch(backend: Backend, need: Need) -> None:
 
 
 def test_the_probe_notices_what_is_wrong():
-    class Long(Masked):
+    class Long(Sdpa):
         def decode(self, query, keys, values, at, scores):
             return super().decode(
                 query, keys.nan_to_num(), values.nan_to_num(), at._replace(lengths=at.lengths + 1), scores
             )
 
-    class Unordered(Masked):
+    class Unordered(Sdpa):
         def decode(self, query, keys, values, at, scores):
             return super().decode(query, keys, values, at._replace(slots=at.slots.sort().values), scores)
 
-    class Careless(Masked):
-        def chunk(self, query, keys, values, segments, window, scores):
-            return super().chunk(query, keys, values, segments, None, scores)
+    class Careless(Sdpa):
+        def chunk(self, query, keys, values, segments, scores):
+            return super().chunk(query, keys, values, segments, scores._replace(window=None))
 
     need = NEEDS["window"]
-    assert wrong(Masked(), need) == ""
+    assert wrong(Sdpa(), need) == ""
     assert "decode" in wrong(Long(), need) and "decode" in wrong(Unordered(), need)
     assert "chunk" in wrong(Careless(), need) and wrong(Careless(), need._replace(window=None)) == ""
-    assert [kind for kind, _ in errors(Masked(), need)] == ["decode", "chunk"]
+    assert [kind for kind, _ in errors(Sdpa(), need)] == ["decode", "chunk"]
 
 
 def test_the_option_names_every_backend():
@@ -155,17 +156,19 @@ def test_the_option_names_every_backend():
 
 
 def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch, caplog):
-    class Broken(Masked):
+    class Broken(Sdpa):
         def decode(self, query, keys, values, at, scores):
             return super().decode(query, keys, values, at, scores) * 1.01
 
     def missing():
         raise UnavailableError("it is not there")
 
-    monkeypatch.setattr(choice, "MAKERS", {"a": missing, "b": Broken, "c": FlashAttnLike, "sdpa": Masked, "e": Masked})
+    monkeypatch.setattr(
+        choice, "MAKERS", {"a": missing, "b": Broken, "c": lambda: FlashAttn(_with_cache), "sdpa": Sdpa, "e": Sdpa}
+    )
     monkeypatch.setattr(choice, "ATTENTION", ("auto", "a", "b", "c", "sdpa", "e"))
     with caplog.at_level(logging.INFO):
-        assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Masked
+        assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Sdpa
     assert "by sdpa; not a: it is not there; not b: its decode is off by 1.0e-02" in caplog.text
     assert "not c: it needs CUDA, not cpu" in caplog.text
     with pytest.raises(ValueError, match=r"attention='a' cannot be used: a: it is not there"):
@@ -174,86 +177,53 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
         choose([NEEDS["window"]], "f")
 
 
-class FlashAttnLike(FlashAttn):
-    def __init__(self) -> None:
-        pass
-
-
 def test_what_flash_kernels_refuse():
-    cuda = Need(12, 2, 128, 128, torch.bfloat16, torch.device("cuda"))
-    for kernel in (AtenFlash(), FlashAttnLike()):
+    cuda = LayerSpec(12, 2, 128, 128, torch.bfloat16, torch.device("cuda"))
+    both = torch_flash, flash_attn = TorchFlash(), FlashAttn(_with_cache)
+    for kernel in both:
         assert kernel.refuses(cuda) == ""
         assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
         assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
         assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
         assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
         assert kernel.refuses(cuda._replace(stored=torch.bfloat16)) == ""
-    assert "cap" in AtenFlash().refuses(cuda._replace(softcap=50.0))
-    assert (
-        "window" in FlashAttnLike().refuses(cuda._replace(window=16))
-        and AtenFlash().refuses(cuda._replace(window=16)) == ""
-    )
+    assert "cap" in torch_flash.refuses(cuda._replace(softcap=50.0))
+    assert "window" in flash_attn.refuses(cuda._replace(window=16))
+    assert torch_flash.refuses(cuda._replace(window=16)) == flash_attn.refuses(cuda._replace(softcap=50.0)) == ""
 
 
-@pytest.mark.parametrize("kernel", ["varlen", "aten", "flash-attn"])
-def test_calls_of_flash_kernels(kernel, monkeypatch):
+def test_calls_of_flash_kernels():
     """The kernels themselves run on CUDA alone; here plain functions take their arguments as documented."""
-    made = {"varlen": VarlenLike, "aten": AtenLike, "flash-attn": FlashAttnLike}[kernel]()
-    made._kernel = {"varlen": _varlen, "aten": _aten, "flash-attn": _with_cache}[kernel]
-    need = NEEDS["grouped 12/2"]
-    assert wrong(made, need) == ""
-    if kernel != "flash-attn":
-        assert wrong(made, NEEDS["window"]) == ""
+    assert wrong(FlashAttn(_with_cache), NEEDS["grouped 12/2"]) == ""
+    assert wrong(TorchFlash(_flash), NEEDS["grouped 12/2"]) == wrong(TorchFlash(_flash), NEEDS["window"]) == ""
 
 
-class VarlenLike(VarlenAttention):
-    def __init__(self) -> None:
-        pass
-
-
-class AtenLike(AtenFlash):
-    def __init__(self) -> None:
-        pass
-
-
-def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
-    assert enable_gqa and len(cu_q) == len(cu_k) == len(seqused_k) + 1
+def _flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k, **spans):
+    assert (dropout, debug) == (0.0, False) and len(cu_q) == len(cu_k) == len(seqused_k) + 1
     assert max_q >= (cu_q[1:] - cu_q[:-1]).max() and max_k >= seqused_k.max()
     assert {t.dtype for t in (cu_q, cu_k, seqused_k)} == {torch.int32}
-    left, right = window_size
+    assert not spans or (causal and spans["window_size_right"] == 0)
     out = []
     for b in range(len(seqused_k)):
         queries, first, used = q[cu_q[b] : cu_q[b + 1]], int(cu_k[b]), int(seqused_k[b])
-        assert right == 0 or len(queries) == 1
-        window = None if left < 0 else left + 1
-        out.append(choice.textbook(queries, k[first : first + used], v[first : first + used], window, Scores(scale)))
-    return torch.cat(out)
-
-
-def _aten(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k, **spans):
-    assert (dropout, debug) == (0.0, False)
-    window = (spans.get("window_size_left", -1), 0 if causal else -1)
-    return (
-        _varlen(
-            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, enable_gqa=True, seqused_k=seqused_k
-        ),
-    )
+        assert causal or len(queries) == 1
+        scores = Scores(scale, window=spans["window_size_left"] + 1 if spans else None)
+        out.append(choice.textbook(queries, k[first : first + used], v[first : first + used], scores))
+    return (torch.cat(out),)
 
 
 def _with_cache(q, keys, values, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap):
     assert q.shape[1] == 1 or causal
     rows = zip(q, cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True)
-    return torch.stack(
-        [choice.textbook(x, keys[s, :n], values[s, :n], None, Scores(softmax_scale)) for x, s, n in rows]
-    )
+    return torch.stack([choice.textbook(x, keys[s, :n], values[s, :n], Scores(softmax_scale)) for x, s, n in rows])
 
 
 def test_windows_count_positions_where_they_are_not_places():
     positions = torch.tensor([[0, 1, 2, 9, 10, 11, 0], [0, 1, 2, 3, 4, 5, 0]])
     at = torch.tensor([0, 1])
     feed = Feed(at, at, torch.zeros(2, dtype=torch.int64), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
-    assert Decode(feed, 7, positions).ragged(4).first.tolist() == [3, 0]
-    assert Decode(feed, 7, positions).ragged(10).first.tolist() == [2, 0]
-    assert Decode(feed._replace(positions=feed.places), 7).ragged(4).first.tolist() == [2, 0]
-    assert Decode(feed, 7).ragged(None).first.tolist() == [0, 0]
-    assert Decode(feed, 7).ragged(None).lengths.tolist() == [6, 4]
+    pool = KVPool({}, 2, 7)
+    by_position, by_place = Decode(feed, pool, {}, "", positions), Decode(feed, pool, {}, "")
+    assert by_position.ragged(4).first.tolist() == [3, 0] and by_position.ragged(10).first.tolist() == [2, 0]
+    assert Decode(feed._replace(positions=feed.places), pool, {}, "").ragged(4).first.tolist() == [2, 0]
+    assert by_place.ragged(None).first.tolist() == [0, 0] and by_place.ragged(None).lengths.tolist() == [6, 4]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hcot_lmeval.engine import Completion, Engine, EngineOptions, Request, SamplingParams
-from hcot_lmeval.engine.device import build
-from hcot_lmeval.engine.device.needs import runs_on_device
+from hcot_lmeval.engine.device import loop
+from hcot_lmeval.engine.device.loop import runs_on_device
 from hcot_lmeval.engine.device.program import Program
 from hcot_lmeval.engine.device.state import State
 from tests.random_traces import random_trace
@@ -220,7 +220,7 @@ def test_watching_the_logits_takes_the_host():
 
 
 def test_auto_is_the_host_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(build, "State", None)
+    monkeypatch.setattr(loop, "State", None)
     make_engine(make_model("qwen2"), "hcot", "off").generate([Request("r", (20,), SamplingParams(max_gen_toks=2))])
 
 
@@ -236,7 +236,11 @@ def test_a_device_and_a_host_that_disagree_are_an_error(monkeypatch):
     engine = make_engine(make_model("qwen2"), "hcot", "off", loop="device", eos_ids=())
     ids, start = random_trace(1, MARKERS["hcot"], 20)
     plainly = State.begin
-    monkeypatch.setattr(State, "begin", lambda self, slot, s: plainly(self, slot, replace(s, max_gen=5)))
+
+    def short(request: Request) -> Request:
+        return replace(request, params=replace(request.params, max_gen_toks=5))
+
+    monkeypatch.setattr(State, "begin", lambda self, slot, request, *rest: plainly(self, slot, short(request), *rest))
     with pytest.raises(RuntimeError, match="after 5 tokens"):
         engine.generate([forced("r", ids, start)])
 

@@ -12,16 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcot_lmeval.engine.decoder import Decoder
-from hcot_lmeval.engine.device.attention import attached, survey
-from hcot_lmeval.engine.device.backends import Backend, Masked
-from hcot_lmeval.engine.device.fields import NOTHING, Rule, Start
-from hcot_lmeval.engine.device.flash import AtenFlash
+from hcot_lmeval.engine.device.attention import Sdpa
+from hcot_lmeval.engine.device.flash import TorchFlash
 from hcot_lmeval.engine.device.graphs import Runner, bucket
 from hcot_lmeval.engine.device.program import Log, Program, ScratchPool
-from hcot_lmeval.engine.device.readback import Readback
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import State
-from hcot_lmeval.engine.sampling import hash_places
+from hcot_lmeval.engine.device.state import NOTHING, Rule, State
+from hcot_lmeval.engine.rows import Request
+from hcot_lmeval.engine.sampling import SamplingParams, hash_places
 from hcot_lmeval.trace import Policy
 from tests.full import FULL, only_in_full
 from tests.random_traces import VOCAB_SIZE
@@ -43,10 +41,11 @@ def make_program(
     pool, windows = ScratchPool(decoder.layers, slots, length, poison=True), kind == "gemma2" and policy == "evict"
     state = State(slots, length, rule, device, ends=1, forced=len(TRACE), positions=windows)
     sampler = Sampler(hash_places(VOCAB_SIZE, device))
-    program = Program(decoder, pool, state, sampler, backend or Masked(), Log(5, slots + 1, device))
+    program = Program(decoder, pool, state, sampler, backend or Sdpa(), Log(5, slots + 1, device))
     for slot in range(slots):
-        warmth = (float(slot), 0.9, 0.05)
-        state.begin(slot, Start([10 + slot], 30, 3, seed=slot, top_k=20, warmth=warmth, ends=[EOS], forced=TRACE))
+        drawn = {"temperature": float(slot), "top_p": 0.9, "min_p": 0.05, "top_k": 20, "seed": slot}
+        params = SamplingParams(max_gen_toks=30, min_gen_toks=3, **drawn)
+        state.begin(slot, Request("", (10 + slot,), params, forced_ids=TRACE), (EOS,))
     return program
 
 
@@ -61,7 +60,7 @@ def without_values(model: torch.nn.Module, device: torch.device) -> None:
 def everything(program: Program) -> list[torch.Tensor]:
     """What a step may change, NaN as a number."""
     state, pool = program.state, program.pool
-    kept = [state.moving, state.ids, state._opens, state._splits, program.log.emitted, program.log.tick]
+    kept = [state.states, state.ids, state._opens, state._splits, program.log.emitted, program.log.tick]
     return [t.nan_to_num(-7.0) for t in (*kept, *pool.keys.values(), *pool.values.values())]
 
 
@@ -69,12 +68,12 @@ def everything(program: Program) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
 def test_a_step_reads_nothing_back(kind, policy):
     program = make_program(kind, policy)
-    with attached(program.decoder, program.context):
+    with program.attached():
         traced = make_fx(lambda rows: program.step(rows), tracing_mode="fake", _allow_non_fake_inputs=True)
         assert reads(traced, [2, 0, 3]) == set()
 
 
-@pytest.mark.parametrize("backend", [Masked, AtenFlash])
+@pytest.mark.parametrize("backend", [Sdpa, TorchFlash])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
 def test_a_step_stays_on_its_device(kind, policy, backend):
@@ -82,7 +81,7 @@ def test_a_step_stays_on_its_device(kind, policy, backend):
     device, model = torch.device("meta"), make_model(kind, torch.bfloat16)
     without_values(model, device)
     program = make_program(kind, policy, device=device, model=model, backend=backend())
-    with attached(program.decoder, program.context):
+    with program.attached():
         program.step(torch.zeros(4, dtype=torch.int64, device=device))
         program.offer(torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, VOCAB_SIZE, device=device))
         with pytest.raises(RuntimeError):
@@ -101,7 +100,7 @@ def test_sizes_beyond_what_torch_compiles_by_itself():
     settings = {"counter": total, "graphs": False, "compiled": True, "backend": "eager"}
     runner = Runner(step, 128, 0, CPU, **settings)
     for rows in range(128, 0, -8):
-        runner.seat([1] * rows)
+        runner.load([1] * rows)
         runner.run()
     assert total == sum(range(128, 0, -8))
 
@@ -122,30 +121,30 @@ def test_a_compiled_step_is_one_graph_and_the_same_step(kind, policy):
         for p in (plain, compiled)
     ]
     for program, runner in zip((plain, compiled), runners, strict=True):
-        with attached(program.decoder, program.context):
-            runner.seat(rows.tolist())
+        with program.attached():
+            runner.load(rows.tolist())
             for _ in range(12):
                 runner.run()
     assert counter.frame_count == 1
     for a, b in zip(everything(plain), everything(compiled), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
-    assert plain.state.moving[:3, 5].min() > 3  # so many tokens were generated
+    assert plain.state.states[:3, 5].min() > 3  # so many tokens were generated
 
 
-class Blind(Masked):
+class Blind(Sdpa):
     """Reads what was written and takes no memory, so that what a step allocates is not its doing."""
 
     def decode(self, query, keys, values, at, scores):
         return query + keys.flatten(0, 1)[at.starts[:-1]].sum() + values.flatten(0, 1)[at.starts[:-1]].sum()
 
 
-def largest_allocation(backend: Backend) -> tuple[int, int]:
+def largest_allocation(backend: Sdpa) -> tuple[int, int]:
     """The largest allocation of a compiled forward of one token a row, and the size of one layer's keys, in bytes."""
     torch._dynamo.reset()
     program = make_program("qwen2", "recompute", length=4000, backend=backend)
     forward = torch.compile(program.logits, fullgraph=True, dynamic=False)
     rows = torch.tensor([2, 0, 1, 3])
-    with torch.no_grad(), attached(program.decoder, program.context):
+    with torch.no_grad(), program.attached():
         forward(rows)
         with torch.profiler.profile(profile_memory=True) as profile:
             forward(rows)
@@ -159,7 +158,7 @@ def test_a_compiled_forward_copies_no_slots():
     """By the compiler that users have, which may write in place only where it is sure that nobody sees it."""
     largest, keys = largest_allocation(Blind())
     assert 0 < largest < keys / 100
-    largest, keys = largest_allocation(Masked())
+    largest, keys = largest_allocation(Sdpa())
     assert largest >= keys  # so it would be noticed
 
 
@@ -174,8 +173,8 @@ def test_without_graphs_the_steps_go_on_and_say_why(caplog):
     program, twin = make_program("qwen2", "recompute"), make_program("qwen2", "recompute")
     for p, graphs in ((program, True), (twin, False)):
         runner = Runner(p.step, 3, 3, CPU, counter=p.log.tick, graphs=graphs)
-        with attached(p.decoder, p.context), caplog.at_level(logging.WARNING):
-            runner.seat([0, 2, 1])
+        with p.attached(), caplog.at_level(logging.WARNING):
+            runner.load([0, 2, 1])
             for _ in range(3):
                 runner.run()
         assert runner.captured == ()
@@ -243,7 +242,7 @@ def test_a_capture_in_the_order_that_cuda_wants(fails, monkeypatch, caplog):
 
     runner = Runner(step, 3, 9, CPU, counter=torch.zeros(1), graphs=True)
     for rows in ([0, 1, 2], [0, 1]):
-        runner.seat(rows)
+        runner.load(rows)
         runner.run()
 
     def warm_up(size: int) -> list[str]:
@@ -265,11 +264,11 @@ def test_a_batch_that_empties_is_captured_at_every_halving(monkeypatch):
     sizes: list[int] = []
     runner = Runner(lambda rows: sizes.append(len(rows)), 100, 0, CPU, counter=torch.zeros(1), graphs=True)
     for rows in range(100, 0, -1):
-        runner.seat([1] * rows)
+        runner.load([1] * rows)
         runner.run()
         assert rows <= runner._size <= max(2 * rows + 16, 1)
     assert runner.captured == (112, 48, 16, 8, 4, 2, 1)
-    runner.seat([1] * 90)
+    runner.load([1] * 90)
     runner.run()
     assert runner._size == 112 and len(sizes) == 7 * 4
 
@@ -288,8 +287,8 @@ def test_warming_up_moves_no_row(monkeypatch):
 
     monkeypatch.setattr(runner, "_captured", warm_up)
     before = everything(program)
-    with attached(program.decoder, program.context):
-        runner.seat([0, 1, 2])
+    with program.attached():
+        runner.load([0, 1, 2])
         runner._try_to_capture()
     assert warmed == [[3] * 4]
     places = [t[:, :-1] if t.dim() == 4 else t[:3] if t.dim() == 2 else t for t in everything(program)]
@@ -300,20 +299,19 @@ def test_warming_up_moves_no_row(monkeypatch):
 
 def test_lines_of_the_log_come_once_and_in_order():
     log = Log(4, 3, CPU)
-    readback = Readback(log.emitted)
     for step in range(3):
         log.write(torch.tensor([step % 2]), torch.tensor([100 + step]))
-    readback.start(0, 2)
-    readback.start(2, 1)
-    assert readback.finished(1) == [[100, NOTHING, NOTHING], [NOTHING, 101, NOTHING]]
+    log.copy(0, 2)
+    log.copy(2, 1)
+    assert log.read(1) == [[100, NOTHING, NOTHING], [NOTHING, 101, NOTHING]]
     for step in range(3, 6):
         log.write(torch.tensor([1, 0]), torch.tensor([100 + step, 50]))
-    readback.start(3, 3)
-    assert [line[1] for line in readback.finished(0)] == [NOTHING, 103, 104, 105]
-    assert readback.finished(0) == []
+    log.copy(3, 3)
+    assert [line[1] for line in log.read(0)] == [NOTHING, 103, 104, 105]
+    assert log.read(0) == []
 
 
 def test_what_layers_need_is_found_by_one_token():
-    (need, *others) = survey(Decoder(make_model("gemma2"), check=False))
-    assert (need.query_heads, need.heads, need.key_dim, need.value_dim) == (4, 2, 8, 8)
-    assert {n.window for n in (need, *others)} == {16, None} and need.softcap == 50.0
+    layers = Decoder(make_model("gemma2"), check=False).layers.values()
+    assert {(x.query_heads, x.heads, x.key_dim, x.value_dim, x.softcap) for x in layers} == {(4, 2, 8, 8, 50.0)}
+    assert {x.window for x in layers} == {16, None}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hcot_lmeval.engine.device.fields import Rule, Start
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.engine.device.state import Rule, State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import (
     Draw,
@@ -50,11 +51,8 @@ def state() -> State:
     rule = Rule(Policy.OFF, None, 100, 100)
     made = State(len(SETTINGS), 100, rule, CPU, ends=3, forced=2)
     for slot, draw in enumerate(draws(0)):
-        params = draw.params
-        warmth = (params.temperature, params.top_p, params.min_p)
-        forced = (40, 41) if slot in (0, 3) else ()
-        start = Start([5], 9, params.min_gen_toks, signed(draw.seed), params.top_k, warmth, params.stop_ids, forced)
-        made.begin(slot, start)
+        params, forced = replace(draw.params, max_gen_toks=9), (40, 41) if slot in (0, 3) else ()
+        made.begin(slot, Request("", (5,), params, forced_ids=forced), params.stop_ids, sample=slot)
     return made
 
 
@@ -70,7 +68,7 @@ def test_the_choices_are_those_of_the_host(dtype):
         assert chosen.tolist() == expected
         turned = rows.flip(0)
         assert sampler.choose(on_device, turned, logits[turned]).tolist() == expected[::-1]
-        on_device.moving[:, 5] += 1  # one more token generated
+        on_device.states[:, 5] += 1  # one more token generated
 
 
 def test_compiled_noise_is_the_same():

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Moving, Rule, Start
-from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.engine.device.state import ENDED, NOTHING, RowState, Rule, State
 from hcot_lmeval.engine.rows import Limits, Request, Row
 from hcot_lmeval.engine.sampling import Choice, SamplingParams
 from hcot_lmeval.trace import LiveContext, Policy, Step
@@ -39,7 +38,7 @@ class Paper:
         self.cells = [*zip(request.prompt_ids, range(prompt_len), strict=True)]
         self.last: Step | None = None
         self.prunes = self.replayed = self.after_end = 0
-        state.begin(slot, Start(request.prompt_ids, settings.max_gen_toks, ends=(EOS, STOP)))
+        state.begin(slot, request, (EOS, STOP))
 
     @property
     def over(self) -> bool:
@@ -49,7 +48,7 @@ class Paper:
         if slot == self.slot and place < self.state.length:
             self.cells[place:] = [(token, position)]
 
-    def take(self, emitted: int, after: Moving) -> None:
+    def take(self, emitted: int, after: RowState) -> None:
         """What the device says of `tokens[0]` has to be what the twin makes of it."""
         if emitted == NOTHING:
             self.replayed += 1
@@ -92,9 +91,9 @@ def run(rows: list[Paper]) -> None:
     while not all(row.over for row in rows):
         emitted = state.advance(at, torch.tensor([*(row.tokens[0] for row in rows), 0, 0]))
         assert emitted[len(rows) :].tolist() == [ENDED, ENDED]
-        after = state.moving[at]
+        after = state.states[at]
         for i, row in enumerate(rows):
-            row.take(int(emitted[i]), Moving(*after[i]))
+            row.take(int(emitted[i]), RowState(*after[i]))
         fed = state.feed(at)
         for values in zip(*(part.tolist() for part in (fed.slots, *fed[3:])), strict=True):
             for row in rows:
@@ -157,7 +156,7 @@ def test_a_solution_may_be_forwarded_at_once():
     thought = [marks.open, *range(30, 40), marks.split, *range(50, 56)]
     for replayed in range(6):
         state, at = make_state("hcot", "recompute", 50), torch.tensor([0])
-        state.begin(0, Start([20, 21], 100))
+        state.begin(0, Request("r", (20, 21), SamplingParams(max_gen_toks=100)), ())
         for token in [*thought, marks.close]:
             state.feed(at)
             state.advance(at, torch.tensor([token]))

@@ -343,7 +343,7 @@ def test_recurrent_and_convolutional_state_is_refused_by_name():
 def test_the_self_check_notices_wrong_attention(model, monkeypatch):
     assert Decoder(model).self_check() < 1e-6  # eager attention, its reference, rounds to float32
     right = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, **kw: right(q, k, v, None, **kw))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, scores: right(q, k, v, None, scores))
     with pytest.raises(UnsupportedModelError, match="failed the self-check"):
         Decoder(model)
 
@@ -358,7 +358,7 @@ def test_half_precision_runs(dtype):
     engine = Engine(tiny_model("llama", dtype), TOKENIZER)
     done = engine.generate([forced(*BLOCK, 50)])[0]
     assert done.statistics.prune_events == 1
-    assert {shape.dtype for shape in engine.decoder.layers.values()} == {dtype}
+    assert {shape.kv_dtype for shape in engine.decoder.layers.values()} == {dtype}
 
 
 def test_adapters():

@@ -10,7 +10,7 @@ import torch
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams, pages, slots
 from hcot_lmeval.engine.pages import PAGE, allocate, move_to_huge_pages
-from hcot_lmeval.engine.slots import KVPool, LayerShape
+from hcot_lmeval.engine.slots import KVPool, LayerSpec
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
 
@@ -116,7 +116,7 @@ def test_the_engine_moves_weights_unless_it_is_told_not_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 def test_keys_and_values_that_fill_a_page_lie_on_such_pages(dtype):
-    shape = LayerShape(heads=2, key_dim=64, value_dim=4, dtype=dtype, device=torch.device("cpu"))
+    shape = LayerSpec(query_heads=2, heads=2, key_dim=64, value_dim=4, dtype=dtype, device=torch.device("cpu"))
     pool = KVPool({0: shape}, slots=3, length=PAGE // 128, poison=True, huge_pages=True)
     assert pool.keys[0].shape == (3, PAGE // 128, 2, 64) and pool.keys[0].dtype == dtype
     assert pool.keys[0].data_ptr() % PAGE == 0 and bool(pool.keys[0].isnan().all())

@@ -50,10 +50,10 @@ for _ in range(60):
     ]
     draws = [Draw(p, rng.getrandbits(64), rng.randrange(10**6)) for p in params]
     names = "temperature", "top_p", "min_p"
-    warmth = (torch.tensor([getattr(p, name) for p in params], dtype=dtype) for name in names)
+    settings = (torch.tensor([getattr(p, name) for p in params], dtype=dtype) for name in names)
     starts = torch.tensor([signed(derive_seed(d.seed, d.generated + 1)) for d in draws])
     top_k = torch.tensor([p.top_k for p in params])
-    found = triton_sample.choose(scores, *warmth, top_k, starts, int(top_k.max()), True)
+    found = triton_sample.choose(scores, *settings, top_k, starts, int(top_k.max()), True)
     assert found.tolist() == choose(scores, draws)[0], (scores, draws)
     assert sampling.choose_by(kernel, scores, draws) == found.tolist()
 print("compared")
@@ -92,7 +92,7 @@ def test_a_kernel_that_chooses_otherwise_is_noticed():
 
     def without_top_k(scores, temperature, top_p, min_p, top_k, starts, most, truncates):
         plain = sampling.Sampler(sampling.hash_places(scores.shape[1], CPU), most=most)
-        return plain.sampled(scores, sampling.Warmth(temperature, top_p, min_p), top_k * 0, starts)
+        return plain.sampled(scores, sampling.SamplingRows(temperature, top_p, min_p), top_k * 0, starts)
 
     assert not chooses_alike(greedy, CPU)
     assert not chooses_alike(without_top_k, CPU)

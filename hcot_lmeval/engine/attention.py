@@ -1,222 +1,259 @@
 """Attention over the slots of a `KVPool`, called by Hugging Face models through their attention registry.
 
-All tokens of an engine step, whatever row they belong to, are packed into one sequence; a `Segment` says which of them
-belong to which slot. So rows of different length and progress share one forward without padding and without a mask.
+All tokens of a step, whatever row they belong to, are packed into one sequence, chunk behind chunk (`Segments`). So
+rows of different length and progress share one forward without padding and without a mask: `Packed` writes the new keys
+and values to the pool and attends, row by row, over exactly what is live.
 
-`slot_attention` writes the new keys and values to the pool and attends, row by row, over exactly what is live. The
-model itself is called with ``attention_mask=None, use_cache=False``; the running step reaches this function through
-`running`, since some model families do not hand keyword arguments down to their attention.
+The model itself is called with ``attention_mask=None, use_cache=False``. Its layers find the running step in an object
+that they carry while a decoder is attached: some model families do not hand keyword arguments down to their attention,
+and `torch.compile` cannot trace a context variable.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hcot_lmeval.engine.slots import KVPool
+from hcot_lmeval.engine.slots import Chunk, KVPool, upload
 
 IMPLEMENTATION = "hcot_slots"
-"""The name under which the registry knows `slot_attention`."""
+"""The name under which the registry knows `attention`."""
+RUNNING = "hcot_step"
+"""The attribute of attention layers that holds a `Running`."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The packed tokens [first, first + count) extend a slot that holds `start` tokens.
+class Scores(NamedTuple):
+    """How a layer scores its keys.
 
     Attributes:
-        positions: position ids of all tokens of the slot after this step, ascending, `start + count` of them.
+        scaling: factor of the scores.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: [query_heads], a learned score that takes part in the softmax and nothing else (gpt-oss).
+        window: a query at position p sees the positions above p - window; None for all before it.
     """
 
-    slot: int
-    start: int
-    first: int
-    count: int
-    positions: Sequence[int]
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    window: int | None = None
 
-    @property
-    def length(self) -> int:
-        """Live tokens of the slot after this step."""
-        return self.start + self.count
 
-    def window_start(self, window: int | None) -> int:
-        """The first token that the segment's oldest query can see through a sliding window.
+class LayerCall(NamedTuple):
+    """What an attention layer is called with.
 
-        The window counts positions, not live tokens: under policy evict the two differ.
-        """
-        if window is None:
-            return 0
-        return bisect.bisect_right(self.positions, self.positions[self.start] - window)
+    Attributes:
+        layer: its index.
+        query: [rows, query_heads, tokens, key_dim], rotated.
+        key: [rows, heads, tokens, key_dim], rotated.
+        value: [rows, heads, tokens, value_dim].
+        scores: how it scores; the window is the one that the model hands down, which not all do.
+        mask: what the model made in place of a mask.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scores: Scores
+    mask: Tensor | None
 
 
 @dataclass
-class StepContext:
-    """What the attention layers have to know about the running step: memory, rows, and windows by layer index."""
+class Running:
+    """What the layers carry: the running step, which maps a call to [rows, tokens, query_heads, value_dim]."""
 
-    pool: KVPool
-    segments: Sequence[Segment]
-    windows: Mapping[int, int | None]
-    _rows: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None, torch.device], torch.Tensor | None] = field(default_factory=dict)
-
-    def rows(self, device: torch.device) -> torch.Tensor:
-        """Returns for each packed token its row in the pool, flattened over slots: int64 [tokens]."""
-        if device not in self._rows:
-            flat = [s.slot * self.pool.length + row for s in self.segments for row in range(s.start, s.length)]
-            self._rows[device] = torch.tensor(flat, device=device)
-        return self._rows[device]
-
-    def mask(self, index: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Returns which keys the queries of segment `index` see: bool [count, keys], None where all see all."""
-        key = (index, window, device)
-        if key not in self._masks:
-            self._masks[key] = _mask(self.segments[index], window, device)
-        return self._masks[key]
+    step: Callable[[LayerCall], Tensor] | None = None
 
 
-def _mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if segment.count == 1:
-        return None
-    first = segment.window_start(window)
-    keys = torch.arange(first, segment.length, device=device)
-    queries = torch.arange(segment.start, segment.length, device=device)[:, None]
-    mask = keys <= queries
-    if window is not None:
-        positions = torch.tensor(list(segment.positions[first:]), device=device)
-        mask &= positions > positions[-segment.count :, None] - window
-    return mask
-
-
-_STEP: ContextVar[StepContext] = ContextVar("hcot_step")
-
-
-@contextmanager
-def running(step: StepContext) -> Iterator[None]:
-    """While it is open, the attention layers work on `step`."""
-    token = _STEP.set(step)
-    try:
-        yield
-    finally:
-        _STEP.reset(token)
-
-
-def slot_attention(
+def attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function of the registry.
-
-    Args:
-        module: the attention layer; its `layer_idx` selects the layer of the pool.
-        query: [1, query_heads, tokens, key_dim], rotated.
-        key: [1, heads, tokens, key_dim], rotated.
-        value: [1, heads, tokens, value_dim].
-        attention_mask: None; what is visible follows from the segments.
-        scaling: factor of the scores, by default 1 / sqrt(key_dim).
-        dropout: ignored, decoding has none.
-        sliding_window: ignored; the window of the layer is that of its mask (`hcot_lmeval.engine.probe`).
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        s_aux: [query_heads], a learned score that takes part in the softmax and nothing else (gpt-oss sinks).
+) -> tuple[Tensor, None]:
+    """The attention function of the registry: hands the call to the running step; dropout is ignored.
 
     Returns:
-        [1, tokens, query_heads, value_dim], and None for the attention weights.
+        [rows, tokens, query_heads, value_dim], and None for the attention weights.
     """
-    step = _STEP.get()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values, window = step.pool.keys[layer], step.pool.values[layer], step.windows[layer]
-    step.pool.write(layer, step.rows(key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    outputs = []
-    for index, segment in enumerate(step.segments):
-        first = segment.window_start(window)
-        outputs.append(
-            attend(
-                query[0, :, segment.first : segment.first + segment.count],
-                keys[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
-                values[segment.slot, first : segment.length].transpose(0, 1).to(query.dtype),
-                step.mask(index, window, key.device),
-                scaling=scaling,
-                softcap=softcap,
-                sinks=s_aux,
-            )
-        )
-    return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()[None], None  # some models view it
+    running: Running = getattr(module, RUNNING)
+    assert running.step is not None, "a model is called within a step"
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
+    call = LayerCall(module.layer_idx, query, key, value, scores, attention_mask)  # type: ignore[arg-type]
+    return running.step(call).to(query.dtype).contiguous(), None  # some models view it
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Grouped-query attention of one row.
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention)
+
+
+class Segments:
+    """Chunks as they lie in a packed sequence, one behind the other.
+
+    Tensors are made when they are asked for, once for each device: the layers of a model may lie on several.
+
+    Args:
+        chunks: in order.
+        length: places of a slot.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], length: int) -> None:
+        self.chunks, self.length = chunks, length
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chunk."""
+        return max(len(chunk.ids) for chunk in self.chunks)
+
+    def rows(self, device: torch.device) -> Tensor:
+        """For each packed token its row in the pool, flattened over slots: int64 [tokens]."""
+        flat = (c.slot * self.length + place for c in self.chunks for place in range(c.start, c.stop))
+        return self._tensor("rows", flat, torch.int64, device)
+
+    def slots(self, device: torch.device) -> Tensor:
+        """The slot of each chunk: int32 [chunks]."""
+        return self._tensor("slots", (c.slot for c in self.chunks), torch.int32, device)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Where each chunk begins among the packed tokens, and their number: int32 [chunks + 1]."""
+        offsets = [0]
+        for chunk in self.chunks:
+            offsets.append(offsets[-1] + len(chunk.ids))
+        return self._tensor("offsets", offsets, torch.int32, device)
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """Live tokens of each slot, the chunk included: int32 [chunks]."""
+        return self._tensor("lengths", (c.stop for c in self.chunks), torch.int32, device)
+
+    def mask(self, index: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Which places from `first_in_sight` on the queries of a chunk see: bool [count, places]; None for all."""
+        chunk, key = self.chunks[index], ("mask", index, window, device)
+        if len(chunk.ids) == 1:
+            return None
+        if key not in self._made:
+            first = first_in_sight(chunk, window)
+            places = torch.arange(first, chunk.stop, device=device)
+            mask = places <= torch.arange(chunk.start, chunk.stop, device=device)[:, None]
+            if window is not None:
+                positions = torch.tensor(list(chunk.positions[first:]), device=device)
+                mask &= positions > positions[-len(chunk.ids) :, None] - window
+            self._made[key] = mask
+        return self._made[key]
+
+    def _tensor(self, name: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if (name, device) not in self._made:
+            self._made[name, device] = upload(list(values), dtype, device)
+        return self._made[name, device]
+
+
+def first_in_sight(chunk: Chunk, window: int | None) -> int:
+    """The first place that the oldest query of a chunk sees through a sliding window.
+
+    The window counts positions, not places: under policy evict the two differ.
+    """
+    return 0 if window is None else bisect.bisect_right(chunk.positions, chunk.positions[chunk.start] - window)
+
+
+def attend_segments(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
+    """Attention of packed queries, chunk by chunk; each sees its own place and those before it.
+
+    Args:
+        query: [tokens, query_heads, key_dim].
+        keys: the slots, [slots, length, heads, key_dim].
+        values: [slots, length, heads, value_dim].
+        segments: whose the queries are.
+        scores: how they score.
+
+    Returns:
+        [tokens, query_heads, value_dim].
+    """
+    out, first = [], 0
+    for index, chunk in enumerate(segments.chunks):
+        seen, count = slice(first_in_sight(chunk, scores.window), chunk.stop), len(chunk.ids)
+        key, value = (slots[None, chunk.slot, seen].transpose(1, 2).to(query.dtype) for slots in (keys, values))
+        mask = segments.mask(index, scores.window, query.device)
+        out.append(attend(query[None, first : first + count].transpose(1, 2), key, value, mask, scores)[0])
+        first += count
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+@dataclass
+class Packed:
+    """A step over packed chunks.
+
+    Attributes:
+        pool: the keys and values.
+        segments: the chunks.
+        windows: what each layer sees, by its index.
+        attend: who attends.
+    """
+
+    pool: KVPool
+    segments: Segments
+    windows: Mapping[int, int | None]
+    attend: Callable[[Tensor, Tensor, Tensor, Segments, Scores], Tensor] = field(default=attend_segments)
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
+        query, key, value = (part[0].transpose(0, 1) for part in (call.query, call.key, call.value))
+        self.pool.write(call.layer, self.segments.rows(key.device), key, value)
+        keys, values = self.pool.keys[call.layer], self.pool.values[call.layer]
+        scores = call.scores._replace(window=self.windows[call.layer])
+        return self.attend(query, keys, values, self.segments, scores)[None]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Grouped-query attention; the mask says what is visible, not the window of the scores.
 
     The query heads that share a key head are folded into the query axis, so keys and values are never repeated.
 
     Args:
-        query: [query_heads, queries, key_dim].
-        key: [heads, keys, key_dim].
-        value: [heads, keys, value_dim].
-        mask: bool [queries, keys], None when every query sees every key.
-        scaling: factor of the scores.
-        softcap: see `slot_attention`.
-        sinks: see `slot_attention`.
+        query: [rows, query_heads, queries, key_dim].
+        key: [rows, heads, keys, key_dim].
+        value: [rows, heads, keys, value_dim].
+        mask: bool [queries, keys], or, for single queries, [rows, 1, 1, keys]; None when every query sees every key.
+        scores: how they are made.
 
     Returns:
-        [query_heads, queries, value_dim].
+        [rows, query_heads, queries, value_dim].
     """
-    heads, (query_heads, queries, dim) = key.shape[0], query.shape
+    rows, query_heads, queries, dim = query.shape
+    heads = key.shape[1]
     group = query_heads // heads
-    folded = query.reshape(heads, group * queries, dim)
-    if mask is not None:
+    folded = query.reshape(rows, heads, group * queries, dim)
+    if mask is not None and queries > 1:
         mask = mask.repeat(group, 1)
-    if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(folded[None], key[None], value[None], attn_mask=mask, scale=scaling)[0]
+    if scores.softcap is None and scores.sinks is None:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scores.scaling)
     else:
-        sinks = None if sinks is None else sinks.view(heads, group).repeat_interleave(queries, dim=1)
-        out = _explicit(folded, key, value, mask, dim**-0.5 if scaling is None else scaling, softcap, sinks)
-    return out.reshape(query_heads, queries, value.shape[-1])
+        out = _explicit(folded, key, value, mask, scores, queries)
+    return out.reshape(rows, query_heads, queries, value.shape[-1])
 
 
-def _explicit(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention in the open, for what the fused kernel lacks: shapes as in `attend`, folded; sinks [heads, queries]."""
-    scores = (query @ key.transpose(1, 2)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, queries: int) -> Tensor:
+    """Attention in the open, for what the fused kernel lacks: shapes as in `attend`, folded."""
+    raw = (query @ key.mT) * scores.scaling
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(raw / scores.softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if sinks is None:
-        return torch.softmax(scores, dim=-1).to(value.dtype) @ value
-    weights = torch.softmax(torch.cat([scores, sinks[..., None].to(scores.dtype)], dim=-1), dim=-1)
+        raw = raw.masked_fill(~mask, float("-inf"))
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if scores.sinks is None:
+        return torch.softmax(raw, dim=-1).to(value.dtype) @ value
+    sinks = scores.sinks.view(key.shape[1], -1).repeat_interleave(queries, dim=1)[None, :, :, None]
+    weights = torch.softmax(torch.cat([raw, sinks.to(raw.dtype).expand(len(raw), -1, -1, -1)], dim=-1), dim=-1)
     return weights[..., :-1].to(value.dtype) @ value
-
-
-ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, slot_attention)

@@ -7,16 +7,15 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hcot_lmeval.embeddings import rows_of
-from hcot_lmeval.engine.attention import IMPLEMENTATION, Segment, StepContext, running
+from hcot_lmeval.engine.attention import IMPLEMENTATION, RUNNING, Packed, Running, Segments, attend_segments
 from hcot_lmeval.engine.native import (
     Compute,
     KernelUnavailableError,
@@ -25,8 +24,8 @@ from hcot_lmeval.engine.native import (
     UnreadableModelError,
     WeightForm,
 )
-from hcot_lmeval.engine.probe import NEITHER, PROBE, Probed, probing
-from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool
+from hcot_lmeval.engine.probe import NEITHER, PROBE, Probe
+from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerSpec, upload
 from hcot_lmeval.rotary import rotary_limit
 
 logger = logging.getLogger(__name__)
@@ -77,12 +76,13 @@ class Decoder:
         huge_pages: let compiled code move the weights to pages of 2 MiB.
 
     Attributes:
-        layers: layer index to what the layer stores per token.
+        layers: layer index to what the layer computes and stores.
         windows: layer index to the sliding window through which the layer sees, None for none.
         vocabulary: length of the logits.
         known_ids: token ids below it have a row in the embedding, and logits.
         kv_dtype: what the argument said.
         native: the compiled step, or None where PyTorch computes.
+        running: what the layers carry while the decoder is attached.
 
     Raises:
         UnsupportedModelError: the model keeps recurrent or convolutional state, does not use the attention registry,
@@ -107,7 +107,7 @@ class Decoder:
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.compute, self.weights = Compute(compute), WeightForm(weights)
         self.native: NativeStep | None = None
-        self._lock = _lock_of(self.model)
+        self._lock, self.running = _lock_of(self.model), Running()
         self.kv_dtype = kv_dtype
         self._reading = {"weights": self.weights, "rows": rows, "huge_pages": huge_pages}
         self._prepare()
@@ -117,12 +117,10 @@ class Decoder:
     def _prepare(self) -> None:
         """Looks at the model in the type in which it is now, which its slots and the compiled step have to follow."""
         self._dtype, self.native = self.model.dtype, None
-        found = self._probe()
-        self.layers = {i: layer.shape for i, layer in found.items()}
-        self.windows = {i: layer.window or None for i, layer in found.items()}
+        stored = KV_DTYPES.get(self.kv_dtype)
+        self.layers = {index: layer._replace(stored=stored) for index, layer in self._probe().items()}
+        self.windows = {index: layer.window for index, layer in self.layers.items()}
         self.known_ids = min(self.vocabulary, rows_of(self.model))
-        if self.kv_dtype != "auto":
-            self.layers = {i: replace(shape, dtype=KV_DTYPES[self.kv_dtype]) for i, shape in self.layers.items()}
         self.native = self._compiled(**self._reading)
 
     @property
@@ -138,7 +136,7 @@ class Decoder:
             self._leave_to_torch("double precision is for comparisons with the model's own modules")
             return None
         try:
-            step = NativeStep(self.model, self.layers[0].dtype, **reading)
+            step = NativeStep(self.model, self.layers[0].kv_dtype, **reading)
         except NoCopyError as error:
             raise self._no_copy(error) from None
         except (KernelUnavailableError, UnreadableModelError) as error:
@@ -173,7 +171,15 @@ class Decoder:
             self.model.set_attn_implementation(implementation)
             if self.model.training:
                 self.model.eval()
-            yield
+            layers = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
+            for layer in layers:
+                setattr(layer, RUNNING, self.running)
+            try:
+                yield
+            finally:
+                self.running.step = None  # which holds keys and values
+                for layer in layers:
+                    delattr(layer, RUNNING)
 
     def refresh(self) -> None:
         """To be called before a run: since the last, weights may have changed, or adapters been put around layers."""
@@ -206,47 +212,60 @@ class Decoder:
         """Bytes that the keys and values of one live token take, in all layers."""
         return sum(shape.token_bytes for shape in self.layers.values())
 
-    @torch.inference_mode()
-    def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
+    @torch.no_grad()
+    def forward(
+        self, pool: KVPool, chunks: Sequence[Chunk], attend: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Appends the chunks to their slots. To be called within `attached`.
+
+        Args:
+            pool: the slots.
+            chunks: at most one for each slot.
+            attend: takes the place of `attend_segments`, on the modules of the model.
 
         Returns:
             The logits after the last token of each chunk: [chunks, vocabulary], float32 (float64 for double models).
         """
-        if self.native is not None:
+        if self.native is not None and attend is None:
             return self.native.forward(pool, chunks)
-        segments, first = [], 0
-        for chunk in chunks:
-            segments.append(Segment(chunk.slot, chunk.start, first, len(chunk.ids), chunk.positions))
-            first += len(chunk.ids)
-        ids = [token for chunk in chunks for token in chunk.ids]
-        positions = [p for chunk in chunks for p in chunk.positions[chunk.start :]]
-        last = torch.tensor([s.first + s.count - 1 for s in segments], device=self.device)
-        with running(StepContext(pool, segments, self.windows)):
-            logits = self._call(ids, positions, last)
+        segments, device = Segments(chunks, pool.length), self.device
+        ids = upload([token for chunk in chunks for token in chunk.ids], torch.int64, device)
+        positions = upload([p for chunk in chunks for p in chunk.positions[chunk.start :]], torch.int64, device)
+        self.running.step = Packed(pool, segments, self.windows, attend or attend_segments)
+        return self.call(ids[None], positions[None], segments.offsets(device)[1:].long() - 1)[0]
+
+    def call(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        last: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Calls the model; its layers attend by `running`.
+
+        Args:
+            ids: int64 [rows, tokens].
+            positions: likewise.
+            last: the tokens whose logits are wanted, int64; None for all.
+            mask: nearly always None.
+
+        Returns:
+            Logits [rows, tokens, vocabulary], float32 (float64 for double models).
+        """
+        select = {"logits_to_keep": last} if self._selects and last is not None else {}
+        output = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **select)
+        logits: torch.Tensor = output.logits
+        if last is not None and not self._selects:
+            logits = logits[:, last.to(logits.device)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _call(
-        self, ids: list[int], positions: list[int], rows: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Returns the logits of the packed tokens `rows`: [len(rows), vocabulary]."""
-        select = {"logits_to_keep": rows} if self._selects else {}
-        output = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            attention_mask=mask,
-            use_cache=False,
-            **select,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits if self._selects else logits[rows.to(logits.device)]
-
     @torch.inference_mode()
-    def _probe(self) -> dict[int, Probed]:
-        first, one = torch.tensor([0], device=self.device), torch.ones(1, 1, dtype=torch.int64, device=self.device)
-        with self.attached(PROBE), probing() as found:  # with a mask, no model looks for documents in a row
-            self.vocabulary = self._call([0], [0], first, mask=one).shape[-1]
-        expected = int(self.config.num_hidden_layers)
+    def _probe(self) -> dict[int, LayerSpec]:
+        zero, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.device), Probe()
+        with self.attached(PROBE):  # with a mask, no model looks for documents in a row
+            self.running.step = probe
+            self.vocabulary = self.call(zero, zero, mask=zero + 1).shape[-1]
+        found, expected = probe.layers, int(self.config.num_hidden_layers)
         if len(found) != expected:
             raise UnsupportedModelError(
                 f"{self.name} cannot be decoded with pruning: {len(found)} of its {expected} layers attend through "
@@ -350,7 +369,7 @@ class Decoder:
 
     def _coarsest_dtype(self) -> torch.dtype:
         """The dtype with the largest rounding error among what the layers store and the model computes in."""
-        dtypes = {shape.dtype for shape in self.layers.values()} | {self.model.dtype}
+        dtypes = {layer.kv_dtype for layer in self.layers.values()} | {self.model.dtype}
         return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 

@@ -22,12 +22,10 @@ import torch
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.device.build import make_loop
-from hcot_lmeval.engine.device.fields import Rule
-from hcot_lmeval.engine.device.loop import DeviceLoop
-from hcot_lmeval.engine.device.needs import runs_on_device
+from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
 from hcot_lmeval.engine.device.program import ScratchPool
 from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
+from hcot_lmeval.engine.device.state import Rule
 from hcot_lmeval.engine.native import Compute, sampler_for
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
@@ -173,7 +171,7 @@ class Engine:
         """Steps until at least one row has finished. The model's own attention is back when this returns."""
         start = time.perf_counter()
         finished: list[Row] = []
-        with self.decoder.attached() if loop is None else loop.attached():
+        with self.decoder.attached() if loop is None else loop.program.attached():
             while scheduler.has_work and not finished:
                 scheduler.admit()
                 finished = scheduler.retire()  # rows that had no room for their prompt
@@ -234,16 +232,13 @@ class Engine:
     def _schedule(self, requests: Sequence[Request], kind: type[KVPool]) -> Scheduler:
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
         pool, share = self._make_pool(requests, kind), not self.options.prompt_acts
-        return Scheduler(pairs, pool, self._make_row, step_tokens=self._step_tokens, share=share)
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
+        most = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
+        return Scheduler(pairs, pool, self._make_row, step_tokens=most, share=share)
 
     def _device_loop(self, requests: Sequence[Request], scheduler: Scheduler) -> DeviceLoop:
         rule = Rule(self.policy, self.markers, self.limits.context, self.limits.position)
-        eos, most = len(self.limits.eos_ids), self._step_tokens
-        return make_loop(self.decoder, self.options, rule, scheduler, requests, self._accept, eos=eos, step_tokens=most)
+        eos = len(self.limits.eos_ids)
+        return make_loop(self.decoder, self.options, rule, scheduler, requests, self._accept, eos=eos)
 
     def _make_pool(self, requests: Sequence[Request], kind: type[KVPool]) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)

@@ -167,6 +167,11 @@ class Row:
         return not self.generated and not self.needs_token
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end the row."""
+        return self.limits.eos_ids.union(self.request.params.stop_ids)
+
+    @property
     def waiting_tokens(self) -> int:
         """Tokens of the current step that are still to be forwarded."""
         return len(self._steps[0].forward) - self._done
@@ -195,7 +200,7 @@ class Row:
     def draw(self) -> Draw:
         """Returns what the sampler has to know."""
         params, count = self.request.params, len(self.generated)
-        banned = tuple(self.limits.eos_ids.union(params.stop_ids)) if count < params.min_gen_toks else ()
+        banned = tuple(self.end_ids) if count < params.min_gen_toks else ()
         seen = (*self.request.prompt_ids, *self.generated) if params.repetition_penalty != 1 else ()
         forced = self.request.forced_ids[count] if count < len(self.request.forced_ids) else None
         if self.controller is not None:

@@ -86,10 +86,14 @@ class Scheduler:
                 reading.add(request.prompt_ids)
 
     def plan(self) -> list[tuple[Row, Chunk]]:
-        """Returns the chunks of the next step: one token for every row that decodes, then prompts and solutions."""
-        budget = self._step_tokens + len(self.rows)
+        """Returns the chunks of the next step: one token for every row that decodes, then prompts and solutions.
+
+        Rows whose tokens are all forwarded have none.
+        """
+        waiting = [row for row in self.rows if not row.needs_token]
+        budget = self._step_tokens + len(waiting)
         planned = []
-        for row in sorted(self.rows, key=lambda row: row.waiting_tokens):
+        for row in sorted(waiting, key=lambda row: row.waiting_tokens):
             if budget <= 0:
                 break
             chunk = row.next_chunk(budget)

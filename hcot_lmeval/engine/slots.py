@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -23,20 +24,42 @@ NARROW = (torch.float16, torch.float8_e4m3fn)
 """Dtypes whose range (65504 and 448) outliers among the keys may leave."""
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What one attention layer stores per token: `heads` x (`key_dim` + `value_dim`) numbers."""
+class LayerSpec(NamedTuple):
+    """What one attention layer computes and stores.
 
+    Attributes:
+        query_heads: heads of its queries, a multiple of `heads`.
+        heads: of its keys and values.
+        key_dim: numbers of a key.
+        value_dim: numbers of a value.
+        dtype: of queries, and of keys and values as they are computed.
+        device: where it computes.
+        window: see `hcot_lmeval.engine.attention.Scores`.
+        softcap: see there.
+        sinks: whether it has sinks, see there.
+        stored: dtype of the keys and values in the slots; None for `dtype`.
+    """
+
+    query_heads: int
     heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    stored: torch.dtype | None = None
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What the slots hold."""
+        return self.stored or self.dtype
 
     @property
     def token_bytes(self) -> int:
-        """Bytes per token."""
-        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        """Bytes of the slots per token."""
+        return self.heads * (self.key_dim + self.value_dim) * self.kv_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,11 @@ class Chunk:
     start: int
     ids: Sequence[int]
     positions: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        """Live tokens of the slot after the step."""
+        return self.start + len(self.ids)
 
 
 class KVPool:
@@ -73,7 +101,7 @@ class KVPool:
 
     def __init__(
         self,
-        layers: Mapping[int, LayerShape],
+        layers: Mapping[int, LayerSpec],
         slots: int,
         length: int,
         *,
@@ -87,11 +115,11 @@ class KVPool:
             for tensor in (*self.keys.values(), *self.values.values()):
                 tensor.fill_(float("nan"))
 
-    def _empty(self, shape: LayerShape, dim: int) -> torch.Tensor:
+    def _empty(self, shape: LayerSpec, dim: int) -> torch.Tensor:
         size = (self.slots, self.length, shape.heads, dim)
         if self._huge_pages and shape.device.type == "cpu":
-            return allocate(math.prod(size) * shape.dtype.itemsize).view(shape.dtype).view(size)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+            return allocate(math.prod(size) * shape.kv_dtype.itemsize).view(shape.kv_dtype).view(size)
+        return torch.empty(size, dtype=shape.kv_dtype, device=shape.device)
 
     @property
     def bytes(self) -> int:
@@ -138,7 +166,13 @@ def round_to(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return numbers.to(dtype)
 
 
-def slots_that_fit(layers: Mapping[int, LayerShape], length: int) -> int:
+def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on `device` without a wait: from pinned memory, which its allocator keeps until the copy is done."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def slots_that_fit(layers: Mapping[int, LayerSpec], length: int) -> int:
     """Returns how many slots of `length` tokens the free memory of every device involved can hold."""
     per_device: dict[torch.device, int] = {}
     for shape in layers.values():
@@ -155,7 +189,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def plan_slots(layers: Mapping[int, LayerShape], length: int, wanted: int) -> int:
+def plan_slots(layers: Mapping[int, LayerSpec], length: int, wanted: int) -> int:
     """Returns how many of the `wanted` slots fit.
 
     Raises:

@@ -35,7 +35,7 @@ from transformers import BitsAndBytesConfig
 
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
-from hcot_lmeval.engine.computing import SPEED_ALONE
+from hcot_lmeval.engine.options import SPEED_ALONE
 from hcot_lmeval.fingerprint import digest
 from hcot_lmeval.lm.building import watch_building
 from hcot_lmeval.lm.checks import NO_CACHE

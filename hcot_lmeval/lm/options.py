@@ -16,7 +16,7 @@ from typing import Any
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
-from hcot_lmeval.engine.computing import ComputeOptions
+from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy

@@ -12,8 +12,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from bench.clock import seconds
 from bench.measure import Report
 from bench.work import Sampling
-from hcot_lmeval.engine.device.fields import Warmth
 from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
+from hcot_lmeval.engine.device.state import SamplingRows
 from hcot_lmeval.engine.native import sampler_for
 from hcot_lmeval.engine.sampling import Draw, SamplingParams, hash_places, noise_start
 
@@ -105,7 +105,7 @@ def _ways(logits: torch.Tensor, sampling: Sampling) -> dict[str, Chooser | str]:
     truncates = sampling.top_p < 1 or sampling.top_k > 0
     plain = Sampler(hash_places(logits.shape[1], device), truncates, most=sampling.top_k)
     numbers = (sampling.temperature, sampling.top_p, 0.0)
-    warmth = Warmth(*(torch.full((batch,), number, device=device) for number in numbers))
+    settings = SamplingRows(*(torch.full((batch,), number, device=device) for number in numbers))
     rest = torch.full((batch,), sampling.top_k, device=device), starts
     warpers = _warpers(sampling)
 
@@ -113,13 +113,13 @@ def _ways(logits: torch.Tensor, sampling: Sampling) -> dict[str, Chooser | str]:
         return torch.multinomial(warpers(None, logits).softmax(-1), 1)[:, 0].tolist()
 
     def by_torch() -> list[int]:
-        return plain.sampled(logits / sampling.temperature, warmth, *rest).tolist()
+        return plain.sampled(logits / sampling.temperature, settings, *rest).tolist()
 
     return {
         "transformers": by_transformers,
         "torch": by_torch,
         "native": _natively(logits, sampling),
-        "triton": _by_triton(logits, sampling, warmth, rest),
+        "triton": _by_triton(logits, sampling, settings, rest),
     }
 
 
@@ -143,10 +143,10 @@ def _natively(logits: torch.Tensor, sampling: Sampling) -> Chooser | str:
 
 
 def _by_triton(
-    logits: torch.Tensor, sampling: Sampling, warmth: Warmth, rest: tuple[torch.Tensor, torch.Tensor]
+    logits: torch.Tensor, sampling: Sampling, settings: SamplingRows, rest: tuple[torch.Tensor, torch.Tensor]
 ) -> Chooser | str:
     kernel = kernel_for(logits.device) if logits.device.type == "cuda" else None
     if kernel is None:
         return "on CUDA only" if logits.device.type != "cuda" else "it does not run here; the log says why"
     truncates = sampling.top_p < 1
-    return lambda: kernel(logits / sampling.temperature, *warmth, *rest, sampling.top_k, truncates).tolist()
+    return lambda: kernel(logits / sampling.temperature, *settings, *rest, sampling.top_k, truncates).tolist()

@@ -1,64 +1,138 @@
-"""What attention layers have to know of a step, and the function that they call through transformers' registry.
+"""Attention of a step in which each of many rows decodes one token, from lengths that the host never reads.
 
-Two kinds of steps: `Decode`, one token for each of many rows, whose slots, places and lengths are tensors that the host
-never reads; and `Packed`, prompts and solutions in one sequence, whose layout the host made and knows.
-
-The layers find the running step in an attribute that they carry while `attached` is open: a context variable cannot
-be traced by `torch.compile`, and keyword arguments do not reach the attention of every model family.
+`Sdpa` is the backend in plain PyTorch, and says what the others (`flash`, `triton_decode`) have to do. All read keys
+and values in place, from slots in any order, and touch nothing outside the given spans (it may be NaN).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import torch.nn.functional as F
+from torch import Tensor
 
-from hcot_lmeval.engine.decoder import Decoder
-from hcot_lmeval.engine.device.backends import Backend, Need, Ragged, Scores, Segments
-from hcot_lmeval.engine.device.fields import Feed, upload
-from hcot_lmeval.engine.device.operator import decode, decode_as_one, handle_of
-from hcot_lmeval.engine.slots import Chunk, KVPool, write_rows
+from hcot_lmeval.engine.attention import LayerCall, Scores, Segments, attend, attend_segments
+from hcot_lmeval.engine.device.state import Feed
+from hcot_lmeval.engine.slots import KVPool, LayerSpec, write_rows
 
-IMPLEMENTATION = "hcot_device"
-"""The name under which the registry knows `device_attention`."""
-_STEP = "hcot_step"
-"""The attribute of attention layers."""
-Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query, key and value of a layer."""
+
+class UnavailableError(RuntimeError):
+    """This machine, or the installed release, lacks a backend; the message says what is missing."""
+
+
+class Ragged(NamedTuple):
+    """Which span of which slot the only query of each row sees, in the forms in which kernels ask for it; all int32.
+
+    Attributes:
+        slots: [rows].
+        first: the first place in sight, [rows].
+        lengths: places in the slot, [rows]; those in [first, lengths) are in sight.
+        used: places in sight, [rows].
+        starts: the first place in sight, flattened over slots; one more follows, which nobody reads: [rows + 1].
+        offsets: 0, 1, ... [rows + 1].
+    """
+
+    slots: Tensor
+    first: Tensor
+    lengths: Tensor
+    used: Tensor
+    starts: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, slots: Tensor, first: Tensor, lengths: Tensor, places: int) -> Ragged:
+        """Made once for all layers: `slots`, `first` and `lengths` are int64 [rows], slots have so many `places`."""
+        offsets = torch.arange(len(slots) + 1, device=slots.device, dtype=torch.int32)
+        starts = F.pad(slots * places + first, (0, 1))
+        return cls(slots.int(), first.int(), lengths.int(), (lengths - first).int(), starts.int(), offsets)
+
+
+class Sdpa:
+    """Plain PyTorch with a mask: reads every slot to its end, runs anywhere, and serves every layer."""
+
+    name = "sdpa"
+
+    def refuses(self, layer: LayerSpec) -> str:
+        """Why it cannot serve such a layer; empty if it can."""
+        return ""
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, at: Ragged, scores: Scores) -> Tensor:
+        """One query a row.
+
+        Args:
+            query: [rows, query_heads, key_dim].
+            keys: [slots, length, heads, key_dim].
+            values: [slots, length, heads, value_dim].
+            at: what each row sees, its window included.
+            scores: how scores are made.
+
+        Returns:
+            [rows, query_heads, value_dim].
+        """
+        places = torch.arange(keys.shape[1], device=keys.device)
+        seen = (places >= at.first[:, None]) & (places < at.lengths[:, None])
+        # what is out of sight may be NaN, and 0 * NaN is NaN
+        key, value = (
+            torch.where(seen[..., None, None], _taken(slots, at.slots, query.dtype), 0).transpose(1, 2)
+            for slots in (keys, values)
+        )
+        return attend(query[:, :, None], key, value, seen[:, None, None], scores)[:, :, 0]
+
+    def chunk(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
+        """Packed queries; see `hcot_lmeval.engine.attention.attend_segments`. Positions are places."""
+        return attend_segments(query, keys, values, segments, scores)
+
+
+def _taken(slots: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some of the slots in a dtype; types of one byte, which few operations know, are moved as bytes."""
+    if slots.dtype.itemsize == 1:
+        return slots.view(torch.uint8)[chosen].view(slots.dtype).to(dtype)
+    return slots[chosen].to(dtype)
 
 
 @dataclass
 class Decode:
-    """One token a row.
+    """A step of one token a row.
 
     Attributes:
-        feed: where its keys and values go, int64 [rows].
-        places: of a slot.
+        feed: where its keys and values go.
+        pool: the slots.
+        windows: what each layer sees, by its index.
+        backend: who attends; its `handle_of`.
         positions: position ids of all places of all rows, int64 [rows, places], where windows are measured in them;
             None where the position of a token is its place.
-        rows: where keys and values go, flattened over slots: int64 [rows].
     """
 
     feed: Feed
-    places: int
-    positions: torch.Tensor | None = None
+    pool: KVPool
+    windows: Mapping[int, int | None]
+    backend: str
+    positions: Tensor | None = None
     _ragged: dict[int | None, Ragged] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.rows = self.feed.slots * self.places + self.feed.places
+    def __call__(self, call: LayerCall) -> Tensor:
+        """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
+        query, key, value = (part[:, :, 0] for part in (call.query, call.key, call.value))
+        keys, values = self.pool.keys[call.layer], self.pool.values[call.layer]
+        rows, at = self.feed.slots * self.pool.length + self.feed.places, self.ragged(self.windows[call.layer])
+        scaling, softcap, sinks, _ = call.scores
+        write_and_attend = decode_as_one if torch.compiler.is_compiling() else decode
+        return write_and_attend(query, key, value, keys, values, rows, at, sinks, scaling, softcap, self.backend)[
+            :, None
+        ]
 
     def ragged(self, window: int | None) -> Ragged:
         """What each row sees through a sliding window."""
         if window not in self._ragged:
             first = self.feed.first if window is None else torch.maximum(self.feed.first, self._first(window))
-            self._ragged[window] = Ragged.of(self.feed.slots, first, self.feed.places + 1, self.places)
+            self._ragged[window] = Ragged.of(self.feed.slots, first, self.feed.places + 1, self.pool.length)
         return self._ragged[window]
 
-    def _first(self, window: int) -> torch.Tensor:
+    def _first(self, window: int) -> Tensor:
         hidden = self.feed.positions - window  # the youngest position that is out of sight
         if self.positions is None:
             return hidden + 1
@@ -66,145 +140,48 @@ class Decode:
         held = torch.arange(table.shape[1], device=table.device) < self.feed.places[:, None]
         return ((table <= hidden[:, None]) & held).sum(1)
 
-    def attend(
-        self, context: Context, layer: int, projections: Projections, window: int | None, scores: Scores
-    ) -> torch.Tensor:
-        """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
-        query, key, value = (part[:, :, 0] for part in projections)
-        slots, at, (scaling, softcap, sinks) = context.slots(layer), self.ragged(window), scores
-        attend = decode_as_one if torch.compiler.is_compiling() else decode
-        seen = attend(query, key, value, *slots, self.rows, at, sinks, scaling, softcap, context.handle)
-        return seen[:, None]
+
+_BACKENDS: WeakValueDictionary[str, Sdpa] = WeakValueDictionary()
 
 
-@dataclass
-class Packed:
-    """Tokens of several rows in one sequence; the position of a token is its place.
+def handle_of(backend: Sdpa) -> str:
+    """What `decode` knows a backend by, for as long as there is that backend: operators take no objects."""
+    handle = f"{backend.name} {id(backend):x}"
+    _BACKENDS[handle] = backend
+    return handle
 
-    Attributes:
-        segments: whose they are.
-        rows: for each token its row in the pool, flattened over slots: int64 [tokens].
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    at: Sequence[Tensor],
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """Stores a key and a value of each row, [rows, heads, dim], at `rows` of the flattened slots, and attends.
+
+    Tensors and numbers alone, since it is an operator too: `at` has the fields of a `Ragged`, the others those of
+    `Scores`. The rest, and what it returns, is as in `Sdpa.decode`.
     """
-
-    segments: Segments
-    rows: torch.Tensor
-
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk], length: int, device: torch.device) -> Packed:
-        """The layout of `chunks` in slots of `length` places."""
-        segments = Segments.of([(c.slot, c.start, len(c.ids)) for c in chunks], device)
-        flat = [c.slot * length + place for c in chunks for place in range(c.start, c.start + len(c.ids))]
-        return cls(segments, upload(flat, torch.int64, device))
-
-    def attend(
-        self, context: Context, layer: int, projections: Projections, window: int | None, scores: Scores
-    ) -> torch.Tensor:
-        """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
-        query, key, value = (part[0].transpose(0, 1) for part in projections)
-        keys, values = context.slots(layer)
-        write_rows(keys, self.rows, key)
-        write_rows(values, self.rows, value)
-        return context.attends.chunk(query, keys, values, self.segments, window, scores)[None]
+    write_rows(keys, rows, key)
+    write_rows(values, rows, value)
+    return _BACKENDS[backend].decode(query, keys, values, Ragged(*at), Scores(scaling, softcap, sinks))
 
 
-@dataclass
-class Context:
-    """What the layers carry.
+decode_as_one = torch.library.custom_op("hcot_lmeval::decode", decode, mutates_args=("keys", "values"))
+"""`decode` as an operator, into which `torch.compile` does not look; without a compiler it costs more than `decode`.
 
-    Attributes:
-        pool: the keys and values.
-        backend: who attends.
-        windows: what each layer sees, by its index.
-        step: the running step; a list instead is filled with what each layer needs.
-        handle: of the backend.
-    """
-
-    pool: KVPool | None = None
-    backend: Backend | None = None
-    windows: Mapping[int, int | None] = field(default_factory=dict)
-    step: Decode | Packed | list[Need] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.handle = "" if self.backend is None else handle_of(self.backend)
-
-    @property
-    def attends(self) -> Backend:
-        """The backend of a step."""
-        assert self.backend is not None, "a step has a backend"
-        return self.backend
-
-    def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer."""
-        assert self.pool is not None, "a step has a pool"
-        return self.pool.keys[layer], self.pool.values[layer]
+A compiler that sees slots written through a view of them may not dare to write in place: torch 2.11 copies those of
+every layer in every step (`can_inplace` in `torch._inductor.fx_passes.reinplace`). An operator tells it what changes.
+"""
 
 
-@contextmanager
-def attached(decoder: Decoder, context: Context) -> Iterator[None]:
-    """While it is open the layers of the model attend by `context`."""
-    layers = [module for module in decoder.model.modules() if hasattr(module, "layer_idx")]
-    with decoder.attached(IMPLEMENTATION):
-        for layer in layers:
-            setattr(layer, _STEP, context)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                delattr(layer, _STEP)
-
-
-@torch.no_grad()
-def survey(decoder: Decoder) -> list[Need]:
-    """Forwards one token and returns what the attention of each layer asks of a backend."""
-    context = Context(windows=decoder.windows)
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
-    with attached(decoder, context):
-        decoder.model(input_ids=zero, position_ids=zero, attention_mask=None, use_cache=False)
-    assert isinstance(context.step, list)
-    stored = [decoder.layers[layer].dtype for layer in sorted(decoder.layers)]
-    return [need._replace(stored=dtype) for need, dtype in zip(context.step, stored, strict=True)]
-
-
-def device_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function of the registry; arguments as in `hcot_lmeval.engine.attention.slot_attention`.
-
-    Args:
-        module: the attention layer.
-        query: [rows, query_heads, 1, key_dim], or with 1 for rows and tokens for 1 in a packed step; rotated.
-        key: likewise.
-        value: likewise.
-        attention_mask: None.
-        scaling: factor of the scores.
-        dropout: ignored.
-        sliding_window: ignored, as there.
-        softcap: scores become softcap * tanh(scores / softcap).
-        s_aux: [query_heads], sinks.
-
-    Returns:
-        [rows, 1, query_heads, value_dim], or [1, tokens, query_heads, value_dim]; and None for the weights.
-    """
-    context: Context = getattr(module, _STEP)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    window = context.windows[layer]
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    if isinstance(context.step, list):
-        shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        context.step.append(Need(*shape, key.dtype, key.device, window, softcap, s_aux is not None))
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    out = context.step.attend(context, layer, (query, key, value), window, scores)
-    return out.to(query.dtype).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, device_attention)
+@decode_as_one.register_fake
+def _shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[-1])

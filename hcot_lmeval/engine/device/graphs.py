@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hcot_lmeval.engine.device.fields import upload
+from hcot_lmeval.engine.slots import upload
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Runner:
         """Sizes that have a graph."""
         return tuple(self._graphs)
 
-    def seat(self, rows: Sequence[int]) -> None:
+    def load(self, rows: Sequence[int]) -> None:
         """The next runs are over `rows`; takes effect in the order of the stream."""
         self._size = self._choose(bucket(len(rows)))
         padded = [*rows, *[self._padding] * (self._size - len(rows))]
@@ -100,7 +100,7 @@ class Runner:
 
     def _try_to_capture(self) -> None:
         rows = self._rows[: self._size]
-        seated, count = rows.clone(), self._counter.clone()
+        loaded, count = rows.clone(), self._counter.clone()
         try:
             rows.fill_(self._padding)  # warming up and capturing must not move a row
             self._graphs[self._size] = self._captured(rows)
@@ -109,7 +109,7 @@ class Runner:
             self._capture = False
             self._graphs.clear()
         finally:
-            rows.copy_(seated)
+            rows.copy_(loaded)
             self._counter.copy_(count)
 
     def _captured(self, rows: torch.Tensor) -> torch.cuda.CUDAGraph:

@@ -1,31 +1,42 @@
-"""The device's loop: the host queues steps, listens to what they emitted some steps ago, and feeds it to its rows.
+"""The device's loop: the host queues steps, reads what they emitted some steps ago, and feeds it to its rows.
 
 The device decides by itself which token comes, what it prunes and when a row ends. The host repeats every decision with
 the `Row` of its own loop, from the emitted tokens alone, and so has the same events, statistics and texts. What only
-the host knows (a stop string, a loop) ends a row late: what the device emitted meanwhile is not heard.
+the host knows (a stop string, a loop) ends a row late: what the device emitted meanwhile is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from hcot_lmeval.engine.device.attention import attached
-from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Start, on, upload
+from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.engine.device.choice import choose
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
-from hcot_lmeval.engine.device.program import Program
-from hcot_lmeval.engine.device.readback import Readback
-from hcot_lmeval.engine.rows import Row
-from hcot_lmeval.engine.sampling import Choice, derive_seed, signed
+from hcot_lmeval.engine.device.program import Log, Program
+from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
+from hcot_lmeval.engine.device.state import ENDED, NOTHING, Rule, State, on
+from hcot_lmeval.engine.options import EngineOptions
+from hcot_lmeval.engine.rows import Request, Row
+from hcot_lmeval.engine.sampling import Choice
 from hcot_lmeval.engine.scheduler import Scheduler
-from hcot_lmeval.engine.slots import Chunk
+from hcot_lmeval.engine.slots import Chunk, upload
 from hcot_lmeval.trace import Policy, Step
+
+logger = logging.getLogger(__name__)
 
 Accept = Callable[[Row, Choice], Step | None]
 """Gives a row its next token."""
+
+FEW_ROWS = 4
+"""Up to here the host reads after every step: there is little to queue, and a late ending wastes more."""
+CHUNK_ROWS = 16
+"""Up to here a solution is forwarded in one piece: token by token it would take a row's share of so many steps."""
+RUN_AHEAD = 16
+"""Steps queued before the host reads, on a device that runs beside it."""
 
 
 @dataclass
@@ -44,19 +55,19 @@ class _Prune:
 
 
 @dataclass(eq=False)
-class _Seat:
+class _Slot:
     """A row on the device.
 
     Attributes:
         row: the host's own.
         queued: steps that it takes part in, queued so far.
-        heard: how many of them the host has heard of.
+        read: how many of them the host has read.
         prunes: returns that the host still has a part in.
     """
 
     row: Row
     queued: int = 0
-    heard: int = 0
+    read: int = 0
     prunes: list[_Prune] = field(default_factory=list)
 
 
@@ -66,32 +77,22 @@ class DeviceLoop:
     Args:
         program: what runs there.
         runner: how it is run.
-        scheduler: admits and retires rows.
+        scheduler: admits and retires rows, and plans prompts.
         accept: gives a row its next token.
-        step_tokens: most prompt tokens forwarded at once.
         chunks: forward solutions in one piece; otherwise token by token beside the other rows.
-        run_ahead: most steps that are queued and not heard of; 1 waits for each.
+        run_ahead: most steps that are queued and not read; 1 waits for each.
     """
 
     def __init__(
-        self,
-        program: Program,
-        runner: Runner,
-        scheduler: Scheduler,
-        accept: Accept,
-        *,
-        step_tokens: int,
-        chunks: bool,
-        run_ahead: int,
+        self, program: Program, runner: Runner, scheduler: Scheduler, accept: Accept, *, chunks: bool, run_ahead: int
     ) -> None:
         self.program, self.runner, self.scheduler, self._accept = program, runner, scheduler, accept
-        self._step_tokens, self._chunks = step_tokens, chunks
+        self._policy, self._chunks = program.state.rule.policy, chunks
         self._steps_at_once, self._behind = max(1, run_ahead // 2), int(run_ahead > 1)
-        self._seats: list[_Seat] = []
-        self._seated: list[_Seat] = []
-        self._steps: list[list[_Seat]] = []  # who took part in the steps that the host has not heard of
+        self._slots: list[_Slot] = []
+        self._batch: list[_Slot] = []  # whom the runner steps
+        self._steps: list[list[_Slot]] = []  # who took part in the steps that the host has not read
         self._tick = 0
-        self._readback = Readback(program.log.emitted)
 
     @staticmethod
     def lines(run_ahead: int) -> int:
@@ -101,157 +102,213 @@ class DeviceLoop:
         """
         return 2 * (max(1, run_ahead // 2) + 1) + WARM_UP
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """To be open while it steps."""
-        with on(self.program.state.device), attached(self.program.decoder, self.program.context):
-            yield
-
     @torch.no_grad()  # not inference mode, in which torch 2.11 does not compile a step
     def step(self) -> None:
-        """Queues some steps and listens to earlier ones; rows that have ended are marked `finished`."""
-        first = self._tick
+        """Queues some steps and reads earlier ones; rows that have ended are marked `finished`."""
+        first, log = self._tick, self.program.log
         self._move()
         self._forward_known()
-        if self._seats:
+        if self._slots:
             self._run()
         if self._tick > first:
-            self._readback.start(first, self._tick - first)
-        for emitted in self._readback.finished(self._behind if self._seats else 0):
-            self._hear(emitted)
+            log.copy(first, self._tick - first)
+        for emitted in log.read(self._behind if self._slots else 0):
+            for slot in self._steps.pop(0):
+                slot.read += 1
+                if not slot.row.finished:
+                    self._take(slot, emitted[slot.row.slot])
         self._leave()
 
     # --- queueing -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        if self._seated != self._seats:
-            self._seated = list(self._seats)
-            self.runner.seat([seat.row.slot for seat in self._seats])
+        if self._batch != self._slots:
+            self._batch = list(self._slots)
+            self.runner.load([slot.row.slot for slot in self._slots])
         for _ in range(self._steps_at_once):
             self.runner.run()
-            self._queued(self._seated)
+            self._queued(self._batch)
 
-    def _queued(self, seats: list[_Seat]) -> None:
+    def _queued(self, slots: list[_Slot]) -> None:
         self._tick += 1
-        self._steps.append(list(seats))
-        for seat in seats:
-            seat.queued += 1
+        self._steps.append(list(slots))
+        for slot in slots:
+            slot.queued += 1
 
     def _forward_known(self) -> None:
-        """Forwards what the host knows: prompts, and the solutions that are read again."""
-        planned = [*self._solutions(), *self._prompts()]
+        """Forwards what the host knows: the solutions that are read again, and prompts."""
+        program, solutions = self.program, self._solutions()
+        prompts = [(_Slot(row), chunk) for row, chunk in self.scheduler.plan()]
+        planned = [*solutions, *prompts]
         if not planned:
             return
-        logits = self.program.forward([chunk for _, chunk in planned])
-        complete = []
-        for index, (seat, chunk) in enumerate(planned):
-            if seat in self._seats:
-                self.program.state.skip(chunk.slot, chunk.ids, chunk.start)
-                complete.append((index, seat))
-            elif self._is_read(seat.row, len(chunk.ids)):
-                self.program.state.begin(chunk.slot, start_of(seat.row))
-                self._seats.append(seat)
-                complete.append((index, seat))
+        logits = program.decoder.forward(program.pool, [chunk for _, chunk in planned], program.backend.chunk)
+        for _, chunk in solutions:
+            program.state.skip(chunk.slot, chunk.ids, chunk.start)
+        for slot, chunk in prompts:
+            row = slot.row
+            row.forwarded(len(chunk.ids))
+            if row.needs_token:
+                program.state.begin(row.slot, row.request, sorted(row.end_ids), row.sample)
+                self._slots.append(slot)
+        complete = [(index, slot) for index, (slot, _) in enumerate(planned) if slot.row.needs_token]
         if complete:
-            self._offer(logits, complete)
+            device, ready = program.state.device, [slot for _, slot in complete]
+            at = upload([index for index, _ in complete], torch.int64, device)
+            program.offer(upload([slot.row.slot for slot in ready], torch.int64, device), logits[at])
+            self._queued(ready)
 
-    def _offer(self, logits: torch.Tensor, complete: list[tuple[int, _Seat]]) -> None:
-        device = self.program.state.device
-        slots = upload([seat.row.slot for _, seat in complete], torch.int64, device)
-        self.program.offer(slots, logits[upload([index for index, _ in complete], torch.int64, device)])
-        self._queued([seat for _, seat in complete])
-
-    def _prompts(self) -> list[tuple[_Seat, Chunk]]:
-        """Pieces of the prompts that rows without a seat still have to read, short ones first."""
-        waiting = sorted((r for r in self.scheduler.rows if r.reads_prompt), key=lambda row: row.waiting_tokens)
-        planned, budget = [], self._step_tokens
-        for row in waiting:
-            if budget <= 0:
-                break
-            chunk = row.next_chunk(budget)
-            budget -= len(chunk.ids)
-            planned.append((_Seat(row), chunk))
-        return planned
-
-    @staticmethod
-    def _is_read(row: Row, tokens: int) -> bool:
-        row.forwarded(tokens)
-        return row.needs_token
-
-    def _solutions(self) -> list[tuple[_Seat, Chunk]]:
+    def _solutions(self) -> list[tuple[_Slot, Chunk]]:
         """What rows that pruned have still to forward again, beyond what the queued steps forward one by one."""
         planned = []
-        for seat in self._seats if self._chunks and self._policy is Policy.RECOMPUTE else ():
-            for prune in seat.prunes:
-                step, replayed = prune.step, seat.queued - prune.at
+        for slot in self._slots if self._chunks and self._policy is Policy.RECOMPUTE else ():
+            for prune in slot.prunes:
+                step, replayed = prune.step, slot.queued - prune.at
                 rest, start = step.forward[replayed:], step.rewind + replayed
                 if len(rest) > 1:  # one token is as well forwarded beside the other rows
-                    planned.append((seat, Chunk(seat.row.slot, start, rest, range(start + len(rest)))))
-            seat.prunes.clear()
+                    planned.append((slot, Chunk(slot.row.slot, start, rest, range(start + len(rest)))))
+            slot.prunes.clear()
         return planned
 
     def _move(self) -> None:
         """Under ``evict``: drops the thoughts whose returns are forwarded, and lets their rows go on."""
-        for seat in self._seats if self._policy is Policy.EVICT else ():
-            if seat.prunes and seat.queued > seat.prunes[0].at:
-                prune, slot = seat.prunes.pop(0), seat.row.slot
+        for slot in self._slots if self._policy is Policy.EVICT else ():
+            if slot.prunes and slot.queued > slot.prunes[0].at:
+                prune, at = slot.prunes.pop(0), slot.row.slot
                 length = prune.length
                 for start, stop in reversed(prune.step.drop):
-                    self.program.pool.drop(slot, start, stop, length)
-                    self.program.state.drop(slot, start, stop, length)
+                    self.program.pool.drop(at, start, stop, length)
+                    self.program.state.drop(at, start, stop, length)
                     length -= stop - start
-                self.program.state.release(slot)
-                for later in seat.prunes:
-                    later.at = seat.queued
+                self.program.state.release(at)
+                for later in slot.prunes:
+                    later.at = slot.queued
 
-    @property
-    def _policy(self) -> Policy:
-        return self.program.state.rule.policy
+    # --- reading ------------------------------------------------------------------------------------------------------
 
-    # --- listening ----------------------------------------------------------------------------------------------------
-
-    def _hear(self, emitted: list[int]) -> None:
-        """Gives the rows of the oldest unheard step what they emitted."""
-        for seat in self._steps.pop(0):
-            seat.heard += 1
-            if not seat.row.finished:
-                self._take(seat, emitted[seat.row.slot])
-
-    def _take(self, seat: _Seat, token: int) -> None:
+    def _take(self, slot: _Slot, token: int) -> None:
+        """Gives a row what it emitted in the oldest step that was not read."""
+        row = slot.row
         if token == ENDED:
             raise RuntimeError(
-                f"the device ended request {seat.row.request.id!r} after {len(seat.row.generated)} tokens and the host "
-                "did not; this is a defect of hcot_lmeval. loop='host' does without the device's loop"
+                f"the device ended request {row.request.id!r} after {len(row.generated)} tokens and the host did not; "
+                "this is a defect of hcot_lmeval. loop='host' does without the device's loop"
             )
         if token == NOTHING:
             return
-        step = self._accept(seat.row, Choice(token))
-        if step is None or seat.row.finished:
+        step = self._accept(row, Choice(token))
+        if step is None or row.finished:
             return
-        seat.row.forwarded(len(step.forward))
+        row.forwarded(len(step.forward))
         if step.is_prune:
-            length = len(seat.row.context.live) + sum(stop - start for start, stop in step.drop)
+            length = len(row.context.live) + sum(stop - start for start, stop in step.drop)
             if self._policy is Policy.RECOMPUTE:
-                seat.prunes.clear()  # an earlier solution has been forwarded: it was needed for this token
-            seat.prunes.append(_Prune(step, seat.heard, length))
+                slot.prunes.clear()  # an earlier solution has been forwarded: it was needed for this token
+            slot.prunes.append(_Prune(step, slot.read, length))
 
     def _leave(self) -> None:
         """Ends the rows that the host has ended; the device may not know of it."""
-        for seat in [seat for seat in self._seats if seat.row.finished]:
-            self.program.state.end(seat.row.slot)
-            self._seats.remove(seat)
+        for slot in [slot for slot in self._slots if slot.row.finished]:
+            self.program.state.end(slot.row.slot)
+            self._slots.remove(slot)
 
 
-def start_of(row: Row) -> Start:
-    """What the device has to know of a row whose prompt is read."""
-    params, ends = row.request.params, row.limits.eos_ids.union(row.request.params.stop_ids)
-    return Start(
-        row.request.prompt_ids,
-        params.max_gen_toks,
-        params.min_gen_toks,
-        signed(derive_seed(params.seed, row.sample)),
-        params.top_k,
-        (params.temperature, params.top_p, params.min_p),
-        sorted(ends),
-        row.request.forced_ids,
+def make_loop(
+    decoder: Decoder,
+    options: EngineOptions,
+    rule: Rule,
+    scheduler: Scheduler,
+    requests: Sequence[Request],
+    accept: Accept,
+    *,
+    eos: int,
+) -> DeviceLoop:
+    """Returns the loop of a scheduler whose pool is a `ScratchPool`.
+
+    Args:
+        decoder: the model.
+        options: of the engine.
+        rule: what holds for all rows.
+        scheduler: of the requests.
+        requests: all that it will admit.
+        accept: gives a row its next token.
+        eos: how many end tokens the model has.
+    """
+    pool, device, layers = scheduler.pool, decoder.device, list(decoder.layers.values())
+    state = State(
+        pool.slots,
+        pool.length - 1,
+        rule,
+        device,
+        ends=eos + max(len(r.params.stop_ids) for r in requests),
+        forced=max(1, *(len(r.forced_ids) for r in requests)),
+        positions=rule.policy is Policy.EVICT and any(layer.window is not None for layer in layers),
     )
+    run_ahead = options.run_ahead or _run_ahead(pool.slots, device.type)
+    log = Log(DeviceLoop.lines(run_ahead), pool.slots + 1, device)
+    with on(device):
+        backend = choose(layers, options.attention)
+    kernel = None if options.compute == "torch" else kernel_for(device)
+    program = Program(decoder, pool, state, Sampler.of(requests, decoder.vocabulary, device, kernel), backend, log)
+    runner = Runner(
+        program.step,
+        pool.slots,
+        state.scratch,
+        device,
+        counter=log.tick,
+        graphs=options.graphs and device.type == "cuda",
+        compiled=options.compiled,
+    )
+    chunks = options.reforward == "chunk" or (options.reforward == "auto" and pool.slots <= CHUNK_ROWS)
+    return DeviceLoop(program, runner, scheduler, accept, chunks=chunks, run_ahead=run_ahead)
+
+
+def _run_ahead(slots: int, kind: str) -> int:
+    if kind != "cuda":
+        return 1
+    return 2 if slots <= FEW_ROWS else RUN_AHEAD
+
+
+def runs_on_device(decoder: Decoder, options: EngineOptions, requests: Sequence[Request], *, watched: bool) -> bool:
+    """Whether the device's loop runs the steps; arguments as in `obstacles`.
+
+    Raises:
+        ValueError: it was asked for and cannot serve these requests.
+    """
+    if options.loop == "host" or (options.loop == "auto" and decoder.device.type != "cuda"):
+        return False
+    found = obstacles(decoder, options, requests, watched=watched)
+    if found and options.loop == "device":
+        raise ValueError(
+            f"loop='device' cannot serve {', '.join(found)}; leave that out, or choose loop='auto', which takes the "
+            "loop of the host where it has to"
+        )
+    if found:
+        logger.info("the host runs the steps, since the device's loop cannot serve %s", ", ".join(found))
+    return not found
+
+
+def obstacles(decoder: Decoder, options: EngineOptions, requests: Sequence[Request], *, watched: bool) -> list[str]:
+    """Returns why these requests need the host's loop, each in a few words; nothing if they do not.
+
+    Args:
+        decoder: the model.
+        options: of the engine.
+        requests: what is to be generated.
+        watched: whether somebody wants the logits of every token.
+    """
+    found = [f"{name}={value}" for name, value in options.controls.items() if name != "loop_tokens"]
+    if options.ablation is not None:
+        found.append(f"ablation={options.ablation}")
+    if options.prompt_acts:
+        found.append("prompt_acts=True")
+    if watched:
+        found.append("on_logits")
+    penalties = sorted({r.params.repetition_penalty for r in requests} - {1.0})
+    found += [f"repetition_penalty={penalty:g}" for penalty in penalties]
+    if any(r.params.logprobs for r in requests):
+        found.append("logprobs=True")
+    devices = sorted({str(layer.device) for layer in decoder.layers.values()})
+    if len(devices) > 1:
+        found.append(f"a model on {', '.join(devices)}")
+    return found

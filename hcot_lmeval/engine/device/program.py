@@ -1,34 +1,46 @@
-"""One step of all rows, from the token that each forwards to the token that each emits, without the host."""
+"""One step of all rows, from the token that each forwards to the token that each emits, without the host.
+
+What the rows emit is written to a log in the device's memory, which the host copies while the device goes on.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hcot_lmeval.engine.decoder import Decoder
-from hcot_lmeval.engine.device.attention import Context, Decode, Packed
-from hcot_lmeval.engine.device.backends import Backend
-from hcot_lmeval.engine.device.fields import NOTHING, upload
+from hcot_lmeval.engine.device.attention import Decode, Sdpa, handle_of
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import State
-from hcot_lmeval.engine.slots import Chunk, KVPool, LayerShape
+from hcot_lmeval.engine.device.state import NOTHING, State, on
+from hcot_lmeval.engine.slots import KVPool, LayerSpec
 
 
 class ScratchPool(KVPool):
     """A pool whose slots have one place more than a row may use: rows that do not run write there."""
 
-    def __init__(self, layers: Mapping[int, LayerShape], slots: int, length: int, **options: bool) -> None:
+    def __init__(self, layers: Mapping[int, LayerSpec], slots: int, length: int, **options: bool) -> None:
         super().__init__(layers, slots, length + 1, **options)
 
 
+class _Copy(NamedTuple):
+    """The log as it was when steps [first, first + steps) had written it; `done` is None if it is there already."""
+
+    lines: torch.Tensor
+    first: int
+    steps: int
+    done: torch.cuda.Event | None
+
+
 class Log:
-    """What every slot emitted in the last steps.
+    """What every slot emitted in the last steps; the host copies it on a stream of its own.
 
     Args:
-        lines: steps that it holds.
+        lines: steps that it holds; step n writes line n modulo lines.
         slots: slots, and one for padding.
         device: where it lies.
 
@@ -41,6 +53,8 @@ class Log:
         self.lines = lines
         self.emitted = torch.full((lines, slots), NOTHING, dtype=torch.int64, device=device)
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)
+        self._copies: deque[_Copy] = deque()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def write(self, rows: torch.Tensor, emitted: torch.Tensor) -> None:
         """Adds a line: `rows` and what they emitted, int64 [n]."""
@@ -48,6 +62,31 @@ class Log:
         self.emitted.index_fill_(0, line, NOTHING)
         self.emitted[line.expand_as(rows), rows] = emitted
         self.tick.add_(1)
+
+    def copy(self, first: int, count: int) -> None:
+        """Asks for the lines of the steps [first, first + count), whose kernels are queued."""
+        if self._stream is None:
+            self._copies.append(_Copy(self.emitted.clone(), first, count, None))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.emitted.device))
+        lines = torch.empty(self.emitted.shape, dtype=self.emitted.dtype, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            lines.copy_(self.emitted, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self.emitted.record_stream(self._stream)
+        self._copies.append(_Copy(lines, first, count, done))
+
+    def read(self, behind: int) -> list[list[int]]:
+        """Waits for all lines asked for but those of the last `behind` copies, and returns them, each once."""
+        found: list[list[int]] = []
+        while len(self._copies) > behind:
+            copy = self._copies.popleft()
+            if copy.done is not None:
+                copy.done.synchronize()
+            table = copy.lines.tolist()
+            found += [table[step % self.lines] for step in range(copy.first, copy.first + copy.steps)]
+        return found
 
 
 @dataclass
@@ -67,12 +106,17 @@ class Program:
     pool: KVPool
     state: State
     sampler: Sampler
-    backend: Backend
+    backend: Sdpa
     log: Log
 
     def __post_init__(self) -> None:
-        self.context = Context(self.pool, self.backend, self.decoder.windows)
-        self._selects = "logits_to_keep" in inspect.signature(self.decoder.model.forward).parameters
+        self._handle = handle_of(self.backend)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """To be open while it runs."""
+        with on(self.state.device), self.decoder.attached():
+            yield
 
     @torch.no_grad()
     def step(self, rows: torch.Tensor) -> None:
@@ -81,38 +125,11 @@ class Program:
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Forwards one token of each of `rows` and returns what predicts the next: [n, vocabulary]."""
-        feed = self.state.feed(rows)
-        self.context.step = Decode(feed, self.pool.length, self.state.positions)
-        return self._call(feed.tokens[:, None], feed.positions[:, None])[:, 0]
+        feed, decoder = self.state.feed(rows), self.decoder
+        decoder.running.step = Decode(feed, self.pool, decoder.windows, self._handle, self.state.positions)
+        return decoder.call(feed.tokens[:, None], feed.positions[:, None])[:, 0]
 
     def offer(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Samples for `rows` from the logits of what was forwarded last, [n, vocabulary], and writes the log."""
         tokens = self.sampler.choose(self.state, rows, logits)
         self.log.write(rows, self.state.advance(rows, tokens))
-
-    @torch.no_grad()
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Forwards prompts and solutions whose tokens the host knows. To be called within `attached`.
-
-        Returns:
-            The logits after the last token of each chunk: [chunks, vocabulary].
-        """
-        device = self.state.device
-        self.context.step = packed = Packed.of(chunks, self.pool.length, device)
-        ids = upload([token for chunk in chunks for token in chunk.ids], torch.int64, device)
-        positions = upload([p for chunk in chunks for p in chunk.positions[chunk.start :]], torch.int64, device)
-        last = packed.segments.offsets[1:].long() - 1
-        if self._selects:
-            return self._call(ids[None], positions[None], logits_to_keep=last)[0]
-        return self._call(ids[None], positions[None])[0, last]
-
-    def _call(self, ids: torch.Tensor, positions: torch.Tensor, **select: torch.Tensor) -> torch.Tensor:
-        output = self.decoder.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=None,
-            use_cache=False,
-            **select,
-        )
-        logits: torch.Tensor = output.logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hcot_lmeval.engine.device.fields import Fixed, Moving, Warmth, on, upload
-from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.engine.device.state import RowLimits, RowState, SamplingRows, State, on
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import (
     Draw,
@@ -23,10 +23,11 @@ from hcot_lmeval.engine.sampling import (
     passes_trials,
     truncate,
 )
+from hcot_lmeval.engine.slots import upload
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[..., torch.Tensor]
+Kernel = Callable[..., Tensor]
 """Chooses tokens as `hcot_lmeval.engine.device.triton_sample.choose` does, whose arguments it takes."""
 
 
@@ -43,7 +44,7 @@ class Sampler:
         kernel: chooses among scores in place of PyTorch.
     """
 
-    places: torch.Tensor | None
+    places: Tensor | None
     truncates: bool = True
     bans: bool = True
     forces: bool = True
@@ -65,7 +66,7 @@ class Sampler:
             kernel=kernel,
         )
 
-    def choose(self, state: State, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, state: State, rows: Tensor, logits: Tensor) -> Tensor:
         """Returns the tokens, int64 [n].
 
         Args:
@@ -73,46 +74,50 @@ class Sampler:
             rows: int64 [n].
             logits: [n, vocabulary], float32 or float64.
         """
-        row, fixed = state.read(rows), state.constants(rows)
-        warmth = Warmth(*state.warmth[rows].to(logits.dtype).unbind(1))
-        scores = self._banned(logits, state.ends[rows], row, fixed) if self.bans else logits
+        row, limits = state.read(rows), state.constants(rows)
+        settings = SamplingRows(*state.sampling[rows].to(logits.dtype).unbind(1))
+        scores = self._banned(logits, state.ends[rows], row, limits) if self.bans else logits
         if self.places is None:
             tokens = scores.argmax(-1)
         else:
-            scores = scores / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
-            tokens = self.sampled(scores, warmth, fixed.top_k, derived_seeds(fixed.seed, row.generated + 1))
-        return self._forced(tokens, state.forced[rows], row, fixed) if self.forces else tokens
+            starts = derived_seeds(limits.seed, row.generated + 1)
+            tokens = self.sampled(_over_temperature(scores, settings), settings, limits.top_k, starts)
+        return self._forced(tokens, state.forced[rows], row, limits) if self.forces else tokens
 
-    def _banned(self, logits: torch.Tensor, ends: torch.Tensor, row: Moving, fixed: Fixed) -> torch.Tensor:
+    def _banned(self, logits: Tensor, ends: Tensor, row: RowState, limits: RowLimits) -> Tensor:
         """Removes end tokens from rows that are too short; entries of `ends` below 0 are none."""
-        early = (row.generated < fixed.min_gen)[:, None] & (ends >= 0)
+        early = (row.generated < limits.min_gen)[:, None] & (ends >= 0)
         ceiling = torch.where(early, -math.inf, math.inf).to(logits.dtype)
         return logits.scatter_reduce(1, ends.clamp_min(0), ceiling, "amin")
 
-    def sampled(self, scores: torch.Tensor, warmth: Warmth, top_k: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def sampled(self, scores: Tensor, settings: SamplingRows, top_k: Tensor, starts: Tensor) -> Tensor:
         """Returns the tokens, int64 [n].
 
         Args:
             scores: logits over the temperature, [n, vocabulary].
-            warmth: in the type of the scores.
+            settings: in the type of the scores.
             top_k: int64 [n]; 0 is off.
             starts: where the hash of each row's noise starts, int64 [n].
         """
         if self.kernel is not None:
-            return self.kernel(scores, *warmth, top_k, starts, self.most, self.truncates)
+            return self.kernel(scores, *settings, top_k, starts, self.most, self.truncates)
         assert self.places is not None, "without noise nothing is sampled"
         kept = scores
         if self.truncates:
-            kept = truncate(scores, torch.where(top_k == 0, scores.shape[-1], top_k), warmth.top_p, warmth.min_p)
+            kept = truncate(scores, torch.where(top_k == 0, scores.shape[-1], top_k), settings.top_p, settings.min_p)
         noisy = kept + hashed_noise(starts, self.places)
-        return torch.where((warmth.temperature > 0)[:, None], noisy, scores).argmax(-1)
+        return torch.where((settings.temperature > 0)[:, None], noisy, scores).argmax(-1)
 
-    def _forced(self, tokens: torch.Tensor, forced: torch.Tensor, row: Moving, fixed: Fixed) -> torch.Tensor:
+    def _forced(self, tokens: Tensor, forced: Tensor, row: RowState, limits: RowLimits) -> Tensor:
         at = row.generated.clamp_max(forced.shape[1] - 1)
-        return torch.where(row.generated < fixed.forced, forced.gather(1, at[:, None])[:, 0], tokens)
+        return torch.where(row.generated < limits.forced, forced.gather(1, at[:, None])[:, 0], tokens)
 
 
-def choose_by(kernel: Kernel, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _over_temperature(logits: Tensor, settings: SamplingRows) -> Tensor:
+    return logits / torch.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
+
+
+def choose_by(kernel: Kernel, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """What a kernel chooses for the host's loop; its part of `hcot_lmeval.engine.sampling.Chooser`.
 
     Args:
@@ -123,13 +128,12 @@ def choose_by(kernel: Kernel, logits: torch.Tensor, draws: Sequence[Draw]) -> li
     params = [draw.params for draw in draws]
     if not any(p.temperature > 0 for p in params):
         return logits.argmax(-1).tolist()
-    numbers = ([p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params])
-    warmth = Warmth(*(upload(column, logits.dtype, logits.device) for column in numbers))
-    starts = [noise_start(draw.seed, draw.generated) for draw in draws]
-    integers = (upload(column, torch.int64, logits.device) for column in ([p.top_k for p in params], starts))
-    scores = logits / torch.where(warmth.temperature > 0, warmth.temperature, 1.0)[:, None]
+    numbers = ([getattr(p, name) for p in params] for name in SamplingRows._fields)
+    settings = SamplingRows(*(upload(column, logits.dtype, logits.device) for column in numbers))
+    top_k, starts = [p.top_k for p in params], [noise_start(draw.seed, draw.generated) for draw in draws]
+    integers = (upload(column, torch.int64, logits.device) for column in (top_k, starts))
     with on(logits.device):
-        return kernel(scores, *warmth, *integers, max(p.top_k for p in params), True).tolist()
+        return kernel(_over_temperature(logits, settings), *settings, *integers, max(top_k), True).tolist()
 
 
 @functools.cache
@@ -143,11 +147,8 @@ def kernel_for(device: torch.device) -> Kernel | None:
             reason = _refusal(device)
     except Exception as error:  # a kernel that does not compile or run here raises anything
         reason = str(error) or type(error).__name__
-    if reason:
-        logger.info("tokens are sampled on %s by PyTorch; not by triton: %s", device, reason)
-        return None
-    logger.info("tokens are sampled on %s by triton", device)
-    return _by_triton
+    logger.info("tokens are sampled on %s by %s", device, f"PyTorch; not by triton: {reason}" if reason else "triton")
+    return None if reason else _by_triton
 
 
 def _refusal(device: torch.device) -> str:
@@ -161,7 +162,7 @@ def _refusal(device: torch.device) -> str:
     return "" if chooses_alike(_by_triton, device) else "it chooses other tokens"
 
 
-def _by_triton(*given: Any) -> torch.Tensor:
+def _by_triton(*given: Any) -> Tensor:
     from hcot_lmeval.engine.device import triton_sample
 
     chosen = triton_sample.choose_as_one if torch.compiler.is_compiling() else triton_sample.choose

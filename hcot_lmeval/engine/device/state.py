@@ -1,8 +1,8 @@
 """The rule of `hcot_lmeval.trace` as tensor arithmetic: what a device has to know of every row, and one token's effect.
 
-A row is a line of small integers, `Moving`. One step reads the lines of the rows that take part, computes new ones with
-static shapes and writes them back; nothing is read by the host. The host follows by feeding the emitted tokens to the
-same `LiveContext` as ever, and the two never disagree (the tests hold them against each other).
+A row is a line of small integers, `RowState`. One step reads the lines of the rows that take part, computes new ones
+with static shapes and writes them back; nothing is read by the host. The host follows by feeding the emitted tokens to
+the same `LiveContext` as ever, and the two never disagree (the tests hold them against each other).
 
 ``recompute``  A return that prunes sets `length` back. The solution is forwarded again in place: while `gap` is not 0
                the token at `length` is the one `gap` places above it, and what is sampled counts only at the last of
@@ -18,13 +18,142 @@ The stack of open blocks has a place for every live token, so it cannot overflow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from hcot_lmeval.engine.device.fields import ENDED, NOTHING, Feed, Fixed, Moving, Rule, Start, Warmth, upload
+from hcot_lmeval.engine.rows import Request
+from hcot_lmeval.engine.sampling import derive_seed, signed
+from hcot_lmeval.engine.slots import upload
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.trace import Policy
+
+NOTHING = -1
+"""Emitted by a row that forwards a solution again, or waits for the host."""
+ENDED = -2
+"""Emitted by a row that has ended."""
+
+
+class RowState(NamedTuple):
+    """What changes with the tokens of a row; each is int64, [rows] when read from a `State`.
+
+    Attributes:
+        length: live tokens whose keys and values are in the slot.
+        left: tokens to forward before the next one is sampled, at least 1.
+        gap: distance of the tokens to forward from their place; 0 unless a solution is forwarded again.
+        next: the token to forward when `gap` is 0.
+        cut: live tokens that leave with the next forward (``evict``).
+        generated: tokens.
+        depth: open blocks.
+        done: 1 for a row that has ended.
+        hold: 1 for a row that waits for the host to move its keys and values.
+    """
+
+    length: Tensor
+    left: Tensor
+    gap: Tensor
+    next: Tensor
+    cut: Tensor
+    generated: Tensor
+    depth: Tensor
+    done: Tensor
+    hold: Tensor
+
+    @property
+    def runs(self) -> Tensor:
+        """Whether a row takes part in a step: bool [rows]."""
+        return (self.done | self.hold) == 0
+
+
+class RowLimits(NamedTuple):
+    """What stays the same from the first to the last token of a row; each is int64, [rows].
+
+    Attributes:
+        prompt: tokens of the prompt.
+        max_gen: most tokens to generate.
+        min_gen: end tokens may not come before so many.
+        seed: of the sample, as the int64 with its bits.
+        top_k: 0 if it is off.
+        forced: how many tokens are forced.
+    """
+
+    prompt: Tensor
+    max_gen: Tensor
+    min_gen: Tensor
+    seed: Tensor
+    top_k: Tensor
+    forced: Tensor
+
+
+class SamplingRows(NamedTuple):
+    """The settings of sampling that are not whole numbers; float64, [rows]. A temperature of 0 is greedy."""
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+class Feed(NamedTuple):
+    """What the rows of a step forward; each int64 [n].
+
+    Attributes:
+        rows: their lines.
+        slots: where their keys and values are.
+        first: 0; for a row that does not run, its place.
+        places: where the new ones go, which is the number of live tokens before it.
+        tokens: their ids.
+        positions: their position ids.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    first: Tensor
+    places: Tensor
+    tokens: Tensor
+    positions: Tensor
+
+
+class Closing(NamedTuple):
+    """What a token does to the blocks of a row.
+
+    Attributes:
+        depth: open blocks after it.
+        prunes: whether it closes a block whose live span [start, stop) leaves: bool [rows].
+        start: of the span.
+        stop: of the span.
+        vanishes: 1 if the closing marker leaves too, in every row alike.
+    """
+
+    depth: Tensor
+    prunes: Tensor
+    start: Tensor
+    stop: Tensor
+    vanishes: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for all rows.
+
+    Attributes:
+        policy: what a closing marker does.
+        markers: the notation; None only with policy ``off``.
+        context: most live tokens.
+        position: a trace stays shorter than this under ``evict``.
+    """
+
+    policy: Policy
+    markers: MarkerIds | None
+    context: int
+    position: int
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is open, `device` is where kernels go that name none: Triton's, and the events of streams."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class State:
@@ -44,9 +173,9 @@ class State:
         ids: live tokens, int64 [slots + 1, length + 2]; those at `length` and above are on their way into the slot: a
             return that prunes a full context, and what a row that has ended would write next.
         positions: their position ids, or None.
-        moving: the lines of `Moving`, int64 [slots + 1, fields].
-        fixed: the lines of `Fixed`.
-        warmth: the lines of `Warmth`.
+        states: the lines of `RowState`, int64 [slots + 1, fields].
+        limits: the lines of `RowLimits`.
+        sampling: the lines of `SamplingRows`.
         ends: int64 [slots + 1, ends], filled up with -1.
         forced: int64 [slots + 1, forced].
     """
@@ -65,40 +194,48 @@ class State:
         self.scratch, self.length, self.rule, self.device = slots, length, rule, device
         self.ids = self._zeros(length + 2)
         self.positions = self._zeros(length + 2) if positions else None
-        self.moving = self._zeros(len(Moving._fields))
-        self.moving[:, Moving._fields.index("done")] = 1
-        self.fixed = self._zeros(len(Fixed._fields))
-        self.warmth = self._zeros(len(Warmth._fields)).double()
+        self.states = self._zeros(len(RowState._fields))
+        self.states[:, RowState._fields.index("done")] = 1
+        self.limits = self._zeros(len(RowLimits._fields))
+        self.sampling = self._zeros(len(SamplingRows._fields)).double()
         self.ends, self.forced = self._zeros(ends) - 1, self._zeros(forced)
         self._opens, self._splits = self._zeros(length + 1), self._zeros(length + 1)
 
-    def _zeros(self, columns: int) -> torch.Tensor:
+    def _zeros(self, columns: int) -> Tensor:
         return torch.zeros(self.scratch + 1, columns, dtype=torch.int64, device=self.device)
 
     # --- in the order of the stream, by the host ----------------------------------------------------------------------
 
-    def begin(self, slot: int, start: Start) -> None:
-        """Puts a row into a slot whose prompt is forwarded; `advance` with its logits' token is due next."""
-        tokens = len(start.prompt_ids)
-        self._write(self.ids[slot], 0, start.prompt_ids)
+    def begin(self, slot: int, request: Request, ends: Sequence[int], sample: int = 0) -> None:
+        """Puts a row into a slot whose prompt is forwarded; `advance` with its logits' token is due next.
+
+        Args:
+            slot: its slot.
+            request: its request.
+            ends: ids that end it.
+            sample: which sample of the request it is.
+        """
+        prompt, params, forced = request.prompt_ids, request.params, request.forced_ids
+        self._write(self.ids[slot], 0, prompt)
         if self.positions is not None:
-            self._write(self.positions[slot], 0, range(tokens))
-        self._write(self.moving[slot], 0, [tokens - 1, 1, 0, start.prompt_ids[-1], 0, 0, 0, 0, 0])
-        fixed = [tokens, start.max_gen, start.min_gen, start.seed, start.top_k, len(start.forced)]
-        self._write(self.fixed[slot], 0, fixed)
-        self._write(self.warmth[slot], 0, start.warmth)
-        self._write(self.ends[slot], 0, [*start.ends, *[-1] * (self.ends.shape[1] - len(start.ends))])
-        self._write(self.forced[slot], 0, start.forced)
+            self._write(self.positions[slot], 0, range(len(prompt)))
+        self._write(self.states[slot], 0, [len(prompt) - 1, 1, 0, prompt[-1], 0, 0, 0, 0, 0])
+        seed = signed(derive_seed(params.seed, sample))
+        limits = [len(prompt), params.max_gen_toks, params.min_gen_toks, seed, params.top_k, len(forced)]
+        self._write(self.limits[slot], 0, limits)
+        self._write(self.sampling[slot], 0, [params.temperature, params.top_p, params.min_p])
+        self._write(self.ends[slot], 0, [*ends, *[-1] * (self.ends.shape[1] - len(ends))])
+        self._write(self.forced[slot], 0, forced)
 
     def end(self, slot: int) -> None:
         """Ends the row in a slot."""
-        self.moving[slot, Moving._fields.index("done")] = 1
+        self.states[slot, RowState._fields.index("done")] = 1
 
     def skip(self, slot: int, ids: Sequence[int], length: int) -> None:
         """The last tokens of a solution, `ids` from place `length` on, are forwarded; `advance` is due next."""
         last = length + len(ids) - 1
         self._write(self.ids[slot], length, ids)
-        self._write(self.moving[slot], 0, [last, 1, 0, ids[-1]])
+        self._write(self.states[slot], 0, [last, 1, 0, ids[-1]])
 
     def drop(self, slot: int, start: int, stop: int, length: int) -> None:
         """Removes the places [start, stop) of a slot that holds `length` tokens."""
@@ -108,23 +245,23 @@ class State:
 
     def release(self, slot: int) -> None:
         """Lets a row go on that waited for its keys and values."""
-        self.moving[slot, Moving._fields.index("hold")] = 0
+        self.states[slot, RowState._fields.index("hold")] = 0
 
-    def _write(self, row: torch.Tensor, first: int, values: Sequence[int] | Sequence[float]) -> None:
+    def _write(self, row: Tensor, first: int, values: Sequence[int] | Sequence[float]) -> None:
         if len(values):
             row[first : first + len(values)].copy_(upload(values, row.dtype, self.device), non_blocking=True)
 
     # --- in a step ----------------------------------------------------------------------------------------------------
 
-    def read(self, rows: torch.Tensor) -> Moving:
+    def read(self, rows: Tensor) -> RowState:
         """The lines of `rows`, int64 [n]."""
-        return Moving(*self.moving[rows].unbind(1))
+        return RowState(*self.states[rows].unbind(1))
 
-    def constants(self, rows: torch.Tensor) -> Fixed:
-        """What stays in `rows`, int64 [n]."""
-        return Fixed(*self.fixed[rows].unbind(1))
+    def constants(self, rows: Tensor) -> RowLimits:
+        """What does not change in `rows`, int64 [n]."""
+        return RowLimits(*self.limits[rows].unbind(1))
 
-    def feed(self, rows: torch.Tensor) -> Feed:
+    def feed(self, rows: Tensor) -> Feed:
         """What each of `rows` forwards now. Rows that do not run write where nobody reads: behind the last place."""
         row = self.read(rows)
         runs = row.runs
@@ -140,7 +277,7 @@ class State:
         first = torch.where(runs, 0, places)
         return Feed(rows, rows.clamp_max(self.scratch - 1), first, places, tokens, positions)
 
-    def advance(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def advance(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """What was fed is in the slots, and `tokens`, int64 [n], were sampled from the outputs.
 
         Returns:
@@ -155,19 +292,13 @@ class State:
         ended = (self.ends[rows] == tokens[:, None]).any(1) | (appended.generated >= constants.max_gen)
         appended = appended._replace(done=(ended | ~fits).long(), hold=forwarded.hold)
         after = torch.where(sampled[:, None], torch.stack([*appended], 1), torch.stack([*forwarded], 1))
-        self.moving[rows] = torch.where(runs[:, None], after, torch.stack([*row], 1))
+        self.states[rows] = torch.where(runs[:, None], after, torch.stack([*row], 1))
         emitted = torch.where(sampled & runs, tokens, NOTHING)
         return torch.where(row.done > 0, ENDED, emitted)
 
     def _rule(
-        self,
-        rows: torch.Tensor,
-        tokens: torch.Tensor,
-        live: torch.Tensor,
-        row: Moving,
-        constants: Fixed,
-        writes: torch.Tensor,
-    ) -> tuple[Moving, torch.Tensor]:
+        self, rows: Tensor, tokens: Tensor, live: Tensor, row: RowState, constants: RowLimits, writes: Tensor
+    ) -> tuple[RowState, Tensor]:
         """The row when its token is appended, and whether the token fits. Only rows that `writes` get new places."""
         zero, one = torch.zeros_like(live), torch.ones_like(live)
         after = row._replace(length=live, left=one, gap=zero, next=tokens, cut=zero, generated=row.generated + 1)
@@ -181,9 +312,7 @@ class State:
             return after._replace(cut=torch.where(found.prunes, found.stop - found.start + found.vanishes, zero)), fits
         return self._rewound(rows, tokens, live, after, found, writes), fits | found.prunes
 
-    def _follow(
-        self, rows: torch.Tensor, tokens: torch.Tensor, live: torch.Tensor, row: Moving, writes: torch.Tensor
-    ) -> Found:
+    def _follow(self, rows: Tensor, tokens: Tensor, live: Tensor, row: RowState, writes: Tensor) -> Closing:
         """Pushes, sets or pops the stack of open blocks, as `LiveContext.push` does."""
         marks = self._marks
         top = (row.depth - 1).clamp_min(0)
@@ -198,17 +327,11 @@ class State:
         start, stop = opened + ("open" in marks.keep), split + ("split" not in marks.keep)
         empty = (start == stop) & ("close" in marks.keep)
         depth = row.depth + opens.long() - closes.long()
-        return Found(depth, closes & (split >= 0) & ~empty, start, stop, int("close" not in marks.keep))
+        return Closing(depth, closes & (split >= 0) & ~empty, start, stop, int("close" not in marks.keep))
 
     def _rewound(
-        self,
-        rows: torch.Tensor,
-        tokens: torch.Tensor,
-        live: torch.Tensor,
-        after: Moving,
-        found: Found,
-        writes: torch.Tensor,
-    ) -> Moving:
+        self, rows: Tensor, tokens: Tensor, live: Tensor, after: RowState, found: Closing, writes: Tensor
+    ) -> RowState:
         """The row as ``recompute`` leaves it: what survives behind the thought is forwarded again."""
         self.ids[rows, live] = torch.where(writes, tokens, self.ids[rows, live])  # a return that survives is read too
         left = live + (1 - found.vanishes) - found.stop
@@ -228,21 +351,3 @@ class State:
     def _marks(self) -> MarkerIds:
         assert self.rule.markers is not None, "policies that prune have markers"
         return self.rule.markers
-
-
-class Found(NamedTuple):
-    """What a token does to the blocks of a row.
-
-    Attributes:
-        depth: open blocks after it.
-        prunes: whether it closes a block whose live span [start, stop) leaves: bool [rows].
-        start: of the span.
-        stop: of the span.
-        vanishes: 1 if the closing marker leaves too, in every row alike.
-    """
-
-    depth: torch.Tensor
-    prunes: torch.Tensor
-    start: torch.Tensor
-    stop: torch.Tensor
-    vanishes: int

@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from hcot_lmeval.engine.device.backends import Masked, Need, Ragged, Scores
+from hcot_lmeval.engine.attention import Scores
+from hcot_lmeval.engine.device.attention import Ragged, Sdpa
+from hcot_lmeval.engine.slots import LayerSpec
 
 BLOCK = 64
 """Keys that a program reads at once; half as many of 4 bytes, which would not fit into the shared memory of all."""
@@ -20,43 +23,22 @@ PROGRAMS_EACH = 2
 """Programs for each multiprocessor, where there are keys enough."""
 PROCESSORS = 8
 """Assumed where nobody says how many there are (the interpreter)."""
+LEAST_SIZE = 16
+"""Of what `tl.dot` takes."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _attend_part(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    values,
-    sums,
-    peaks,
-    totals,
-    slots,
-    first,
-    lengths,
-    scaling,
-    cap,
-    query_row,
-    query_head,
-    key_slot,
-    key_place,
-    key_head,
-    value_slot,
-    value_place,
-    value_head,
-    GROUP: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    KEY_SIZE: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Softmax-weighted values of one part of the keys; sizes are dimensions rounded up to powers of two."""
+    query, keys, values, sums, peaks, totals, slots, first, lengths, places, scaling, cap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_SIZE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_SIZE: tl.constexpr, CAPPED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Softmax-weighted values of one part of the keys, in slots of so many places.
+
+    A name with `SIZE` is a number of dimensions or query heads rounded up to a power of two.
+    """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + row).to(tl.int64)
     begin, end = tl.load(first + row), tl.load(lengths + row)
@@ -66,26 +48,25 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
     members = tl.arange(0, GROUP_SIZE)
     key_dims, value_dims = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
-    place_range = tl.arange(0, BLOCK)
     heads = head * GROUP + members
-    query_at = query + row * query_row + heads[:, None] * query_head + key_dims[None, :]
+    query_at = query + (row * HEADS * GROUP + heads[:, None]) * KEY_DIM + key_dims[None, :]
     q = tl.load(query_at, mask=(members[:, None] < GROUP) & (key_dims[None, :] < KEY_DIM), other=0.0)
-    keys_at = keys + slot * key_slot + head * key_head
-    values_at = values + slot * value_slot + head * value_head
+    keys_at = keys + (slot * places * HEADS + head) * KEY_DIM
+    values_at = values + (slot * places * HEADS + head) * VALUE_DIM
 
     peak = tl.full([GROUP_SIZE], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_SIZE], tl.float32)
     summed = tl.zeros([GROUP_SIZE, VALUE_SIZE], tl.float32)
     for at in range(start, stop, BLOCK):
-        places = at + place_range
-        inside = places < stop
-        far = places.to(tl.int64)
+        here = at + tl.arange(0, BLOCK)
+        inside = here < stop
+        far = here.to(tl.int64) * HEADS
         k = tl.load(
-            keys_at + far[None, :] * key_place + key_dims[:, None],
+            keys_at + far[None, :] * KEY_DIM + key_dims[:, None],
             mask=inside[None, :] & (key_dims[:, None] < KEY_DIM),
             other=0.0,
         ).to(q.dtype)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scaling
+        scores = tl.dot(q, k, input_precision="ieee") * scaling
         if CAPPED:
             scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)  # cap * tanh(scores / cap)
         scores = tl.where(inside[None, :], scores * LOG2E, float("-inf"))
@@ -93,15 +74,15 @@ def _attend_part(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(peak - higher)
         v = tl.load(
-            values_at + far[:, None] * value_place + value_dims[None, :],
+            values_at + far[:, None] * VALUE_DIM + value_dims[None, :],
             mask=inside[:, None] & (value_dims[None, :] < VALUE_DIM),
             other=0.0,
         ).to(q.dtype)
         total = total * shrink + tl.sum(weights, 1)
-        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         peak = higher
 
-    of = ((row * tl.num_programs(1) * GROUP + heads) * SPLITS + split).to(tl.int64)
+    of = ((row * HEADS * GROUP + heads) * SPLITS + split).to(tl.int64)
     ours = members < GROUP
     tl.store(peaks + of, peak, mask=ours)
     tl.store(totals + of, total, mask=ours)
@@ -111,16 +92,9 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    sums,
-    peaks,
-    totals,
-    sinks,
-    out,
-    VALUE_DIM: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    SINKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    sums, peaks, totals, sinks, out,
+    VALUE_DIM: tl.constexpr, VALUE_SIZE: tl.constexpr, SINKS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """Joins the parts of one row and query head; `SPLITS` is a power of two."""
     head = tl.program_id(1)
     of = (tl.program_id(0) * tl.num_programs(1) + head).to(tl.int64)
@@ -140,8 +114,8 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(out + of * VALUE_DIM + dims, summed.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
-class TritonDecode(Masked):
-    """The kernel for single queries; prompts and solutions as `Masked` does them."""
+class TritonDecode(Sdpa):
+    """The kernel for single queries; prompts and solutions as `Sdpa` does them."""
 
     name = "triton"
 
@@ -150,62 +124,33 @@ class TritonDecode(Masked):
         current = torch.cuda.get_device_properties(torch.cuda.current_device()) if cuda else None
         self._processors = PROCESSORS if current is None else current.multi_processor_count
 
-    def refuses(self, need: Need) -> str:
-        """See `Backend.refuses`."""
-        if need.dtype not in DTYPES:
-            return f"it does not compute in {str(need.dtype).removeprefix('torch.')}"
-        if need.device.type != "cuda" and not triton.knobs.runtime.interpret:
-            return f"it needs CUDA, not {need.device.type} (or TRITON_INTERPRET=1)"
+    def refuses(self, layer: LayerSpec) -> str:
+        if layer.dtype not in DTYPES:
+            return f"it does not compute in {str(layer.dtype).removeprefix('torch.')}"
+        if layer.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            return f"it needs CUDA, not {layer.device.type} (or TRITON_INTERPRET=1)"
         return ""
 
-    def decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: Ragged, scores: Scores
-    ) -> torch.Tensor:
-        """See `Backend.decode`."""
-        query = query.contiguous()
-        (rows, query_heads, key_dim), (heads, value_dim) = query.shape, values.shape[2:]
-        group, splits = query_heads // heads, self._splits(rows * heads, keys.shape[1])
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, at: Ragged, scores: Scores) -> Tensor:
+        query, sinks = query.contiguous(), scores.sinks
+        (rows, query_heads, key_dim), (places, heads, value_dim) = query.shape, values.shape[1:]
+        group, splits = query_heads // heads, self._splits(rows * heads, places)
         sums = query.new_empty(rows, query_heads, splits, value_dim, dtype=torch.float32)
         peaks, totals = (query.new_empty(rows, query_heads, splits, dtype=torch.float32) for _ in range(2))
         out = query.new_empty(rows, query_heads, value_dim)
+        value_size = max(LEAST_SIZE, triton.next_power_of_2(value_dim))
         _attend_part[(rows, heads, splits)](
-            query,
-            keys,
-            values,
-            sums,
-            peaks,
-            totals,
-            at.slots,
-            at.first,
-            at.lengths,
-            scores.scaling,
-            scores.softcap or 1.0,
-            *query.stride()[:2],
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            GROUP=group,
-            GROUP_SIZE=max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
-            KEY_DIM=key_dim,
-            KEY_SIZE=max(16, triton.next_power_of_2(key_dim)),
-            VALUE_DIM=value_dim,
-            VALUE_SIZE=max(16, triton.next_power_of_2(value_dim)),
-            CAPPED=scores.softcap is not None,
-            SPLITS=splits,
-            BLOCK=BLOCK if query.dtype.itemsize <= 2 else BLOCK // 2,
-            PRECISION="ieee",
-        )
-        sinks = scores.sinks
+            query, keys, values, sums, peaks, totals, at.slots, at.first, at.lengths,
+            places, scores.scaling, scores.softcap or 1.0,
+            HEADS=heads, GROUP=group, GROUP_SIZE=max(LEAST_SIZE, triton.next_power_of_2(group)),
+            KEY_DIM=key_dim, KEY_SIZE=max(LEAST_SIZE, triton.next_power_of_2(key_dim)),
+            VALUE_DIM=value_dim, VALUE_SIZE=value_size,
+            CAPPED=scores.softcap is not None, SPLITS=splits, BLOCK=BLOCK if query.dtype.itemsize <= 2 else BLOCK // 2,
+        )  # fmt: skip
         _combine[(rows, query_heads)](
-            sums,
-            peaks,
-            totals,
-            totals if sinks is None else sinks,
-            out,
-            VALUE_DIM=value_dim,
-            VALUE_SIZE=triton.next_power_of_2(value_dim),
-            SINKS=sinks is not None,
-            SPLITS=splits,
-        )
+            sums, peaks, totals, totals if sinks is None else sinks, out,
+            VALUE_DIM=value_dim, VALUE_SIZE=value_size, SINKS=sinks is not None, SPLITS=splits,
+        )  # fmt: skip
         return out
 
     def _splits(self, pairs: int, length: int) -> int:

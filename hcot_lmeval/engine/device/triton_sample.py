@@ -118,19 +118,9 @@ def _behind(row, size, score, count, BLOCK: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
-    scores,
-    temperatures,
-    top_ps,
-    min_ps,
-    top_ks,
-    kths,
-    starts,
-    tokens,
-    size,
-    TRUNCATES: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    scores, temperatures, top_ps, min_ps, top_ks, kths, starts, tokens, size,
+    TRUNCATES: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Chooses the token of one row."""
     at = tl.program_id(0)
     row = scores + at.to(tl.int64) * size

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hcot_lmeval.engine.device.backends import Need
-from hcot_lmeval.engine.device.choice import MAKERS, TOLERANCE, errors
-from hcot_lmeval.engine.device.fields import on
+from hcot_lmeval.engine.device.choice import COARSE_TOLERANCE, MAKERS, TOLERANCE, errors
+from hcot_lmeval.engine.device.state import on
+from hcot_lmeval.engine.slots import LayerSpec
 
-COARSE = 2e-2
-"""Allowed where `TOLERANCE` names nothing."""
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -35,19 +33,19 @@ class Probe:
     passed: bool = True
 
 
-def layers(device: torch.device) -> dict[str, Need]:
+def layers(device: torch.device) -> dict[str, LayerSpec]:
     """Returns kinds of layers: grouped heads, windows, soft caps, sinks, in several dtypes."""
-    plain = Need(12, 2, 128, 128, torch.bfloat16, device)
+    plain = LayerSpec(12, 2, 128, 128, torch.bfloat16, device)
     single = plain._replace(dtype=torch.float32)
     return {
         "12/2 heads of 128, bfloat16": plain,
         "12/2 heads of 128, float16": plain._replace(dtype=torch.float16),
         "12/2 heads of 128, float32": single,
-        "32/8 heads of 64, bfloat16": Need(32, 8, 64, 64, torch.bfloat16, device),
+        "32/8 heads of 64, bfloat16": LayerSpec(32, 8, 64, 64, torch.bfloat16, device),
         "window of 70, bfloat16": plain._replace(window=70),
         "window of 70, float32": single._replace(window=70),
-        "soft cap, window, 256, bfloat16": Need(8, 4, 256, 256, torch.bfloat16, device, window=70, softcap=50.0),
-        "sinks, bfloat16": Need(64, 8, 64, 64, torch.bfloat16, device, window=128, sinks=True),
+        "soft cap, window, 256, bfloat16": LayerSpec(8, 4, 256, 256, torch.bfloat16, device, window=70, softcap=50.0),
+        "sinks, bfloat16": LayerSpec(64, 8, 64, 64, torch.bfloat16, device, window=128, sinks=True),
         "slots in float8, bfloat16": plain._replace(stored=FLOAT8),
     }
 
@@ -60,7 +58,7 @@ def probe_all(device: torch.device) -> Iterator[Probe]:
                 yield probe(name, layer, need)
 
 
-def probe(name: str, layer: str, need: Need) -> Probe:
+def probe(name: str, layer: str, need: LayerSpec) -> Probe:
     """Returns what one backend makes of one kind of layer."""
     try:
         backend = MAKERS[name]()
@@ -74,7 +72,7 @@ def probe(name: str, layer: str, need: Need) -> Probe:
             found = tuple(error for _, error in errors(backend, need))
     except Exception as error:  # whatever a kernel that does not compile or run here raises
         return Probe(name, layer, reason=f"{type(error).__name__}: {_first_line(error)}", passed=False)
-    allowed = TOLERANCE.get(need.dtype, COARSE)
+    allowed = TOLERANCE.get(need.dtype, COARSE_TOLERANCE)
     return Probe(name, layer, found, passed=all(error <= allowed for error in found))
 
 

@@ -15,15 +15,14 @@ import torch
 
 from bench.clock import seconds
 from bench.work import MARKERS
+from hcot_lmeval.engine import Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder
-from hcot_lmeval.engine.device.attention import attached, survey
-from hcot_lmeval.engine.device.backends import Backend
+from hcot_lmeval.engine.device.attention import Sdpa
 from hcot_lmeval.engine.device.choice import choose
-from hcot_lmeval.engine.device.fields import Rule, Start, on
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
 from hcot_lmeval.engine.device.program import Log, Program, ScratchPool
 from hcot_lmeval.engine.device.sampling import Sampler
-from hcot_lmeval.engine.device.state import State
+from hcot_lmeval.engine.device.state import Rule, State, on
 from hcot_lmeval.trace import Policy
 
 LEVELS = {"L0": "kernel by kernel", "L1": "CUDA graph", "L2": "torch.compile and CUDA graph"}
@@ -92,14 +91,14 @@ def time_levels(
     """
     decoder = Decoder(model, check=False, compute="torch")
     with on(decoder.device):
-        backend, speed = choose(survey(decoder)), bandwidth(decoder.device)
+        backend, speed = choose([*decoder.layers.values()]), bandwidth(decoder.device)
         for batch in batches:
             for live in lives:
                 for level in levels:
                     yield _figure(decoder, backend, speed, StepFigure(level, batch, live), steps)
 
 
-def _figure(decoder: Decoder, backend: Backend, speed: float, asked: StepFigure, steps: int) -> StepFigure:
+def _figure(decoder: Decoder, backend: Sdpa, speed: float, asked: StepFigure, steps: int) -> StepFigure:
     where = asked.level, asked.batch, asked.live
     reason = skipped(asked.level, decoder.device)
     if reason:
@@ -121,7 +120,7 @@ class CaptureError(RuntimeError):
     """A step could not be captured; the log says why."""
 
 
-def time_step(decoder: Decoder, backend: Backend, asked: StepFigure, *, steps: int) -> float:
+def time_step(decoder: Decoder, backend: Sdpa, asked: StepFigure, *, steps: int) -> float:
     """Returns the seconds of the mean step.
 
     Raises:
@@ -138,8 +137,8 @@ def time_step(decoder: Decoder, backend: Backend, asked: StepFigure, *, steps: i
         for _ in range(times):
             runner.run()
 
-    with torch.no_grad(), attached(decoder, program.context):
-        runner.seat(range(asked.batch))
+    with torch.no_grad(), program.attached():
+        runner.load(range(asked.batch))
         run(SETTLE)
         if graphs and not runner.captured:
             raise CaptureError("the step could not be captured; the log says why")
@@ -148,7 +147,7 @@ def time_step(decoder: Decoder, backend: Backend, asked: StepFigure, *, steps: i
     return taken / steps
 
 
-def make_program(decoder: Decoder, backend: Backend, batch: int, live: int, steps: int) -> Program:
+def make_program(decoder: Decoder, backend: Sdpa, batch: int, live: int, steps: int) -> Program:
     """Returns rows with `live` tokens of noise each, which write text for `steps` steps."""
     length, device = live + steps + 1, decoder.device
     pool = ScratchPool(decoder.layers, batch, length)
@@ -156,8 +155,9 @@ def make_program(decoder: Decoder, backend: Backend, batch: int, live: int, step
         tensor.normal_()
     rule = Rule(Policy.RECOMPUTE, MARKERS, length, length)
     state = State(batch, length, rule, device, forced=steps)
+    request = Request("", (WORD,) * live, SamplingParams(max_gen_toks=steps + 1), forced_ids=(WORD,) * steps)
     for slot in range(batch):
-        state.begin(slot, Start([WORD] * live, steps + 1, forced=[WORD] * steps))
+        state.begin(slot, request, ends=())
     sampler = Sampler(places=None, truncates=False, bans=False, forces=True)
     return Program(decoder, pool, state, sampler, backend, Log(1 + WARM_UP, batch + 1, device))
 
