@@ -71,7 +71,7 @@ class Prune(Marker):
     """A block was closed and its thought thrown away.
 
     Attributes:
-        pruned: the token ids that left the context (the thought, and the markers that do not survive).
+        pruned: indices of the tokens that left the context (the thought, and the markers that do not survive).
         reforwarded: tokens that had been forwarded before and were forwarded again.
         peak: live tokens held at once while this happened.
         live: live tokens afterwards.

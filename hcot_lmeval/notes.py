@@ -1,21 +1,33 @@
-"""The note taker: everything that happened to every request of a run, in one JSONL file.
+"""The note taker: everything that happened to every request of a run, in one JSONL file (`hcot_lmeval.store`).
 
-A header line with the schema comes first, then one line for each finished request, flushed at once. `read_notes` reads
-the file back. This module imports the standard library alone.
+    {"schema": "hcot-notes/2", "run": {...}}       the header, with facts about the run
+    {"request": "aime24/0/0/0", ...}               one line for each finished request
+
+`NotesFile` reads it back. What a reader of a trace needs is written down with it: which tokens a prune threw away, by
+their indices, and where in the text each token begins at which something happened, so that no tokenizer is needed.
+This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.events import EVENTS, Event, Prune, Statistics, statistics
-from hcot_lmeval.store import JsonLines, check_schema, scan
+from hcot_lmeval.events import EVENTS, Event, Fault, Marker, Prune, Statistics, Tokens, statistics
+from hcot_lmeval.store import JsonLines, StoreError, check_schema, scan
 
-SCHEMA = "hcot-notes/1"
+SCHEMA = "hcot-notes/2"
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def spelled(ids: Sequence[int]) -> str:
+    """Returns token ids as text, for want of a tokenizer."""
+    return "".join(f"{token} " for token in ids)
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,10 @@ class Note:
         token_ids: every generated token.
         events: what happened, in order.
         meta: what the caller attached (task, document, seed, ...).
+        prompt: text of the prompt, and
+        text: of what was generated; in a note that was read.
+        offsets: index in the trace of a generated token -> where it begins in `text`; of every token that is a marker
+            or a fault, or the first or last of those that a prune threw away, and of those behind them.
     """
 
     request: str
@@ -37,6 +53,9 @@ class Note:
     token_ids: tuple[int, ...]
     events: tuple[Event, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    prompt: str = field(default="", compare=False)
+    text: str = field(default="", compare=False)
+    offsets: Mapping[int, int] = field(default_factory=dict, compare=False)
 
     @property
     def statistics(self) -> Statistics:
@@ -44,11 +63,11 @@ class Note:
 
 
 class NoteTaker:
-    """Writes the notes of one run to a JSONL file.
+    """Writes the notes of one run to a JSONL file; each is kept once `add` returns, whatever happens to the process.
 
     Args:
         path: file to append to; it is created with its folders, and gets a header line when it is new or empty.
-        decode: maps token ids to text, to store what was pruned in readable form too; None stores ids alone.
+        decode: maps token ids to text; None writes the ids.
         run: facts about the run for the header (model, policy, versions, ...).
 
     Attributes:
@@ -61,15 +80,16 @@ class NoteTaker:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        decode: Callable[[Sequence[int]], str] | None = None,
+        decode: Decode | None = None,
         run: dict[str, Any] | None = None,
     ) -> None:
-        self.decode = decode
+        self.decode = decode or spelled
         self._store = JsonLines(path, header={"schema": SCHEMA, "run": run or {}}, durable=False)
         self.path, self.is_new = self._store.path, self._store.is_new
 
     def add(self, note: Note) -> None:
-        """Appends one finished request and flushes."""
+        """Appends one finished request."""
+        offsets = text_offsets(note.token_ids, len(note.prompt_ids), note.events, self.decode)
         self._store.append(
             {
                 "request": note.request,
@@ -77,8 +97,10 @@ class NoteTaker:
                 "meta": note.meta,
                 "prompt_ids": note.prompt_ids,
                 "token_ids": note.token_ids,
-                **self._texts(note),
-                "events": [_event_to_json(event, self.decode) for event in note.events],
+                "prompt": self.decode(note.prompt_ids),
+                "text": self.decode(note.token_ids),
+                "offsets": sorted(offsets.items()),
+                "events": [self._event(event, (*note.prompt_ids, *note.token_ids)) for event in note.events],
                 "statistics": note.statistics.as_dict(),
             }
         )
@@ -93,14 +115,43 @@ class NoteTaker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _texts(self, note: Note) -> dict[str, str]:
-        if self.decode is None:
-            return {}
-        return {"prompt": self.decode(note.prompt_ids), "text": self.decode(note.token_ids)}
+    def _event(self, event: Event, trace: Sequence[int]) -> dict[str, Any]:
+        record = {"type": type(event).__name__, **asdict(event)}
+        if isinstance(event, Prune):
+            record["pruned_text"] = self.decode([trace[index] for index in event.pruned])
+        return record
+
+
+def text_offsets(ids: Sequence[int], first: int, events: Sequence[Event], decode: Decode) -> dict[int, int]:
+    """Returns `Note.offsets`.
+
+    Args:
+        ids: the generated tokens.
+        first: index in the trace of the first of them.
+        events: what happened.
+        decode: maps token ids to text.
+    """
+    borders = {0, len(ids)}
+    for event in events:
+        if isinstance(event, (Tokens, Marker, Fault)):
+            begin = event.index - first
+            borders |= {begin} if isinstance(event, Tokens) else {begin, begin + 1}
+        if isinstance(event, Prune):
+            pruned = set(event.pruned)
+            borders |= {i - first for i in pruned if i - 1 not in pruned}
+            borders |= {i + 1 - first for i in pruned if i + 1 not in pruned}
+    offsets: dict[int, int] = {}
+    place, before, most = 0, ids[:0], len(decode(ids))
+    for start, stop in pairwise(sorted(i for i in borders if 0 <= i <= len(ids))):
+        offsets[first + start] = min(place, most)
+        # behind the tokens before it, for at the beginning of a text some tokenizers write a token otherwise
+        place += len(decode([*before, *ids[start:stop]])) - len(decode(before))
+        before = ids[start:stop]
+    return offsets
 
 
 class NotesFile:
-    """A file of notes opened for reading.
+    """A file of notes opened for reading, one note at a time.
 
     Args:
         path: the file. A torn last line, left by a run that was killed, is skipped.
@@ -109,7 +160,7 @@ class NotesFile:
         run: the facts in the header.
 
     Raises:
-        StoreError: the file is not a file of notes of this schema.
+        StoreError: the file is not a file of notes of this schema, or a line is no note.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -117,40 +168,40 @@ class NotesFile:
         self.run: dict[str, Any] = check_schema(self.path, SCHEMA)["run"]
 
     def __iter__(self) -> Iterator[Note]:
-        for _, record in scan(self.path, damaged=True):
-            if "request" in record:
-                yield _note_from_json(record)
+        records = scan(self.path)
+        next(records)
+        for _, record in records:
+            try:
+                yield _note(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise StoreError(f"{self.path}: a line is no note ({error!r}); was the file changed?") from error
 
 
 def read_notes(path: str | os.PathLike[str]) -> list[Note]:
     """Reads all notes of a file.
 
     Raises:
-        StoreError: the file is not a file of notes of this schema.
+        StoreError: the file is not a file of notes of this schema, or a line is no note.
     """
     return list(NotesFile(path))
 
 
-def _event_to_json(event: Event, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
-    record = {"type": type(event).__name__, **asdict(event)}
-    if decode is not None and isinstance(event, Prune):
-        record["pruned_text"] = decode(event.pruned)
-    return record
-
-
-def _event_from_json(record: dict[str, Any]) -> Event:
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k not in ("type", "pruned_text")
-    }
-    return EVENTS[record["type"]](**fields)
-
-
-def _note_from_json(record: dict[str, Any]) -> Note:
+def _note(record: dict[str, Any]) -> Note:
     return Note(
         request=record["request"],
         sample=record["sample"],
         prompt_ids=tuple(record["prompt_ids"]),
         token_ids=tuple(record["token_ids"]),
-        events=tuple(_event_from_json(event) for event in record["events"]),
+        events=tuple(map(_event, record["events"])),
         meta=record["meta"],
+        prompt=record["prompt"],
+        text=record["text"],
+        offsets=dict(record["offsets"]),
     )
+
+
+def _event(record: dict[str, Any]) -> Event:
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k not in ("type", "pruned_text")
+    }
+    return EVENTS[record["type"]](**fields)

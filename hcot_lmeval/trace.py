@@ -89,7 +89,7 @@ class Step(NamedTuple):
     drop: tuple[tuple[int, int], ...] = ()
     """Row spans [start, stop), ascending, that vanish after the forward."""
     pruned: tuple[int, ...] = ()
-    """Token ids that left the live context, in trace order: the thought and the markers that do not survive."""
+    """Indices in the trace of the tokens that left the live context: the thought, and markers that do not survive."""
 
     @property
     def is_prune(self) -> bool:
@@ -249,7 +249,7 @@ class LiveContext:
         if alone or self._survives(token):
             tail, source = [*tail, token], [*source, self.length]
         else:
-            pruned.append(token)
+            pruned.append(self.length)
         if not tail:  # nothing survives behind the prefix: its last token is read again, for an output to sample from
             start -= 1
             tail, source = [self.live[start]], [self.source[start]]
@@ -268,10 +268,10 @@ class LiveContext:
         return step._replace(drop=spans, pruned=tuple(self._cut(spans)))
 
     def _cut(self, spans: Spans) -> list[int]:
-        """Removes live spans and returns their tokens. By slices: thoughts are long, and rows wait meanwhile."""
+        """Removes live spans and returns their `source`. By slices: thoughts are long, and rows wait meanwhile."""
         pruned: list[int] = []
         for start, stop in spans:
-            pruned += self.live[start:stop]
+            pruned += self.source[start:stop]
         for start, stop in reversed(spans):
             del self.live[start:stop], self.source[start:stop]
         return pruned

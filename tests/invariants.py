@@ -64,11 +64,10 @@ def _check_totals(ids: Sequence[int], inert: int, markers: MarkerIds, context: L
     found["unclosed"] += context.depth
     assert +found == wanted.faults
     prunes = {} if context.policy is Policy.OFF else {b.close: b.removed for b in wanted.blocks if b.removed}
-    assert {i: step.pruned for i, step in enumerate(steps) if step.is_prune} == {
-        close: tuple(ids[i] for i in removed) for close, removed in prunes.items()
-    }
-    pruned = Counter(token for step in steps for token in step.pruned)
-    assert Counter(ids) - pruned == Counter(context.live), "prompt + generated - pruned = live"
+    assert {i: step.pruned for i, step in enumerate(steps) if step.is_prune} == prunes
+    pruned = [index for step in steps for index in step.pruned]
+    assert sorted([*pruned, *context.source]) == list(range(len(ids))), "prompt + generated - pruned = live"
+    assert context.live == [ids[index] for index in context.source]
     opened = sum(step.kind is Kind.OPEN for step in steps)
     assert opened - sum(step.kind is Kind.CLOSE for step in steps) == context.depth
 

@@ -41,7 +41,7 @@ def test_one_event_for_each_thing_that_happens():
     kinds = [type(event) for event in recorder.events]
     assert kinds == [Prefill, Open, Tokens, Split, Tokens, Prune, Tokens, Fault, Tokens, Finish]
     prune = recorder.events[5]
-    assert (prune.index, prune.depth, prune.pruned, prune.reforwarded, prune.live) == (7, 0, (92, 93, s), 1, 5)
+    assert (prune.index, prune.depth, prune.pruned, prune.reforwarded, prune.live) == (7, 0, (3, 4, 5), 1, 5)
     assert recorder.events[2].ids == (92, 93)
     assert recorder.events[7].kind == "stray_close"
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from hcot_lmeval.report.viewer.cli import main
-from hcot_lmeval.report.viewer.tree import live_curve, replay
+from hcot_lmeval.report.viewer.reading import replay
+from hcot_lmeval.report.viewer.tree import live_curve
 from hcot_lmeval.trace import LiveContext
 from tests.reference import CLOSE, MARKERS, OPEN, SPLIT
 from tests.result_files import build_run
@@ -144,7 +145,7 @@ def test_curve_follows_the_reading_position_and_tells_the_live_context(show, tmp
     ids = nested_ids(1, 400)
     page = show(write_notes(tmp_path / "n.jsonl", [(ids, 1)], policy=policy))
     page.keyboard.press("e")
-    heights = live_curve(replay(LiveContext(HCOT, policy), ids[:1], ids[1:]).events)
+    heights = live_curve(replay(LiveContext(HCOT, policy), ids[:1], ids[1:]))
     assert reading(page) == {"token": 1, "live": 2, "depth": 0}
     seen = []
     for top in (300, 900, 2000, 100_000):

@@ -32,7 +32,7 @@ def write_notes(
     policy: str = "recompute",
     *,
     words: Mapping[int, str] | None = None,
-    decode: bool = True,
+    decode: Any = "words",
     prompt_acts: bool = False,
     context: Any = None,
     run: Mapping[str, Any] | None = None,
@@ -44,7 +44,8 @@ def write_notes(
         return "".join((words or {}).get(i) or spell(i, markup) for i in ids)
 
     facts = {"pruning": policy, "markup": markup, "max_context": 1024, **(run or {})}
-    with NoteTaker(path, text if decode else None, facts) as taker:
+    facts |= {"prompt_markers": "acting"} if prompt_acts else {}
+    with NoteTaker(path, text if decode == "words" else decode, facts) as taker:
         for number, (ids, prompt_len) in enumerate(traces):
             made = context(prompt_len) if context else LiveContext(markers, policy)
             taker.add(_note(number, ids, prompt_len, made, prompt_acts))

@@ -341,9 +341,8 @@ def write_stats(stats: Stats, path: Path, rows: Sequence[PreparedRow] = ()) -> l
 
 def write_page(rows: Sequence[PreparedRow], path: Path, options: StatsOptions) -> Path:
     """Writes the page that shows rows before and after, side by side, and returns its file."""
-    from hcot_lmeval.report.viewer.build import write_page as build
-    from hcot_lmeval.report.viewer.plain_traces import plain_traces, tokenizer_cut
-    from hcot_lmeval.report.viewer.reading import Columns, Source
+    from hcot_lmeval.report.viewer.page import write_page as build
+    from hcot_lmeval.report.viewer.reading import Columns, Source, plain_traces, tokenizer_cut
     from hcot_lmeval.report.viewer.verdicts import Verdicts
 
     sample = path / "page-rows.jsonl"

@@ -19,11 +19,12 @@ import numpy as np
 
 from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.events import Close, Open, Prune, Split, Sweep
-from hcot_lmeval.notes import Note, NotesFile
+from hcot_lmeval.notes import SCHEMA, Note, NotesFile
 from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import estimate
 from hcot_lmeval.report.viewer.tree import live_curve
+from hcot_lmeval.store import first_record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -135,12 +136,14 @@ def budget_curve(entry: Entry, statistic: str) -> tuple[np.ndarray, np.ndarray]:
 def notes_of(entry: Entry) -> list[Note]:
     """Returns the notes of an entry's first run for its task, if the run took notes and they are still there.
 
-    A folder may hold the notes of several runs, and those of one that was started again hold some requests twice.
+    A folder may hold the notes of several runs, also of other versions, and those of one that was started again hold
+    some requests twice.
     """
     run = entry.runs[0]
     where = (run.config.get("model_args") or {}).get("notes")
     paths = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
-    files = [file for file in map(NotesFile, paths) if _is_of(run, file.run)]
+    readable = [path for path in paths if (first_record(path) or {}).get("schema") == SCHEMA]
+    files = [file for file in map(NotesFile, readable) if _is_of(run, file.run)]
     found = {
         (note.request, note.sample): note for file in files for note in file if note.meta.get("task") == entry.task
     }

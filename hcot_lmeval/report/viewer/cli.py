@@ -19,14 +19,20 @@ from itertools import chain, islice
 from pathlib import Path
 
 from hcot_lmeval.markup import PRESETS, get_markup
-from hcot_lmeval.report.results import ResultsError
-from hcot_lmeval.report.viewer.build import write_page
-from hcot_lmeval.report.viewer.notes_traces import Decode, note_traces
-from hcot_lmeval.report.viewer.plain_traces import Cut, plain_traces, tokenizer_cut
-from hcot_lmeval.report.viewer.reading import Columns, Source, Trace, ViewerError, find_sources
-from hcot_lmeval.report.viewer.terminal import Style, print_trace
+from hcot_lmeval.report.viewer.page import write_page
+from hcot_lmeval.report.viewer.reading import (
+    Columns,
+    Cut,
+    Source,
+    Trace,
+    ViewerError,
+    find_sources,
+    note_traces,
+    plain_traces,
+    tokenizer_cut,
+)
+from hcot_lmeval.report.viewer.terminal import Style, plural, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
-from hcot_lmeval.report.viewer.visible import plural
 from hcot_lmeval.trace import Policy
 
 
@@ -36,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = find_sources(args.notes)
         verdicts = _verdicts(args, sources)
-        cut, decode = (tokenizer_cut(args.tokenizer), _decoder(args.tokenizer)) if args.tokenizer else (None, None)
-        traces = chain.from_iterable(_chosen(args, _read(args, source, cut, decode)) for source in sources)
+        cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
+        traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
         if args.terminal:
             _print(args, traces, verdicts)
         else:
             _write(args, traces, verdicts, sources)
-    except (ViewerError, ResultsError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -70,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--task", action="append", help="only traces of this task (again for more)")
     parse.add_argument("--doc", action="append", help="only traces of this problem (again for more)")
     parse.add_argument("--limit", type=_positive, help="only the first N traces of each run")
-    parse.add_argument("--tokenizer", metavar="NAME", help="count real tokens in plain traces; exact borders in notes")
+    parse.add_argument("--tokenizer", metavar="NAME", help="count real tokens in plain traces")
     plain = parse.add_argument_group("plain traces (JSONL with a column of text)")
     plain.add_argument("--text-column", help="column of the text (the first of the usual ones that a row has)")
     plain.add_argument("--prompt-column", help="column of the problem")
@@ -101,18 +107,11 @@ def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
     return read_verdicts(sources, args.samples) if args.samples else Verdicts()
 
 
-def _read(args: argparse.Namespace, source: Source, cut: Cut | None, decode: Decode | None) -> Iterator[Trace]:
+def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator[Trace]:
     if source.is_notes:
-        return note_traces(source, decode)
+        return note_traces(source)
     columns = Columns(args.text_column, args.prompt_column, args.gold_column)
     return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
-
-
-def _decoder(name: str) -> Decode:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace]:

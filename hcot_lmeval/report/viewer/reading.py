@@ -12,14 +12,19 @@ Traces are yielded one at a time, for a file of notes may be larger than memory.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.notes import SCHEMA
+from hcot_lmeval.columns import ROLES
+from hcot_lmeval.events import Event, Finish, Recorder
+from hcot_lmeval.markup import Markup, resolve_markers
+from hcot_lmeval.notes import SCHEMA, Note, NotesFile
 from hcot_lmeval.report.results import STAMP
-from hcot_lmeval.trace import LiveContext
+from hcot_lmeval.trace import LiveContext, Policy
 
 FACTS = ("pruning", "ablation", "markup", "max_context")
 """Facts of a run that are told to the reader, in this order."""
@@ -55,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Trace:
-    """One generation, ready to be replayed.
+    """One generation.
 
     Attributes:
         source: where it is from.
@@ -64,15 +69,13 @@ class Trace:
         repeat: which response to the problem, from 0.
         prompt: text of the prompt.
         text: everything generated, markers included.
-        prompt_ids: token ids, or numbers of pieces.
-        ids: of the generated tokens.
-        offsets: for each generated token where its text begins in `text`, and at last the length of `text`.
-        context: makes a fresh live context of the right kind.
-        prompt_acts: whether markers in the prompt act.
-        finish: why the generation ended; empty if nobody knows.
-        wall_seconds: how long it took; None if nobody knows.
-        unit: what `ids` count: ``token`` or ``piece``.
-        recorded: the events in the notes; None for a plain text.
+        prompt_tokens: length of the prompt; the index of the first generated token.
+        events: what happened to the generated tokens, in order.
+        offsets: index of a token -> where it begins in `text`; see `hcot_lmeval.notes.Note`.
+        policy: what a return did, or would have done.
+        prompt_acts: whether markers in the prompt acted.
+        seconds: how long it took; None if nobody knows.
+        unit: what is counted: ``token`` or ``piece``.
         gold: the right answer, if the file says it.
     """
 
@@ -82,15 +85,13 @@ class Trace:
     repeat: int
     prompt: str
     text: str
-    prompt_ids: Sequence[int]
-    ids: Sequence[int]
-    offsets: Sequence[int]
-    context: Callable[[], LiveContext]
+    prompt_tokens: int
+    events: Sequence[Event]
+    offsets: Mapping[int, int]
+    policy: str
     prompt_acts: bool = False
-    finish: str = ""
-    wall_seconds: float | None = None
+    seconds: float | None = None
     unit: str = "token"
-    recorded: Sequence[Mapping[str, Any]] | None = None
     gold: str | None = None
 
     @property
@@ -98,33 +99,11 @@ class Trace:
         """How messages call it."""
         return f"{self.task}/{self.doc_id}/{self.repeat} of {self.source.name}"
 
-
-def doc_name(value: Any) -> int | str:
-    """Returns a `Trace.doc_id`: anything but a number as text."""
-    return value if isinstance(value, int) else str(value)
-
-
-USUAL = {
-    "text": ("hierarchical_cot", "generated_solution", "text", "response", "output"),
-    "prompt": ("question", "problem", "prompt"),
-    "gold": ("expected_answer", "answer", "gold"),
-}
-"""Columns in which data sets keep these, the preferred first."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of plain traces hold what; None: the first of `USUAL` that a row has."""
-
-    text: str | None = None
-    prompt: str | None = None
-    gold: str | None = None
-
-    def find(self, row: Mapping[str, Any], role: str) -> str | None:
-        """Returns the name of the column for `role` in this row, or None."""
-        wanted = getattr(self, role)
-        names = (wanted,) if wanted else USUAL[role]
-        return next((name for name in names if row.get(name) is not None), None)
+    @property
+    def finish(self) -> str:
+        """Why the generation ended; empty if nobody knows."""
+        last = self.events[-1]
+        return last.reason if isinstance(last, Finish) else ""
 
 
 def find_sources(paths: Sequence[Path]) -> list[Source]:
@@ -152,12 +131,18 @@ def _sources_of(path: Path) -> list[Source]:
     for file in files:
         if file.name.startswith("samples_") and STAMP.search(file.stem):
             continue
-        header = _first_record(file)
-        if header.get("schema") is None:
-            grouped[str(file)] = {}, [file]
-        elif header["schema"] == SCHEMA:
+        header = next(rows(file), {})
+        schema = str(header.get("schema", ""))
+        if schema == SCHEMA:
             run = header["run"] or {"pruning": None}
             grouped.setdefault(json.dumps(header, sort_keys=True), (run, []))[1].append(file)
+        elif schema.startswith(SCHEMA.partition("/")[0]):
+            raise ViewerError(
+                f"{file} holds notes as another version wrote them ({schema}, not {SCHEMA}); view them with that "
+                "version, or run lm_eval again with another notes=DIR and journal=off"
+            )
+        elif not schema:
+            grouped[str(file)] = {}, [file]
     if not grouped:
         raise ViewerError(f"no notes in {path}; run lm_eval with the model argument notes=DIR and give DIR")
     alone = len(grouped) == 1 and path.is_dir()
@@ -178,26 +163,167 @@ def _named(sources: Sequence[Source]) -> list[Source]:
     return [replace(source, name=name) for name, source in zip(unique, sources, strict=True)]
 
 
-def _first_record(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8") as lines:
-        record = _parse(lines.readline())
-    if record is None:
-        raise ViewerError(f"{path}: its first line is no JSON object; give notes or JSONL with a column of text")
-    return record
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a JSONL file.
+
+    Raises:
+        ViewerError: a line, other than a last one without its end, is no JSON object.
+    """
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                yield row
+            elif line.endswith("\n") or number == 1:
+                raise ViewerError(f"{path}:{number} is no JSON object; give notes or JSONL with a column of text")
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file, the header of notes left out; a torn line, left by a killed run, is skipped."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            record = _parse(line)
-            if record is not None and "schema" not in record:
-                yield record
+# --- notes of the engine ----------------------------------------------------------------------------------------------
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
+def note_traces(source: Source) -> Iterator[Trace]:
+    """Yields the traces of a source of notes, in the order of its files.
+
+    Raises:
+        StoreError: a line is no note.
+    """
+    for path in source.paths:
+        for note in NotesFile(path):
+            yield _of_note(source, note)
+
+
+def _of_note(source: Source, note: Note) -> Trace:
+    return Trace(
+        source=source,
+        task=str(note.meta.get("task", note.request)),
+        doc_id=doc_name(note.meta.get("doc_id", note.request)),
+        repeat=int(note.meta.get("repeat", note.sample)),
+        prompt=note.prompt,
+        text=note.text,
+        prompt_tokens=len(note.prompt_ids),
+        events=note.events,
+        offsets=note.offsets,
+        policy=source.run.get("pruning") or Policy.RECOMPUTE.value,
+        prompt_acts=source.run.get("prompt_markers") == "acting",
+        seconds=note.statistics.wall_seconds,
+    )
+
+
+def doc_name(value: Any) -> int | str:
+    """Returns a `Trace.doc_id`: anything but a number as text."""
+    return value if isinstance(value, int) else str(value)
+
+
+# --- texts that any model wrote ---------------------------------------------------------------------------------------
+
+
+USUAL = {
+    "text": ("hierarchical_cot", "generated_solution", "text", *ROLES["text"]),
+    "prompt": ROLES["question"],
+    "gold": ROLES["answer"],
+}
+"""Columns in which data sets keep these, the preferred first."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of plain traces hold what; None: the first of `USUAL` that a row has."""
+
+    text: str | None = None
+    prompt: str | None = None
+    gold: str | None = None
+
+    def find(self, row: Mapping[str, Any], role: str) -> str | None:
+        """Returns the name of the column for `role` in this row, or None."""
+        wanted = getattr(self, role)
+        names = (wanted,) if wanted else USUAL[role]
+        return next((name for name in names if row.get(name) is not None), None)
+
+
+Cut = Callable[[str], list[str]]
+"""Cuts a text that holds no marker into tokens; joined again they are the text."""
+
+pieces: Cut = re.compile(r"\s*\w+|\s*[^\w\s]|\s+").findall
+"""Words and other signs, with the space before them: about what a tokenizer makes of English."""
+
+
+def tokenizer_cut(name: str) -> Cut:
+    """Returns the cut of a tokenizer of transformers.
+
+    Raises:
+        ViewerError: the tokenizer does not say which characters its tokens are.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        raise ViewerError(f"the tokenizer {name} has no offsets; choose one with a tokenizer.json")
+
+    def cut(text: str) -> list[str]:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        starts = list(accumulate((start for start, _ in spans), max))  # the bytes of one character share its start
+        return [text[a:b] for a, b in pairwise([0, *starts[1:], len(text)])] if spans else []
+
+    return cut
+
+
+def plain_traces(
+    source: Source, markup: Markup, policy: Policy, columns: Columns, cut: Cut | None = None
+) -> Iterator[Trace]:
+    """Yields the rows of plain files as traces, as if a return had acted as `policy` says; the usual cut is `pieces`.
+
+    Raises:
+        ViewerError: a row has no text.
+    """
+    vocabulary: dict[str, int] = {marker: i for i, marker in enumerate(markup.markers)}
+    markers = resolve_markers(markup, vocabulary.get)
+    for path, number, row in ((file, *pair) for file in source.paths for pair in enumerate(rows(file))):
+        column, prompt, gold = (columns.find(row, role) for role in ("text", "prompt", "gold"))
+        if column is None or not isinstance(row[column], str):
+            wanted = columns.text or " or ".join(USUAL["text"])
+            raise ViewerError(
+                f"{path}, row {number + 1}: no column {wanted}, only {', '.join(row)}; choose with --text-column"
+            )
+        tokens = cut_at_markers(row[column], markup, cut or pieces)
+        prompt_text = str(row[prompt]) if prompt else ""
+        prompt_tokens = len((cut or pieces)(prompt_text))
+        ids = [vocabulary.get(token, len(vocabulary)) for token in tokens]
+        yield Trace(
+            source=source,
+            task=path.stem,
+            doc_id=number if row.get("id") is None else doc_name(row["id"]),
+            repeat=0,
+            prompt=prompt_text,
+            text=row[column],
+            prompt_tokens=prompt_tokens,
+            events=replay(LiveContext(markers, policy), [len(vocabulary)] * prompt_tokens, ids),
+            offsets=dict(enumerate(accumulate(map(len, tokens[:-1]), initial=0), start=prompt_tokens)),
+            policy=policy.value,
+            unit="token" if cut else "piece",
+            gold=str(row[gold]) if gold else None,
+        )
+
+
+def cut_at_markers(text: str, markup: Markup, cut: Cut) -> list[str]:
+    """Cuts a text into its markers and the tokens between them; joined again they are the text."""
+    tokens: list[str] = []
+    for part in re.split(f"({'|'.join(map(re.escape, markup.markers))})", text):
+        tokens += [part] if part in markup.markers else cut(part)
+    return tokens
+
+
+def replay(context: LiveContext, prompt: Sequence[int], ids: Sequence[int]) -> list[Event]:
+    """Pushes a prompt and a generation through a fresh live context and returns what happened, without times."""
+    recorder = Recorder(clock=lambda: 0.0)
+    for token in prompt:
+        context.push_inert(token)
+    recorder.prefill(len(prompt), len(context.live), 0)
+    for index, token in enumerate(ids, len(prompt)):
+        recorder.step(index, token, context.push(token), len(context.live))
+    recorder.finish("", None, context.depth)
+    return recorder.events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from typing import TextIO
 from hcot_lmeval.report.viewer.reading import Trace
 from hcot_lmeval.report.viewer.tree import Block, Outline, Segment, borders, live_curve, outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdict, Verdicts
-from hcot_lmeval.report.viewer.visible import plural, visible
 from hcot_lmeval.trace import Kind
 
 COLORS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35"}
@@ -21,6 +21,11 @@ BARS = " ▁▂▃▄▅▆▇█"
 CURVE_ROWS = 6
 DEEPEST_INDENT = 12
 """Blocks deeper than this are printed at this indent."""
+ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]"
+)
+"""Controls but tab and newline, line and paragraph separators, overrides of the direction of writing, and halves of
+surrogate pairs. Joiners and direction marks, which ordinary text in many languages holds, are left alone."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Style:
 
 def print_trace(trace: Trace, verdicts: Verdicts, style: Style, *, expand: bool = False) -> None:
     """Prints one trace; with `expand` the thoughts too."""
-    outline = outline_of(trace)
-    _head(trace, outline, verdicts.of(trace, len(trace.ids)), style)
+    outline = outline_of(trace.prompt_tokens, trace.events)
+    _head(trace, outline, verdicts.of(trace, outline.statistics.generated_tokens), style)
     for line in curve(live_curve(outline.events), style.width):
         style.line(style.paint(line, "blue"))
     style.line()
@@ -138,3 +143,13 @@ def _indent(depth: int) -> str:
 def _wrapped(text: str, width: int) -> Iterator[str]:
     for line in visible(text).expandtabs(4).splitlines():
         yield from textwrap.wrap(line.strip(), max(width, 20))
+
+
+def visible(text: str) -> str:
+    r"""Returns the text with every acting character as ``⟨U+001B⟩``, so that it can be printed whatever it holds."""
+    return ACTING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns ``1 token`` or ``3 tokens``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,33 +1,27 @@
-"""Where every token of a trace ended up: segments, blocks and the live context over time.
-
-All of it follows from replaying the trace in a `LiveContext`; nothing here has an idea of its own of what a block is.
-A trace that the engine wrote down is replayed too, and what the engine noted has to come out again, event by event.
-"""
+"""Where every token of a trace ended up: segments, blocks and the live context over time, as its events tell it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from hcot_lmeval.events import (
     Close,
     Event,
-    Forced,
-    Illegal,
-    Loop,
+    Fault,
+    Marker,
     Open,
     Prefill,
     Prune,
-    Recorder,
     Split,
     Statistics,
+    Sweep,
     Tokens,
     statistics,
 )
 from hcot_lmeval.report.viewer.reading import Trace, ViewerError
-from hcot_lmeval.trace import Kind, LiveContext, Malformed
+from hcot_lmeval.trace import Kind, Malformed
 
 
 @dataclass(slots=True)
@@ -84,141 +78,74 @@ class Block:
 
 @dataclass
 class Outline:
-    """A trace, replayed.
+    """What became of a trace.
 
     Attributes:
+        events: in order.
         segments: the generated tokens in order, without gaps.
         blocks: in the order of opening.
         growth: the live context over time in runs. ``(g, after)``: g tokens came, each one live token more, and then
             one that threw something away and left `after` live tokens; the last run has None.
         started: live tokens after the prompt.
-        live: indices in the trace of what is live at the end.
-        events: what a `Recorder` tells of this trace, without times.
-        remarks: what was noted of the decoder's controls, which no replay can know.
-        statistics: counted from events and remarks.
     """
 
+    events: Sequence[Event]
     segments: list[Segment]
     blocks: list[Block]
     growth: list[tuple[int, int | None]]
     started: int
-    live: list[int]
-    events: list[Event]
-    remarks: list[Event] = field(default_factory=list)
 
     @cached_property
     def statistics(self) -> Statistics:
-        return statistics([*self.events, *self.remarks])
+        return statistics(self.events)
 
 
-def outline_of(trace: Trace) -> Outline:
-    """Replays a trace.
+KINDS = {Open: Kind.OPEN, Split: Kind.SPLIT, Close: Kind.CLOSE, Prune: Kind.CLOSE, Sweep: Kind.TEXT}
 
-    Raises:
-        ViewerError: the engine noted something else than the replay tells.
+
+def outline_of(first: int, events: Sequence[Event]) -> Outline:
+    """Reads what became of every token off the events of a trace.
+
+    Args:
+        first: index of the first generated token.
+        events: what happened to it and all that follow.
     """
-    outline = replay(trace.context(), trace.prompt_ids, trace.ids, trace.finish, trace.prompt_acts)
-    if trace.recorded is not None:
-        _compare(trace, outline.events)
-        noted = [event for event in trace.recorded if event["type"] in REMARKS]
-        kinds = [REMARKS[event["type"]] for event in noted]
-        outline.remarks = [
-            kind(**{f.name: event[f.name] for f in fields(kind)}) for kind, event in zip(kinds, noted, strict=True)
-        ]
-    return outline
-
-
-IRRELEVANT = {"time", "shared", "stop", "pruned_text"}
-"""Fields of noted events that a replay cannot know."""
-
-REMARKS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Illegal, Forced, Loop)}
-"""Events that tell of the decoder and not of the trace."""
-
-
-def _compare(trace: Trace, events: Sequence[Event]) -> None:
-    noted = _without_remarks(_bare(event) for event in trace.recorded or ())
-    again = [_bare({"type": type(e).__name__, **{f.name: getattr(e, f.name) for f in fields(e)}}) for e in events]
-    if noted == again:
-        return
-    pairs = enumerate(zip(noted, again, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(noted), len(again)))
-    told, found = (str(events[place : place + 1])[:200] for events in (noted, again))
-    raise ViewerError(
-        f"{trace.name}: event {place + 1} of the notes is {told}, and a replay of the tokens says {found}; "
-        "the notes were changed, or written by a version with another rule"
-    )
-
-
-def _without_remarks(noted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Noted events as they would be without remarks, which part runs of text."""
-    kept: list[dict[str, Any]] = []
-    parted = False
-    for event in noted:
-        if event["type"] in REMARKS:
-            parted = True
-            continue
-        if parted and kept and kept[-1]["type"] == event["type"] == "Tokens":
-            kept[-1] = {**kept[-1], "ids": [*kept[-1]["ids"], *event["ids"]]}
-        else:
-            kept.append(event)
-        parted = False
-    return kept
-
-
-def _bare(event: Mapping[str, Any]) -> dict[str, Any]:
-    listed = ((key, list(value) if isinstance(value, tuple) else value) for key, value in event.items())
-    return {key: value for key, value in listed if key not in IRRELEVANT}
-
-
-def replay(
-    context: LiveContext, prompt: Sequence[int], ids: Sequence[int], finish: str = "", prompt_acts: bool = False
-) -> Outline:
-    """Pushes a trace through a fresh live context and writes down what becomes of every token.
-
-    With `prompt_acts`, markers of the prompt open and close blocks too.
-    """
-    recorder = Recorder(clock=lambda: 0.0)
-    for token in prompt:
-        _ = context.push(token) if prompt_acts else context.push_inert(token)
-    started = len(context.live)
-    recorder.prefill(len(prompt), started, 0)
-    inside = list(context.source)  # trace indices in the context, kept up to date at prunes
+    marked: dict[int, Segment] = {}
     gone: dict[int, int] = {}
-    marked: list[Segment] = []
     pruned: dict[int, int] = {}
     growth: list[tuple[int, int | None]] = []
-    grown = 0  # tokens since the last prune
-    for index, token in enumerate(ids, len(prompt)):
-        step = context.push(token)
-        recorder.step(index, token, step, len(context.live))
-        inside.append(index)
-        if step.kind is not Kind.TEXT or step.malformed is not None:
-            marked.append(Segment(step.kind, index, 1, step.depth, fault=step.malformed))
-        grown += 1
-        if step.is_prune:
-            still = set(context.source)
-            gone.update((i, index) for i in inside if i not in still)
-            inside = [i for i in inside if i in still]
-            pruned[index] = len(step.pruned)
-            growth.append((grown - 1, len(context.live)))
-            grown = 0
-    recorder.finish(finish, None, context.depth)
-    segments = _segments(marked, gone, len(prompt), len(prompt) + len(ids))
-    live, blocks = list(context.source), _blocks(segments, pruned)
-    return Outline(segments, blocks, [*growth, (grown, None)], started, live, recorder.events)
+    started = count = grown = depth = 0
+    for event in events:
+        if isinstance(event, Prefill):
+            started = event.live
+        elif isinstance(event, Fault):  # comes before the token that it is about
+            marked[event.index] = Segment(Kind.TEXT, event.index, 1, depth, fault=Malformed(event.kind))
+        elif isinstance(event, Tokens):
+            count, grown = count + len(event.ids), grown + len(event.ids)
+        elif isinstance(event, Marker):
+            count, grown, depth = count + 1, grown + 1, event.depth
+            if not isinstance(event, Sweep):
+                fault = marked[event.index].fault if event.index in marked else None
+                marked[event.index] = Segment(KINDS[type(event)], event.index, 1, depth, fault=fault)
+            if isinstance(event, Prune):
+                gone.update(dict.fromkeys(event.pruned, event.index))
+                pruned[event.index] = len(event.pruned)
+                growth.append((grown - 1, event.live))
+                grown = 0
+    segments = _segments(marked, gone, first, first + count)
+    return Outline(events, segments, _blocks(segments, pruned), [*growth, (grown, None)], started)
 
 
-def _segments(marked: Sequence[Segment], gone: Mapping[int, int], start: int, stop: int) -> list[Segment]:
+def _segments(marked: Mapping[int, Segment], gone: Mapping[int, int], start: int, stop: int) -> list[Segment]:
     """The tokens [start, stop): the marked ones, and between them text, cut where the fate changes."""
     segments: list[Segment] = []
-    at = {segment.start: segment for segment in marked}
-    depth = 0  # a token's fate is known only when a later one seals it, hence at the end
+    depth = 0
     for index in range(start, stop):
-        segment, fate, last = at.get(index), gone.get(index), segments[-1] if segments else None
+        segment, fate, last = marked.get(index), gone.get(index), segments[-1] if segments else None
         if segment is not None:
             segment.gone, depth = fate, segment.depth
             segments.append(segment)
-        elif last is not None and last.start not in at and last.gone == fate:
+        elif last is not None and last.start not in marked and last.gone == fate:
             last.count += 1
         else:
             segments.append(Segment(Kind.TEXT, index, 1, depth, fate))
@@ -248,9 +175,15 @@ def _blocks(segments: Sequence[Segment], pruned: dict[int, int]) -> list[Block]:
 
 
 def borders(trace: Trace, segments: Sequence[Segment]) -> list[int]:
-    """Returns where each segment begins in the text, and at last where the text ends."""
-    first = len(trace.prompt_ids)
-    return [*(trace.offsets[segment.start - first] for segment in segments), len(trace.text)]
+    """Returns where each segment begins in the text, and at last where the text ends.
+
+    Raises:
+        ViewerError: the notes do not say it.
+    """
+    try:
+        return [*(trace.offsets[segment.start] for segment in segments), len(trace.text)]
+    except KeyError as error:
+        raise ViewerError(f"{trace.name}: nothing says where token {error} begins; were the notes changed?") from None
 
 
 def live_curve(events: Iterable[Event]) -> list[int]:

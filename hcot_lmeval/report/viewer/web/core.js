@@ -47,7 +47,7 @@ function makeMath(tree) {
   return node;
 }
 
-// Thinking tags, and characters that cannot be seen or that reverse the writing; see visible.py.
+// Thinking tags, and characters that cannot be seen or that reverse the writing; see terminal.py.
 const SPECIAL =
   /<\/?think>|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 

@@ -44,14 +44,14 @@ def write_page(
     """Writes the page and returns the number of its traces. An old page stays until the new one is whole.
 
     Raises:
-        ViewerError: there are no traces, or one of them does not follow the rule.
+        ViewerError: there are no traces, or the notes of one were changed.
     """
     numbers = {source.name: number for number, source in enumerate(sources)}
     rows: list[dict[str, Any]] = []
     with TemporaryFile("w+", encoding="ascii") as blobs:
         for trace in tqdm(traces, unit=" traces", disable=not progress):
-            outline = outline_of(trace)
-            verdict = verdicts.of(trace, len(trace.ids))
+            outline = outline_of(trace.prompt_tokens, trace.events)
+            verdict = verdicts.of(trace, outline.statistics.generated_tokens)
             rows.append(index_row(trace, outline, verdict, numbers[trace.source.name]))
             blobs.write(pack(trace, outline) + "\n")
         if not rows:
