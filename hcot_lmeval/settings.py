@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to checked settings; all faults are said at once, with what is allowed.
+"""From a YAML file, overrides or a command line to checked settings; all faults are said at once, with what is allowed.
 
 What a kind of settings holds is a `Section` (`report.grid.GridConfig`, for example); this module reads any of them.
 """
@@ -6,12 +6,16 @@ What a kind of settings holds is a `Section` (`report.grid.GridConfig`, for exam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from argparse import SUPPRESS, BooleanOptionalAction
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from hcot_lmeval.markup import PRESETS, get_markup
 
 
 class Section(BaseModel):
@@ -21,6 +25,14 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+MarkupName = Annotated[
+    str,
+    Field(description=f"notation of the blocks: {', '.join(PRESETS)}"),
+    AfterValidator(lambda name: get_markup(name).name),
+]
+"""The name of a preset."""
+read_off = BeforeValidator(lambda value: "off" if value is False else value)
+"""For a choice that has the word `off`, which YAML reads as false."""
 
 
 def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
@@ -60,15 +72,52 @@ def parse_settings(kind: type[S], settings: Mapping[str, Any], origin: str = "th
         raise ValueError(f"{origin} cannot be used: {listed}".replace(": \n", ":\n")) from None
 
 
+def add_options(parser: Any, kind: type[Section]) -> None:
+    """Adds an option for every described key of `kind`: ``max_depth`` is ``--max-depth``.
+
+    What is not given is absent from the result; what is given stays a text, for `parse_settings` to read.
+    """
+    for name, field in kind.model_fields.items():
+        if field.description is None:
+            continue
+        told = field.description.replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "default": SUPPRESS}
+        annotation = _not_none(field.annotation)
+        if annotation is bool:
+            options["action"] = BooleanOptionalAction if field.default else "store_true"
+        elif get_origin(annotation) is tuple:
+            options["nargs"], annotation = "+", get_args(annotation)[0]
+        if get_origin(annotation) is Literal:
+            options["choices"] = get_args(annotation)
+        elif annotation is not bool:
+            options["metavar"] = field.title or {int: "N", float: "X"}.get(annotation, "NAME")
+        if field.default not in (None, (), "", False, True):
+            shown = " ".join(field.default) if isinstance(field.default, tuple) else _short(field.default)
+            told += f" ({shown})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=told, **options)
+
+
+def _not_none(annotation: Any) -> Any:
+    """The type of a value that is there: of ``int | None``, ``int``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
 def _describe(kind: type[Section], fault: Any) -> str:
     place = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        known = list(_section_at(kind, fault["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{place} is unknown; {hint}Known here: {', '.join(known)}"
+        return unknown(place, _section_at(kind, fault["loc"][:-1]).model_fields)
     given = "" if fault["type"] == "missing" else f" (given: {str(fault['input'])[:80]})"
     return f"{place or 'as a whole'}: {fault['msg'].removeprefix('Value error, ')}{given if place else ''}"
+
+
+def unknown(place: str, known: Iterable[str]) -> str:
+    """Says that the last name of a dotted `place` is none of those that are known, and which one may be meant."""
+    known = list(known)
+    near = difflib.get_close_matches(place.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{place} is unknown; {hint}Known here: {', '.join(known)}"
 
 
 def _section_at(kind: type[Section], place: Sequence[Any]) -> type[Section]:

@@ -7,6 +7,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.prepare.inputs import Record
+from hcot_lmeval.prepare.outline import assemble
+from hcot_lmeval.prepare.reading import read_row
+from hcot_lmeval.prepare.rows import PreparedRow
+from hcot_lmeval.prepare.segmenter import SegmenterOptions, segment
+from hcot_lmeval.prepare.sentences import split_sentences
+
 STARTS = ("Now, ", "So ", "Wait, ", "Next, ", "Therefore ", "Let me check: ", "")
 WORDS = "we take the sum of all terms and then look at what is left over in this case for each number".split()
 
@@ -25,6 +33,14 @@ def flat_row(number: int, sentences: int = 40) -> dict[str, Any]:
         "generated_solution": f"<think>\n{''.join(said)}\n</think>\n\nIt is $\\boxed{{{number}}}$.",
         "expected_answer": str(number),
     }
+
+
+def prepared(record: dict[str, Any]) -> PreparedRow:
+    """The row of a flat record, segmented."""
+    row = read_row(Record("here", record))
+    pieces = tuple(split_sentences(row.reasoning))
+    outline = segment(pieces, options=SegmenterOptions(target_tokens=60, min_tokens=30, max_tokens=120))
+    return PreparedRow(row, assemble(pieces, outline, PRESETS["hcot"]), outline, pieces, {"method": "segmenter"})
 
 
 def write_flat(path: Path, numbers: range, **changes: Any) -> Path:

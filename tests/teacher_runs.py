@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task
-from hcot_lmeval.prepare.teacher.runner import ask
+from hcot_lmeval.prepare.teacher.questions import Form, Message, Reply, Task
+from hcot_lmeval.prepare.teacher.runner import Teacher, ask
 from hcot_lmeval.prepare.teacher.store import AnswerStore
 from tests.scripted_teacher import ScriptedTeacher
 
@@ -19,12 +19,13 @@ MODELS = {
     "local": "local:qwen",
 }
 KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "TEACHER_API_KEY")
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"anyOf": [{"type": "integer"}, {"type": "null"}]}},
-    "required": ["a"],
-    "additionalProperties": False,
-}
+GOOD = '{"a": 1}'
+
+
+class Number(Form):
+    """A number, or none."""
+
+    a: int | None
 
 
 def options_for(server: ScriptedTeacher, provider: str = "openai", **more: Any) -> TeacherOptions:
@@ -34,13 +35,13 @@ def options_for(server: ScriptedTeacher, provider: str = "openai", **more: Any) 
 
 def make_task(options: TeacherOptions, said: str = "u", **more: Any) -> Task:
     messages = (Message("system", "sys"), Message("user", said))
-    return Task.make("test", "row", messages, SCHEMA, options.identity, **more)
+    return Task.make("test", "row", messages, Number, options.identity, **more)
 
 
 def ask_all(options: TeacherOptions, tasks: list[Task], path: Path) -> dict[str, Reply]:
     """Replies by key."""
     with AnswerStore(path / "answers.jsonl") as store:
-        return {reply.key: reply for reply in ask(tasks, options=options, store=store)}
+        return {reply.key: reply for reply in ask(tasks, Teacher.reply, options=options, store=store)}
 
 
 def ask_one(server: ScriptedTeacher, path: Path, provider: str = "openai", **more: Any) -> Reply:

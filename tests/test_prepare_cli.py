@@ -14,7 +14,7 @@ import pytest
 
 from hcot_lmeval.prepare.cli import COMMANDS, main
 from hcot_lmeval.prepare.folder import FolderError, Journal, StepFolder, read_manifest, rows_of
-from hcot_lmeval.prepare.workers import in_order
+from hcot_lmeval.prepare.steps import in_order
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,9 +130,12 @@ def test_options_come_from_a_file_and_the_command_line_comes_first(tmp_path, cap
     arguments = read_manifest(out / "segment")["identity"]["arguments"]
     assert (arguments["limit"], arguments["options"]["target_tokens"]) == (3, 60)
     for text, told in (
-        ("segment: {target: 60}", "segment: target is unknown; did you mean target_tokens?"),
+        ("segment: {target: 60}", "segment.target is unknown; did you mean target_tokens?"),
         ("segmnet: {}", "segmnet is unknown; did you mean segment?"),
-        ("segment: {min_tokens: many}", "min_tokens='many' is str; expected int"),
+        (
+            "segment: {min_tokens: many}",
+            "segment cannot be used: min_tokens: Input should be a valid integer, unable to parse",
+        ),
         ("segment: {min_tokens: 900}", "not in ascending order"),
         ("[1]", "holds list; expected keys and values"),
     ):
@@ -148,7 +151,7 @@ def test_options_come_from_a_file_and_the_command_line_comes_first(tmp_path, cap
         (["segment", "flat.jsonl", "--out", "x", "--column", "question"], "expected ROLE=NAME, as in question=problem"),
         (["check", "flat.jsonl"], "is not the folder of one run; name a folder with --out RUN"),
         (["check", "flat.jsonl", "--out", "x"], "Flat traces go through `segment` first"),
-        (["check", "run", "--tolerate", "x"], "tolerate='x' is no code of a check; known are malformed"),
+        (["check", "run", "--tolerate", "x"], "tolerate: 'x' is no code of a check; known are malformed"),
         (["check", "run", "--against", "aime"], "choose one of aime24, aime25, math500, polymath, or a file"),
         (["export", "run", "--push", "name"], "give owner/name"),
     ],
@@ -158,6 +161,23 @@ def test_errors_name_what_is_allowed(tmp_path, monkeypatch, capsys, words, told)
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 1
     assert told in capsys.readouterr().err
+
+
+def test_nothing_to_export_and_nowhere_to_put_it_are_errors(tmp_path, capsys):
+    out = segmented(tmp_path, range(2))
+    assert run("export", out, "--to", "/proc/x.jsonl") == 1
+    assert "/proc/x.jsonl cannot be written (No such file or directory); give another --to" in capsys.readouterr().err
+    write_rows(out / "segment" / "rows.jsonl", [{"question": "q", "hierarchical_cot": ""}])
+    assert run("export", out) == 1
+    assert "there is no row to export: the first is " in capsys.readouterr().err
+    assert run("stats", out) == 1
+    assert "there is no row to count: " in (said := capsys.readouterr().err) and "no_text" in said
+
+
+def test_rows_without_blocks_are_told(tmp_path, capsys):
+    path = write_rows(tmp_path / "flat.jsonl", [flat_row(number, sentences=2) for number in range(3)])
+    assert run("segment", path, "--out", tmp_path / "run") == 0
+    assert "3  passed without a block, which `check` rejects; shorter blocks: --min-tokens N" in capsys.readouterr().out
 
 
 def test_reasons_are_listed(capsys):
@@ -172,7 +192,7 @@ def test_help_is_instant_and_imports_nothing_heavy(command):
     words = [*([command] if command else []), "--help"]
     code = f"import sys; sys.argv=['prepare_data.py', *{words}]; sys.path.insert(0, {str(ROOT)!r})\n" + (
         "from hcot_lmeval.prepare.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'datasets', 'transformers', 'pyarrow', 'pydantic', 'matplotlib', 'tqdm', 'yaml'}\n"
+        "heavy = {'torch', 'numpy', 'datasets', 'transformers', 'pyarrow', 'matplotlib', 'tqdm', 'pydantic_ai'}\n"
         "print('HEAVY', sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -250,7 +270,7 @@ def test_a_journal_keeps_what_was_added_and_forgets_a_torn_line(tmp_path):
 def test_an_unfinished_step_is_not_read(tmp_path):
     folder = StepFolder(tmp_path, "segment", {}, [])
     assert folder.open() is False
-    with pytest.raises(FolderError, match="is not finished; run the same command again"):
+    with pytest.raises(FolderError, match="is not finished; run `segment` again, with the arguments that it had"):
         rows_of(tmp_path)
     folder.finish(lambda entry: (True, entry), lambda: {"rows": 0})
     assert rows_of(tmp_path) == [tmp_path / "segment" / "rows.jsonl"]

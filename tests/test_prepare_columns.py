@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.columns import ROLES, is_prose, read_answer, read_verdict
-from hcot_lmeval.prepare.checks import Checker
+from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.cli import main
 from hcot_lmeval.prepare.inputs import Record, find_inputs
 from hcot_lmeval.prepare.reading import read_prepared, read_rows
@@ -354,7 +354,7 @@ class Given:
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), TRACES)
 @settings(max_examples=150, deadline=None)
 def test_whatever_stands_in_a_column_is_read_or_rejected(flat, prepared):
-    check = Checker()
+    check = Checker(CheckOptions())
     for row in [*read_rows([Given(flat)]), *read_prepared([Given(prepared)])]:
         if isinstance(row, Unreadable):
             json.loads(json.dumps(unread(row)))

@@ -10,24 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.export import FORMATS, ExportOptions, exported, format_of, push, write_export
-from hcot_lmeval.prepare.inputs import Record, find_inputs
-from hcot_lmeval.prepare.outline import assemble
-from hcot_lmeval.prepare.reading import read_prepared, read_row
+from hcot_lmeval.prepare.export import FORMATS, ExportOptions, export, exported, format_of, push
+from hcot_lmeval.prepare.inputs import find_inputs
+from hcot_lmeval.prepare.reading import read_prepared
 from hcot_lmeval.prepare.rows import PreparedRow
-from hcot_lmeval.prepare.segmenter import SegmenterOptions, segment
-from hcot_lmeval.prepare.sentences import split_sentences
-from tests.prepare_files import flat_row
+from tests.prepare_files import flat_row, prepared
 
 FORMS = [(format_, form) for format_ in ("jsonl", "parquet") for form in ("columns", "chat")]
-
-
-def prepared(record: dict) -> PreparedRow:
-    """The row of a flat record, segmented."""
-    row = read_row(Record("here", record))
-    pieces = tuple(split_sentences(row.reasoning))
-    outline = segment(pieces, options=SegmenterOptions(target_tokens=60, min_tokens=30, max_tokens=120))
-    return PreparedRow(row, assemble(pieces, outline, PRESETS["hcot"]), outline, pieces, {"method": "segmenter"})
 
 
 def rows(count: int = 5, response: bool = True) -> list[PreparedRow]:
@@ -40,8 +29,8 @@ def rows(count: int = 5, response: bool = True) -> list[PreparedRow]:
 
 def write(path, found, **options):
     ticks = []
-    count = write_export(found, path, ExportOptions(**options), lambda: ticks.append(1))
-    assert count == len(found) == len(ticks)
+    count, unread = export(found, path, ExportOptions(**options), lambda: ticks.append(1))
+    assert count == len(found) == len(ticks) and not unread
     return path
 
 
@@ -82,9 +71,12 @@ def test_an_export_is_whole_or_not_there(tmp_path):
         path = write(tmp_path / f"a.{format_}", rows(2), format=format_)
         before = path.read_bytes()
         with pytest.raises(RuntimeError):
-            write_export(torn(), path, ExportOptions(format=format_), lambda: None)
+            export(torn(), path, ExportOptions(format=format_))
         assert path.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
+        with pytest.raises(ValueError, match="there is no row to export: the files hold none"):
+            export([], path, ExportOptions(format=format_))
+    names = ["a.jsonl", "a.jsonl.manifest.json", "a.parquet", "a.parquet.manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -110,9 +102,9 @@ def test_the_name_of_a_file_decides_its_format(tmp_path):
 
 
 def test_options_name_what_is_allowed():
-    with pytest.raises(ValueError, match="format='csv' is unknown; choose one of jsonl, parquet"):
+    with pytest.raises(ValueError, match="Input should be 'jsonl' or 'parquet'"):
         ExportOptions(format="csv")
-    with pytest.raises(ValueError, match="extras='x' is unknown; choose among original, outline"):
+    with pytest.raises(ValueError, match="Input should be 'original', 'outline'"):
         ExportOptions(extras=("x",))
     with pytest.raises(ValueError, match="give owner/name"):
         ExportOptions(push="name")

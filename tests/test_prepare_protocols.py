@@ -11,19 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.measure import block_sizes, cut, make_counter
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble
-from hcot_lmeval.prepare.protocols.asking import TEACHING, Asking, AskingOptions
-from hcot_lmeval.prepare.protocols.judge import Judge, Verdict, parts
-from hcot_lmeval.prepare.protocols.prompts import load_prompt, parse_prompt
-from hcot_lmeval.prepare.protocols.refine import Refine
+from hcot_lmeval.prepare.outline import Block, Outline, assemble
+from hcot_lmeval.prepare.protocols.asking import (
+    TEACHING,
+    Asking,
+    AskingOptions,
+    cut_windows,
+    load_prompt,
+    merge,
+    parse_prompt,
+)
+from hcot_lmeval.prepare.protocols.judge import Judge, judged, parts
+from hcot_lmeval.prepare.protocols.refine import Refine, RefineOptions
 from hcot_lmeval.prepare.protocols.rewrite import Rewrite
 from hcot_lmeval.prepare.protocols.segment import Segment
-from hcot_lmeval.prepare.protocols.windows import cut_windows, merge
-from hcot_lmeval.prepare.reasons import REASONS
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.sentences import split_sentences
+from hcot_lmeval.prepare.steps import REASONS
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import Failure, Reply, Unusable
 from tests.scripted_teacher import Say, ScriptedTeacher
@@ -32,6 +39,7 @@ from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, options_for
 HCOT = PRESETS["hcot"]
 TEACHER = TeacherOptions(teacher=MODELS["openai"])
 WHOLE = AskingOptions()
+BLOCKS = SegmenterOptions()
 SMALL = AskingOptions(window_tokens=60, overlap_tokens=25)
 TEXT = "".join(f"Sentence {n} is about x = {n}. " for n in range(40))
 ROW = SourceRow("r", "What is x?", TEXT)
@@ -43,8 +51,27 @@ def asking(name, options=WHOLE, teacher=TEACHER):
     return Asking(load_prompt(name), teacher, options)
 
 
-def said(**data):
-    return Reply("k", json.dumps(data), data)
+def segment(options=WHOLE, blocks=BLOCKS, teacher=TEACHER):
+    return Segment(asking("segment", options, teacher), HCOT, blocks)
+
+
+def refine(options=WHOLE, **more):
+    return Refine(asking("refine", options), RefineOptions(**more))
+
+
+def judge(options=WHOLE):
+    return Judge(asking("judge", options), Checker(CheckOptions(repair=False)))
+
+
+def read(tasks, *said):
+    """The replies of a teacher that says these values, as JSON, or texts."""
+    texts = [each if isinstance(each, str) else json.dumps(each) for each in said]
+    return [task.read(Reply(task.key, text)) for task, text in zip(tasks, texts, strict=True)]
+
+
+def made(protocol, row, *said):
+    """The row that comes of these replies."""
+    return PreparedRow.from_record(protocol.entry(row, read(protocol.questions(row), *said))["row"])
 
 
 def block(start, end, solution="S.", solution_from=None, kind="subproblem"):
@@ -71,47 +98,40 @@ def example(name):
     [reply] = re.findall(r"^\{\".*\}$", told, re.MULTILINE)
     found = re.findall(r"^\[(\d+)\] (.*)$", told, re.MULTILINE)
     assert [int(number) for number, _ in found] == list(range(len(found)))
-    return [f"{text} " for _, text in found], Reply("k", reply)
+    return [f"{text} " for _, text in found], reply
 
 
-def require_short(outline, pieces):
-    trace = assemble(pieces, outline, HCOT)
-    sizes = block_sizes(cut(trace, HCOT, make_counter(None)), HCOT)
+def require_short(row):
+    sizes = block_sizes(cut(row.trace, HCOT, make_counter(None)), HCOT)
     assert sizes and all(0 < size.solution < size.thought for size in sizes)
 
 
 def test_the_example_of_segment_is_good():
     pieces, reply = example("segment")
-    protocol = Segment(asking("segment"))
-    [task] = protocol.tasks(SourceRow("r", "q", "".join(pieces)), pieces)
-    reply = task.read(reply)
-    outline = protocol.read([reply], pieces)
-    assert outline.depth == 2 and {block.kind for block in outline.blocks} == {"subproblem", "backtrack"}
-    assert {block.split is None for block in outline.blocks} == {True, False}
-    require_short(outline, pieces)
+    row = made(segment(), SourceRow("r", "q", "".join(pieces)), reply)
+    assert row.pieces == tuple(pieces)
+    assert row.outline.depth == 2 and {block.kind for block in row.outline.blocks} == {"subproblem", "backtrack"}
+    assert {block.split is None for block in row.outline.blocks} == {True, False}
+    require_short(row)
 
 
 def test_the_example_of_refine_is_good():
     pieces, reply = example("refine")
-    listed = re.search(
-        r"^Blocks that were found in them:\n(.*?)\n\n", load_prompt("refine").sections["system"], re.M | re.S
-    )
+    told = load_prompt("refine").sections["system"]
+    listed = re.search(r"^Blocks that were found in them:\n(.*?)\n\n", told, re.M | re.S)
     old = Outline(len(pieces), (Block(5, 11, split=10), Block(6, 9, split=8)))
     row = PreparedRow(SourceRow("r", "q", "".join(pieces)), assemble(pieces, old, HCOT), old, tuple(pieces))
-    protocol = Refine(asking("refine"))
-    [task] = protocol.tasks(row)
+    [task] = refine().questions(row)
     assert listed[1] in task.messages[1].text
-    outline = protocol.read([task.read(reply)], row)
-    assert [(b.start, b.stop) for b in outline.blocks if b.kind == "backtrack"] == [(1, 5), (11, 13)]
-    require_short(outline, pieces)
+    refined = made(refine(), row, reply)
+    assert [(b.start, b.stop) for b in refined.outline.blocks if b.kind == "backtrack"] == [(1, 5), (11, 13)]
+    require_short(refined)
 
 
 @pytest.mark.parametrize("markup", PRESETS.values(), ids=lambda markup: markup.name)
 def test_the_example_of_rewrite_is_good(markup):
     source = re.search(r"The text\n(.*)\n\nis written\n", load_prompt("rewrite").sections["system"])[1]
-    protocol = Rewrite(asking("rewrite"), markup)
-    pieces = split_sentences(source)
-    [task] = protocol.tasks(SourceRow("r", "q", source), pieces)
+    [task] = Rewrite(asking("rewrite"), markup).questions(SourceRow("r", "q", source))
     written = task.messages[0].text.partition("\n\nis written\n")[2].partition("\n\n")[0]
     assert task.read(Reply("k", written)).failure is None
     sizes = block_sizes(cut(written, markup, make_counter(None)), markup)
@@ -119,17 +139,13 @@ def test_the_example_of_rewrite_is_good(markup):
 
 
 def test_the_example_of_judge_is_good():
-    told = load_prompt("judge").sections["system"]
-    [line] = re.findall(r"^<block 0>.*$", told, re.MULTILINE)
-    trace = re.sub(
-        r"</block \d>", "[RETURN]", re.sub(r"<solution \d>", "[SOLUTION]", re.sub(r"<block \d>", "[THOUGHT]", line))
-    )
-    row = PreparedRow(SourceRow("r", "q", ""), trace)
-    protocol = Judge(asking("judge"), HCOT)
-    [task] = protocol.tasks(row)
+    [line] = re.findall(r"^<block 0>.*$", load_prompt("judge").sections["system"], re.MULTILINE)
+    marks = {"</block": "[RETURN]", "<solution": "[SOLUTION]", "<block": "[THOUGHT]"}
+    trace = re.sub(r"(</?\w+) \d>", lambda tag: marks[tag[1]], line)
+    [task] = judge().about(PreparedRow(SourceRow("r", "q", ""), trace))
     assert line in task.messages[1].text
-    verdicts = protocol.read([task.read(example("judge")[1])], row)
-    assert [verdict.sufficient for verdict in verdicts] == [True, False]
+    [reply] = read([task], example("judge")[1])
+    assert [verdict.sufficient for verdict in reply.value] == [True, False]
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -148,7 +164,7 @@ def test_places_are_filled_once_and_all_of_them():
 
 def test_the_version_is_part_of_the_key():
     one, other = (
-        Segment(Asking(parse_prompt("segment", text), TEACHER)).tasks(ROW, PIECES)[0].key
+        Segment(Asking(parse_prompt("segment", text), TEACHER), HCOT).questions(ROW)[0].key
         for text in ("version: 1\n" + BODY, "version: 2\n" + BODY)
     )
     assert one != other
@@ -230,25 +246,24 @@ def test_the_seam_is_where_no_block_is_cut_and_near_the_middle():
 
 
 def test_segment_shows_the_numbers_and_says_what_is_wanted():
-    protocol = Segment(asking("segment"), SegmenterOptions(max_depth=3, target_tokens=222))
-    [task] = protocol.tasks(ROW, PIECES)
+    protocol = segment(blocks=SegmenterOptions(max_depth=3, target_tokens=222))
+    [task] = protocol.questions(ROW)
     system, user = (message.text for message in task.messages)
     assert "At most 3 blocks" in system and "222 tokens" in system
     assert "What is x?" in user and "[0] Sentence 0 is about x = 0.\n[1] Sentence 1" in user
     assert "Sentences 0 to 39 of a chain of thought of 40 sentences" in user and "{{" not in system + user
     assert task.kind == "segment" and task.row_id == "r" and task.repair
-    assert Segment(asking("segment", AskingOptions(ask_again=False))).tasks(ROW, PIECES)[0].repair is None
-    made = protocol.made_by
-    assert made["prompt"] == load_prompt("segment").label and made["teacher"] == MODELS["openai"]
-    assert made["options"]["max_depth"] == 3
+    assert segment(AskingOptions(ask_again=False)).questions(ROW)[0].repair is None
+    told = protocol.made_by
+    assert told["prompt"] == load_prompt("segment").label and told["teacher"] == MODELS["openai"]
+    assert told["options"]["max_depth"] == 3
 
 
 def test_segment_reads_both_kinds_of_solutions_and_nesting():
-    reply = said(blocks=[block(0, 9), block(2, 5, None, 5, "backtrack"), block(12, 15, "", 14)])
-    outline = Segment(asking("segment")).read([reply], PIECES)
-    assert outline.blocks == (Block(0, 10, "S."), Block(2, 6, split=5, kind="backtrack"), Block(12, 16, split=14))
-    assert assemble(PIECES, outline, HCOT).count("[THOUGHT]") == 3
-    assert Segment(asking("segment")).read([said(blocks=[])], PIECES) == Outline(40)
+    row = made(segment(), ROW, {"blocks": [block(0, 9), block(2, 5, None, 5, "backtrack"), block(12, 15, "", 14)]})
+    assert row.outline.blocks == (Block(0, 10, "S."), Block(2, 6, split=5, kind="backtrack"), Block(12, 16, split=14))
+    assert row.trace.count("[THOUGHT]") == 3
+    assert made(segment(), ROW, {"blocks": []}).outline == Outline(40)
 
 
 FAULTS = [
@@ -263,41 +278,39 @@ FAULTS = [
     ([block(0, 4, None, 9)], "out_of_range"),
     ([block(0, 4, "so [RETURN]")], "marker_in_solution"),
     ([block(0, 9), block(0, 8), block(0, 7)], "too_deep"),
+    *(
+        ([block(0, 4) | change], "schema")
+        for change in ({"kind": "detour"}, {"kind": None}, {"first": 0}, {"start": "0"})
+    ),
 ]
 
 
 @pytest.mark.parametrize(("blocks", "code"), FAULTS)
 def test_segment_refuses_what_is_no_outline(blocks, code):
-    protocol = Segment(asking("segment"))
-    with pytest.raises(Unusable) as caught:
-        protocol.read([said(blocks=blocks)], PIECES)
-    assert caught.value.code == code and code in REASONS and caught.value.detail
-    [task] = protocol.tasks(ROW, PIECES)
-    assert task.read(Reply("k", json.dumps({"blocks": blocks}))).failure.code == code
-
-
-@pytest.mark.parametrize("change", [{"kind": "detour"}, {"kind": None}, {"first": 0}, {"start": "0"}])
-def test_segment_takes_the_form_that_was_asked_for_alone(change):
-    [task] = Segment(asking("segment")).tasks(ROW, PIECES)
-    reply = Reply("k", json.dumps({"blocks": [block(0, 4) | change]}))
-    assert task.read(reply).failure.code == "schema"
+    [reply] = read(segment().questions(ROW), {"blocks": blocks})
+    assert reply.failure.code == code and code in REASONS and reply.failure.detail
 
 
 def test_a_failure_is_passed_on_with_where_it_happened():
-    protocol = Segment(asking("segment", SMALL))
-    count = len(protocol.tasks(ROW, PIECES))
-    assert count > 3
-    good = [said(blocks=[])] * (count - 1)
+    protocol = segment(SMALL)
+    first, *rest = protocol.questions(ROW)
+    good = read(rest, *[{"blocks": []}] * len(rest))
+    assert len(rest) > 2
     with pytest.raises(Unusable, match=r"truncated: cut off \(sentences 0 to \d+\)"):
-        protocol.read([Reply("k", failure=Failure("truncated", "cut off")), *good], PIECES)
+        protocol.entry(ROW, [Reply(first.key, failure=Failure("truncated", "cut off")), *good])
 
 
-def test_a_block_of_sentences_that_were_not_shown_is_refused():
-    protocol = Segment(asking("segment", SMALL))
-    replies = [said(blocks=[])] * len(protocol.tasks(ROW, PIECES))
-    replies[1] = said(blocks=[block(0, 1)])
-    with pytest.raises(Unusable, match="out_of_range: the block over sentences 0 to 1; shown were"):
-        protocol.read(replies, PIECES)
+@pytest.mark.parametrize(
+    ("protocol", "row", "key", "found"),
+    [
+        (segment(SMALL), ROW, "blocks", block(0, 1)),
+        (refine(SMALL), None, "backtracks", {"start": 0, "end": 1, "solution": "s"}),
+    ],
+)
+def test_a_block_of_sentences_that_were_not_shown_is_refused(protocol, row, key, found):
+    [reply] = read(protocol.questions(row or PREPARED)[-1:], {key: [found]})
+    assert reply.failure.code == "out_of_range"
+    assert reply.failure.detail.startswith("the block over sentences 0 to 1; shown were")
 
 
 @pytest.fixture
@@ -318,21 +331,21 @@ def teach(asked):
 @pytest.mark.parametrize("options", [WHOLE, AskingOptions(window_tokens=150, overlap_tokens=60)])
 def test_segment_over_the_wire(tmp_path, keys, provider, options):
     with ScriptedTeacher(teach) as server:
-        protocol = Segment(asking("segment", options, options_for(server, provider)))
-        tasks = protocol.tasks(ROW, PIECES)
+        protocol = segment(options, teacher=options_for(server, provider))
+        tasks = protocol.questions(ROW)
         replies = ask_all(protocol.asking.teacher, tasks, tmp_path)
-    outline = protocol.read([replies[task.key] for task in tasks], PIECES)
-    assert outline.blocks == tuple(Block(n, n + 5, f"x = {n + 4}") for n in range(0, 40, 5))
+    row = PreparedRow.from_record(protocol.entry(ROW, [replies[task.key] for task in tasks])["row"])
+    assert row.outline.blocks == tuple(Block(n, n + 5, f"x = {n + 4}") for n in range(0, 40, 5))
     assert len(server.requests) == len(tasks) == (1 if options is WHOLE else 4)
 
 
 def test_a_bad_outline_is_mended_over_the_wire(tmp_path, keys):
     script = [Say(json.dumps({"blocks": [block(0, 5), block(3, 8)]})), Say(json.dumps({"blocks": [block(0, 5)]}))]
     with ScriptedTeacher(script) as server:
-        protocol = Segment(asking("segment", WHOLE, options_for(server)))
-        [task] = protocol.tasks(ROW, PIECES)
+        protocol = segment(teacher=options_for(server))
+        [task] = protocol.questions(ROW)
         reply = ask_all(protocol.asking.teacher, [task], tmp_path)[task.key]
-    assert protocol.read([reply], PIECES).blocks == (Block(0, 6, "S."),)
+    assert PreparedRow.from_record(protocol.entry(ROW, [reply])["row"]).outline.blocks == (Block(0, 6, "S."),)
     told = server.requests[1].turns[2][1]
     assert "overlap: the block over sentences 0 to 5 and the block over sentences 3 to 8" in told
 
@@ -349,11 +362,10 @@ def dead(start, end, solution="It leads nowhere."):
 
 
 def test_refine_adds_blocks_of_its_own_kind():
-    protocol = Refine(asking("refine"))
-    [task] = protocol.tasks(PREPARED)
+    [task] = refine().questions(PREPARED)
     assert "0 to 7; 8 to 9\n20 to 29" in task.messages[1].text
-    outline = protocol.read([said(backtracks=[dead(12, 15), dead(21, 25), dead(18, 32)])], PREPARED)
-    kinds = {(b.start, b.stop): b.kind for b in outline.blocks}
+    row = made(refine(), PREPARED, {"backtracks": [dead(12, 15), dead(21, 25), dead(18, 32)]})
+    kinds = {(b.start, b.stop): b.kind for b in row.outline.blocks}
     assert kinds == {
         (0, 10): "subproblem",
         (12, 16): "backtrack",
@@ -361,8 +373,8 @@ def test_refine_adds_blocks_of_its_own_kind():
         (20, 30): "subproblem",
         (21, 26): "backtrack",
     }
-    assert protocol.read([said(backtracks=[])], PREPARED) == OLD
-    assemble(PIECES, outline, HCOT)
+    assert row.trace == assemble(PIECES, row.outline, HCOT)
+    assert made(refine(), PREPARED, {"backtracks": []}).outline == OLD
 
 
 @pytest.mark.parametrize(
@@ -377,25 +389,17 @@ def test_refine_adds_blocks_of_its_own_kind():
     ],
 )
 def test_refine_refuses_what_does_not_fit(found, code):
-    [task] = Refine(asking("refine")).tasks(PREPARED)
-    assert task.read(Reply("k", json.dumps({"backtracks": found}))).failure.code == code
-    with pytest.raises(Unusable, match=code):
-        Refine(asking("refine")).read([said(backtracks=found)], PREPARED)
-
-
-def test_refine_takes_no_sentences_that_were_not_shown():
-    protocol = Refine(asking("refine", SMALL))
-    replies = [said(backtracks=[])] * len(protocol.tasks(PREPARED))
-    replies[-1] = said(backtracks=[dead(12, 15)])
-    with pytest.raises(Unusable, match="out_of_range: the block over sentences 12 to 15; shown were"):
-        protocol.read(replies, PREPARED)
+    [reply] = read(refine().questions(PREPARED), {"backtracks": found})
+    assert reply.failure.code == code
+    entry = refine().entry(PREPARED, [reply])
+    assert entry["remark"] == code and entry["row"]["hierarchical_cot"] == PREPARED.text
+    assert entry["row"]["made_by"]["refined"]["failure"]["code"] == code
 
 
 def test_refine_needs_an_outline():
     bare = PreparedRow(ROW, TEXT)
-    assert Refine(asking("refine")).tasks(bare) == []
-    with pytest.raises(Unusable, match="no_outline"):
-        Refine(asking("refine")).read([], bare)
+    assert refine().questions(bare) == []
+    assert refine().entry(bare, [])["remark"] == "no_outline"
 
 
 @given(st.data())
@@ -403,20 +407,17 @@ def test_refine_needs_an_outline():
 def test_refined_outlines_keep_the_old_blocks(data):
     """Whatever windows reply, the old blocks stay and the new ones lie in them or around them."""
     old = Outline(40, tuple(data.draw(outlines(0, 40))))
-    row = PreparedRow(ROW, TEXT, old, tuple(PIECES))
-    protocol = Refine(asking("refine", SMALL), max_depth=9)
-    replies = []
-    for start, stop in protocol.asking.windows(PIECES):
+    row = PreparedRow(ROW, assemble(PIECES, old, HCOT), old, tuple(PIECES))
+    protocol = refine(SMALL, max_depth=9)
+    said = []
+    for (start, stop), task in zip(protocol.asking.windows(PIECES), protocol.questions(row), strict=True):
         found = []
         for one in data.draw(outlines(start, stop)):
-            try:
-                protocol._added(old, [*found, one])
-            except OutlineError:
-                continue
-            found.append(one)
-        replies.append(said(backtracks=[dead(b.start, b.stop - 1) for b in found]))
-    outline = protocol.read(replies, row)
-    assert [b for b in outline.blocks if b.kind == "subproblem"] == list(old.blocks)
+            more = [*found, dead(one.start, one.stop - 1)]
+            found = found if read([task], {"backtracks": more})[0].failure else more
+        said.append({"backtracks": found})
+    refined = made(protocol, row, *said)
+    assert [b for b in refined.outline.blocks if b.kind == "subproblem"] == list(old.blocks)
 
 
 # --- rewrite ----------------------------------------------------------------------------------------------------------
@@ -426,12 +427,12 @@ def test_refined_outlines_keep_the_old_blocks(data):
 def test_rewrite_gives_back_the_words(markup):
     protocol = Rewrite(asking("rewrite"), markup)
     text = "\n " + "\n".join(PIECES[n].strip() for n in range(8)) + "\n\n"
-    [task] = protocol.tasks(SourceRow("r", "q", text), split_sentences(text))
-    assert all(marker in task.messages[0].text for marker in markup.markers) and task.schema is None
-    lead = markup.lead or ""
+    row = SourceRow("r", "q", text)
+    [task] = protocol.questions(row)
+    assert all(marker in task.messages[0].text for marker in markup.markers) and task.form is None
     inner = text.strip()
-    trace = f"{markup.open}{inner[:40]}{markup.split}{lead}x = 0{markup.close}{inner[40:]}"
-    assert protocol.read([Reply("k", trace)], split_sentences(text)) == f"\n {trace}\n\n"
+    trace = f"{markup.open}{inner[:40]}{markup.split}{markup.lead or ''}x = 0{markup.close}{inner[40:]}"
+    assert made(protocol, row, trace).trace == f"\n {trace}\n\n"
 
 
 @pytest.mark.parametrize(
@@ -446,31 +447,23 @@ def test_rewrite_gives_back_the_words(markup):
     ],
 )
 def test_rewrite_compares_every_word(change, code):
-    protocol = Rewrite(asking("rewrite"), HCOT)
     good = "[THOUGHT]" + "".join(PIECES[:20]) + "[SOLUTION]x = 19[RETURN]" + "".join(PIECES[20:])
-    [task] = protocol.tasks(ROW, PIECES)
+    [task] = Rewrite(asking("rewrite"), HCOT).questions(ROW)
     assert task.read(Reply("k", good)).failure is None
+    assert task.read(Reply("k", TEXT.replace("Sentence 3 is", "Sentence 3 was"))).failure is None  # a few words may
     assert task.read(Reply("k", change(good))).failure.code == code and code in REASONS
-
-
-def test_a_few_words_may_change():
-    protocol = Rewrite(asking("rewrite"), HCOT)
-    [task] = protocol.tasks(ROW, PIECES)
-    assert task.read(Reply("k", TEXT.replace("Sentence 3 is", "Sentence 3 was"))).failure is None
 
 
 def test_rewrite_joins_its_parts():
     protocol = Rewrite(asking("rewrite", SMALL), HCOT)
-    tasks = protocol.tasks(ROW, PIECES)
+    tasks = protocol.questions(ROW)
     assert len(tasks) > 3 and "Part 2 of" in tasks[1].messages[1].text
-    replies = []
-    for start, stop in protocol.windows(PIECES):
-        replies.append(Reply("k", "[THOUGHT]" + "".join(PIECES[start:stop]).strip() + "[SOLUTION]s[RETURN]"))
-    trace = protocol.read(replies, PIECES)
+    parts = ("".join(PIECES[start:stop]).strip() for start, stop in protocol.windows(PIECES))
+    trace = made(protocol, ROW, *(f"[THOUGHT]{part}[SOLUTION]s[RETURN]" for part in parts)).trace
     assert trace.count("[THOUGHT]") == len(tasks)
     assert re.sub(r"\[THOUGHT\]|\[SOLUTION\]s\[RETURN\]", "", trace) == TEXT
     short = Rewrite(asking("rewrite", WHOLE, TeacherOptions(teacher="openai:m", output_tokens=100)), HCOT)
-    assert len(short.tasks(ROW, PIECES)) > 3  # a part has to fit into a reply
+    assert len(short.questions(ROW)) > 3  # a part has to fit into a reply
 
 
 # --- judge ------------------------------------------------------------------------------------------------------------
@@ -485,7 +478,7 @@ def verdict(number, sufficient=True, reason="fine"):
 
 
 def test_judge_shows_the_blocks_by_their_numbers():
-    [task] = Judge(asking("judge"), HCOT).tasks(JUDGED)
+    [task] = judge().about(JUDGED)
     user = task.messages[1].text
     inner = "<block 1>c<solution 1>d</block 1>"
     assert f"A. <block 0>b {inner} e<solution 0>f</block 0> G. <block 2>h<solution 2>i</block 2> J." in user
@@ -494,39 +487,33 @@ def test_judge_shows_the_blocks_by_their_numbers():
 
 
 def test_judge_gives_a_verdict_for_each_block():
-    reply = said(verdicts=[verdict(2, False, "no i"), verdict(0), verdict(1)])
-    found = Judge(asking("judge"), HCOT).read([reply], JUDGED)
-    assert found == [Verdict(0, True, "fine"), Verdict(1, True, "fine"), Verdict(2, False, "no i")]
+    replies = read(judge().about(JUDGED), {"verdicts": [verdict(2, False, "no i"), verdict(0), verdict(1)]})
+    assert judged(replies) == [("solution_insufficient", "block 2: no i", 2)]
 
 
 @pytest.mark.parametrize("numbers", [[0, 1], [0, 1, 2, 3], [0, 1, 1], [0, 0, 1, 2], []])
 def test_judge_must_speak_of_the_blocks_it_was_asked_about(numbers):
-    protocol = Judge(asking("judge"), HCOT)
-    data = {"verdicts": [verdict(n) for n in numbers]}
-    assert protocol.tasks(JUDGED)[0].read(Reply("k", json.dumps(data))).failure.code == "blocks_differ"
-    with pytest.raises(Unusable, match="blocks_differ"):
-        protocol.read([said(**data)], JUDGED)
+    [reply] = read(judge().about(JUDGED), {"verdicts": [verdict(n) for n in numbers]})
+    assert reply.failure.code == "blocks_differ"
+    assert [fault.code for fault in judged([reply])] == ["unjudged"]
 
 
 def test_judge_takes_long_traces_part_by_part_and_shows_what_follows():
     trace = "".join(f"{PIECES[n]}[THOUGHT]{PIECES[n]}[SOLUTION]s{n}[RETURN]" for n in range(12))
     row = PreparedRow(SourceRow("r", "q?", "", "Done."), trace)
-    protocol = Judge(asking("judge", AskingOptions(window_tokens=80, overlap_tokens=20)), HCOT)
-    tasks = protocol.tasks(row)
+    tasks = judge(AskingOptions(window_tokens=80, overlap_tokens=20)).about(row)
     assert len(tasks) > 2
     asked = [[int(n) for n in re.findall(r"\d+", t.messages[1].text.rpartition("blocks ")[2])] for t in tasks]
     assert [n for numbers in asked for n in numbers] == list(range(12))
     assert "What follows, for your information:\n<block 3>Sentence 3" in tasks[0].messages[1].text
     assert "The response:\nDone." in tasks[-1].messages[1].text
-    replies = [said(verdicts=[verdict(n) for n in numbers]) for numbers in asked]
-    assert [each.block for each in protocol.read(replies, row)] == list(range(12))
+    replies = read(tasks, *({"verdicts": [verdict(n, False) for n in numbers]} for numbers in asked))
+    assert [fault.block for fault in judged(replies)] == list(range(12))
 
 
 @pytest.mark.parametrize("trace", ["no blocks", "[THOUGHT]a[SOLUTION]b", "a[RETURN]"])
 def test_judge_has_nothing_to_say_without_whole_blocks(trace):
-    row = PreparedRow(SourceRow("r", "q?", ""), trace)
-    assert Judge(asking("judge"), HCOT).tasks(row) == []
-    assert Judge(asking("judge"), HCOT).read([], row) == []
+    assert judge().about(PreparedRow(SourceRow("r", "q?", ""), trace)) == []
 
 
 @given(st.data())

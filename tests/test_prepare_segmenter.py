@@ -18,6 +18,7 @@ from hcot_lmeval.prepare.segmenter import SegmenterOptions, _boundary_scores, _S
 from hcot_lmeval.prepare.sentences import split_sentences
 from hcot_lmeval.prepare.solutions import Material, quotation, quote, trailing_result
 from hcot_lmeval.prepare.surprise import model_surprise
+from hcot_lmeval.settings import parse_settings
 from hcot_lmeval.trace import LiveContext, push_all
 from tests.reference import FIRST_TEXT, MARKERS
 from tests.test_prepare_text import is_legal, needs_data, real_traces, token_ids
@@ -289,14 +290,14 @@ def test_words_are_whole_words_and_may_be_led_in():
     ("options", "words"),
     [
         ({"target_tokens": 10}, "min_tokens=80, target_tokens=10"),
-        ({"solution_share": 1.0}, "solution_share=1.0"),
-        ({"group": 1}, "group=1"),
-        ({"max_depth": -1}, "max_depth=-1 is negative"),
+        ({"solution_share": 1.0}, "solution_share: Input should be less than 1"),
+        ({"group": 1}, "group: Input should be greater than or equal to 2"),
+        ({"max_depth": -1}, "max_depth: Input should be greater than or equal to 0"),
     ],
 )
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(ValueError, match=words):
-        SegmenterOptions(**options)
+        parse_settings(SegmenterOptions, options)
 
 
 def test_surprise_moves_a_boundary():

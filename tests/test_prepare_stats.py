@@ -17,9 +17,8 @@ from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather, page_rows, write_stats
 from hcot_lmeval.trace import LiveContext, Policy, compile_trace
 from tests import strategies
-from tests.prepare_files import flat_row
+from tests.prepare_files import flat_row, prepared
 from tests.reference import MARKERS
-from tests.test_prepare_export import prepared
 
 NAMES = st.sampled_from(sorted(PRESETS))
 
@@ -102,7 +101,7 @@ def test_quantiles_are_exact(values, share):
 
 def test_numbers_of_a_data_set():
     rows = [prepared(flat_row(number)) for number in range(6)]
-    stats = gather(rows)
+    stats = gather(rows, StatsOptions())
     count = make_counter(None)
     traces = [cut(row.trace, PRESETS["hcot"], count) for row in rows]
     assert stats.rows == 6
@@ -117,13 +116,13 @@ def test_numbers_of_a_data_set():
 
 def test_several_processes_count_the_same():
     rows = [prepared(flat_row(number)) for number in range(20)]
-    assert gather(rows, workers=2).as_dict() == gather(rows).as_dict()
+    assert gather(rows, StatsOptions(), workers=2).as_dict() == gather(rows, StatsOptions()).as_dict()
 
 
 def test_tables_plots_and_page_are_written(tmp_path):
     rows = [prepared(flat_row(number)) for number in range(4)]
     rows.append(PreparedRow(SourceRow("bad", "Q?", ""), "[THOUGHT]never closed"))
-    stats = gather(rows)
+    stats = gather(rows, StatsOptions())
     stats.history = [
         {
             "step": "segment",

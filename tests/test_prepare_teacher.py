@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.prepare.teacher.client import Client
 from hcot_lmeval.prepare.teacher.options import ALIASES, PROVIDERS, TeacherOptions, find_key
-from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task, mismatches, parse
+from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task, schema_of
 from hcot_lmeval.prepare.teacher.runner import TeacherError
+from hcot_lmeval.settings import parse_settings
 from tests.scripted_teacher import Raw, Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
+from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, Number, ask_all, ask_one, make_task, options_for
 
 pytest.importorskip("pydantic_ai")
 ROOT = Path(__file__).resolve().parents[1]
-GOOD = '{"a": 1}'
 providers = pytest.mark.parametrize("provider", MODELS)
 
 
@@ -52,17 +52,19 @@ def test_questions_are_asked_in_the_protocol_of_the_server(tmp_path, provider):
     with ScriptedTeacher([Say(GOOD, usage=(1000, 200))]) as server:
         options = options_for(server, provider, output_tokens=77)
         messages = (Message("system", "s"), Message("user", "u"), Message("assistant", "v"), Message("user", "w"))
-        task = Task.make("test", "row", messages, SCHEMA, {})
+        task = Task.make("test", "row", messages, Number, {})
         reply = ask_all(options, [task], tmp_path)[task.key]
-    assert (reply.text, reply.data, reply.failure, reply.attempts) == (GOOD, {"a": 1}, None, 1)
-    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (1000, 200)
-    assert (reply.usd is None) == (provider == "local")
+    assert (reply.text, reply.value, reply.failure, reply.spent.requests) == (GOOD, Number(a=1), None, 1)
+    assert (reply.spent.input_tokens, reply.spent.output_tokens) == (1000, 200)
+    assert (reply.spent.usd is None) == (provider == "local")
     [asked] = server.requests
     assert asked.path == PATHS[provider] and asked.key == CANARY
     assert asked.system == "s"
     other = "model" if provider == "gemini" else "assistant"
     assert asked.turns == [("user", "u"), (other, "v"), ("user", "w")]
-    assert {key: value for key, value in asked.schema.items() if key != "title"} == SCHEMA
+    kept = ("type", "required", "additionalProperties")
+    assert {key: asked.schema[key] for key in kept} == {key: schema_of(Number)[key] for key in kept}
+    assert asked.schema["properties"]["a"]["anyOf"] == [{"type": "integer"}, {"type": "null"}]
     assert asked.output_tokens == 77
     name = options.model
     assert asked.body.get("model", name) == name and name in asked.path + asked.body.get("model", "")
@@ -89,7 +91,7 @@ def test_settings_reach_the_server_and_only_those_that_are_given(tmp_path, provi
 )
 def test_a_teacher_can_be_told_how_much_to_think(tmp_path, provider, sent):
     with ScriptedTeacher([Say(GOOD)]) as server:
-        assert ask_one(server, tmp_path, provider, thinking="low").data == {"a": 1}
+        assert ask_one(server, tmp_path, provider, thinking="low").value == Number(a=1)
     assert sent in json.dumps(server.requests[0].body)
 
 
@@ -113,7 +115,9 @@ def test_the_model_that_answers_is_kept(tmp_path):
     with ScriptedTeacher([Raw(json.dumps(body).encode())]) as server:
         reply = ask_one(server, tmp_path)
     assert reply.model == "gpt-5-mini-2026-08-07"
-    assert reply.usage.input_tokens > 60 and reply.usage.output_tokens == 3 and reply.usd > 0  # estimated: none told
+    assert (
+        reply.spent.input_tokens > 60 and reply.spent.output_tokens == 3 and reply.spent.usd > 0
+    )  # estimated: none told
 
 
 def test_a_refusal_is_one_however_it_is_told(tmp_path):
@@ -134,7 +138,7 @@ def test_a_refusal_is_one_however_it_is_told(tmp_path):
 def test_a_server_without_a_key_gets_none(tmp_path, monkeypatch):
     monkeypatch.delenv("TEACHER_API_KEY")
     with ScriptedTeacher([Say(GOOD)]) as server:
-        assert ask_one(server, tmp_path, "local").data == {"a": 1}
+        assert ask_one(server, tmp_path, "local").value == Number(a=1)
     assert CANARY not in str(server.requests)  # that of OpenAI is set, and not meant for others
 
 
@@ -146,8 +150,8 @@ def test_another_server_gets_nothing_that_is_meant_for_openai(tmp_path, monkeypa
     ):
         monkeypatch.setenv(f"OPENAI_{name}", value)
     with ScriptedTeacher([Say(GOOD)]) as server:
-        assert ask_one(server, tmp_path, "local").data == {"a": 1}
-        assert ask_one(server, tmp_path / "b", "openai").data == {"a": 1}
+        assert ask_one(server, tmp_path, "local").value == Number(a=1)
+        assert ask_one(server, tmp_path / "b", "openai").value == Number(a=1)
     other, openai = (str(asked.headers) for asked in server.requests)
     assert f"{CANARY}2" not in other and openai.count(f"{CANARY}2") == 3
     assert os.environ["OPENAI_ORG_ID"] == f"{CANARY}2"
@@ -163,9 +167,13 @@ def test_an_old_model_is_told_the_form_in_words_alone(tmp_path):
 # --- reading JSON -----------------------------------------------------------------------------------------------------
 
 
+def read(text):
+    return make_task(TeacherOptions(teacher=MODELS["openai"])).read(Reply("k", text))
+
+
 @pytest.mark.parametrize("text", ['```json\n{"a": 1}\n```', '\n{"a": 1} ', '```\n{"a": 1}\n```'])
 def test_a_fence_around_all_of_it_is_taken_off(text):
-    assert parse(Reply("k", text), SCHEMA).data == {"a": 1}
+    assert read(text).value == Number(a=1)
 
 
 values = st.recursive(
@@ -175,9 +183,9 @@ values = st.recursive(
 
 
 @given(values)
-def test_schemas_are_closed(data):
+def test_forms_are_closed(data):
     good = isinstance(data, dict) and set(data) == {"a"} and (data["a"] is None or type(data["a"]) is int)
-    assert (mismatches(data, SCHEMA) == []) == good
+    assert (read(json.dumps(data)).failure is None) == good
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -217,7 +225,7 @@ from pathlib import Path
 from tests.scripted_teacher import Say, ScriptedTeacher
 from tests.teacher_runs import ask_one
 with ScriptedTeacher([Say('{"a": 1}')]) as server:
-    print(ask_one(server, Path(sys.argv[2]), sys.argv[1]).data)
+    print(ask_one(server, Path(sys.argv[2]), sys.argv[1]).value)
 """
 
 
@@ -228,7 +236,7 @@ def test_the_environment_cannot_turn_logging_on(tmp_path, monkeypatch, provider)
         monkeypatch.setenv(name, "debug")
     command = [sys.executable, "-c", LOGGED, provider, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("{'a': 1}\n", "")
+    assert (done.stdout, done.stderr) == ("a=1\n", "")
 
 
 @pytest.mark.parametrize("key", ["a", "EMPTY", "hunter2"])
@@ -261,15 +269,18 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
         ({"teacher": "local:q", "base_url": "localhost:8000"}, "give http"),
         ({"teacher": "local:q", "base_url": f"http://me:{CANARY}@host/v1"}, "give http://host/v1 alone"),
         ({"teacher": "local:q", "base_url": f"http://host/v1?key={CANARY}"}, "a key belongs into TEACHER_API_KEY"),
-        ({"concurrency": 0}, "concurrency=0: give more than 0"),
-        ({"max_usd": -1.0}, "max_usd=-1.0: give at least 0"),
+        ({"concurrency": 0}, "concurrency: Input should be greater than 0 .given: 0"),
+        ({"max_usd": -1.0}, "max_usd: Input should be greater than or equal to 0"),
         ({"price_input": 1.0}, "belong together"),
         ({"thinking": "high"}, "leaves no room for thinking=high; give at least 32768"),
-        ({"structured": "xml"}, "choose one of auto, schema, text"),
+        ({"structured": "xml"}, "structured: Input should be 'auto', 'schema' or 'text' .given: xml"),
     ],
 )
 def test_options_say_what_is_allowed(given, told):
     with pytest.raises(ValueError, match=told) as caught:
+        parse_settings(TeacherOptions, given)
+    assert CANARY not in str(caught.value)
+    with pytest.raises(ValueError, match="1 validation error") as caught:
         TeacherOptions(**given)
     assert CANARY not in str(caught.value)
 
@@ -284,7 +295,7 @@ def test_providers_have_other_names():
 def test_importing_costs_nothing():
     code = (
         "import sys, hcot_lmeval.prepare.teacher.runner, hcot_lmeval.prepare.protocols.segment\n"
-        "print(sorted({'pydantic', 'pydantic_ai', 'genai_prices', 'httpx', 'openai', 'tqdm'} & sys.modules.keys()))"
+        "print(sorted({'pydantic_ai', 'genai_prices', 'httpx', 'openai', 'tqdm'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

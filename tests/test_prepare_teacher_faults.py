@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable, parse
-from hcot_lmeval.prepare.teacher.retry import LONGEST, PATIENCE, delay
-from hcot_lmeval.prepare.teacher.runner import REFUSALS, TeacherError
+from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable
+from hcot_lmeval.prepare.teacher.runner import LONGEST, PATIENCE, REFUSALS, TeacherError, delay
 from tests.scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, KEYS, MODELS, SCHEMA, ask_all, ask_one, make_task, options_for
+from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, Number, ask_all, ask_one, make_task, options_for
 
 pytest.importorskip("pydantic_ai")
-GOOD = '{"a": 1}'
 providers = pytest.mark.parametrize("provider", MODELS)
 
 
@@ -43,7 +42,7 @@ def keys(monkeypatch):
 def test_replies_of_no_use_have_a_code_and_are_not_asked_for_again(tmp_path, provider, reply, code):
     with ScriptedTeacher([reply, Say(GOOD)]) as server:
         found = ask_one(server, tmp_path, provider)
-        assert (found.failure.code, found.attempts, found.data) == (code, 1, None)
+        assert (found.failure.code, found.spent.requests, found.value) == (code, 1, None)
         assert ask_one(server, tmp_path, provider).failure.code == code
     assert len(server.requests) == 1 and code in FAILURES
 
@@ -53,8 +52,9 @@ def test_replies_of_no_use_have_a_code_and_are_not_asked_for_again(tmp_path, pro
     [
         ('{"a": 1', "wrong_json"),
         ("Sure! " + GOOD, "wrong_json"),
-        ('{"a": NaN}', "wrong_json"),
-        ('{"a": 1, "a": 2}', "wrong_json"),
+        ('{"a": NaN}', "schema"),
+        ('{"a": "\\ud800"}', "wrong_json"),
+        ("\ud800", "broken_text"),
         ("[" * 100_000, "wrong_json"),
         ('{"a": true}', "schema"),
         ('{"a": 1.0}', "schema"),
@@ -63,8 +63,8 @@ def test_replies_of_no_use_have_a_code_and_are_not_asked_for_again(tmp_path, pro
     ],
 )
 def test_json_is_read_strictly(text, code):
-    reply = parse(Reply("k", text), SCHEMA)
-    assert (reply.failure.code, reply.data, reply.text) == (code, None, text)
+    reply = make_task(TeacherOptions(teacher=MODELS["openai"])).read(Reply("k", text))
+    assert (reply.failure.code, reply.value, reply.text) == (code, None, text)
 
 
 PASSING = [
@@ -91,17 +91,18 @@ def test_what_may_pass_is_tried_again(tmp_path, provider, reply, code):
         options = options_for(server, provider, timeout=0.2 if code == "timeout" else 60.0)
         twice, ever = tasks = [make_task(options, "twice"), make_task(options, "ever")]
         found = ask_all(options, tasks, tmp_path)
-        assert (found[twice.key].failure, found[twice.key].attempts, found[twice.key].data) == (None, 3, {"a": 1})
-        assert (found[ever.key].failure.code, found[ever.key].attempts, found[ever.key].data) == (code, 3, None)
+        one, other = found[twice.key], found[ever.key]
+        assert (one.failure, one.spent.requests, one.value) == (None, 3, Number(a=1))
+        assert (other.failure.code, other.spent.requests, other.value) == (code, 3, None)
         found = ask_all(options, tasks, tmp_path)
-    assert [found[task.key].data for task in tasks] == [{"a": 1}] * 2
+    assert [found[task.key].value for task in tasks] == [Number(a=1)] * 2
     assert asked == {"twice": 3, "ever": 4} and code in FAILURES
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 502, 503, 504, 529])
 def test_other_statuses_that_may_pass(tmp_path, status):
     with ScriptedTeacher([Status(status), Say(GOOD)]) as server:
-        assert ask_one(server, tmp_path).data == {"a": 1}
+        assert ask_one(server, tmp_path).value == Number(a=1)
     assert len(server.requests) == 2
 
 
@@ -109,8 +110,8 @@ def test_other_statuses_that_may_pass(tmp_path, status):
 def test_a_question_that_is_turned_away_is_not_tried_again(tmp_path, provider, status):
     with ScriptedTeacher([Status(status, message="too long"), Say(GOOD)]) as server:
         found = ask_one(server, tmp_path, provider)
-        assert (found.failure.code, found.attempts) == ("bad_request", 1) and "too long" in found.failure.detail
-        assert ask_one(server, tmp_path, provider).data == {"a": 1}  # a later run may: it cost nothing
+        assert (found.failure.code, found.spent.requests) == ("bad_request", 1) and "too long" in found.failure.detail
+        assert ask_one(server, tmp_path, provider).value == Number(a=1)  # a later run may: it cost nothing
 
 
 def test_settings_that_the_server_does_not_take_end_the_run_early(tmp_path):
@@ -129,7 +130,7 @@ def test_a_server_that_is_not_there_is_told(tmp_path):
     with ScriptedTeacher([]) as server:
         options = options_for(server, attempts=2)
     reply = next(iter(ask_all(options, [make_task(options)], tmp_path).values()))
-    assert (reply.failure.code, reply.attempts) == ("connection", 2)
+    assert (reply.failure.code, reply.spent.requests) == ("connection", 2)
 
 
 @providers
@@ -173,12 +174,12 @@ def test_retry_after_holds_for_everybody(tmp_path):
         one, other = (make_task(options, said) for said in "12")
         replies = ask_all(options, [one, other], tmp_path)
     assert replies[one.key].failure.code == "rate_limited"
-    assert replies[other.key].data == {"a": 1} and replies[other.key].seconds > 0.9
+    assert replies[other.key].value == Number(a=1) and replies[other.key].spent.seconds > 0.9
     with ScriptedTeacher([Status(429, (("Retry-After", "1"),)), Say(GOOD)]) as server:
-        assert ask_one(server, tmp_path / "a").seconds >= 1.0
+        assert ask_one(server, tmp_path / "a").spent.seconds >= 1.0
     with ScriptedTeacher([Status(429, (("Retry-After", str(int(PATIENCE) + 1)),))]) as server:
         reply = ask_one(server, tmp_path / "b")
-    assert reply.attempts == 1 and "more than 600 s" in reply.failure.detail
+    assert reply.spent.requests == 1 and "more than 600 s" in reply.failure.detail
 
 
 def test_so_many_requests_at_once_and_no_more(tmp_path):
@@ -191,9 +192,10 @@ def test_so_many_requests_at_once_and_no_more(tmp_path):
 # --- a reply is mended ------------------------------------------------------------------------------------------------
 
 
-def accept_even(reply):
-    if reply.data["a"] % 2:
-        raise Unusable("odd", f"{reply.data['a']} is odd")
+def accept_even(number):
+    if number.a % 2:
+        raise Unusable("odd", f"{number.a} is odd")
+    return number.a
 
 
 def test_the_fault_of_a_reply_is_told_once_and_not_asked_twice(tmp_path):
@@ -202,7 +204,7 @@ def test_the_fault_of_a_reply_is_told_once_and_not_asked_twice(tmp_path):
         task = make_task(options, accept=accept_even, repair="No: {{fault}}")
         for _ in range(2):
             reply = ask_all(options, [task], tmp_path)[task.key]
-            assert (reply.data, reply.failure, reply.attempts, reply.usage.tokens) == ({"a": 4}, None, 2, 220)
+            assert (reply.value, reply.failure, reply.spent[:3]) == (4, None, (2, 200, 20))
     assert [len(asked.turns) for asked in server.requests] == [1, 3]
     assert server.requests[1].turns[1:] == [("assistant", '{"a": 3}'), ("user", "No: odd: 3 is odd")]
     with ScriptedTeacher([Say("{}"), Say('{"a": 5}')]) as server:

@@ -17,17 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.prepare.teacher.budget import Amount, Budget, input_tokens
+from hcot_lmeval.prepare.teacher.budget import Budget, input_tokens
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Task, Usage
-from hcot_lmeval.prepare.teacher.runner import ask, estimate
+from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Spent, Task
+from hcot_lmeval.prepare.teacher.runner import Teacher, ask, estimate
 from hcot_lmeval.prepare.teacher.store import AnswerStore, StoreError
 from tests.interrupts import heed_interrupts
 from tests.scripted_teacher import Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, make_task, options_for
+from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, ask_all, make_task, options_for
 
 ROOT = Path(__file__).resolve().parents[1]
-GOOD = '{"a": 1}'
 
 
 @pytest.fixture
@@ -45,9 +44,7 @@ replies = st.builds(
     key=st.text("abcdef", min_size=1, max_size=3),
     text=st.text(),
     failure=st.none() | st.builds(Failure, st.sampled_from(["schema", "truncated", *sorted(TEMPORARY)]), st.text()),
-    usage=st.builds(Usage, st.integers(0, 99), st.integers(0, 99)),
-    usd=st.none() | st.floats(0, 1),
-    attempts=st.integers(1, 5),
+    spent=st.builds(Spent, *[st.integers(1, 99)] * 3, st.none() | st.floats(0, 1), st.floats(0, 9)),
 )
 
 
@@ -66,8 +63,8 @@ def test_what_was_kept_is_there_again(tmp_path_factory, said, torn, seed):
         for reply in said:
             assert store.get(reply.key) == (reply if reply.is_final else None)
             assert (reply.key in store) == reply.is_final
-        assert store.requests == sum(reply.attempts for reply in said)
-        assert store.usage.tokens == sum(reply.usage.tokens for reply in said)
+        assert store.spent[:3] == tuple(sum(reply.spent[place] for reply in said) for place in range(3))
+        assert store.spent.usd == pytest.approx(sum(reply.spent.usd or 0 for reply in said))
         store.add(Reply("new", "x"))
     with AnswerStore(path) as store:
         assert store.get("new") == Reply("new", "x")
@@ -75,12 +72,12 @@ def test_what_was_kept_is_there_again(tmp_path_factory, said, torn, seed):
 
 def test_a_final_reply_is_kept_once_and_a_failure_may_be_followed(tmp_path):
     with AnswerStore(tmp_path / "a" / "answers.jsonl") as store:
-        store.add(Reply("k", failure=Failure("timeout", ""), attempts=2))
+        store.add(Reply("k", failure=Failure("timeout", ""), spent=Spent(2)))
         assert store.get("k") is None
-        store.add(Reply("k", "said", attempts=1))
+        store.add(Reply("k", "said", spent=Spent(1)))
         with pytest.raises(ValueError, match="has a reply to k already"):
             store.add(Reply("k", "again"))
-        assert store.get("k").text == "said" and store.requests == 3
+        assert store.get("k").text == "said" and store.spent.requests == 3
 
 
 def test_another_file_is_not_cut_off(tmp_path):
@@ -112,14 +109,15 @@ import sys
 from pathlib import Path
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import Message, Task
-from hcot_lmeval.prepare.teacher.runner import ask
+from hcot_lmeval.prepare.teacher.runner import Teacher, ask
 from hcot_lmeval.prepare.teacher.store import AnswerStore
 
 url, path = sys.argv[1:]
 options = TeacherOptions(teacher="local:m", base_url=url, concurrency=3, first_wait=0.01)
 tasks = [Task.make("test", "row", (Message("user", f"question {n}"),), None, options.identity) for n in range(60)]
 with AnswerStore(Path(path)) as store:
-    print(len([reply for reply in ask(tasks, options=options, store=store) if reply.text == "said " + reply.text[5:]]))
+    replies = ask(tasks, Teacher.reply, options=options, store=store)
+    print(len([reply for reply in replies if reply.text.startswith("said ")]))
 """
 
 
@@ -179,7 +177,7 @@ def test_a_run_that_is_left_keeps_what_it_has(tmp_path, keys):
         options = options_for(server, concurrency=2)
         tasks = [make_task(options, str(n)) for n in range(10)]
         with AnswerStore(tmp_path / "answers.jsonl") as store:
-            found = ask(tasks, options=options, store=store)
+            found = ask(tasks, Teacher.reply, options=options, store=store)
             next(found)
             found.close()
         assert len(ask_all(options, tasks, tmp_path)) == 10
@@ -196,7 +194,7 @@ def test_questions_are_taken_as_there_is_room(tmp_path, keys):
 
     with ScriptedTeacher([Say(GOOD)]) as server, AnswerStore(tmp_path / "answers.jsonl") as store:
         options = options_for(server, concurrency=3)
-        found = ask(tasks(options), options=options, store=store)
+        found = ask(tasks(options), Teacher.reply, options=options, store=store)
         next(found)
         assert len(taken) <= 6
         found.close()
@@ -204,8 +202,8 @@ def test_questions_are_taken_as_there_is_room(tmp_path, keys):
 
 def test_the_same_question_is_asked_once_in_a_run(tmp_path, keys):
     with ScriptedTeacher([Say(GOOD)]) as server, AnswerStore(tmp_path / "answers.jsonl") as store:
-        options = options_for(server, concurrency=1)
-        assert len(list(ask([make_task(options)] * 5, options=options, store=store))) == 5
+        options = options_for(server)
+        assert len(list(ask([make_task(options)] * 5, Teacher.reply, options=options, store=store))) == 5
     assert len(server.requests) == 1
 
 
@@ -218,11 +216,11 @@ def test_the_key_of_a_question_is_all_that_the_reply_depends_on():
         make_task(TeacherOptions(teacher="openai:gpt-5")),
         make_task(TeacherOptions(teacher=MODELS["openai"], temperature=0.5)),
         make_task(TeacherOptions(teacher=MODELS["openai"], base_url="http://localhost/v1")),
-        Task.make("else", "row", one.messages, one.schema, options.identity),
+        Task.make("else", "row", one.messages, one.form, options.identity),
         Task.make("test", "row", one.messages, None, options.identity),
     ]
     assert len({task.key for task in others} | {one.key}) == 7
-    assert Task.make("test", "another", one.messages, one.schema, options.identity).key == one.key
+    assert Task.make("test", "another", one.messages, one.form, options.identity).key == one.key
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -270,7 +268,7 @@ def test_money_needs_a_price(tmp_path, keys):
         with pytest.raises(ValueError, match=r"max_usd=1: no price of local:qwen is known; give --price-input"):
             ask_all(options, [make_task(options)], tmp_path)
         options = options_for(server, "local", price_input=3.0, price_output=10.0)
-        assert next(iter(ask_all(options, [make_task(options)], tmp_path).values())).usd == pytest.approx(0.004)
+        assert next(iter(ask_all(options, [make_task(options)], tmp_path).values())).spent.usd == pytest.approx(0.004)
     assert len(server.requests) == 1
 
 
@@ -278,7 +276,7 @@ def test_a_timeout_counts_as_if_it_had_been_answered(tmp_path, keys):
     with ScriptedTeacher([Say(GOOD, seconds=0.4)]) as server:
         options = options_for(server, timeout=0.15, attempts=1, output_tokens=500)
         reply = next(iter(ask_all(options, [make_task(options)], tmp_path).values()))
-    assert reply.failure.code == "timeout" and reply.usage.output_tokens == 500 and reply.usd > 0
+    assert reply.failure.code == "timeout" and reply.spent.output_tokens == 500 and reply.spent.usd > 0
 
 
 tasks_and_usage = st.lists(st.tuples(st.integers(0, 3000), st.floats(0, 1), st.floats(0, 1)), max_size=30)
@@ -296,18 +294,18 @@ def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit,
         async with gate:
             reserved = await budget.reserve(task)
             if isinstance(reserved, str):
-                assert budget.spent.plus(budget.most(task)).usage.tokens > limit
+                assert budget.spent.plus(budget.most(task)).tokens > limit
                 return
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
-            usage = Usage(int(share_in * reserved.usage.input_tokens), int(share_out * 100))
-            await budget.settle(reserved, Amount(1, usage), task.size)
-            assert budget.spent.usage.tokens <= limit
+            used = Spent(1, int(share_in * reserved.input_tokens), int(share_out * 100))
+            await budget.settle(reserved, used, task.size)
+            assert budget.spent.tokens <= limit
 
     async def everything():
-        budget, gate = Budget(options, lambda usage: None, Amount()), asyncio.Semaphore(width)
+        budget, gate = Budget(options, Spent()), asyncio.Semaphore(width)
         await asyncio.wait_for(asyncio.gather(*(one(budget, gate, *each) for each in work)), 20)
-        assert budget.spent.usage.tokens <= limit
+        assert budget.spent.tokens <= limit
 
     asyncio.run(everything())
 
@@ -322,13 +320,14 @@ def test_an_estimate_needs_neither_key_nor_network(monkeypatch):
     options = TeacherOptions(teacher=MODELS["openai"], base_url="http://127.0.0.1:9/v1", output_tokens=1000)
     tasks = [make_task(options, "u" * 3000 + str(n % 8)) for n in range(10)]
     found = estimate(tasks, options, {tasks[0].key})
-    assert (found.requests, found.stored) == (7, 3)
-    assert found.usage.input_tokens == sum(input_tokens(task) for task in tasks[1:8]) >= 7000
-    assert found.usage.output_tokens == 7 * int(0.2 * input_tokens(tasks[1]))
-    assert found.most == Usage(found.usage.input_tokens, 7000)
-    assert 0 < found.usd < found.usd_most < 0.1
+    expected, most = found.expected, found.most
+    assert (expected.requests, found.stored) == (7, 3)
+    assert expected.input_tokens == sum(input_tokens(task) for task in tasks[1:8]) >= 7000
+    assert expected.output_tokens == 7 * int(0.2 * input_tokens(tasks[1]))
+    assert most[:3] == (7, expected.input_tokens, 7000)
+    assert 0 < expected.usd < most.usd < 0.1
     unknown = estimate(tasks, TeacherOptions(teacher="local:m", base_url="http://x/v1"))
-    assert unknown.usd is None and unknown.usd_most is None
+    assert unknown.expected.usd is None and unknown.most.usd is None
 
 
 def test_the_store_holds_plain_lines(tmp_path, keys):

@@ -169,6 +169,29 @@ def test_rows_that_cannot_pass_cost_nothing(tmp_path):
     assert reasons == ["marker_in_source", "no_thinking"]
 
 
+def test_windows_come_together_and_rows_that_ask_the_same_share_a_reply(tmp_path):
+    """Replies come in any order; each row gets those to its own questions, in their order."""
+    rows = [flat_row(number, sentences=60) for number in (0, 1, 0, 2)]
+
+    def blocks(asked: Asked) -> Say:
+        numbers = [int(n) for n in re.findall(r"^\[(\d+)\]", asked.turns[0][1], re.MULTILINE)]
+        found = [
+            {"start": n, "end": n + 4, "kind": "subproblem", "solution_from": None, "solution": f"s{n}"}
+            for n in numbers
+            if n % 5 == 0 and n + 4 in numbers
+        ]
+        return Say(json.dumps({"blocks": found}), seconds=0.05 * (len(server.requests) % 4))
+
+    with ScriptedTeacher(blocks) as server:
+        flat, out = write_rows(tmp_path / "flat.jsonl", rows), tmp_path / "run"
+        assert segment(server, flat, out, "--window-tokens", 300, "--overlap-tokens", 140) == 0
+    counts = Counter(number_of(asked) for asked in server.requests)
+    assert counts.keys() == {0, 1, 2} and min(counts.values()) > 2 and counts[0] < 2 * min(counts.values())
+    for row in read_jsonl(out / "segment" / "rows.jsonl"):
+        starts = [block["start"] for block in row["outline"]["blocks"]]
+        assert starts == list(range(0, len(row["sentences"]) - 4, 5))
+
+
 # --- refine, judge, rewrite -------------------------------------------------------------------------------------------
 
 

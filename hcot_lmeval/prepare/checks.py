@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from hcot_lmeval.markup import PRESETS, Markup, get_markup
+from pydantic import Field, field_validator
+
+from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.prepare.contamination import EvaluationRows, load_problems
 from hcot_lmeval.prepare.measure import (
     BlockSize,
+    CountOptions,
     Stretch,
     block_sizes,
     costs,
@@ -34,6 +36,7 @@ from hcot_lmeval.prepare.outline import OutlineError, strip_additions
 from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.spelled import find_control, find_spelled, marks_of
 from hcot_lmeval.prepare.words import compare
+from hcot_lmeval.settings import read_off
 from hcot_lmeval.trace import Policy
 
 CHECKING = {
@@ -61,9 +64,6 @@ CHECKING = {
 }
 """Code of a `Fault` -> what it means."""
 
-ANSWERS = ("boxed", "stated", "off")
-"""What counts as a final answer: the last box; without a box what the text says ("the answer is 33"); not checked."""
-
 
 class Fault(NamedTuple):
     """Something wrong with a row.
@@ -79,64 +79,43 @@ class Fault(NamedTuple):
     block: int | None = None
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    """What is allowed.
+class CheckOptions(CountOptions, title="what is allowed"):
+    """What is allowed."""
 
-    Raises:
-        ValueError: an option has no such value.
-    """
+    max_depth: int = Field(4, description="blocks within each other")
+    allow_flat: bool = Field(False, description="let rows pass that have no block")
+    answers: Annotated[Literal["boxed", "stated", "off"], read_off] = Field(
+        "boxed", description="what counts as a final answer: the last box, also what is stated in words, or no check"
+    )
+    max_changed: float = Field(0.0, ge=0, le=1, description="share of the words that a rewriting may change")
+    min_tokens: int | None = Field(None, description="least tokens of trace and response")
+    max_tokens: int | None = Field(None, description="most tokens of trace and response")
+    max_peak: int | None = Field(None, description="most live tokens under pruning (recompute), question included")
+    duplicates: Annotated[Literal["trace", "question", "off"], read_off] = Field(
+        "trace", description="which words make a duplicate"
+    )
+    near: float = Field(
+        0.8, ge=0, le=1, description="from which share of common 5-grams on rows are near duplicates; 1: exact ones"
+    )
+    against: tuple[str, ...] = Field(
+        (), description="evaluation tasks (aime24 aime25 math500 polymath) or files whose problems to look for"
+    )
+    contamination: float = Field(
+        0.5, ge=0, le=1, description="from which share of a problem's 8-grams on a row holds it"
+    )
+    drop_contaminated: bool = Field(False, description="reject such rows in place of reporting them")
+    tolerate: tuple[str, ...] = Field(
+        ("answer_unchecked", "unjudged"), description="codes that are reported and do not reject a row"
+    )
+    repair: bool = Field(True, description="try to repair common faults")
 
-    markup: str = field(default="hcot", metadata={"help": "notation of the blocks", "choices": tuple(PRESETS)})
-    max_depth: int = field(default=4, metadata={"help": "blocks within each other"})
-    allow_flat: bool = field(default=False, metadata={"help": "let rows pass that have no block"})
-    answers: str = field(
-        default="boxed",
-        metadata={
-            "help": "what counts as a final answer: the last box, also what is stated in words, or no check",
-            "choices": ANSWERS,
-        },
-    )
-    max_changed: float = field(default=0.0, metadata={"help": "share of the words that a rewriting may change"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "count the tokens of this tokenizer (words, digits, pairs of signs)"}
-    )
-    min_tokens: int | None = field(default=None, metadata={"help": "least tokens of trace and response"})
-    max_tokens: int | None = field(default=None, metadata={"help": "most tokens of trace and response"})
-    max_peak: int | None = field(
-        default=None, metadata={"help": "most live tokens under pruning (recompute), question included"}
-    )
-    duplicates: str = field(
-        default="trace",
-        metadata={"help": "which words make a duplicate", "choices": ("trace", "question", "off")},
-    )
-    near: float = field(
-        default=0.8, metadata={"help": "from which share of common 5-grams on rows are near duplicates; 1: exact ones"}
-    )
-    against: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "evaluation tasks (aime24 aime25 math500 polymath) or files whose problems to look for"},
-    )
-    contamination: float = field(
-        default=0.5, metadata={"help": "from which share of a problem's 8-grams on a row holds it"}
-    )
-    drop_contaminated: bool = field(default=False, metadata={"help": "reject such rows in place of reporting them"})
-    tolerate: tuple[str, ...] = field(
-        default=("answer_unchecked", "unjudged"), metadata={"help": "codes that are reported and do not reject a row"}
-    )
-    repair: bool = field(default=True, metadata={"help": "try to repair common faults", "negative": "--no-repair"})
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.tolerate) - CHECKING.keys())
+    @field_validator("tolerate")
+    @classmethod
+    def _known(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(codes) - CHECKING.keys())
         if unknown:
-            raise ValueError(f"tolerate={unknown[0]!r} is no code of a check; known are {', '.join(CHECKING)}")
-        for name, allowed in (("answers", ANSWERS), ("duplicates", ("trace", "question", "off"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        for name in ("max_changed", "near", "contamination"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1")
-        get_markup(self.markup)
+            raise ValueError(f"{unknown[0]!r} is no code of a check; known are {', '.join(CHECKING)}")
+        return codes
 
     @property
     def notation(self) -> Markup:
@@ -156,9 +135,7 @@ class Checker:
         problems: those that `options.against` names, where they have been read already.
     """
 
-    def __init__(
-        self, options: CheckOptions = CheckOptions(), problems: Sequence[tuple[str, str]] | None = None
-    ) -> None:
+    def __init__(self, options: CheckOptions, problems: Sequence[tuple[str, str]] | None = None) -> None:
         self.options = options
         self._problems = problems
         self.markup = options.notation

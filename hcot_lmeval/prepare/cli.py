@@ -38,11 +38,10 @@ COMMANDS = ("segment", "refine", "check", "stats", "export")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = make_parser().parse_args(argv)
     try:
         from hcot_lmeval.prepare import commands
 
-        return commands.run(args)
+        return commands.run(make_parser().parse_args(argv))
     except BrokenPipeError:  # whoever reads what is printed has seen enough
         sys.stderr.close()
         return 0
@@ -75,8 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, told: str, rows: str, examples: str) -> argparse.ArgumentParser:
-    from hcot_lmeval.prepare.config import add_options
-    from hcot_lmeval.prepare.kinds import KINDS
+    from hcot_lmeval.prepare.commands import SECTIONS
+    from hcot_lmeval.settings import add_options
 
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -88,8 +87,8 @@ def _command(commands: Any, name: str, told: str, rows: str, examples: str) -> a
     parser.set_defaults(command=name)
     parser.add_argument("sources", nargs="+", metavar=rows, help=_ROWS[rows])
     parser.add_argument("--config", metavar="FILE.yaml", help="options by command, as in `check: {max_depth: 2}`")
-    for kind, title in KINDS[name]:
-        add_options(parser, kind, title)
+    for kind in SECTIONS[name]:
+        add_options(parser.add_argument_group(kind.model_config["title"]), kind)
     return parser
 
 
@@ -163,7 +162,7 @@ class _Reasons(argparse.Action):
     """Needs no rows, as ``--help`` does not."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from hcot_lmeval.prepare.reasons import REASONS
+        from hcot_lmeval.prepare.steps import REASONS
 
         print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
         parser.exit()

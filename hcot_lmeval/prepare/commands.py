@@ -1,181 +1,237 @@
-"""What the commands of ``scripts/prepare_data.py`` do with their arguments; see `prepare.cli`.
-
-This module imports the standard library alone.
-"""
+"""What the commands of ``scripts/prepare_data.py`` do with their arguments; see `prepare.cli`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare import checking, lessons, segmenting, teaching
 from hcot_lmeval.prepare import stats as statistics
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
-from hcot_lmeval.prepare.config import Options, from_file, read_options
-from hcot_lmeval.prepare.contamination import identities
-from hcot_lmeval.prepare.duplicates import Twins
-from hcot_lmeval.prepare.export import ExportOptions, format_of, only_rows, push, write_export
-from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of, write_json
+from hcot_lmeval.prepare.contamination import identities, load_problems
+from hcot_lmeval.prepare.duplicates import DuplicateIndex
+from hcot_lmeval.prepare.export import ExportOptions, export, format_of, push
+from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
 from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
-from hcot_lmeval.prepare.kinds import KINDS
-from hcot_lmeval.prepare.protocols.asking import Asking, AskingOptions
+from hcot_lmeval.prepare.protocols.asking import Asking, AskingOptions, AskingProtocol, load_prompt
 from hcot_lmeval.prepare.protocols.judge import Judge
-from hcot_lmeval.prepare.protocols.prompts import load_prompt
-from hcot_lmeval.prepare.protocols.refine import Refine
-from hcot_lmeval.prepare.protocols.rewrite import Rewrite
+from hcot_lmeval.prepare.protocols.refine import Refine, RefineOptions
+from hcot_lmeval.prepare.protocols.rewrite import Rewrite, RewriteOptions
 from hcot_lmeval.prepare.protocols.segment import Segment
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
-from hcot_lmeval.prepare.reasons import meaning
-from hcot_lmeval.prepare.rows import Unreadable
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
-from hcot_lmeval.prepare.steps import Plain, Progress, Work
+from hcot_lmeval.prepare.steps import (
+    REASONS,
+    CheckOutcome,
+    FormOptions,
+    MakeCheck,
+    MakeSegment,
+    Outcome,
+    Progress,
+    SegmentOutcome,
+    WorkOptions,
+    run_rows,
+)
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
+from hcot_lmeval.prepare.teaching import estimated, run_asking
+from hcot_lmeval.settings import Section, parse_settings, read_yaml, unknown
+
+Options = TypeVar("Options", bound=Section)
+TEACHER = (TeacherOptions, AskingOptions)
+SECTIONS: dict[str, tuple[type[Section], ...]] = {
+    "segment": (InputOptions, FormOptions, SegmenterOptions, *TEACHER, RewriteOptions, WorkOptions),
+    "refine": (RefineOptions, *TEACHER, WorkOptions),
+    "check": (CheckOptions, *TEACHER, WorkOptions),
+    "stats": (statistics.StatsOptions, WorkOptions),
+    "export": (ExportOptions, WorkOptions),
+}
+"""Command -> its options."""
+EXAMPLE_LINE = "check: {max_depth: 2}"
+"""A line of a file of options."""
+
+
+class Given:
+    """What was given to a command: its arguments, with the options of the file where the command line has none.
+
+    Raises:
+        ValueError: the file, a command or an option in it is not known.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.command, self.sources, self.limit = args.command, args.sources, getattr(args, "limit", None)
+        self.values = (self._file(args.config) if args.config else {}) | vars(args)
+
+    def _file(self, path: str) -> dict[str, Any]:
+        settings = read_yaml(path, EXAMPLE_LINE)
+        for command, values in settings.items():
+            if command not in SECTIONS:
+                raise ValueError(f"{path}: {unknown(str(command), SECTIONS)}")
+            if not isinstance(values, dict):
+                raise ValueError(
+                    f"{path}: {command} holds {type(values).__name__}; expected options such as `{EXAMPLE_LINE}`"
+                )
+            keys = [key for kind in SECTIONS[command] for key in kind.model_fields]
+            for key in values:
+                if key not in keys:
+                    raise ValueError(f"{path}: {unknown(f'{command}.{key}', keys)}")
+        return dict(settings.get(self.command, {}))
+
+    def read(self, kind: type[Options], **defaults: Any) -> Options:
+        """Returns the options of a kind; `defaults` come before its own.
+
+        Raises:
+            ValueError: a value is not allowed.
+        """
+        found = {key: self.values[key] for key in kind.model_fields if key in self.values}
+        return parse_settings(kind, defaults | found, f"the options of {self.command}")
+
+    def refuse(self, *kinds: type[Section], told: str) -> None:
+        """Raises an error where an option of these kinds is given, which means nothing here."""
+        for kind in kinds:
+            for name in kind.model_fields:
+                if self.values.get(name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} {told}")
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run: the one that is named, or the one that is read.
+
+        Raises:
+            ValueError: neither is there.
+        """
+        if self.values.get("out") is not None:
+            return Path(self.values["out"])
+        runs = [Path(source) for source in self.sources if Path(source).is_dir() and is_run(Path(source))]
+        if len(runs) != 1:
+            raise ValueError(f"{' '.join(self.sources)} is not the folder of one run; name a folder with --out RUN")
+        return runs[0]
+
+    def inputs(self, before: str | None = None) -> list[Input]:
+        """Returns the files that are read; of the folder of a run, the rows of its last step before `before`."""
+        return find_inputs([path for source in self.sources for path in rows_of(source, before)])
+
+    def folder(self, arguments: dict[str, Any], inputs: Sequence[Input]) -> StepFolder:
+        """Returns the folder of the step; `arguments` are all that its rows depend on."""
+        return StepFolder(self.out, self.command, arguments, [each.identity() for each in inputs])
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command of the command line; returns the exit status."""
-    return COMMANDS[args.command](args)
+    return COMMANDS[args.command](Given(args))
 
 
-def run_segment(args: argparse.Namespace) -> int:
+def run_segment(given: Given) -> int:
     """Segments flat traces; returns the exit status."""
-    given, columns = _given(args), check_roles(_pairs(args.column))
-    read, work, teacher = _read(InputOptions, given), _read(Work, given), _read(TeacherOptions, given)
-    blocks, form = _read(SegmenterOptions, given), _read(segmenting.FormOptions, given)
-    inputs = find_inputs(args.sources, read)
+    read, work, teacher = given.read(InputOptions), given.read(WorkOptions), given.read(TeacherOptions)
+    blocks, form, columns = given.read(SegmenterOptions), given.read(FormOptions), _columns(given.values["column"])
+    inputs = find_inputs(given.sources, read)
+    rows, count = read_rows(inputs, columns, read.limit), partial(count_records, inputs, read.limit)
     shared = {"columns": columns, "limit": read.limit}
     if teacher.teacher is None:
-        _refuse_without_teacher(given)
-        make = segmenting.Segmenting(blocks, form)
-        folder = _folder(args, {"method": "segmenter", **shared, **asdict(make)}, inputs)
-        return _report(segmenting.run_segment(folder, inputs, columns, read.limit, make, work))
-    _refuse_of_segmenter(given)
-    protocol = _segmenting(given, teacher, blocks, form.markup)
-    lesson = lessons.SegmentLesson(protocol, get_markup(form.markup))
-    folder = _folder(args, {**shared, **lesson.made_by, "blocks": asdict(blocks)}, inputs)
-    rows = partial(read_rows, inputs, columns, read.limit)
-    return _taught(folder, inputs, read.limit, rows, lesson, given, Plain())
+        given.refuse(*TEACHER, RewriteOptions, told=WITHOUT_TEACHER)
+        make = MakeSegment(blocks, form)
+        told = {"options": blocks.model_dump(), "form": form.model_dump()}
+        folder = given.folder({"method": "segmenter", **shared, **told}, inputs)
+        if not folder.open(restart=work.restart):
+            run_rows(folder, rows, count, make, work, SegmentOutcome())
+        return _report(folder)
+    for name in ("tokenizer", "surprise"):
+        if getattr(form, name) is not None:
+            raise ValueError(f"--{name} is for segmenting without a teacher; leave it out, or leave --teacher out")
+    rewriting, asking = given.read(RewriteOptions), given.read(AskingOptions)
+    protocol: Segment | Rewrite
+    if rewriting.rewrite:
+        words = Asking(load_prompt("rewrite"), teacher, asking)
+        protocol = Rewrite(words, get_markup(form.markup), blocks.max_depth, rewriting.rewrite_changed)
+    else:
+        protocol = Segment(Asking(load_prompt("segment"), teacher, asking), get_markup(form.markup), blocks)
+    folder = given.folder({**shared, **protocol.made_by, "blocks": blocks.model_dump()}, inputs)
+    return _ask(folder, rows, count, protocol, teacher, work, SegmentOutcome())
 
 
-def _segmenting(
-    given: Mapping[str, Any], teacher: TeacherOptions, blocks: SegmenterOptions, markup: str
-) -> Segment | Rewrite:
-    asking, rewriting = _read(AskingOptions, given), _read(lessons.RewriteOptions, given)
-    if not rewriting.rewrite:
-        return Segment(Asking(load_prompt("segment"), teacher, asking), blocks)
-    words = Asking(load_prompt("rewrite"), teacher, asking)
-    return Rewrite(words, get_markup(markup), blocks.max_depth, rewriting.rewrite_changed)
-
-
-def run_refine(args: argparse.Namespace) -> int:
+def run_refine(given: Given) -> int:
     """Lets a teacher find dead ends in segmented rows; returns the exit status."""
-    given = _given(args)
-    options, teacher = _read(lessons.RefineOptions, given), _read(TeacherOptions, given)
+    work, teacher = given.read(WorkOptions), given.read(TeacherOptions)
     if teacher.teacher is None:
         raise ValueError("refine needs a teacher; give --teacher PROVIDER:MODEL")
-    inputs = find_inputs(_rows_of(args.sources, "refine"))
-    asking = Asking(load_prompt("refine"), teacher, _read(AskingOptions, given))
-    lesson = lessons.RefineLesson(Refine(asking, options.max_depth), get_markup(options.markup))
-    folder = _folder(args, {"limit": args.limit, **lesson.made_by}, inputs)
-    return _taught(folder, inputs, args.limit, partial(read_prepared, inputs, args.limit), lesson, given, Plain())
+    inputs = given.inputs("refine")
+    asking = Asking(load_prompt("refine"), teacher, given.read(AskingOptions))
+    protocol = Refine(asking, given.read(RefineOptions))
+    folder = given.folder({"limit": given.limit, **protocol.made_by}, inputs)
+    rows, count = read_prepared(inputs, given.limit), partial(count_records, inputs, given.limit)
+    return _ask(folder, rows, count, protocol, teacher, work, Outcome())
 
 
-def _refuse_without_teacher(given: Mapping[str, Any]) -> None:
-    """Options of a teacher mean nothing without one, and ``--dry-run`` would not be dry."""
-    kinds = (TeacherOptions, AskingOptions, teaching.GivingUp, lessons.RewriteOptions)
-    names = {one.name for kind in kinds for one in fields(kind)}
-    found = sorted(name for name in names & given.keys() if given[name] is not None)
-    if found:
-        raise ValueError(f"--{found[0].replace('_', '-')} belongs to a teacher; give --teacher PROVIDER:MODEL too")
+def run_check(given: Given) -> int:
+    """Checks prepared rows, and lets a teacher judge those that pass, if there is one; returns the exit status."""
+    options, work, teacher = given.read(CheckOptions), given.read(WorkOptions), given.read(TeacherOptions)
+    inputs = given.inputs("check")
+    rows, count = read_prepared(inputs, given.limit), partial(count_records, inputs, given.limit)
+    arguments = {"limit": given.limit, **options.model_dump(), "problems": identities(options.against)}
+    with DuplicateIndex(options.near) as index:
+        outcome = CheckOutcome(options, index)
+        if teacher.teacher is not None:
+            asking = Asking(load_prompt("judge"), teacher, given.read(AskingOptions))
+            judge = Judge(asking, Checker(options))
+            folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
+            return _ask(folder, rows, count, judge, teacher, work, outcome)
+        given.refuse(*TEACHER, told=WITHOUT_TEACHER)
+        folder = given.folder(arguments, inputs)
+        if not folder.open(restart=work.restart):
+            make = MakeCheck(options, tuple(load_problems(options.against)))
+            run_rows(folder, rows, count, make, work, outcome)
+    return _report(folder)
 
 
-def _refuse_of_segmenter(given: Mapping[str, Any]) -> None:
-    found = [name for name in ("tokenizer", "surprise") if given.get(name) is not None]
-    if found:
-        raise ValueError(f"--{found[0]} is for segmenting without a teacher; leave it out, or leave --teacher out")
+WITHOUT_TEACHER = "belongs to a teacher; give --teacher PROVIDER:MODEL too"
+"""What is said of an option that would be ignored; with ``--dry-run`` the run would not be dry."""
 
 
-def _taught(
+def _ask(
     folder: StepFolder,
-    inputs: Sequence[Input],
-    limit: int | None,
-    read: Callable[[], Iterable[Any]],
-    lesson: teaching.Lesson,
-    given: Mapping[str, Any],
-    decide: Plain,
+    rows: Iterable[Any],
+    count: Callable[[], int | None],
+    protocol: AskingProtocol,
+    teacher: TeacherOptions,
+    work: WorkOptions,
+    outcome: Outcome,
 ) -> int:
     """Asks a teacher about all rows, or estimates what that would take; returns the exit status."""
-    teacher, work, giving = _read(TeacherOptions, given), _read(Work, given), _read(teaching.GivingUp, given)
     if work.workers > 1:
         raise ValueError("--workers is for steps without a teacher; how many requests are open, says --concurrency")
-    if giving.dry_run:
-        print(teaching.estimate_text(teaching.estimated(folder.out, lesson, read(), teacher)))
+    if teacher.dry_run:
+        print(estimated(folder.out, protocol, rows, teacher))
         return 0
-    found = teaching.run_lesson(folder, inputs, limit, read, lesson, teacher, work, giving, decide)
-    if isinstance(found, StepFolder):
-        return _report(found)
-    reasons = ", ".join(f"{rows} {code} ({meaning(code)})" for code, rows in found.most_common())
+    if folder.open(restart=work.restart):
+        return _report(folder)
+    open_ = run_asking(folder, rows, count, protocol, teacher, work, outcome)
+    if not open_:
+        return _report(folder)
+    reasons = ", ".join(f"{number} {code} ({REASONS[code]})" for code, number in open_.most_common())
     print(
-        f"{found.total()} rows got no reply: {reasons}. Start the same command again to ask for them, "
+        f"{open_.total()} rows got no reply: {reasons}. Start the same command again to ask for them, "
         "with other limits if these were reached, or with --give-up to reject them",
         file=sys.stderr,
     )
     return 1
 
 
-def _folder(args: argparse.Namespace, arguments: dict[str, Any], inputs: Sequence[Input]) -> StepFolder:
-    return StepFolder(_out(args), args.command, arguments, [each.identity() for each in inputs])
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """Checks prepared rows; returns the exit status."""
-    given = _given(args)
-    options, work, teacher = _read(CheckOptions, given), _read(Work, given), _read(TeacherOptions, given)
-    inputs = find_inputs(_rows_of(args.sources, "check"))
-    arguments = {"limit": args.limit, **asdict(options), "problems": identities(options.against)}
-    if teacher.teacher is not None:
-        return _judge(args, options, arguments, inputs, teacher, given)
-    _refuse_without_teacher(given)
-    folder = _folder(args, arguments, inputs)
-    return _report(checking.run_check(folder, inputs, args.limit, options, work))
-
-
-def _judge(
-    args: argparse.Namespace,
-    options: CheckOptions,
-    arguments: dict[str, Any],
-    inputs: Sequence[Input],
-    teacher: TeacherOptions,
-    given: Mapping[str, Any],
-) -> int:
-    """Checks rows, and lets a teacher judge those that pass; returns the exit status."""
-    asking = Asking(load_prompt("judge"), teacher, _read(AskingOptions, given))
-    lesson = lessons.CheckLesson(Judge(asking, options.notation), Checker(options))
-    folder = _folder(args, {**arguments, "judge": lesson.made_by}, inputs)
-    with Twins(options.near) as twins:
-        rows = partial(read_prepared, inputs, args.limit)
-        return _taught(folder, inputs, args.limit, rows, lesson, given, checking.Sifting(options, twins))
-
-
-def run_stats(args: argparse.Namespace) -> int:
+def run_stats(given: Given) -> int:
     """Counts and draws; returns the exit status."""
     from hcot_lmeval.report import render
 
-    given, out = _given(args), _out(args)
-    options, work = _read(statistics.StatsOptions, given), _read(Work, given)
-    inputs = find_inputs(_rows_of(args.sources))
+    out, options, work = given.out, given.read(statistics.StatsOptions), given.read(WorkOptions)
+    inputs = given.inputs()
     with Progress("stats", count_records(inputs), 0, work.quiet) as tick:
         found = statistics.gather(read_prepared(inputs), options, work.workers, tick)
     if found.rows == found.unreadable:
-        raise ValueError(f"{' '.join(args.sources)}: there is no row to count")
+        why = f"{found.first_fault}" if found.unreadable else "the files hold none"
+        raise ValueError(f"{' '.join(given.sources)}: there is no row to count: {why}")
     found.history = manifests(out)
-
     print("\n\n".join(render.terminal(table) for table in found.tables()))
     shown = statistics.page_rows(read_prepared(inputs), options.page_rows)
     written = statistics.write_stats(found, out / "stats", shown)
@@ -183,24 +239,15 @@ def run_stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_export(args: argparse.Namespace) -> int:
+def run_export(given: Given) -> int:
     """Exports prepared rows; returns the exit status."""
-    given, out = _given(args), _out(args)
-    work = _read(Work, given)
-    if args.to is not None:
-        given = {"format": format_of(args.to)} | given
-    options = _read(ExportOptions, given)
-    path = args.to or out / "export" / f"train.{options.format}"
-    inputs = find_inputs(_rows_of(args.sources))
-    unread: list[Unreadable] = []
+    to = given.values.get("to")
+    options = given.read(ExportOptions, **({} if to is None else {"format": format_of(to)}))
+    out, work = given.out, given.read(WorkOptions)
+    path = to or out / "export" / f"train.{options.format}"
+    inputs, history = given.inputs(), manifests(out)
     with Progress("export", count_records(inputs), 0, work.quiet) as tick:
-        count = write_export(only_rows(read_prepared(inputs), unread), path, options, tick)
-    history = manifests(out)
-    told = [each.identity() for each in inputs]
-    write_json(
-        path.with_name(f"{path.name}.manifest.json"),
-        {"rows": count, "arguments": asdict(options), "inputs": told, "steps": history},
-    )
+        count, unread = export(read_prepared(inputs), path, options, tick, inputs, history)
     print(f"{path}: {count} rows ({', '.join(options.columns)})")
     if unread:
         print(f"{len(unread)} rows could not be read; the first: {unread[0].where}: {unread[0].code}", file=sys.stderr)
@@ -212,37 +259,11 @@ def run_export(args: argparse.Namespace) -> int:
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the file and of the command line, which comes first."""
-    sections = {name: [kind for kind, _ in found] for name, found in KINDS.items()}
-    file = from_file(args.config, args.command, sections) if args.config else {}
-    return file | vars(args)
-
-
-def _read(kind: type[Options], given: Mapping[str, Any]) -> Options:
-    return read_options(kind, given)
-
-
-def _pairs(words: Sequence[str]) -> dict[str, str]:
+def _columns(words: Sequence[str]) -> dict[str, str]:
     without = [word for word in words if "=" not in word]
     if without:
         raise ValueError(f"--column {without[0]}: expected ROLE=NAME, as in question=problem")
-    return {role: name for role, _, name in (word.partition("=") for word in words)}
-
-
-def _rows_of(sources: Sequence[str], before: str | None = None) -> list[str | Path]:
-
-    return [path for source in sources for path in rows_of(source, before)]
-
-
-def _out(args: argparse.Namespace) -> Path:
-    """The folder of the run: the one that is named, or the one that is read."""
-    if args.out is not None:
-        return Path(args.out)
-    runs = [Path(source) for source in args.sources if Path(source).is_dir() and is_run(Path(source))]
-    if len(runs) != 1:
-        raise ValueError(f"{' '.join(args.sources)} is not the folder of one run; name a folder with --out RUN")
-    return runs[0]
+    return dict(check_roles({role: name for role, _, name in (word.partition("=") for word in words)}))
 
 
 def _report(folder: StepFolder) -> int:
@@ -251,6 +272,8 @@ def _report(folder: StepFolder) -> int:
     print(f"{folder.step}: {summary['passed']} of {summary['rows']} rows passed, {summary['rejected']} rejected")
     for code, found in summary["reasons"].items():
         print(f"  {found['rows']:>7}  {code}: {found['meaning']}")
+    if without := summary.get("rows_without_blocks"):
+        print(f"  {without:>7}  passed without a block, which `check` rejects; shorter blocks: --min-tokens N")
     if spent := summary.get("teacher"):
         money = "at an unknown price" if spent["usd"] is None else f"${spent['usd']:.4f}"
         tokens = f"{spent['input_tokens']:,} input and {spent['output_tokens']:,} output tokens"
@@ -265,7 +288,7 @@ def _report(folder: StepFolder) -> int:
     return 0 if summary["passed"] else 1
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[Given], int]] = {
     "segment": run_segment,
     "refine": run_refine,
     "check": run_check,

@@ -57,7 +57,7 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
-class Twin:
+class Duplicate:
     """An earlier row with the same words, or nearly.
 
     Attributes:
@@ -116,7 +116,7 @@ def band_width(threshold: float) -> int:
     return widths[0] if widths else 1
 
 
-class Twins:
+class DuplicateIndex:
     """The rows seen so far; `find_or_add` tells of an earlier one.
 
     Args:
@@ -136,7 +136,7 @@ class Twins:
             """
         )
 
-    def __enter__(self) -> Twins:
+    def __enter__(self) -> DuplicateIndex:
         return self
 
     def __exit__(
@@ -144,13 +144,13 @@ class Twins:
     ) -> None:
         self._rows.close()
 
-    def find_or_add(self, name: str, print_: Fingerprint) -> Twin | None:
+    def find_or_add(self, name: str, print_: Fingerprint) -> Duplicate | None:
         """Returns an earlier row that has the words of this one or, without any, keeps this one."""
         same = self._rows.execute(
             "SELECT name FROM digest JOIN row USING (number) WHERE digest = ?", (print_.digest,)
         ).fetchone()
         if same:
-            return Twin(same[0], 1.0, True)
+            return Duplicate(same[0], 1.0, True)
         bands = self._bands(print_.signature) if self.threshold < 1 else []
         near = self._near(print_.signature, bands)
         if near is None:
@@ -162,7 +162,7 @@ class Twins:
         starts = range(0, len(signature), size)
         return [bytes([start // size]) + signature[start : start + size] for start in starts]
 
-    def _near(self, signature: bytes, bands: Sequence[bytes]) -> Twin | None:
+    def _near(self, signature: bytes, bands: Sequence[bytes]) -> Duplicate | None:
         marks = ",".join("?" * len(bands))
         query = (
             "SELECT name, signature FROM row WHERE number IN "
@@ -170,7 +170,7 @@ class Twins:
         )
         candidates = self._rows.execute(query, bands)
         best = max(((similarity(signature, other), name) for name, other in candidates), default=(0.0, ""))
-        return Twin(best[1], best[0], False) if best[0] >= self.threshold else None
+        return Duplicate(best[1], best[0], False) if best[0] >= self.threshold else None
 
     def _add(self, name: str, print_: Fingerprint, bands: Sequence[bytes]) -> None:
         number = self._rows.execute(

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from hcot_lmeval.columns import surrogate_in
-from hcot_lmeval.prepare.rows import THINK, PreparedRow
+from hcot_lmeval.prepare.folder import write_json
+from hcot_lmeval.prepare.inputs import Input
+from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
+from hcot_lmeval.settings import Section
 
 FORMATS = ("jsonl", "parquet")
-FORMS = ("columns", "chat")
-EXTRAS = ("original", "outline", "sentences", "made_by", "meta")
-"""Further columns of a prepared row."""
 BATCH = 256
 """Rows of a row group in parquet files; so many are in memory."""
 
@@ -45,32 +46,24 @@ Steps, with their arguments and the digests of their inputs:
 """README of the data set on the hub."""
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is written.
+class ExportOptions(Section, title="export"):
+    """What is written."""
 
-    Raises:
-        ValueError: an option has no such value, or two do not go together.
-    """
-
-    format: str = field(default="jsonl", metadata={"help": "of the file", "choices": FORMATS})
-    form: str = field(
-        default="columns", metadata={"help": "a column for each part, or a conversation", "choices": FORMS}
+    format: Literal["jsonl", "parquet"] = Field("jsonl", description="of the file")
+    form: Literal["columns", "chat"] = Field("columns", description="a column for each part, or a conversation")
+    extras: tuple[Literal["original", "outline", "sentences", "made_by", "meta"], ...] = Field(
+        (), description="further columns"
     )
-    extras: tuple[str, ...] = field(default=(), metadata={"help": f"further columns: {' '.join(EXTRAS)}"})
-    push: str | None = field(default=None, metadata={"help": "data set on the hub (owner/name) to push to"})
-    public: bool = field(default=False, metadata={"help": "make the data set on the hub public, if it is new"})
-    split: str = field(default="train", metadata={"help": "name of the split on the hub"})
+    push: str | None = Field(None, description="data set on the hub (owner/name) to push to")
+    public: bool = Field(False, description="make the data set on the hub public, if it is new")
+    split: str = Field("train", description="name of the split on the hub")
 
-    def __post_init__(self) -> None:
-        for name, allowed in (("format", FORMATS), ("form", FORMS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        unknown = [name for name in self.extras if name not in EXTRAS]
-        if unknown:
-            raise ValueError(f"extras={unknown[0]!r} is unknown; choose among {', '.join(EXTRAS)}")
-        if self.push is not None and self.push.count("/") != 1:
-            raise ValueError(f"push={self.push!r} is no data set on the hub; give owner/name")
+    @field_validator("push")
+    @classmethod
+    def _named(cls, name: str | None) -> str | None:
+        if name is not None and name.count("/") != 1:
+            raise ValueError("this is no data set on the hub; give owner/name")
+        return name
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -93,37 +86,61 @@ def exported(row: PreparedRow, options: ExportOptions) -> dict[str, Any]:
     return {name: record[name] for name in options.columns}
 
 
-def write_export(rows: Iterable[PreparedRow], path: Path, options: ExportOptions, tick: Callable[[], Any]) -> int:
-    """Writes rows as one file, which is there as a whole or not at all, and returns their number.
+def export(
+    rows: Iterable[PreparedRow | Unreadable],
+    path: Path,
+    options: ExportOptions,
+    tick: Callable[[], Any] = lambda: None,
+    inputs: Sequence[Input] = (),
+    history: Sequence[Mapping[str, Any]] = (),
+) -> tuple[int, list[Unreadable]]:
+    """Writes rows as one file, which is there as a whole or not at all, with a manifest beside it.
 
     Args:
         rows: what is exported.
         path: the file.
         options: the form.
         tick: is called after each row.
+        inputs: where the rows are from.
+        history: manifests of the steps that made them.
+
+    Returns:
+        The number of rows that were written, and those that could not be read.
 
     Raises:
-        ValueError: the path has another suffix than the format, or a row cannot be written; the message names it.
+        ValueError: the path has another suffix than the format, there is no row, or a row cannot be written; the
+            message names it.
+        OSError: the file cannot be written.
     """
     if format_of(path) != options.format:
         raise ValueError(f"{path} is to be {options.format}; let its name end with .{options.format}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    count = 0
+    draft, count, unread = path.with_name(f".{path.name}.draft"), 0, list[Unreadable]()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             write = (_jsonl if options.format == "jsonl" else _parquet)(draft, options, stack)
             for row in rows:
+                if isinstance(row, Unreadable):
+                    unread.append(row)
+                    continue
                 count += 1
                 record = exported(row, options)
                 if place := surrogate_in(record):
                     raise _unwritten(count, row.source.id, f"there is half of a character in {place}")
                 write(record)
                 tick()
+        if not count:
+            why = f"the first is {unread[0].where}: {unread[0].code}" if unread else "the files hold none"
+            raise ValueError(f"there is no row to export: {why}")
         os.replace(draft, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); give another --to") from None
     finally:
         draft.unlink(missing_ok=True)
-    return count
+    identities, arguments = [each.identity() for each in inputs], options.model_dump()
+    manifest = {"rows": count, "arguments": arguments, "inputs": identities, "steps": list(history)}
+    write_json(path.with_name(f"{path.name}.manifest.json"), manifest)
+    return count, unread
 
 
 def format_of(path: Path) -> str:
@@ -244,12 +261,3 @@ def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]
 
 def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in ("step", "identity", "versions", "summary")}
-
-
-def only_rows(rows: Iterable[Any], passed_over: list[Any]) -> Iterator[PreparedRow]:
-    """Yields the rows that could be read; the others are added to `passed_over`."""
-    for row in rows:
-        if isinstance(row, PreparedRow):
-            yield row
-        else:
-            passed_over.append(row)

@@ -293,5 +293,6 @@ def rows_of(name: str | Path, before: str | None = None) -> list[str | Path]:
 def _finished(path: Path) -> Path:
     manifest = read_manifest(path)
     if manifest is None or manifest["state"] != "done":
-        raise FolderError(f"{path} is not finished; run the same command again, and it goes on")
+        told = f"run `{path.name}` again, with the arguments that it had and --out {path.parent}"
+        raise FolderError(f"{path} is not finished; {told}, and it goes on")
     return path / "rows.jsonl"

@@ -16,9 +16,13 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from hcot_lmeval.settings import Section
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """Of the files that are read."""
@@ -41,18 +45,16 @@ class Record(NamedTuple):
     line: str = ""
 
 
-@dataclass(frozen=True)
-class InputOptions:
+class InputOptions(Section, title="input"):
     """Which part of a data set on the hub is read, and how much of anything."""
 
-    split: str = field(default="train", metadata={"help": "split of a data set on the hub"})
-    subset: str | None = field(default=None, metadata={"help": "configuration of a data set on the hub"})
-    revision: str | None = field(default=None, metadata={"help": "revision of a data set on the hub (the newest)"})
-    limit: int | None = field(default=None, metadata={"help": "read only the first N rows"})
+    split: str = Field("train", description="split of a data set on the hub")
+    subset: str | None = Field(None, description="configuration of a data set on the hub")
+    revision: str | None = Field(None, description="revision of a data set on the hub (the newest)")
+    limit: int | None = Field(None, ge=1, description="read only the first N rows")
 
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} reads nothing; give at least 1")
+
+USUAL = InputOptions()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Input:
 
     name: str
     file: Path | None
-    options: InputOptions = InputOptions()
+    options: InputOptions = USUAL
 
     def identity(self) -> dict[str, Any]:
         """Returns what tells the same content from another one."""
@@ -92,7 +94,7 @@ class Input:
             yield Record(f"{self.name}, row {number}", dict(row))
 
 
-def find_inputs(names: Sequence[str | Path], options: InputOptions = InputOptions()) -> list[Input]:
+def find_inputs(names: Sequence[str | Path], options: InputOptions = USUAL) -> list[Input]:
     """Returns what `names` stand for: files, patterns, folders of files, data sets on the hub.
 
     Raises:
@@ -134,8 +136,6 @@ def _is_read(path: Path) -> bool:
 
 def _with_revision(name: str, options: InputOptions) -> InputOptions:
     """The options with the commit that is read, so that a run that goes on reads the same."""
-    from dataclasses import replace
-
     from huggingface_hub import HfApi
 
     try:
@@ -145,7 +145,7 @@ def _with_revision(name: str, options: InputOptions) -> InputOptions:
         raise FileNotFoundError(
             f"{name!r} is no file here, and as a data set on the hub it cannot be read: {type(error).__name__}: {told}"
         ) from None
-    return replace(options, revision=found)
+    return options.model_copy(update={"revision": found})
 
 
 def file_digest(path: Path) -> str:

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from pydantic import Field
+
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import Markup, resolve_markers
 from hcot_lmeval.prepare.segmenter import count_tokens
+from hcot_lmeval.settings import MarkupName, Section
 from hcot_lmeval.trace import LiveContext, Malformed, Policy
 
 Counter = Callable[[Sequence[str]], list[int]]
@@ -27,6 +30,15 @@ PIECES = "pieces"
 """Name of the count without a tokenizer."""
 TEXT = ""
 """The mark of a stretch of text."""
+
+
+class CountOptions(Section, title="counting"):
+    """In which notation traces are written, and by what their lengths are measured."""
+
+    markup: MarkupName = "hcot"
+    tokenizer: str | None = Field(
+        None, description="count the tokens of this tokenizer (words, digits, pairs of signs)"
+    )
 
 
 class Stretch(NamedTuple):

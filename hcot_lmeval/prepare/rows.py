@@ -70,6 +70,11 @@ class SourceRow:
         """The row as one text."""
         return tagged(self.reasoning, self.response)
 
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values, in the columns of OpenMathReasoning."""
+        found = {"id": self.id, "question": self.question, "expected_answer": self.answer}
+        return {**found, "generated_solution": self.text, "meta": dict(self.meta)}
+
 
 @dataclass(frozen=True)
 class PreparedRow:

@@ -20,54 +20,46 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import pairwise
+
+from pydantic import Field, model_validator
 
 from hcot_lmeval.prepare.discourse import read_sentences
 from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, spelled_markers
 from hcot_lmeval.prepare.solutions import Material, Span, quotation, quote, trailing_result
+from hcot_lmeval.settings import Section
 
 Surprise = Callable[[Sequence[str]], list[float]]
 """Gives each sentence how little it was expected, as a language model's mean negative log-likelihood."""
 
 
-@dataclass(frozen=True)
-class SegmenterOptions:
-    """How long blocks are, in the tokens of `measure`.
+class SegmenterOptions(Section, title="blocks"):
+    """How long blocks are, in the tokens of `measure`."""
 
-    Raises:
-        ValueError: the numbers make no sense together; every fault in one message.
-    """
-
-    target_tokens: int = field(default=200, metadata={"help": "length that a block should have"})
-    min_tokens: int = field(default=80, metadata={"help": "shorter blocks are avoided; a shorter trace gets none"})
-    max_tokens: int = field(default=500, metadata={"help": "longer blocks are avoided"})
-    solution_tokens: int = field(default=80, metadata={"help": "length that a solution should not exceed"})
-    solution_share: float = field(
-        default=0.4, metadata={"help": "nor this share of its block, when it is several sentences"}
+    target_tokens: int = Field(200, description="length that a block should have")
+    min_tokens: int = Field(80, ge=1, description="shorter blocks are avoided; a shorter trace gets none")
+    max_tokens: int = Field(500, description="longer blocks are avoided")
+    solution_tokens: int = Field(80, ge=1, description="length that a solution should not exceed")
+    solution_share: float = Field(
+        0.4, gt=0, lt=1, description="nor this share of its block, when it is several sentences"
     )
-    conclusion_tokens: int = field(
-        default=100, metadata={"help": "length that the part behind the last block may have"}
-    )
-    max_depth: int = field(default=2, metadata={"help": "blocks within each other; 0 finds none"})
-    group: int = field(default=4, metadata={"help": "blocks in a row that become a larger one, about"})
-    surprise_weight: float = field(default=0.5, metadata={"help": "score of one standard deviation of surprise"})
+    conclusion_tokens: int = Field(100, ge=0, description="length that the part behind the last block may have")
+    max_depth: int = Field(2, ge=0, description="blocks within each other; 0 finds none")
+    group: int = Field(4, ge=2, description="blocks in a row that become a larger one, about")
+    surprise_weight: float = Field(0.5, ge=0, description="score of one standard deviation of surprise")
 
-    def __post_init__(self) -> None:
-        faults = [f"{f.name}={getattr(self, f.name)} is negative" for f in fields(self) if getattr(self, f.name) < 0]
-        if not 0 < self.min_tokens <= self.target_tokens <= self.max_tokens:
-            faults.append(
+    @model_validator(mode="after")
+    def _check(self) -> SegmenterOptions:
+        if not self.min_tokens <= self.target_tokens <= self.max_tokens:
+            raise ValueError(
                 f"min_tokens={self.min_tokens}, target_tokens={self.target_tokens}, max_tokens={self.max_tokens} "
-                "are not in ascending order from 1"
+                "are not in ascending order"
             )
-        if not 0 < self.solution_share < 1:
-            faults.append(f"solution_share={self.solution_share} is not between 0 and 1")
-        if self.solution_tokens < 1 or self.group < 2:
-            faults.append(f"solution_tokens={self.solution_tokens} is below 1 or group={self.group} below 2")
-        if faults:
-            raise ValueError("these options cannot be used: " + "; ".join(faults))
+        return self
 
 
+USUAL = SegmenterOptions()
 _TOKEN = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\?[^\W\d_]+|\d|(?:[^\w\s]|_){1,2}")
 
 
@@ -79,7 +71,7 @@ def count_tokens(text: str) -> int:
 def segment(
     pieces: Sequence[str],
     *,
-    options: SegmenterOptions = SegmenterOptions(),
+    options: SegmenterOptions = USUAL,
     measure: Callable[[str], int] = count_tokens,
     surprise: Surprise | None = None,
 ) -> Outline:

@@ -18,12 +18,23 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.markup import PRESETS, Markup, get_markup
+from pydantic import Field
+
+from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.prepare.folder import write_json
 from hcot_lmeval.prepare.measure import Counter as TokenCounter
-from hcot_lmeval.prepare.measure import Stretch, block_sizes, costs, counter_name, cut, is_legal, make_counter
+from hcot_lmeval.prepare.measure import (
+    CountOptions,
+    Stretch,
+    block_sizes,
+    costs,
+    counter_name,
+    cut,
+    is_legal,
+    make_counter,
+)
 from hcot_lmeval.prepare.rows import PreparedRow, Unreadable
-from hcot_lmeval.prepare.workers import in_order
+from hcot_lmeval.prepare.steps import in_order
 from hcot_lmeval.trace import Policy
 
 if TYPE_CHECKING:
@@ -52,21 +63,11 @@ SCATTER = 5000
 """Rows whose peak and length are kept for the plot, the first ones."""
 
 
-@dataclass(frozen=True)
-class StatsOptions:
+class StatsOptions(CountOptions, title="statistics"):
     """How rows are counted and shown."""
 
-    markup: str = field(default="hcot", metadata={"help": "notation of the blocks", "choices": tuple(PRESETS)})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "count the tokens of this tokenizer (words, digits, pairs of signs)"}
-    )
-    page_rows: int = field(default=50, metadata={"help": "rows on the page that shows before and after; 0: no page"})
-    plots: bool = field(default=True, metadata={"help": "draw plots", "negative": "--no-plots"})
-
-    def __post_init__(self) -> None:
-        get_markup(self.markup)
-        if self.page_rows < 0:
-            raise ValueError(f"page_rows={self.page_rows}: give 0 for no page, or a number of rows")
+    page_rows: int = Field(50, ge=0, description="rows on the page that shows before and after; 0: no page")
+    plots: bool = Field(True, description="draw plots")
 
 
 Measures = dict[str, list[int]]
@@ -158,6 +159,7 @@ class Stats:
         options: how they were counted.
         rows: how many were read.
         unreadable: how many could not be.
+        first_fault: where the first of them is, and what is wrong with it.
         numbers: name -> distribution.
         scatter: of the first rows, peak without and with pruning.
         history: the manifests of the steps that made the rows.
@@ -166,6 +168,7 @@ class Stats:
     options: StatsOptions
     rows: int = 0
     unreadable: int = 0
+    first_fault: str = ""
     numbers: dict[str, Distribution] = field(default_factory=dict)
     scatter: list[tuple[int, int]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -292,7 +295,7 @@ def _is_nested(value: Any) -> bool:
 
 def gather(
     rows: Iterable[PreparedRow | Unreadable],
-    options: StatsOptions = StatsOptions(),
+    options: StatsOptions,
     workers: int = 1,
     tick: Callable[[], Any] = lambda: None,
 ) -> Stats:
@@ -305,8 +308,10 @@ def gather(
         tick: is called after each row.
     """
     stats = Stats(options)
-    for _, found in in_order(rows, Measuring(options), workers):
+    for row, found in in_order(rows, Measuring(options), workers):
         stats.add(found)
+        if isinstance(row, Unreadable):
+            stats.first_fault = stats.first_fault or f"{row.where}: {row.code} ({row.detail})"
         tick()
     return stats
 

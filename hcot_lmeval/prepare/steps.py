@@ -1,47 +1,61 @@
-"""What all steps share: how rows pass through, what is written down of each, and what is counted.
+"""The steps `segment` and `check`, and what all steps share: how rows pass through, and what is counted.
 
 An entry of a journal is ``{"row": record}`` or ``{"reject": rejection}``; see `prepare.folder`.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
-from hcot_lmeval.prepare.checks import Fault
+from pydantic import Field
+
+from hcot_lmeval.markup import get_markup
+from hcot_lmeval.prepare.checks import CHECKING, Checker, CheckOptions, Fault
+from hcot_lmeval.prepare.duplicates import DuplicateIndex, Fingerprint, fingerprint
 from hcot_lmeval.prepare.folder import StepFolder
-from hcot_lmeval.prepare.inputs import Input, count_records
-from hcot_lmeval.prepare.reasons import meaning
-from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
-from hcot_lmeval.prepare.workers import in_order
+from hcot_lmeval.prepare.measure import CountOptions, make_counter
+from hcot_lmeval.prepare.outline import CODES, OutlineError, assemble
+from hcot_lmeval.prepare.protocols.asking import TEACHING
+from hcot_lmeval.prepare.repair import check_and_repair
+from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable
+from hcot_lmeval.prepare.segmenter import SegmenterOptions, count_tokens, segment
+from hcot_lmeval.prepare.sentences import split_sentences
+from hcot_lmeval.prepare.teacher.questions import Spent
+from hcot_lmeval.settings import Section
 
+REASONS: dict[str, str] = {**READING, **CODES, **TEACHING, **CHECKING}
+"""Code of a rejected row -> what it means: of reading, of outlines, of a teacher's replies, of checks."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Numbered = tuple[int, Any]
 """A row with its number in the input."""
+CHUNK = 8
+"""Items that a process is given at once."""
+AHEAD = 3
+"""Chunks for each process that are in work or waiting."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """How a step is run; nothing of it changes the rows.
+class WorkOptions(Section, title="work"):
+    """How a step is run; nothing of it changes the rows."""
 
-    Attributes:
-        workers: processes.
-        restart: throw away what an earlier run left.
-        quiet: show no progress.
-    """
+    workers: int = Field(1, ge=1, description="processes side by side")
+    restart: bool = Field(False, description="throw away what an earlier run left of this step")
+    quiet: bool = Field(False, description="show no progress")
 
-    workers: int = field(default=1, metadata={"help": "processes side by side"})
-    restart: bool = field(default=False, metadata={"help": "throw away what an earlier run left of this step"})
-    quiet: bool = field(default=False, metadata={"help": "show no progress"})
 
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: give at least 1")
+# --- entries ----------------------------------------------------------------------------------------------------------
 
 
 def unread(row: Unreadable) -> dict[str, Any]:
@@ -61,109 +75,98 @@ def unread(row: Unreadable) -> dict[str, Any]:
     }
 
 
-def refused(row: SourceRow | PreparedRow, faults: Sequence[Fault]) -> dict[str, Any]:
-    """Returns the entry of a row that is rejected; the first fault is its reason."""
-    record = (
-        row.record()
-        if isinstance(row, PreparedRow)
-        else {"id": row.id, "question": row.question, "expected_answer": row.answer, "generated_solution": row.text}
-        | {"meta": dict(row.meta)}
-    )
-    return {"reject": rejection(record, faults)}
+def refused(row: SourceRow | PreparedRow, code: str, detail: str) -> dict[str, Any]:
+    """Returns the entry of a row that is rejected."""
+    return {"reject": rejection(row.record(), [Fault(code, detail)])}
 
 
 def rejection(record: Mapping[str, Any], faults: Sequence[Fault]) -> dict[str, Any]:
-    """Returns what is kept of a rejected row."""
-    told = [{"code": fault.code, "detail": fault.detail} for fault in faults]
-    return {"id": record["id"], "reason": faults[0].code, "detail": faults[0].detail, "faults": told, "row": record}
+    """Returns what is kept of a rejected row; the first fault is its reason."""
+    listed = [{"code": fault.code, "detail": fault.detail} for fault in faults]
+    return {"id": record["id"], "reason": faults[0].code, "detail": faults[0].detail, "faults": listed, "row": record}
 
 
-SPENT = ("requests", "input_tokens", "output_tokens", "usd", "seconds")
-"""What a teacher took for a row, added up."""
-
-
-class Plain:
-    """Decides by the entry alone; counts.
+class Outcome:
+    """What becomes of the entries of a step, which are given in the order of the rows; here each decides by itself.
 
     Attributes:
         count: rows by what became of them.
         reasons: rejected rows by reason.
         remarks: what was reported without rejecting a row.
+        spent: what a teacher took for all rows; None where none was asked.
     """
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
-        self._spent: dict[str, float | None] | None = None
+        self.spent: Spent | None = None
 
     def __call__(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Returns whether a row passes, and the record to write."""
-        self._pay(entry.get("spent"))
-        return self._decide(entry)
-
-    def _decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-        passes = "row" in entry
-        if "remark" in entry:
-            self.remarks[entry["remark"]] += 1
-        self._counted(passes, "" if passes else entry["reject"]["reason"])
-        return passes, entry["row"] if passes else entry["reject"]
-
-    def _pay(self, spent: Mapping[str, float | None] | None) -> None:
-        """Adds up; a sum with an unknown part is unknown."""
-        if spent is not None:
-            before = self._spent or dict.fromkeys(SPENT, 0)
-            self._spent = {key: _plus(before[key], spent[key]) for key in SPENT}
-
-    def _counted(self, passes: bool, reason: str) -> None:
+        if "spent" in entry:
+            self.spent = (self.spent or Spent()).plus(Spent(**entry["spent"]))
+        passes, record = self.decide(entry)
         self.count["passed" if passes else "rejected"] += 1
         if not passes:
-            self.reasons[reason] += 1
+            self.reasons[record["reason"]] += 1
+        return passes, record
+
+    def decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Returns the same, without counting the row."""
+        if "remark" in entry:
+            self.remarks[entry["remark"]] += 1
+        return ("row" in entry), entry["row" if "row" in entry else "reject"]
 
     def summary(self) -> dict[str, Any]:
         """Returns the counts, the most frequent reasons first."""
         return {
-            "rows": sum(self.count.values()),
+            "rows": self.count.total(),
             "passed": self.count["passed"],
             "rejected": self.count["rejected"],
-            "reasons": {code: {"rows": rows, "meaning": meaning(code)} for code, rows in self.reasons.most_common()},
+            "reasons": {code: {"rows": rows, "meaning": REASONS[code]} for code, rows in self.reasons.most_common()},
             "remarks": dict(self.remarks.most_common()),
-            **({} if self._spent is None else {"teacher": self._spent}),
+            **({} if self.spent is None else {"teacher": self.spent._asdict()}),
         }
 
 
-def _plus(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
+# --- how rows pass through --------------------------------------------------------------------------------------------
 
 
 def run_rows(
     folder: StepFolder,
-    inputs: Sequence[Input],
-    limit: int | None,
-    read: Callable[[], Iterable[Any]],
-    make: Callable[[], Callable[[Numbered], dict[str, Any]]],
-    work: Work,
-    decide: Plain,
-) -> StepFolder:
-    """Works on all rows that are not done, and writes the rows out.
+    rows: Iterable[Any],
+    count: Callable[[], int | None],
+    make: Callable[[], Callable[[Any], dict[str, Any]]],
+    work: WorkOptions,
+    outcome: Outcome,
+) -> None:
+    """Works on all rows that are not done, and writes them out.
 
     Args:
         folder: of the step, open.
-        inputs: what is read, for the number of rows.
-        limit: so many are read at most.
-        read: yields all rows.
-        make: makes the function that turns a row with its number into an entry of the journal.
+        rows: all of them, read as they are needed.
+        count: tells how many there are, as far as that is known.
+        make: makes the function that turns a row into an entry of the journal.
         work: how.
-        decide: what becomes of an entry.
+        outcome: what becomes of an entry.
     """
-    with folder.journal() as journal:
-        total = count_records(inputs, limit)
-        with Progress(folder.step, total, len(journal.done), work.quiet) as tick:
-            for (number, _), entry in in_order(numbered(read(), journal.done), make, work.workers):
-                journal.add(number, entry)
-                tick()
-    folder.finish(decide, decide.summary)
-    return folder
+    with folder.journal() as journal, Progress(folder.step, count(), len(journal.done), work.quiet) as tick:
+        for (number, _), entry in in_order(numbered(rows, journal.done), partial(_of_row, make), work.workers):
+            journal.add(number, entry)
+            tick()
+    folder.finish(outcome, outcome.summary)
+
+
+def _of_row(make: Callable[[], Callable[[Any], dict[str, Any]]]) -> Callable[[Numbered], dict[str, Any]]:
+    """Makes the function that works on a row with its number; one that could not be read needs no work."""
+    work = make()
+    return lambda item: unread(item[1]) if isinstance(item[1], Unreadable) else work(item[1])
+
+
+def numbered(rows: Iterable[Any], done: set[int]) -> Iterator[Numbered]:
+    """Yields the rows that are not done, each with its number."""
+    return ((number, row) for number, row in enumerate(rows) if number not in done)
 
 
 class Progress:
@@ -182,7 +185,7 @@ class Progress:
         """Counts a row."""
         self._bar.update()
 
-    def says(self, words: str) -> None:
+    def show(self, words: str) -> None:
         """Shows some words behind the bar."""
         self._bar.set_postfix_str(words, refresh=False)
 
@@ -190,6 +193,193 @@ class Progress:
         self._bar.close()
 
 
-def numbered(rows: Iterable[Any], done: set[int]) -> Iterator[Numbered]:
-    """Yields the rows that are not done, each with its number."""
-    return ((number, row) for number, row in enumerate(rows) if number not in done)
+def in_order(
+    items: Iterable[Item], make: Callable[[], Callable[[Item], Result]], workers: int = 1
+) -> Iterator[tuple[Item, Result]]:
+    """Yields every item with its result, in the order of the items.
+
+    Args:
+        items: read no further ahead than the processes need.
+        make: makes the function that works on an item; called once in each process, so that what it holds is loaded
+            there. With several processes it is pickled, and so are items and results.
+        workers: processes; 1 is this one.
+    """
+    if workers <= 1:
+        work = make()
+        yield from ((item, work(item)) for item in items)
+        return
+    items, waiting = iter(items), deque[tuple[list[Item], Future[list[Result]]]]()
+    context = multiprocessing.get_context("spawn")  # safe beside threads
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make,))
+    try:
+        while True:
+            while len(waiting) < AHEAD * workers and (chunk := list(islice(items, CHUNK))):
+                waiting.append((chunk, pool.submit(_work_on, chunk)))
+            if not waiting:
+                return
+            done, future = waiting.popleft()
+            yield from zip(done, future.result(), strict=True)
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process has died, perhaps for want of memory; start the same command again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_make: Callable[[], Callable[[Any], Any]] | None = None
+_work: Callable[[Any], Any] | None = None
+
+
+def _start(make: Callable[[], Callable[[Any], Any]]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    global _make
+    _make = make  # called with the first chunk: an error there reaches the parent, one here would not
+
+
+def _work_on(chunk: list[Any]) -> list[Any]:
+    global _work
+    assert _make is not None, "a process works before it has started"
+    _work = _work or _make()
+    return [_work(item) for item in chunk]
+
+
+# --- segment ----------------------------------------------------------------------------------------------------------
+
+
+class FormOptions(CountOptions, title="form"):
+    """In which notation traces are written, and by what their lengths are measured."""
+
+    surprise: str | None = Field(
+        None, description="local language model: where it is surprised, a block tends to begin"
+    )
+
+
+@dataclass(frozen=True)
+class MakeSegment:
+    """Makes the function that segments a row without a teacher.
+
+    Attributes:
+        options: of the segmenter.
+        form: notation, tokenizer, model.
+    """
+
+    options: SegmenterOptions
+    form: FormOptions
+
+    def __call__(self) -> Callable[[SourceRow], dict[str, Any]]:
+        """Returns the function; loads what it needs."""
+        form, surprise = self.form, None
+        if form.surprise is not None:
+            from hcot_lmeval.prepare.surprise import load_surprise
+
+            surprise = load_surprise(form.surprise)
+        count = make_counter(form.tokenizer)
+        measure = count_tokens if form.tokenizer is None else lambda text: count([text])[0]
+        find = partial(segment, options=self.options, measure=measure, surprise=surprise)
+        made_by = {"method": "segmenter", **form.model_dump(), "options": self.options.model_dump()}
+        return partial(self._entry, find, made_by)
+
+    def _entry(self, find: Callable[..., Any], made_by: Mapping[str, Any], row: SourceRow) -> dict[str, Any]:
+        try:
+            pieces = tuple(split_sentences(row.reasoning))
+            outline = find(pieces)
+            trace = assemble(pieces, outline, get_markup(self.form.markup))
+        except OutlineError as error:
+            return refused(row, error.code, error.detail)
+        return {"row": PreparedRow(row, trace, outline, pieces, made_by).record()}
+
+
+class SegmentOutcome(Outcome):
+    """Counts the blocks too, for rows without any are rows that `check` rejects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: Counter[str] = Counter()
+
+    def decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        if outline := entry.get("row", {}).get("outline"):
+            found = len(outline["blocks"])
+            self.blocks.update({"blocks": found, "without": int(not found)})
+        return super().decide(entry)
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"blocks": self.blocks["blocks"], "rows_without_blocks": self.blocks["without"]}
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MakeCheck:
+    """Makes the function that checks and repairs a row.
+
+    Attributes:
+        options: what is allowed.
+        problems: those that `options.against` names.
+    """
+
+    options: CheckOptions
+    problems: Sequence[tuple[str, str]]
+
+    def __call__(self) -> Callable[[PreparedRow], dict[str, Any]]:
+        """Returns the function."""
+        check = Checker(self.options, self.problems)
+        return lambda row: checked_entry(check, *check_and_repair(row, check))
+
+
+def checked_entry(check: Checker, row: PreparedRow, faults: Sequence[Fault], repairs: Sequence[str]) -> dict[str, Any]:
+    """Returns the entry of a row that was checked, with the fingerprint by which duplicates are found later."""
+    options = check.options
+    entry: dict[str, Any] = {"row": row.record(), "faults": [fault[:2] for fault in faults], "repairs": list(repairs)}
+    if options.duplicates != "off":
+        text = row.source.question
+        if options.duplicates == "trace":
+            text = f"{text}\n{row.source.text if row.source.reasoning else row.text}"
+        entry["print"] = fingerprint(text, near=options.near < 1).to_json()
+    return entry
+
+
+class CheckOutcome(Outcome):
+    """Decides by the faults of a row and whether an earlier one had the same words.
+
+    Only rows that pass are remembered: a copy of a rejected row is no duplicate of anything that is left.
+    """
+
+    def __init__(self, options: CheckOptions, index: DuplicateIndex) -> None:
+        super().__init__()
+        self._options, self._index = options, index
+        self.repaired: Counter[str] = Counter()
+
+    def decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        if "reject" in entry:
+            return super().decide(entry)
+        record, faults = entry["row"], [Fault(*fault) for fault in entry["faults"]]
+        if "print" in entry and not self._grave(faults):
+            faults += self._duplicate(str(record["id"]), Fingerprint.from_json(entry["print"]))
+        grave = self._grave(faults)
+        remarks = [fault for fault in faults if fault not in grave]
+        self.remarks.update(fault.code for fault in remarks)
+        self.repaired.update({"rows": 1, "repairs": len(entry["repairs"])} if entry["repairs"] else {})
+        if grave:
+            return False, rejection(record, [*grave, *remarks])
+        listed = [{"code": fault.code, "detail": fault.detail} for fault in remarks]
+        return True, {**record, "remarks": listed} if listed else record
+
+    def _grave(self, faults: Sequence[Fault]) -> list[Fault]:
+        return [fault for fault in faults if fault.code not in self._options.tolerated]
+
+    def _duplicate(self, name: str, print_: Fingerprint) -> list[Fault]:
+        earlier = self._index.find_or_add(name, print_)
+        if earlier is None:
+            return []
+        if earlier.exact:
+            return [Fault("duplicate", f"all of {earlier.name}")]
+        return [Fault("near_duplicate", f"{100 * earlier.similarity:.0f} % of {earlier.name}")]
+
+    def summary(self) -> dict[str, Any]:
+        against = self._options.against
+        return super().summary() | {
+            "repaired": {"rows": self.repaired["rows"], "repairs": self.repaired["repairs"]},
+            "contamination": f"looked for {', '.join(against)}" if against else "not looked for",
+        }

@@ -1,7 +1,6 @@
 """How little a language model expected each sentence: a hint at where something new begins.
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(NAME), AutoTokenizer.from_pretrained(NAME)
-    segment(pieces, surprise=model_surprise(model, tokenizer))
+    segment(pieces, surprise=load_surprise(NAME))
 
 Importing this module imports the standard library alone.
 """
@@ -17,6 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hcot_lmeval.prepare.segmenter import Surprise
+
+
+def load_surprise(name: str) -> Surprise:
+    """Loads a model and its tokenizer by name or path; see `model_surprise`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return model_surprise(AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name))
 
 
 def model_surprise(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int = 2048) -> Surprise:

@@ -1,19 +1,32 @@
-"""What all protocols share: how long a question may be, how sentences are shown, how a question is put together.
+"""What all protocols share: the words of a question, the windows that a long trace goes in, and how both become a task.
 
-This module imports the standard library alone.
+    windows = cut_windows(lengths, size=6000, overlap=800)        # (0, 130), (114, 251), ...
+    blocks = merge(windows, blocks_of_each_window)
+
+A protocol gives the `questions` about a row and makes the `entry` of the journal from the replies, in their order.
+
+The words are text files, ``prompts/NAME.md``: a line ``version: N``, then a section for each part of the conversation,
+which begins with ``# name``. ``{{name}}`` is replaced by a value, once: what values hold is left alone. A changed
+question needs a higher version, which is part of the key of every task and of `made_by` of every row.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
-from hcot_lmeval.prepare.protocols.prompts import Prompt
-from hcot_lmeval.prepare.protocols.windows import Window, cut_windows
+from pydantic import Field, model_validator
+
+from hcot_lmeval.prepare.outline import Block
 from hcot_lmeval.prepare.segmenter import count_tokens
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import FAILURES, Message, Reply, Task, Unusable
+from hcot_lmeval.prepare.teacher.questions import FAILURES, Form, Message, Reply, Task, Unusable
+from hcot_lmeval.settings import Section
 
 UNUSABLE = {
     "no_outline": "the row has no outline that a teacher could add to",
@@ -25,24 +38,47 @@ UNUSABLE = {
 TEACHING: dict[str, str] = {**FAILURES, **UNUSABLE}
 """Every code that a row may have for its teacher's sake, those of outlines apart."""
 
+Window = tuple[int, int]
+"""First sentence, and one past the last."""
 
-@dataclass(frozen=True)
-class AskingOptions:
-    """How questions are put together.
 
-    Raises:
-        ValueError: the numbers make no sense together.
-    """
+class AskingProtocol(Protocol):
+    """What a teacher is asked about a row, and what is made of the replies."""
 
-    window_tokens: int = field(default=8000, metadata={"help": "tokens of a trace that go into one question, about"})
-    overlap_tokens: int = field(default=1000, metadata={"help": "tokens that two questions about a trace share"})
-    ask_again: bool = field(
-        default=True,
-        metadata={"help": "tell the teacher the fault of a reply and ask once more", "negative": "--no-ask-again"},
-    )
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the rows depend on."""
+        ...
 
-    def __post_init__(self) -> None:
+    def questions(self, row: Any) -> list[Task]:
+        """Returns the questions about a row; none where it needs none.
+
+        Raises:
+            Unusable: the row is not worth a question, for it would be rejected whatever the reply.
+        """
+        ...
+
+    def entry(self, row: Any, replies: Sequence[Reply]) -> dict[str, Any]:
+        """Returns the entry of the journal.
+
+        Raises:
+            Unusable: a reply is of no use.
+            OutlineError: the replies together make no outline.
+        """
+        ...
+
+
+class AskingOptions(Section, title="questions"):
+    """How questions are put together."""
+
+    window_tokens: int = Field(8000, description="tokens of a trace that go into one question, about")
+    overlap_tokens: int = Field(1000, description="tokens that two questions about a trace share")
+    ask_again: bool = Field(True, description="tell the teacher the fault of a reply and ask once more")
+
+    @model_validator(mode="after")
+    def _check(self) -> AskingOptions:
         cut_windows([], self.window_tokens, self.overlap_tokens)
+        return self
 
 
 @dataclass(frozen=True)
@@ -57,12 +93,12 @@ class Asking:
 
     prompt: Prompt
     teacher: TeacherOptions
-    options: AskingOptions = AskingOptions()
+    options: AskingOptions = field(default_factory=AskingOptions)
 
-    @property
-    def made_by(self) -> dict[str, Any]:
-        """What a row remembers of its making."""
-        return {"method": "teacher", "prompt": self.prompt.label, **self.teacher.identity}
+    def made_by(self, **options: Any) -> dict[str, Any]:
+        """What a row remembers of its making; `options` are those of the protocol."""
+        told = {"method": "teacher", "prompt": self.prompt.label, **self.teacher.identity}
+        return {**told, "options": {**options, **self.options.model_dump()}}
 
     def windows(self, pieces: Sequence[str]) -> list[Window]:
         """Returns the parts of a trace that get a question each."""
@@ -72,8 +108,8 @@ class Asking:
     def task(
         self,
         row_id: str,
-        schema: Mapping[str, Any] | None,
-        accept: Callable[[Reply], object],
+        form: type[Form] | None,
+        accept: Callable[[Any], object],
         system: Mapping[str, object],
         user: Mapping[str, object],
         share: float,
@@ -82,68 +118,180 @@ class Asking:
 
         Args:
             row_id: of the row.
-            schema: of the reply.
-            accept: raises `Unusable` for a reply that is of no use.
+            form: of the reply; None for plain text.
+            accept: see `Task`.
             system: what is filled into the section of that name.
             user: the same.
             share: output tokens to be expected, over those of the input.
         """
-        messages = (
-            Message("system", self.prompt.render("system", **system)),
-            Message("user", self.prompt.render("user", **user)),
-        )
+        messages = [Message("system", self.prompt.render("system", **system))]
+        messages.append(Message("user", self.prompt.render("user", **user)))
         depends = {"prompt": self.prompt.label, **self.teacher.identity}
         repair = self.prompt.sections["repair"] if self.options.ask_again else None
-        return replace(Task.make(self.prompt.name, row_id, messages, schema, depends, accept, repair), share=share)
+        kind = self.prompt.name
+        return Task.make(kind, row_id, messages, form, depends, accept=accept, repair=repair, share=share)
 
 
-def numbered(pieces: Sequence[str], window: Window) -> str:
-    """Returns the sentences of a window with their numbers."""
+def numbered(pieces: Sequence[str], window: Window) -> dict[str, object]:
+    """Returns what a prompt says of a window: its numbered sentences, the first, the last, how many there are."""
     start, stop = window
-    return "\n".join(f"[{number}] {pieces[number].strip()}" for number in range(start, stop))
+    shown = "\n".join(f"[{number}] {pieces[number].strip()}" for number in range(start, stop))
+    return {"first": start, "last": stop - 1, "count": len(pieces), "sentences": shown}
 
 
-def require_good(reply: Reply, window: Window, windows: int) -> None:
-    """Passes a good reply.
+def require_inside(blocks: Sequence[Block], window: Window) -> None:
+    """Raises an `Unusable` for a block over sentences that were not shown."""
+    for block in blocks:
+        if block.start < window[0] or block.stop > window[1]:
+            raise Unusable("out_of_range", f"{block}; shown were {window[0]} to {window[1] - 1}")
 
-    Args:
-        reply: to the question about a window.
-        window: the sentences it is about, for the message.
-        windows: how many there are of the row.
+
+def values(replies: Sequence[Reply], windows: Sequence[Window]) -> list[Any]:
+    """Returns what was made of the replies to the questions about some windows.
 
     Raises:
-        Unusable: the reply has a failure.
+        Unusable: one of them is of no use; the message says about which sentences.
     """
-    if reply.failure is not None:
-        where = f" (sentences {window[0]} to {window[1] - 1})" if windows > 1 else ""
-        raise Unusable(reply.failure.code, reply.failure.detail + where)
+    for reply, (start, stop) in zip(replies, windows, strict=True):
+        if reply.failure is not None:
+            where = f" (sentences {start} to {stop - 1})" if len(windows) > 1 else ""
+            raise Unusable(reply.failure.code, reply.failure.detail + where)
+    return [reply.value for reply in replies]
 
 
-def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of an object that has exactly these properties."""
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+_SECTION = re.compile(r"^# (\w+)$", re.MULTILINE)
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
-NUMBER = {"type": "integer"}
-TEXT = {"type": "string"}
-FLAG = {"type": "boolean"}
+@dataclass(frozen=True)
+class Prompt:
+    """A question.
+
+    Attributes:
+        name: of its file.
+        version: raised whenever its words change.
+        sections: name -> text.
+    """
+
+    name: str
+    version: int
+    sections: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """Name and version, for records."""
+        return f"{self.name}/{self.version}"
+
+    def render(self, section: str, **values: object) -> str:
+        """Returns a section with its places filled.
+
+        Raises:
+            KeyError: a value is missing or is used nowhere, or there is no such section.
+        """
+        text = self.sections[section]
+        if unused := values.keys() - set(_PLACE.findall(text)):
+            raise KeyError(f"{self.name}: {section} has no place for {', '.join(sorted(unused))}")
+        return _PLACE.sub(lambda place: str(values[place[1]]), text)
 
 
-def one_of(*values: str) -> dict[str, Any]:
-    """Returns the schema of one of some words."""
-    return {"type": "string", "enum": list(values)}
+@lru_cache(maxsize=16)
+def load_prompt(name: str) -> Prompt:
+    """Reads a question."""
+    return parse_prompt(name, files("hcot_lmeval.prepare.protocols").joinpath(f"prompts/{name}.md").read_text("utf-8"))
 
 
-def many(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of a list of such items."""
-    return {"type": "array", "items": dict(items)}
+def parse_prompt(name: str, text: str) -> Prompt:
+    """Takes the text of a file apart.
+
+    Raises:
+        ValueError: it has no version.
+    """
+    head, *parts = _SECTION.split(text)
+    found = re.fullmatch(r"version: (\d+)", head.strip())
+    if found is None:
+        raise ValueError(f"{name}.md has to begin with `version: N`")
+    sections = {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
+    return Prompt(name, int(found[1]), sections)
 
 
-def maybe(kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of such a value or null, in the one form that all servers take."""
-    return {"anyOf": [dict(kind), {"type": "null"}]}
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def cut_windows(lengths: Sequence[int], size: int, overlap: int) -> list[Window]:
+    """Cuts sentences into windows.
+
+    Args:
+        lengths: tokens of the sentences.
+        size: tokens of a window; a longer sentence is a window by itself.
+        overlap: tokens that two windows share, about; none where a sentence is too long for it.
+
+    Returns:
+        Windows that cover all sentences, each beginning and ending behind the one before.
+
+    Raises:
+        ValueError: `overlap` is not below half of `size`, so that three windows could meet.
+    """
+    if not 0 <= 2 * overlap < size:
+        raise ValueError(f"an overlap of {overlap} tokens needs windows of more than {2 * overlap}; they have {size}")
+    ends = [0, *accumulate(lengths)]
+    windows: list[Window] = []
+    start, count = 0, len(lengths)
+    while start < count:
+        stop = max(start + 1, _last(ends, start, size))
+        windows.append((start, stop))
+        if stop == count:
+            break
+        begin = max(_first(ends, stop, overlap), *(end for _, end in windows[-2:-1]), 0)  # three never meet
+        start = begin if begin > start and _last(ends, begin, size) > stop else stop
+    return windows
+
+
+def _last(ends: Sequence[int], start: int, size: int) -> int:
+    """One past the last sentence such that those from `start` on have at most `size` tokens."""
+    stop = start
+    while stop < len(ends) - 1 and ends[stop + 1] - ends[start] <= size:
+        stop += 1
+    return stop
+
+
+def _first(ends: Sequence[int], stop: int, size: int) -> int:
+    """The first sentence such that those up to `stop` have at most `size` tokens."""
+    start = stop
+    while start > 0 and ends[stop] - ends[start - 1] <= size:
+        start -= 1
+    return start
+
+
+def merge(windows: Sequence[Window], found: Sequence[Sequence[Block]]) -> list[Block]:
+    """Returns the blocks of all windows that are kept.
+
+    Within an overlap two windows have a say. The place where the one hands over to the other is chosen so that it lies
+    within as few blocks as possible; then as near to the middle as possible. Blocks that it does lie within are left
+    out. The same replies always give the same outline.
+
+    Args:
+        windows: as `cut_windows` made them.
+        found: the blocks of each, properly nested and within it; numbers count from the first sentence of the trace.
+    """
+    places = [0]
+    for (one, other), (before, after) in zip(pairwise(windows), pairwise(found), strict=True):
+        places.append(_handover(other[0], one[1], before, after))
+    places += [stop for _, stop in windows[-1:]]
+    return [
+        block
+        for (low, high), blocks in zip(pairwise(places), found, strict=True)
+        for block in blocks
+        if low <= block.start and block.stop <= high
+    ]
+
+
+def _handover(low: int, high: int, before: Sequence[Block], after: Sequence[Block]) -> int:
+    """The place, from `low` to `high`, up to which the first of two windows is believed."""
+
+    def cost(place: int) -> tuple[int, float, int]:
+        crossed = sum(block.start < place < block.stop for block in (*before, *after))
+        return crossed, abs(place - (low + high) / 2), place
+
+    return min(range(low, high + 1), key=cost)

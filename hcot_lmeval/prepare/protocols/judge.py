@@ -1,42 +1,37 @@
 """Protocol `judge`: a teacher says of each block whether its solution suffices for what follows.
 
-    protocol = Judge(Asking(load_prompt("judge"), teacher), get_markup("hcot"))
-    tasks = protocol.tasks(row)                               # a PreparedRow
-    verdicts = protocol.read(replies, row)
-
-This module imports the standard library alone.
+Rows that pass all checks are judged; a block whose solution is not enough is opened up, or rejects its row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.prepare.measure import TEXT as WORDS
-from hcot_lmeval.prepare.measure import Stretch, cut, is_legal, make_counter
-from hcot_lmeval.prepare.protocols.asking import FLAG, NUMBER, TEXT, Asking, closed, many, require_good
-from hcot_lmeval.prepare.protocols.windows import cut_windows
+from hcot_lmeval.prepare.checks import Checker, Fault
+from hcot_lmeval.prepare.measure import TEXT, Stretch, cut, is_legal, make_counter
+from hcot_lmeval.prepare.protocols.asking import Asking, cut_windows
+from hcot_lmeval.prepare.repair import check_and_repair
 from hcot_lmeval.prepare.rows import PreparedRow
-from hcot_lmeval.prepare.teacher.questions import Reply, Task, Unusable
+from hcot_lmeval.prepare.steps import checked_entry
+from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Form, Reply, Task, Unusable
 
-SCHEMA = closed({"verdicts": many(closed({"block": NUMBER, "sufficient": FLAG, "reason": TEXT}))})
 
-
-class Verdict(NamedTuple):
-    """What the judge says of a block.
-
-    Attributes:
-        block: its number, in the order of opening.
-        sufficient: whether its solution suffices.
-        reason: why.
-    """
+class VerdictForm(Form):
+    """Whether the solution of a block suffices for what follows, and why."""
 
     block: int
     sufficient: bool
     reason: str
+
+
+class VerdictsForm(Form):
+    """A verdict for each block."""
+
+    verdicts: list[VerdictForm]
 
 
 @dataclass
@@ -56,36 +51,49 @@ class Part:
 
 @dataclass(frozen=True)
 class Judge:
-    """The protocol.
+    """The protocol; a row is a `PreparedRow`.
 
     Attributes:
         asking: the words and the teacher.
-        markup: the notation of the traces.
+        check: what a row has to pass before it is judged.
     """
 
     asking: Asking
-    markup: Markup
+    check: Checker
 
     @property
     def made_by(self) -> dict[str, Any]:
-        return {**self.asking.made_by, "options": asdict(self.asking.options)}
+        return self.asking.made_by()
 
-    def tasks(self, row: PreparedRow) -> list[Task]:
-        """Returns the questions about a row; none where it has no blocks, or is malformed."""
-        return [self._task(row, *each) for each in self._questions(row)]
+    def questions(self, row: PreparedRow) -> list[Task]:
+        """Returns the questions about a row; none where it does not pass, or has no blocks."""
+        repaired, faults, _ = check_and_repair(row, self.check)
+        return [] if self._is_rejected(faults) else self.about(repaired)
 
-    def _questions(self, row: PreparedRow) -> list[tuple[str, str, str, tuple[int, ...]]]:
-        """Where it stands, the text with the blocks to be judged, what follows it, and their numbers."""
-        found = list(parts(cut(row.trace, self.markup, make_counter(None)), self.markup))
-        windows = cut_windows([part.tokens for part in found], self.asking.options.window_tokens, 0)
-        made = []
-        for number, (start, stop) in enumerate(windows):
+    def about(self, row: PreparedRow) -> list[Task]:
+        """Returns the questions about a row that has passed."""
+        markup, options = self.check.markup, self.asking.options
+        found = list(parts(cut(row.trace, markup, make_counter(None)), markup))
+        windows = cut_windows([part.tokens for part in found], options.window_tokens, 0)
+        tasks = []
+        for number, (start, stop) in enumerate(windows, 1):
+            where = f", part {number} of {len(windows)}" if len(windows) > 1 else ""
             blocks = tuple(block for part in found[start:stop] for block in part.blocks)
-            where = f", part {number + 1} of {len(windows)}" if len(windows) > 1 else ""
-            text = "".join(part.text for part in found[start:stop])
             if blocks:
-                made.append((where, text, self._following(found[stop:], row), blocks))
-        return made
+                tasks.append(self._task(row, where, found[start:stop], found[stop:], blocks))
+        return tasks
+
+    def _task(
+        self, row: PreparedRow, where: str, shown: Sequence[Part], rest: Sequence[Part], blocks: tuple[int, ...]
+    ) -> Task:
+        user = {
+            "question": row.source.question.strip(),
+            "where": where,
+            "text": "".join(part.text for part in shown).strip(),
+            "following": self._following(rest, row),
+            "blocks": ", ".join(map(str, blocks)),
+        }
+        return self.asking.task(row.source.id, VerdictsForm, partial(_accept, blocks=blocks), {}, user, share=0.15)
 
     def _following(self, rest: Sequence[Part], row: PreparedRow) -> str:
         """The beginning of what follows, which shows what is used later."""
@@ -99,41 +107,39 @@ class Judge:
             text += f"\n\nThe response:\n{row.source.response.strip()}" if row.source.response.strip() else ""
         return f"\nWhat follows, for your information:\n{text.strip()}\n" if text.strip() else ""
 
-    def _task(self, row: PreparedRow, where: str, text: str, following: str, blocks: tuple[int, ...]) -> Task:
-        return self.asking.task(
-            row.source.id,
-            SCHEMA,
-            partial(_accept, blocks=blocks),
-            {},
-            {
-                "question": row.source.question.strip(),
-                "where": where,
-                "text": text.strip(),
-                "following": following,
-                "blocks": ", ".join(map(str, blocks)),
-            },
-            share=0.15,
-        )
+    def entry(self, row: PreparedRow, replies: Sequence[Reply]) -> dict[str, Any]:
+        repaired, faults, repairs = check_and_repair(row, self.check)
+        if self._is_rejected(faults):
+            return checked_entry(self.check, repaired, faults, repairs)
+        again, faults, more = check_and_repair(repaired, self.check, judged(replies))
+        if more and repairs:
+            again = replace(again, made_by={**again.made_by, "repairs": [*repairs, *more]})
+        return checked_entry(self.check, again, faults, [*repairs, *more])
 
-    def read(self, replies: Sequence[Reply], row: PreparedRow) -> list[Verdict]:
-        """Returns a verdict for each block, in the order of opening.
-
-        Args:
-            replies: to the questions about all parts, in their order.
-            row: the row.
-
-        Raises:
-            Unusable: one of the replies is of no use.
-        """
-        found: list[Verdict] = []
-        for reply, (_, _, _, blocks) in zip(replies, self._questions(row), strict=True):
-            require_good(reply, (0, 0), 1)
-            found += _accept(reply, blocks)
-        return found
+    def _is_rejected(self, faults: Sequence[Fault]) -> bool:
+        return any(fault.code not in self.check.options.tolerated for fault in faults)
 
 
-def _accept(reply: Reply, blocks: tuple[int, ...]) -> list[Verdict]:
-    verdicts = sorted(Verdict(each["block"], each["sufficient"], each["reason"]) for each in reply.data["verdicts"])
+def judged(replies: Sequence[Reply]) -> list[Fault]:
+    """Returns the faults that the judge finds in the blocks of a row.
+
+    Raises:
+        Unusable: there is no reply yet.
+    """
+    for failure in (reply.failure for reply in replies if reply.failure):
+        if failure.code in TEMPORARY:
+            raise Unusable(*failure)
+        return [Fault("unjudged", f"{failure.code}: {failure.detail}")]
+    return [
+        Fault("solution_insufficient", f"block {verdict.block}: {verdict.reason}", verdict.block)
+        for reply in replies
+        for verdict in reply.value
+        if not verdict.sufficient
+    ]
+
+
+def _accept(form: VerdictsForm, blocks: tuple[int, ...]) -> list[VerdictForm]:
+    verdicts = sorted(form.verdicts, key=lambda verdict: verdict.block)
     if (said := tuple(verdict.block for verdict in verdicts)) != blocks:
         raise Unusable("blocks_differ", f"there are verdicts for {said}; asked for were {blocks}")
     return verdicts
@@ -155,7 +161,7 @@ def parts(trace: Sequence[Stretch], markup: Markup) -> Iterator[Part]:
             part.text += f"<solution {open_[-1]}>"
         elif mark == markup.close:
             part.text += f"</block {open_.pop()}>"
-        elif mark == WORDS:
+        elif mark == TEXT:
             part.text += text
         if not open_:
             yield part

@@ -1,71 +1,82 @@
 """Protocol `refine`: a teacher says which further sentences are dead ends or redundant; they become blocks.
 
-    protocol = Refine(Asking(load_prompt("refine"), teacher))
-    tasks = protocol.tasks(row)                               # a PreparedRow that came from an outline
-    outline = protocol.read(replies, row)                     # the old blocks, and new ones of the kind "backtrack"
-
-This module imports the standard library alone.
+The old blocks stay, and the new ones are of the kind "backtrack". A row whose reply is of no use stays as it was, and
+says so in its `made_by`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError
-from hcot_lmeval.prepare.protocols.asking import NUMBER, TEXT, Asking, closed, many, numbered, require_good
-from hcot_lmeval.prepare.protocols.segment import require_inside
-from hcot_lmeval.prepare.protocols.windows import Window, merge
-from hcot_lmeval.prepare.rows import PreparedRow
-from hcot_lmeval.prepare.teacher.questions import Reply, Task, Unusable
+from pydantic import Field
 
-SCHEMA = closed({"backtracks": many(closed({"start": NUMBER, "end": NUMBER, "solution": TEXT}))})
+from hcot_lmeval.markup import get_markup
+from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble
+from hcot_lmeval.prepare.protocols.asking import Asking, Window, merge, numbered, require_inside, values
+from hcot_lmeval.prepare.rows import PreparedRow
+from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Form, Reply, Task, Unusable
+from hcot_lmeval.settings import MarkupName, Section
+
+
+class BacktrackForm(Form):
+    """A run of sentences that is a dead end or redundant."""
+
+    start: int
+    end: int
+    solution: str
+
+
+class BacktracksForm(Form):
+    """The dead ends and redundant branches of a chain of thought."""
+
+    backtracks: list[BacktrackForm]
+
+
+class RefineOptions(Section, title="blocks"):
+    """What may become of blocks."""
+
+    markup: MarkupName = "hcot"
+    max_depth: int = Field(3, description="blocks within each other, old and new")
 
 
 @dataclass(frozen=True)
 class Refine:
-    """The protocol.
+    """The protocol; a row is a `PreparedRow`, and one without an outline gets no question.
 
     Attributes:
         asking: the words and the teacher.
-        max_depth: blocks within each other, old ones and new ones.
+        options: notation, depth.
     """
 
     asking: Asking
-    max_depth: int = 3
+    options: RefineOptions = field(default_factory=RefineOptions)
 
     @property
     def made_by(self) -> dict[str, Any]:
-        return {**self.asking.made_by, "options": {"max_depth": self.max_depth, **asdict(self.asking.options)}}
+        return {**self._prompted, "markup": self.options.markup}
 
-    def tasks(self, row: PreparedRow) -> list[Task]:
-        """Returns the questions about a row, one for each window; none for a row that has no outline."""
+    @property
+    def _prompted(self) -> dict[str, Any]:
+        return self.asking.made_by(max_depth=self.options.max_depth)
+
+    def questions(self, row: PreparedRow) -> list[Task]:
+        """Returns the questions about a row, one for each window."""
         if row.outline is None or row.pieces is None:
             return []
         return [self._task(row, row.outline, row.pieces, window) for window in self.asking.windows(row.pieces)]
 
     def _task(self, row: PreparedRow, outline: Outline, pieces: Sequence[str], window: Window) -> Task:
-        return self.asking.task(
-            row.source.id,
-            SCHEMA,
-            partial(self._accept, outline=outline, window=window),
-            {"max_depth": self.max_depth},
-            {
-                "question": row.source.question.strip(),
-                "first": window[0],
-                "last": window[1] - 1,
-                "count": len(pieces),
-                "sentences": numbered(pieces, window),
-                "blocks": _listed(outline, window),
-            },
-            share=0.05,
-        )
+        accept = partial(self._accept, outline=outline, window=window)
+        user = {"question": row.source.question.strip(), **numbered(pieces, window), "blocks": _listed(outline, window)}
+        system = {"max_depth": self.options.max_depth}
+        return self.asking.task(row.source.id, BacktracksForm, accept, system, user, share=0.05)
 
-    def _accept(self, reply: Reply, outline: Outline, window: Window) -> list[Block]:
+    def _accept(self, form: BacktracksForm, outline: Outline, window: Window) -> list[Block]:
         try:
-            blocks = [_block(each) for each in reply.data["backtracks"]]
+            blocks = [Block(b.start, b.end + 1, b.solution.strip(), kind="backtrack") for b in form.backtracks]
             require_inside(blocks, window)
             self._added(outline, blocks)
         except OutlineError as error:
@@ -73,36 +84,35 @@ class Refine:
         return blocks
 
     def _added(self, outline: Outline, blocks: Sequence[Block]) -> Outline:
-        known = {(block.start, block.stop) for block in outline.blocks}
+        spans = {(block.start, block.stop) for block in outline.blocks}
         for block in blocks:
-            if (block.start, block.stop) in known:
+            if (block.start, block.stop) in spans:
                 raise OutlineError("overlap", f"{block} is there already")
-            known.add((block.start, block.stop))
+            spans.add((block.start, block.stop))
         added = Outline(outline.sentences, (*outline.blocks, *blocks))
-        added.require_depth(max(self.max_depth, outline.depth))
+        added.require_depth(max(self.options.max_depth, outline.depth))
         return added
 
-    def read(self, replies: Sequence[Reply], row: PreparedRow) -> Outline:
-        """Returns the outline with the new blocks.
-
-        Args:
-            replies: to the questions about all windows, in their order.
-            row: the row.
-
-        Raises:
-            Unusable: one of the replies is of no use, or the row has no outline.
-        """
-        outline, pieces = row.outline, row.pieces
-        if outline is None or pieces is None:
-            raise Unusable("no_outline", f"it was made by {row.made_by.get('method', 'others')}")
-        windows = self.asking.windows(pieces)
-        for reply, window in zip(replies, windows, strict=True):
-            require_good(reply, window, len(windows))
-        found = [self._accept(reply, outline, window) for reply, window in zip(replies, windows, strict=True)]
+    def entry(self, row: PreparedRow, replies: Sequence[Reply]) -> dict[str, Any]:
         try:
-            return self._added(outline, merge(windows, found))
-        except OutlineError as error:
-            raise Unusable(error.code, error.detail) from None
+            outline, pieces = self._refined(row, replies)
+        except (Unusable, OutlineError) as error:
+            if error.code in TEMPORARY:
+                raise
+            failure = {"code": error.code, "detail": error.detail}
+            return {"row": self._remembered(row, failure=failure).record(), "remark": error.code}
+        added = len(outline.blocks) - len(row.outline.blocks if row.outline else ())
+        trace = assemble(pieces, outline, get_markup(self.options.markup))
+        return {"row": self._remembered(replace(row, trace=trace, outline=outline), added=added).record()}
+
+    def _refined(self, row: PreparedRow, replies: Sequence[Reply]) -> tuple[Outline, Sequence[str]]:
+        if row.outline is None or row.pieces is None:
+            raise Unusable("no_outline", f"it was made by {row.made_by.get('method', 'others')}")
+        windows = self.asking.windows(row.pieces)
+        return self._added(row.outline, merge(windows, values(replies, windows))), row.pieces
+
+    def _remembered(self, row: PreparedRow, **more: Any) -> PreparedRow:
+        return replace(row, made_by={**row.made_by, "refined": {**self._prompted, **more}})
 
 
 def _listed(outline: Outline, window: Window) -> str:
@@ -114,7 +124,3 @@ def _listed(outline: Outline, window: Window) -> str:
             stated = "" if block.split is None else f"; {block.split} to {block.stop - 1}"
             lines.append(f"{thought.start} to {thought.stop - 1}{stated}")
     return "\n".join(lines) or "none"
-
-
-def _block(data: Mapping[str, Any]) -> Block:
-    return Block(data["start"], data["end"] + 1, data["solution"].strip(), kind="backtrack")

@@ -1,9 +1,7 @@
-"""One request to one server, for all kinds of servers; what goes wrong is a `Trouble` with a code.
+"""One request to one server, for all kinds of servers; what goes wrong is a `RequestFailed` with a code.
 
 `pydantic_ai` speaks the protocols; it is imported when a client is made. The libraries' own retries are off:
-`teacher.runner` decides about them.
-
-This module imports the standard library alone.
+`teacher.runner` decides about them, for every attempt counts as a request and has to fit into the limits.
 """
 
 from __future__ import annotations
@@ -14,12 +12,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hcot_lmeval.prepare.teacher.budget import Prices
 from hcot_lmeval.prepare.teacher.options import Secret, TeacherOptions, find_key
-from hcot_lmeval.prepare.teacher.prices import Prices
-from hcot_lmeval.prepare.teacher.questions import Message, Task, Usage
+from hcot_lmeval.prepare.teacher.questions import Message, Spent, Task, schema_of
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelMessage, ModelResponse
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 DETAIL = 300
 """Characters of a server's message that are kept."""
 FATAL = frozenset({"auth", "not_found", "quota", "library"})
-"""Codes of troubles that every further request would have."""
+"""Codes of failures that every further request would meet."""
 
 
-class Trouble(Exception):
+class RequestFailed(Exception):
     """A request that brought no reply.
 
     Attributes:
@@ -53,16 +52,14 @@ class Answer:
     Attributes:
         text: said, thinking left out.
         code: ``truncated``, ``refused``, or empty.
-        usage: tokens.
-        usd: the cost; None if no price is known.
+        spent: tokens and price.
         model: as the server calls it, often with a date.
     """
 
     text: str
     code: str
-    usage: Usage
-    usd: float | None
-    model: str = ""
+    spent: Spent
+    model: str
 
 
 class Client:
@@ -74,7 +71,7 @@ class Client:
 
     def __init__(self, options: TeacherOptions) -> None:
         self.options = options
-        self.prices = Prices(options)
+        self._price = Prices(options).of
         self._key = find_key(options.provider)
         self._model = _make_model(options, self._key)
         _silence()  # behind the imports, some of which turn logging on where the environment asks for it
@@ -96,15 +93,15 @@ class Client:
         """Sends one request.
 
         Raises:
-            Trouble: there is no reply. Nothing of the libraries' exceptions hangs on to it.
+            RequestFailed: there is no reply. Nothing of the libraries' exceptions hangs on to it.
         """
         try:
             return self._answer(await self._request(task))
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            trouble = self._trouble(error)
-        raise trouble  # out here, since the exception that is being handled would be its context, with its words
+            failed = self._failed(error)
+        raise failed  # out here, since the exception that is being handled would be its context, with its words
 
     async def _request(self, task: Task) -> ModelResponse:
         from pydantic_ai.direct import model_request
@@ -112,8 +109,8 @@ class Client:
         from pydantic_ai.output import OutputObjectDefinition
 
         wanted = ModelRequestParameters()
-        if task.schema is not None and self._native:
-            form = OutputObjectDefinition(json_schema=_plain(task.schema), name=task.kind, strict=True)
+        if task.form is not None and self._native:
+            form = OutputObjectDefinition(json_schema=deepcopy(schema_of(task.form)), name=task.kind, strict=True)
             wanted = ModelRequestParameters(output_mode="native", output_object=form)
         return await model_request(
             self._model,
@@ -139,29 +136,30 @@ class Client:
     def _answer(self, response: ModelResponse) -> Answer:
         text = self._key.clean_reply("".join(part.content for part in response.parts if part.part_kind == "text"))
         code = {"length": "truncated", "content_filter": "refused"}.get(response.finish_reason or "", "")
-        usage = Usage(response.usage.input_tokens, response.usage.output_tokens)
-        return Answer(text, code, usage, self.prices.of(response.usage), response.model_name or "")
+        usage = response.usage
+        spent = Spent(1, usage.input_tokens, usage.output_tokens, self._price(usage))
+        return Answer(text, code, spent, response.model_name or "")
 
-    def _trouble(self, error: Exception) -> Trouble:
+    def _failed(self, error: Exception) -> RequestFailed:
         from pydantic_ai import exceptions
 
         detail = self._key.clean(_told(error))[:DETAIL]
         after = getattr(error, "retry_after", None)
         if isinstance(error, exceptions.ModelQuotaExceededError):
-            return Trouble("quota", detail)
+            return RequestFailed("quota", detail)
         if isinstance(error, exceptions.ModelHTTPError):
             code, retry = _code_of_status(error.status_code)
-            return Trouble(code, f"HTTP {error.status_code}: {detail}", retry=retry, after=after)
+            return RequestFailed(code, f"HTTP {error.status_code}: {detail}", retry=retry, after=after)
         if isinstance(error, (exceptions.ModelTimeoutError, exceptions.ModelRequestTimeout, TimeoutError)):
-            return Trouble("timeout", f"no reply within {self.options.timeout:g} s", retry=True)
+            return RequestFailed("timeout", f"no reply within {self.options.timeout:g} s", retry=True)
         if isinstance(error, exceptions.ModelConnectionError):
-            return Trouble("connection", detail, retry=True)
+            return RequestFailed("connection", detail, retry=True)
         if isinstance(error, exceptions.ContentFilterError):
-            return Trouble("refused", detail)
+            return RequestFailed("refused", detail)
         if isinstance(error, exceptions.OutputTokenLimitExceeded):
-            return Trouble("truncated", detail)
+            return RequestFailed("truncated", detail)
         fault_of_ours = isinstance(error, (exceptions.UserError, AssertionError, ImportError, Warning))
-        return Trouble(
+        return RequestFailed(
             "library" if fault_of_ours else "broken_response", f"{type(error).__name__}: {detail}", retry=True
         )
 
@@ -198,11 +196,15 @@ def _make_openai(model: str, url: str, key: str) -> Model:
 
 
 def _make_local(model: str, url: str, key: str) -> Model:
+    from pydantic_ai import InlineDefsJsonSchemaTransformer
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
-    # `max_tokens` is the name that every such server knows; the schema is theirs to enforce, and ours to check
-    profile: Any = {"openai_chat_supports_max_completion_tokens": False}
+    # `max_tokens`, and a schema without references, are what every such server knows
+    profile: Any = {
+        "openai_chat_supports_max_completion_tokens": False,
+        "json_schema_transformer": InlineDefsJsonSchemaTransformer,
+    }
     with _hidden("OPENAI_"):  # headers, organization and project are meant for OpenAI alone
         provider = OpenAICompatibleProvider("local", api_key=key or None, base_url=url, profile=profile)
     provider.client.max_retries = 0  # as a setting it would make a client for each request, from the environment
@@ -237,13 +239,6 @@ def _messages(messages: tuple[Message, ...]) -> list[ModelMessage]:
         else:
             parts.append(SystemPromptPart(text) if role == "system" else UserPromptPart(text))
     return [*made, ModelRequest(parts=parts)]
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as dict and list, which libraries may change."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 RETRIED = frozenset({408, 409, 425, 429})

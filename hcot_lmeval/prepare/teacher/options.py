@@ -1,17 +1,18 @@
 """Which teacher is asked, how, and how much it may cost.
 
 Keys come from the environment and stay in the client: no option, log, file or message holds one.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from hcot_lmeval.settings import Section, read_off
 
 
 class Provider(NamedTuple):
@@ -44,64 +45,44 @@ ROOM = {"low": 4096, "medium": 12288, "high": 32768}
 """Output tokens that there have to be for so much thinking: what servers set aside for it, and the reply."""
 SHORTEST = 16
 """Characters of a key from which on it can only be a key."""
-STRUCTURED = ("auto", "schema", "text")
-THINKING = ("off", "minimal", "low", "medium", "high")
 
 
-@dataclass(frozen=True)
-class TeacherOptions:
-    """What is asked and within which limits.
+class TeacherOptions(Section, title="teacher", hide_input_in_errors=True):
+    """What is asked and within which limits."""
 
-    Raises:
-        ValueError: an option has no such value.
-    """
-
-    teacher: str | None = field(
-        default=None, metadata={"help": f"ask a model: {', '.join(PROVIDERS)}", "metavar": "PROVIDER:MODEL"}
+    teacher: str | None = Field(None, title="PROVIDER:MODEL", description=f"ask a model: {', '.join(PROVIDERS)}")
+    base_url: str | None = Field(None, title="URL", description="where the server is")
+    output_tokens: int = Field(8192, gt=0, description="most tokens of a reply, thinking included")
+    temperature: float | None = Field(None, description="of sampling (the server's)")
+    thinking: Annotated[Literal["off", "minimal", "low", "medium", "high"] | None, read_off] = Field(
+        None, description="how much the teacher thinks (the model's own)"
     )
-    base_url: str | None = field(default=None, metadata={"help": "where the server is", "metavar": "URL"})
-    output_tokens: int = field(default=8192, metadata={"help": "most tokens of a reply, thinking included"})
-    temperature: float | None = field(default=None, metadata={"help": "of sampling (the server's)"})
-    thinking: str | None = field(
-        default=None, metadata={"help": "how much the teacher thinks (the model's own)", "choices": THINKING}
+    structured: Literal["auto", "schema", "text"] = Field(
+        "auto", description="send the JSON schema, or only tell it; auto: sent where known to work"
     )
-    structured: str = field(
-        default="auto",
-        metadata={
-            "help": "send the JSON schema, or only tell it; auto: sent where known to work",
-            "choices": STRUCTURED,
-        },
-    )
-    concurrency: int = field(default=8, metadata={"help": "requests at the same time"})
-    timeout: float = field(default=300.0, metadata={"help": "seconds until a request is given up"})
-    attempts: int = field(default=6, metadata={"help": "requests for one reply, if the server fails"})
-    first_wait: float = field(default=1.0, metadata={"hidden": True})
-    max_requests: int | None = field(default=None, metadata={"help": "most requests, earlier ones of the run included"})
-    max_teacher_tokens: int | None = field(default=None, metadata={"help": "most tokens, input and output"})
-    max_usd: float | None = field(default=None, metadata={"help": "most US dollars"})
-    price_input: float | None = field(default=None, metadata={"help": "US dollars per million input tokens"})
-    price_output: float | None = field(default=None, metadata={"help": "US dollars per million output tokens"})
+    concurrency: int = Field(8, gt=0, description="requests at the same time")
+    timeout: float = Field(300.0, gt=0, description="seconds until a request is given up")
+    attempts: int = Field(6, gt=0, description="requests for one reply, if the server fails")
+    first_wait: float = Field(1.0, gt=0)  # seconds behind the first failed attempt; tests have no time for them
+    max_requests: int | None = Field(None, ge=0, description="most requests, earlier ones of the run included")
+    max_teacher_tokens: int | None = Field(None, ge=0, description="most tokens, input and output")
+    max_usd: float | None = Field(None, ge=0, description="most US dollars")
+    price_input: float | None = Field(None, ge=0, description="US dollars per million input tokens")
+    price_output: float | None = Field(None, ge=0, description="US dollars per million output tokens")
+    dry_run: bool = Field(False, description="estimate requests, tokens and money; ask nothing")
+    give_up: bool = Field(False, description="reject rows that got no reply, and finish the step")
 
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "attempts", "output_tokens", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: give more than 0")
-        for name in ("max_requests", "max_teacher_tokens", "max_usd", "price_input", "price_output"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 0")
+    @model_validator(mode="after")
+    def _check(self) -> TeacherOptions:
         if (self.price_input is None) != (self.price_output is None):
             raise ValueError("price_input and price_output belong together; give both")
-        for name, allowed in (("structured", STRUCTURED), ("thinking", (None, *THINKING))):
-            if getattr(self, name) not in allowed:
-                told = ", ".join(map(str, filter(None, allowed)))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {told}")
-        if self.output_tokens < ROOM.get(self.thinking or "", 0):
-            room = ROOM[self.thinking or ""]
+        if self.output_tokens < (room := ROOM.get(self.thinking or "", 0)):
             raise ValueError(
                 f"output_tokens={self.output_tokens} leaves no room for thinking={self.thinking}; give at least {room}"
             )
         if self.teacher is not None:
             _require_url(self.url, self.provider)
+        return self
 
     @property
     def provider(self) -> Provider:

@@ -1,8 +1,6 @@
 """What a teacher is asked and what comes back.
 
 A reply that is of no use is data: it has a `Failure` with a code of `FAILURES`, and the row goes to the rejected ones.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -10,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcot_lmeval.columns import surrogate_in
 
@@ -33,6 +34,18 @@ FAILURES = {
 """Code of a `Failure` -> what it means. Protocols add those of their own."""
 TEMPORARY = frozenset({"timeout", "rate_limited", "server_error", "connection", "budget", "broken_response"})
 """Codes that may be gone next time: such a question is asked again by the next run."""
+
+
+class Form(BaseModel):
+    """A JSON object that a teacher is to write: exactly these keys, no value turned into another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@cache
+def schema_of(form: type[Form]) -> dict[str, Any]:
+    """Returns the JSON schema of a form."""
+    return form.model_json_schema()
 
 
 class Message(NamedTuple):
@@ -59,24 +72,6 @@ class Failure(NamedTuple):
     detail: str
 
 
-class Usage(NamedTuple):
-    """Tokens, as the server counts them.
-
-    Those of an attempt that timed out are an upper bound, and where a server does not count they are estimated.
-    """
-
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.input_tokens + self.output_tokens
-
-    def plus(self, other: Usage) -> Usage:
-        """Returns the sum."""
-        return Usage(self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens)
-
-
 class Unusable(ValueError):
     """A reply that a protocol cannot use; `code` says why."""
 
@@ -85,30 +80,119 @@ class Unusable(ValueError):
         self.code, self.detail = code, detail
 
 
+class Spent(NamedTuple):
+    """What asking took.
+
+    Attributes:
+        requests: how many were sent.
+        input_tokens: as the server counts them. Those of an attempt that timed out are an upper bound, and where a
+            server does not count they are estimated.
+        output_tokens: the same.
+        usd: their price; None where one is unknown.
+        seconds: from the first attempt to the end.
+    """
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    usd: float | None = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+    def plus(self, other: Spent) -> Spent:
+        """Returns the sum; with an unknown price its price is unknown."""
+        return Spent(*(None if None in pair else sum(pair) for pair in zip(self, other, strict=True)))  # type: ignore
+
+    def minus(self, other: Spent) -> Spent:
+        """Returns the difference."""
+        return self.plus(Spent(*(None if value is None else -value for value in other)))  # type: ignore[arg-type]
+
+
+NOTHING = Spent()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a question.
+
+    Attributes:
+        key: of the `Task`.
+        text: what the teacher said; empty where it said nothing.
+        failure: why it is of no use; None for a good reply.
+        spent: by all attempts.
+        model: that has answered, as the server calls it.
+        value: what `Task.accept` made of it; it is not stored.
+    """
+
+    key: str
+    text: str = ""
+    failure: Failure | None = None
+    spent: Spent = NOTHING
+    model: str = ""
+    value: Any = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would be a waste. To be turned away costs nothing, and a server's limits may change."""
+        return self.failure is None or self.failure.code not in TEMPORARY | {"bad_request"}
+
+    def failed(self, code: str, detail: str) -> Reply:
+        """Returns the reply as one of no use."""
+        return replace(self, value=None, failure=Failure(code, detail))
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values, all but `value`."""
+        requests, given, made, usd, seconds = self.spent
+        return {
+            "key": self.key,
+            "text": self.text,
+            "failure": self.failure and self.failure._asdict(),
+            "usage": {"input_tokens": given, "output_tokens": made},
+            "usd": usd,
+            "seconds": seconds,
+            "attempts": requests,
+            "model": self.model,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Reply:
+        """Reads what `record` returned.
+
+        Raises:
+            KeyError, TypeError: it is none.
+        """
+        failure = record["failure"] and Failure(**record["failure"])
+        spent = Spent(record["attempts"], **record["usage"], usd=record["usd"], seconds=record["seconds"])
+        return cls(record["key"], record["text"], failure, spent, record["model"])
+
+
 @dataclass(frozen=True)
 class Task:
     """One question.
 
     Attributes:
-        key: a digest of everything that the reply depends on.
-        messages: the conversation so far.
-        schema: JSON schema of the reply; None for plain text.
         kind: the protocol.
         row_id: the row it is about, for messages; not part of the key.
-        accept: raises `Unusable` for a reply that the protocol cannot use. Not part of the key: a stored reply is read
-            anew each time.
+        messages: the conversation so far.
+        form: of the reply; None for plain text.
+        key: a digest of everything that the reply depends on.
+        accept: makes something of a reply, given as its form or text; raises `Unusable` for one of no use. Not part of
+            the key: a stored reply is read anew each time.
         repair: what is said when a reply cannot be used, with ``{{fault}}`` where the fault is to stand; None: nothing.
         share: output tokens to be expected, over those of the input, thinking apart; for estimates.
     """
 
-    key: str
-    messages: tuple[Message, ...]
-    schema: Mapping[str, Any] | None
     kind: str
     row_id: str
-    accept: Callable[[Reply], object] | None = field(default=None, compare=False, repr=False)
-    repair: str | None = field(default=None, compare=False, repr=False)
-    share: float = field(default=0.2, compare=False, repr=False)
+    messages: tuple[Message, ...]
+    form: type[Form] | None
+    key: str
+    accept: Callable[[Any], Any] = lambda value: value
+    repair: str | None = None
+    share: float = 0.2
 
     @classmethod
     def make(
@@ -116,24 +200,22 @@ class Task:
         kind: str,
         row_id: str,
         messages: Sequence[Message],
-        schema: Mapping[str, Any] | None,
+        form: type[Form] | None,
         depends: Mapping[str, Any],
-        accept: Callable[[Reply], object] | None = None,
-        repair: str | None = None,
+        **more: Any,
     ) -> Task:
         """Returns a question with its key.
 
         Args:
-            kind: the protocol.
+            kind: see `Task`, as all that is not named here.
             row_id: the row.
             messages: the conversation.
-            schema: of the reply.
+            form: of the reply.
             depends: what the reply depends on besides: the model, its settings, the version of the prompt.
-            accept: see `Task`.
-            repair: see `Task`.
+            more: accept, repair, share.
         """
-        key = _digest(kind, list(messages), schema, depends)
-        return cls(key, tuple(messages), schema, kind, row_id, accept, repair)
+        key = _digest(kind, list(messages), form and schema_of(form), depends)
+        return cls(kind, row_id, tuple(messages), form, key, **more)
 
     def again(self, reply: Reply) -> Task | None:
         """Returns the question that tells the fault of a reply and asks for a better one; None if there is none."""
@@ -144,159 +226,45 @@ class Task:
         return replace(self, key=_digest(self.key, messages), messages=messages, repair=None)
 
     def read(self, reply: Reply) -> Reply:
-        """Returns a stored reply with its data, or with the failure that makes it useless."""
-        found = parse(reply, self.schema)
-        if found.failure is None and (place := surrogate_in({"text": found.text, "data": found.data})):
-            return found.failed("broken_text", f"in its {place}")
-        if found.failure is None and self.accept is not None:
-            try:
-                self.accept(found)
-            except Unusable as error:
-                return found.failed(error.code, error.detail)
-        return found
+        """Returns a reply with its value, or with the failure that makes it useless."""
+        if reply.failure is not None:
+            return reply
+        try:
+            return replace(reply, value=self.accept(_parsed(reply.text, self.form)))
+        except Unusable as error:
+            return reply.failed(error.code, error.detail)
 
     @property
     def size(self) -> int:
         """Bytes of all messages and of the schema."""
-        schema = len(json.dumps(self.schema)) if self.schema is not None else 0
+        schema = 0 if self.form is None else len(json.dumps(schema_of(self.form)))
         return schema + sum(len(message.text.encode("utf-8", "surrogatepass")) for message in self.messages)
-
-
-NOTHING = Usage()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What became of a question.
-
-    Attributes:
-        key: of the `Task`.
-        text: what the teacher said; empty where it said nothing.
-        data: its JSON, where a schema was given and it is one.
-        failure: why it is of no use; None for a good reply.
-        usage: tokens of all attempts.
-        usd: what they cost; None where no price is known.
-        seconds: from the first attempt to the end.
-        attempts: requests that were sent.
-        model: that has answered, as the server calls it.
-    """
-
-    key: str
-    text: str = ""
-    data: Any = None
-    failure: Failure | None = None
-    usage: Usage = NOTHING
-    usd: float | None = None
-    seconds: float = 0.0
-    attempts: int = 0
-    model: str = ""
-
-    @property
-    def is_final(self) -> bool:
-        """Whether asking again would be a waste. To be turned away costs nothing, and a server's limits may change."""
-        return self.failure is None or self.failure.code not in TEMPORARY | {"bad_request"}
-
-    def record(self) -> dict[str, Any]:
-        """Returns JSON values; `data` is read from the text again."""
-        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "data"}
-        return found | {"usage": self.usage._asdict(), "failure": self.failure and self.failure._asdict()}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Reply:
-        """Reads what `record` returned.
-
-        Raises:
-            KeyError, TypeError: it is none.
-        """
-        failure = record["failure"]
-        told = {"usage": Usage(**record["usage"]), "failure": None if failure is None else Failure(**failure)}
-        return cls(**{**record, **told})
-
-    def failed(self, code: str, detail: str) -> Reply:
-        """Returns the reply as one of no use."""
-        return replace(self, data=None, failure=Failure(code, detail))
 
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def parse(reply: Reply, schema: Mapping[str, Any] | None) -> Reply:
-    """Reads the JSON of a reply; a single code fence around it is taken off, nothing else is guessed.
-
-    Returns:
-        The reply with its data, or with the failure ``empty_reply``, ``wrong_json`` or ``schema``.
-    """
-    if reply.failure is not None:
-        return reply
-    if not reply.text.strip():
-        return reply.failed("empty_reply", "there is no text")
-    if schema is None:
-        return reply
+def _parsed(text: str, form: type[Form] | None) -> Any:
+    """The form that a text spells in JSON; a single code fence around it is taken off, nothing else is guessed."""
+    if not text.strip():
+        raise Unusable("empty_reply", "there is no text")
+    if surrogate_in(text, "text"):
+        raise Unusable("broken_text", "in its text")
+    if form is None:
+        return text
     try:
-        data = json.loads(unfenced(reply.text), parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        return reply.failed("wrong_json", f"{error} in {reply.text[:120]!r}")
-    faults = mismatches(data, schema)
-    if faults:
-        return reply.failed("schema", "; ".join(faults[:3]))
-    return replace(reply, data=data)
+        return form.model_validate_json(_unfenced(text))
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    if faults[0]["type"] == "json_invalid":
+        raise Unusable("wrong_json", f"{faults[0]['msg']} in {text[:120]!r}")
+    told = (f"{'.'.join(map(str, fault['loc'])) or 'the reply'}: {fault['msg']}" for fault in faults[:3])
+    raise Unusable("schema", "; ".join(told))
 
 
-def unfenced(text: str) -> str:
-    """Takes off one Markdown code fence around the whole text."""
+def _unfenced(text: str) -> str:
     text = text.strip()
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         return text[text.index("\n") : -3].strip()
     return text
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key comes twice among {', '.join(key for key, _ in pairs)}")
-    return found
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
-
-
-def mismatches(data: Any, schema: Mapping[str, Any], where: str = "the reply") -> list[str]:
-    """Returns in words how JSON values differ from a schema: type, properties, required, items, enum, anyOf.
-
-    Schemas here are closed: a property that is not named is a fault.
-    """
-    if "anyOf" in schema:
-        ways = [mismatches(data, way, where) for way in schema["anyOf"]]
-        return [] if [] in ways else [" or ".join(way[0] for way in ways)]
-    name = schema["type"]
-    if not isinstance(data, _TYPES[name]) or (name != "boolean" and type(data) is bool):
-        return [f"{where} is {type(data).__name__} in place of {name}"]
-    if "enum" in schema and data not in schema["enum"]:
-        return [f"{where} is {data!r} in place of one of {', '.join(map(repr, schema['enum']))}"]
-    if isinstance(data, dict):
-        return _mismatches_of_object(data, schema, where)
-    if isinstance(data, list):
-        return [fault for n, item in enumerate(data) for fault in mismatches(item, schema["items"], f"{where}[{n}]")]
-    return []
-
-
-def _mismatches_of_object(data: dict[str, Any], schema: Mapping[str, Any], where: str) -> list[str]:
-    known = schema["properties"]
-    faults = [f"{where} lacks {key}" for key in schema.get("required", ()) if key not in data]
-    faults += [f"{where} has unknown {key}" for key in data if key not in known]
-    for key in data.keys() & known.keys():
-        faults += mismatches(data[key], known[key], f"{where}.{key}")
-    return faults

@@ -1,14 +1,12 @@
-"""Asks all questions, several at a time, each at most once.
+"""Asks a teacher about many rows, several questions at a time, each at most once.
 
     with AnswerStore(path) as store:
-        for reply in ask(tasks, options=options, store=store):
+        for reply in ask(tasks, Teacher.reply, options=options, store=store):
             ...
 
-Replies come in any order. Questions are taken as there is room for them. What the store has is not asked. A reply of no
+Results come in any order, and rows are taken as there is room for them. What the store has is not asked. A reply of no
 use is a reply with a failure; only what every further request would meet too (a key that is not accepted, a model that
 is not there, an account without credit) ends the run, as a `TeacherError`.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,19 +14,25 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
-from hcot_lmeval.prepare.teacher.budget import BYTES_PER_TOKEN, Amount, Budget, input_tokens
-from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, Trouble
+from hcot_lmeval.prepare.teacher.budget import BYTES_PER_TOKEN, Budget, Prices, input_tokens
+from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, RequestFailed
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.prices import Prices
-from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Reply, Task, Usage
-from hcot_lmeval.prepare.teacher.retry import PATIENCE, delay
+from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Reply, Spent, Task
 from hcot_lmeval.prepare.teacher.store import AnswerStore
 
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 REFUSALS = 8
 """So many questions turned away, and none answered, are the fault of the settings and not of the questions."""
+LONGEST = 60.0
+"""Seconds of the longest wait that the server did not ask for."""
+PATIENCE = 600.0
+"""Seconds; a server that asks to wait longer is not waited for."""
 
 
 class TeacherError(RuntimeError):
@@ -36,67 +40,47 @@ class TeacherError(RuntimeError):
 
 
 def ask(
-    tasks: Iterable[Task],
+    rows: Iterable[Row],
+    answer: Callable[[Teacher, Row], Awaitable[Result]],
     *,
     options: TeacherOptions,
     store: AnswerStore,
-    progress: Callable[[Amount], None] | None = None,
-) -> Iterator[Reply]:
-    """Yields a reply to every question, as they come.
+    progress: Callable[[Spent], None] = lambda spent: None,
+) -> Iterator[Result]:
+    """Yields what `answer` returns for every row, as it comes.
 
     Args:
-        tasks: questions; no two with one key are to be open at the same time.
+        rows: so many are taken at once as requests may be open.
+        answer: asks the teacher what it needs to know about a row.
         options: the teacher and the limits, which hold for all that is in the store together.
-        store: where replies are kept, before they are yielded.
+        store: where replies are kept, before anybody sees them.
         progress: is told what was spent so far.
 
     Raises:
         TeacherError: the key, the model or the account is not accepted.
         ValueError: the key is not in the environment, or no price is known where money is limited.
     """
+    waiting, open_ = iter(rows), set[asyncio.Future[Result]]()
     with asyncio.Runner() as runner:
-        talk = runner.run(_begin(options, store))
+        teacher = runner.run(_opened(options, store))
         try:
-            yield from _replies(iter(tasks), talk, runner, options, progress)
+            while True:
+                while len(open_) < options.concurrency and (row := next(waiting, None)) is not None:
+                    open_.add(asyncio.ensure_future(answer(teacher, row), loop=runner.get_loop()))
+                if not open_:
+                    return
+                done, open_ = runner.run(_first(open_))
+                for error in [each.exception() for each in done]:
+                    if isinstance(error, RequestFailed):
+                        key = " or ".join(options.provider.keys)
+                        advice = _ADVICE[error.code].format(teacher=options.teacher, key=key)
+                        raise TeacherError(f"{advice} ({error.detail})")
+                    if error is not None:
+                        raise error
+                progress(teacher.budget.spent)
+                yield from (each.result() for each in done)
         finally:
-            runner.run(talk.end())
-
-
-def _replies(
-    waiting: Iterator[Task],
-    talk: _Talk,
-    runner: asyncio.Runner,
-    options: TeacherOptions,
-    progress: Callable[[Amount], None] | None,
-) -> Iterator[Reply]:
-    while True:
-        while len(talk.open) < options.concurrency and (task := next(waiting, None)) is not None:
-            talk.open.add(runner.get_loop().create_task(talk.reply(task)))
-        if not talk.open:
-            return
-        done, talk.open = runner.run(_first(talk.open))
-        _raise_fatal(done, options)
-        if progress is not None:
-            progress(talk.budget.spent)
-        yield from (each.result() for each in done)
-
-
-async def _begin(options: TeacherOptions, store: AnswerStore) -> _Talk:
-    talk = _Talk(options, store)
-    await talk.client.__aenter__()
-    return talk
-
-
-async def _first(open_: set[asyncio.Task[Reply]]) -> tuple[set[asyncio.Task[Reply]], set[asyncio.Task[Reply]]]:
-    return await asyncio.wait(open_, return_when=asyncio.FIRST_COMPLETED)
-
-
-def _raise_fatal(done: set[asyncio.Task[Reply]], options: TeacherOptions) -> None:
-    for error in [each.exception() for each in done]:
-        if isinstance(error, Trouble):
-            raise TeacherError(_ADVICE[error.code].format(**_names(options)) + f" ({error.detail})")
-        if error is not None:
-            raise error
+            runner.run(_closed(teacher, open_))
 
 
 _ADVICE = {
@@ -108,30 +92,42 @@ _ADVICE = {
 }
 
 
-def _names(options: TeacherOptions) -> dict[str, str]:
-    return {"teacher": str(options.teacher), "key": " or ".join(options.provider.keys)}
+async def _opened(options: TeacherOptions, store: AnswerStore) -> Teacher:
+    teacher = Teacher(options, store)
+    await teacher.client.__aenter__()
+    return teacher
 
 
-class _Talk:
-    """What requests share; made within the event loop."""
+async def _first(open_: set[asyncio.Future[Result]]) -> tuple[set[asyncio.Future[Result]], set[asyncio.Future[Result]]]:
+    return await asyncio.wait(open_, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _closed(teacher: Teacher, open_: set[asyncio.Future[Result]]) -> None:
+    """Gives up what is under way, and closes the connections."""
+    for each in open_:
+        each.cancel()
+    await asyncio.gather(*open_, return_exceptions=True)
+    await teacher.client.__aexit__()
+
+
+class Teacher:
+    """Answers questions, within the limits and at most so many at once; made within an event loop.
+
+    Attributes:
+        client: sends the requests.
+        budget: what was spent, and the limits.
+    """
 
     def __init__(self, options: TeacherOptions, store: AnswerStore) -> None:
         self._options, self._store = options, store
         self.client = Client(options)
-        spent = Amount(store.requests, store.usage, store.usd)
-        self.budget = Budget(options, self.client.prices.at, spent)
+        self.budget = Budget(options, store.spent)
+        self._room = asyncio.Semaphore(options.concurrency)
+        self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of the questions under way
         self._rng = random.Random()
         self._not_before = 0.0  # when the server wants to be asked again, by the loop's clock
         self._refusals = 0  # questions turned away before any was answered
         self._answers = False
-        self.open: set[asyncio.Task[Reply]] = set()
-
-    async def end(self) -> None:
-        """Gives up what is under way, and closes the connections."""
-        for each in self.open:
-            each.cancel()
-        await asyncio.gather(*self.open, return_exceptions=True)
-        await self.client.__aexit__()
 
     async def reply(self, task: Task) -> Reply:
         """Returns the reply to a question, mended if possible; from the store, if it is there."""
@@ -142,79 +138,71 @@ class _Talk:
             return reply
         mended = again.read(await self._once(again))
         if mended.failure is not None and mended.failure.code not in TEMPORARY:
-            mended = replace(mended, failure=Failure(mended.failure.code, f"{mended.failure.detail} (asked twice)"))
-        usd = None if None in (reply.usd, mended.usd) else (reply.usd or 0) + (mended.usd or 0)
-        return replace(
-            mended,
-            key=task.key,
-            usage=reply.usage.plus(mended.usage),
-            usd=usd,
-            seconds=reply.seconds + mended.seconds,
-            attempts=reply.attempts + mended.attempts,
-        )
+            mended = mended.failed(mended.failure.code, f"{mended.failure.detail} (asked twice)")
+        return replace(mended, key=task.key, spent=reply.spent.plus(mended.spent))
 
     async def _once(self, task: Task) -> Reply:
-        if (known := self._store.get(task.key)) is not None:
-            return known
-        reply = await self._asked(task)
-        return self._store.add(reply) if reply.attempts else reply
+        """The raw reply; two that ask the same wait for each other."""
+        async with self._keys.setdefault(task.key, asyncio.Lock()):
+            if (known := self._store.get(task.key)) is not None:
+                return known
+            async with self._room:
+                reply = await self._asked(task)
+            return self._store.add(reply) if reply.spent.requests else reply
 
     async def _asked(self, task: Task) -> Reply:
         began = time.monotonic()
-        reply = Reply(task.key, usd=0.0 if self.client.prices.known else None)
+        reply = Reply(task.key, spent=Spent(usd=None if self.budget.prices.at() is None else 0.0))
         for attempt in range(self._options.attempts):
             await self._wait_for_server()
             reserved = await self.budget.reserve(task)
             if isinstance(reserved, str):
                 reply = replace(reply, failure=reply.failure or Failure("budget", reserved))
                 break
-            found = await self._attempt(task, reserved)
-            reply = _charged(reply, found[1])
-            if isinstance(found[0], Answer):
-                reply = _answered(reply, found[0])
+            found, spent = await self._attempt(task, reserved)
+            reply = replace(reply, spent=reply.spent.plus(spent))
+            if isinstance(found, Answer):
+                reply = _answered(reply, found)
                 break
-            again = await self._may_retry(found[0], attempt)
-            reply = reply.failed(found[0].code, found[0].detail)
+            again = await self._may_retry(found, attempt)
+            reply = reply.failed(found.code, found.detail)
             if not again:
                 break
-        return replace(reply, seconds=round(time.monotonic() - began, 3))
+        return replace(reply, spent=reply.spent._replace(seconds=round(time.monotonic() - began, 3)))
 
-    async def _attempt(self, task: Task, reserved: Amount) -> tuple[Answer | Trouble, Amount]:
+    async def _attempt(self, task: Task, reserved: Spent) -> tuple[Answer | RequestFailed, Spent]:
         """One request, with what it has cost."""
-        spent = Amount(1)
         try:
             answer = self._counted(await self.client.complete(task), task)
-            spent = Amount(1, answer.usage, answer.usd or 0.0)
-            await self.budget.settle(reserved, spent, task.size)
-            self._answers = True
-            return answer, spent
-        except Trouble as trouble:
-            if trouble.code == "timeout":
-                spent = reserved  # it may be charged all the same
+        except RequestFailed as error:
+            spent = reserved if error.code == "timeout" else Spent(1)  # a late reply may be charged all the same
             await self.budget.settle(reserved, spent)
-            self._refusals += trouble.code == "bad_request" and not self._answers
-            if trouble.code in FATAL:
+            self._refusals += error.code == "bad_request" and not self._answers
+            if error.code in FATAL:
                 raise
             if self._refusals == REFUSALS and not self._answers:
-                raise Trouble("settings", trouble.detail) from None
-            return trouble, spent
+                raise RequestFailed("settings", error.detail) from None
+            return error, spent
+        await self.budget.settle(reserved, answer.spent, task.size)
+        self._answers = True
+        return answer, answer.spent
 
     def _counted(self, answer: Answer, task: Task) -> Answer:
         """The answer, with an estimate where the server does not count tokens."""
-        if answer.usage.input_tokens:
+        if answer.spent.input_tokens:
             return answer
-        usage = Usage(input_tokens(task), int(len(answer.text.encode()) / BYTES_PER_TOKEN) + 1)
-        return replace(answer, usage=usage, usd=self.client.prices.at(usage))
+        size, said = input_tokens(task), int(len(answer.text.encode()) / BYTES_PER_TOKEN) + 1
+        return replace(answer, spent=Spent(1, size, said, self.budget.prices.at(size, said)))
 
-    async def _may_retry(self, trouble: Trouble, attempt: int) -> bool:
+    async def _may_retry(self, failed: RequestFailed, attempt: int) -> bool:
         """Waits for the next attempt; False if there is to be none."""
-        seconds = delay(attempt, trouble.after, self._options.first_wait, self._rng)
+        seconds = delay(attempt, failed.after, self._options.first_wait, self._rng)
         if seconds is None:
-            trouble.detail += f"; it asks to wait {trouble.after:g} s, more than {PATIENCE:g} s"
+            failed.detail += f"; it asks to wait {failed.after:g} s, more than {PATIENCE:g} s"
             return False
-        if trouble.after is not None:  # it holds for everybody, though this question may be given up
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + trouble.after)
-        if not trouble.retry or attempt + 1 == self._options.attempts:
+        if failed.after is not None:  # it holds for everybody, though this question may be given up
+            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + failed.after)
+        if not failed.retry or attempt + 1 == self._options.attempts:
             return False
         await asyncio.sleep(seconds)
         return True
@@ -224,15 +212,28 @@ class _Talk:
             await asyncio.sleep(seconds)
 
 
-def _charged(reply: Reply, spent: Amount) -> Reply:
-    usd = None if reply.usd is None else reply.usd + spent.usd
-    return replace(reply, attempts=reply.attempts + 1, usage=reply.usage.plus(spent.usage), usd=usd)
+def delay(attempt: int, after: float | None, first: float, rng: random.Random) -> float | None:
+    """Returns the seconds to wait before the next attempt, half of them by chance, so that not all come back at once.
+
+    Args:
+        attempt: number of the attempt that failed, from 0.
+        after: what the server asks for; None if it does not.
+        first: longest wait behind the first attempt; doubles each time, up to `LONGEST`.
+        rng: for the jitter.
+
+    Returns:
+        The seconds; None if the server asks for more than `PATIENCE`.
+    """
+    wait = min(LONGEST, first * 2**attempt) * rng.uniform(0.5, 1.0)
+    if after is None:
+        return wait
+    return None if after > PATIENCE else after + wait / 10
 
 
 def _answered(reply: Reply, answer: Answer) -> Reply:
     reply = replace(reply, text=answer.text, model=answer.model, failure=None)
     if answer.code:
-        return reply.failed(answer.code, f"{answer.usage.output_tokens} output tokens; ends {answer.text[-60:]!r}")
+        return reply.failed(answer.code, f"{answer.spent.output_tokens} output tokens; ends {answer.text[-60:]!r}")
     return reply
 
 
@@ -241,20 +242,14 @@ class Estimate:
     """What asking would take.
 
     Attributes:
-        requests: questions that the store does not answer.
-        stored: questions that it does.
-        usage: tokens that are to be expected, without thinking and without asking again.
-        most: tokens if every reply is as long as is allowed.
-        usd: cost of `usage`; None where no price is known.
-        usd_most: cost of `most`.
+        expected: requests for what the store does not answer, without thinking and without asking again.
+        most: the same, if every reply is as long as is allowed.
+        stored: questions that the store answers.
     """
 
-    requests: int
+    expected: Spent
+    most: Spent
     stored: int
-    usage: Usage
-    most: Usage
-    usd: float | None
-    usd_most: float | None
 
 
 def estimate(tasks: Iterable[Task], options: TeacherOptions, known: Container[str] = ()) -> Estimate:
@@ -265,13 +260,16 @@ def estimate(tasks: Iterable[Task], options: TeacherOptions, known: Container[st
         options: the teacher.
         known: keys that the store answers.
     """
-    prices, usage, most, seen, stored = Prices(options), Usage(), Usage(), set[str](), 0
+    expected, most, seen, stored = Spent(), Spent(), set[str](), 0
     for task in tasks:
         if task.key in seen or task.key in known:
             stored += 1
             continue
         seen.add(task.key)
         size = input_tokens(task)
-        usage = usage.plus(Usage(size, min(options.output_tokens, int(size * task.share))))
-        most = most.plus(Usage(size, options.output_tokens))
-    return Estimate(len(seen), stored, usage, most, prices.at(usage), prices.at(most))
+        expected = expected.plus(Spent(1, size, min(options.output_tokens, int(size * task.share))))
+        most = most.plus(Spent(1, size, options.output_tokens))
+    expected, most = (
+        total._replace(usd=Prices(options).at(total.input_tokens, total.output_tokens)) for total in (expected, most)
+    )
+    return Estimate(expected, most, stored)

@@ -6,8 +6,6 @@
 A reply is a line of JSON. It is on the disk before anybody sees it; a last line that a kill has torn is cut off when
 the file is opened. Only one process may have it open. Requests that were under way when the process was killed are not
 in it: they are asked again.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from hcot_lmeval.prepare.teacher.questions import Reply, Usage
+from hcot_lmeval.prepare.teacher.questions import Reply, Spent
 
 
 class StoreError(RuntimeError):
@@ -28,9 +26,7 @@ class AnswerStore:
     """The replies of a run.
 
     Attributes:
-        requests: that were sent for all of them, failed ones included.
-        usage: their tokens.
-        usd: their cost, as far as prices were known.
+        spent: for all of them, failed ones included; in US dollars as far as prices were known.
         torn: bytes that were cut off at the end.
 
     Raises:
@@ -39,7 +35,7 @@ class AnswerStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.requests, self.usage, self.usd, self.torn = 0, Usage(), 0.0, 0
+        self.spent, self.torn = Spent(), 0
         self._places: dict[str, int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("a+b")
@@ -60,7 +56,7 @@ class AnswerStore:
         """The number of replies that are not asked for again."""
         return len(self._places)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._places
 
     def get(self, key: str) -> Reply | None:
@@ -88,9 +84,7 @@ class AnswerStore:
         return reply
 
     def _count(self, reply: Reply, place: int) -> None:
-        self.requests += reply.attempts
-        self.usage = self.usage.plus(reply.usage)
-        self.usd += reply.usd or 0.0
+        self.spent = self.spent.plus(reply.spent._replace(usd=reply.spent.usd or 0.0))
         if reply.is_final:
             self._places[reply.key] = place
 
