@@ -7,16 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench import check, floor, prune_events, shapes
-from bench.check import WrongLogitsError, check_engines, plain_logits
-from bench.engines import ENGINES, gguf_file, prepare, resubmit
-from bench.engines.contract import Setting, UnavailableError
-from bench.engines.generate import Generate
+from bench import check, floor, prune_events
+from bench.check import WrongLogitsError, check_engines, largest, live_logits
+from bench.engines import ENGINES, Contender, Setting, UnavailableError, gguf_file, hf, prepare
+from bench.engines.hf import Generate
 from bench.engines.llama import _whole
 from bench.floor import Floor, FloorTime
-from bench.long_trace import measure_long
+from bench.machine import PeakMemory
 from bench.measure import Measurement, WrongTokensError, checked_run, figures, measure, median_ratio
-from bench.memory import PeakMemory
+from bench.models import SHAPES, make_model
 from bench.tables import engine_table
 from bench.timing import StepClock, StepTime, Timing
 from bench.work import (
@@ -37,7 +36,7 @@ from hcot_lmeval.trace import LiveContext, live_ids
 from tests.tiny import tiny_model
 
 SCRIPT = Script(tokens=40, prompt=7, thought=9, solution=3, text=2)
-VOCABULARY = shapes.SHAPES["tiny"]["vocab_size"]
+VOCABULARY = SHAPES["tiny"]["vocab_size"]
 
 
 def quiet(doing: str) -> None:
@@ -46,7 +45,7 @@ def quiet(doing: str) -> None:
 
 @pytest.fixture(scope="module")
 def model():
-    return shapes.make_model("tiny")
+    return make_model("tiny")
 
 
 def setting(model, batch: int = 2, *, stagger: bool = False, **fields) -> Setting:
@@ -130,7 +129,7 @@ def test_every_engine_does_the_same_work(model, name, stagger):
     given = setting(model, 3, stagger=stagger)
     contender = ready(name, given)
     for _ in range(2):
-        timing = checked_run(Measurement(name), contender, given)
+        timing = checked_run(Measurement(name), contender)
         assert timing.tokens == given.work.traces or not contender.forced
         assert timing.peak_live == given.work.peak_live(contender.policy)
         assert timing.seconds >= sum(step.seconds for step in timing.steps)
@@ -158,7 +157,7 @@ def test_engines_that_sample_still_write_the_script(model, name, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *given, **more: asked.append(more) or generate(*given, **more))
     given = setting(model, 2, sampling=SAMPLED)
     contender = ready(name, given)
-    assert checked_run(Measurement(name), contender, given).tokens == given.work.traces
+    assert checked_run(Measurement(name), contender).tokens == given.work.traces
     contender.close()
     for more in asked:
         assert more["do_sample"] and (more["temperature"], more["top_p"], more["top_k"]) == (0.6, 0.95, 20)
@@ -205,14 +204,14 @@ def test_our_slots_hold_exactly_the_peak(model):
     given = setting(model)
     short = replace(given, options={"max_context": given.work.peak_live("recompute") - 1})
     with pytest.raises(WrongTokensError, match="tokens of the script"):
-        checked_run(Measurement("recompute"), prepare("recompute", short), given)
+        checked_run(Measurement("recompute"), prepare("recompute", short))
 
 
 @pytest.mark.parametrize("policy", ["off", "recompute"])
 def test_steps_on_the_device_are_not_watched(model, policy):
     """Watched, they would run on the host; so the whole is timed, and the prompts once more."""
     given = setting(model, options={"loop": "device"})
-    timing = checked_run(Measurement(policy), prepare(policy, given), given)
+    timing = checked_run(Measurement(policy), prepare(policy, given))
     assert timing.steps == () and timing.prune is None
     assert timing.step is not None and timing.step * (given.work.tokens - 1) < timing.seconds
     (made,) = figures([Measurement(policy, [timing])], [FloorTime({"linear": 1.0}, 0.0, 1.0)], given.work)
@@ -221,12 +220,11 @@ def test_steps_on_the_device_are_not_watched(model, policy):
         prepare(policy, replace(given, on_logits=lambda row, generated, logits: None))
 
 
-class Liar:
+class Liar(Contender):
     """An engine that does not do its work."""
 
-    forced, policy = True, "off"
-
-    def __init__(self, timing: Timing) -> None:
+    def __init__(self, setting: Setting, timing: Timing) -> None:
+        super().__init__(setting)
         self.timing = timing
 
     def run(self) -> Timing:
@@ -244,29 +242,29 @@ class Liar:
 def test_other_work_is_an_error(model, change, message):
     given = setting(model)
     honest = Timing(1.0, given.work.traces, 47)
-    checked_run(Measurement("liar"), Liar(honest), given)
+    checked_run(Measurement("liar"), Liar(given, honest))
     with pytest.raises(WrongTokensError, match=message):
-        checked_run(Measurement("liar"), Liar(replace(honest, **change)), given)
+        checked_run(Measurement("liar"), Liar(given, replace(honest, **change)))
 
 
 def test_engines_with_tokens_of_their_own_have_to_generate_as_many(model):
-    given, liar = setting(model), Liar(Timing(1.0, ((1,) * 40, (1,) * 39), 47))
+    liar = Liar(setting(model), Timing(1.0, ((1,) * 40, (1,) * 39), 47))
     liar.forced = False
     with pytest.raises(WrongTokensError, match="40 tokens in each of 2 rows"):
-        checked_run(Measurement("liar"), liar, given)
+        checked_run(Measurement("liar"), liar)
 
 
 @pytest.mark.parametrize("stagger", [False, True])
 def test_resubmission_sends_the_live_contexts_of_the_rule(model, monkeypatch, stagger):
     given, sent = setting(model, 3, stagger=stagger), []
-    decode = resubmit.decode
+    decode = hf.decode
 
     def spy(model, ids, mask, forced, **limits):
         sent.append([row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)])
         return decode(model, ids, mask, forced, **limits)
 
-    monkeypatch.setattr(resubmit, "decode", spy)
-    checked_run(Measurement("resubmit"), prepare("resubmit", given), given)
+    monkeypatch.setattr(hf, "decode", spy)
+    checked_run(Measurement("resubmit"), prepare("resubmit", given))
     work, done = given.work, [0] * 3
     for contexts in sent:
         rows = [row for row in range(3) if done[row] < work.tokens]
@@ -282,36 +280,39 @@ def test_resubmission_sends_the_live_contexts_of_the_rule(model, monkeypatch, st
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
+def row_logits(model, policy: str, work: Work, row: int) -> torch.Tensor:
+    return live_logits(model, work.context(row, policy), work.traces[row])
+
+
 @pytest.mark.parametrize("policy", ["off", "recompute"])
-def test_plain_logits_are_those_of_a_forward_at_every_token(policy):
+def test_live_logits_are_those_of_a_forward_at_every_token(policy):
     model = tiny_model("qwen2", torch.float64)
     work = make_work(2, replace(SCRIPT, stagger=True), 320)
-    found = plain_logits(model, work, policy)
-    for prompt, trace, logits in zip(work.prompts, work.traces, found, strict=True):
-        assert len(logits) == work.tokens
-        for n, given in enumerate(logits):
+    for row, (prompt, trace) in enumerate(zip(work.prompts, work.traces, strict=True)):
+        found = row_logits(model, policy, work, row)
+        assert len(found) == work.tokens
+        for n, given in enumerate(found):
             ids = live_ids((*prompt, *trace[:n]), work.prompt, MARKERS, policy)
             with torch.inference_mode():
                 torch.testing.assert_close(given, model(torch.tensor([ids])).logits[0, -1], rtol=0, atol=1e-9)
 
 
 def test_logits_are_compared_at_every_token_of_every_row():
-    model = tiny_model("qwen2")
-    off, recompute = (plain_logits(model, make_work(1, SCRIPT, 320), policy) for policy in ("off", "recompute"))
+    model, work = tiny_model("qwen2"), make_work(1, SCRIPT, 320)
+    off, recompute = ([row_logits(model, policy, work, 0)] for policy in ("off", "recompute"))
     seen = {(0, n): logits for n, logits in enumerate(recompute[0])}
-    assert check._largest(seen, recompute) == 0
-    assert check._largest(seen, off) > 0.1  # nothing but the prunes tells the two apart
-    assert check._largest({**seen, (0, 3): seen[0, 3] * float("nan")}, recompute) == float("inf")
+    assert largest(seen, recompute) == 0
+    assert largest(seen, off) > 0.1  # nothing but the prunes tells the two apart
+    assert largest({**seen, (0, 3): seen[0, 3] * float("nan")}, recompute) == float("inf")
     del seen[0, 3]
-    assert check._largest(seen, recompute) == float("inf")
+    assert largest(seen, recompute) == float("inf")
 
 
 def test_engines_compute_what_the_model_does(model, monkeypatch):
-    found = {difference.engine: difference for difference in check_engines(setting(model), list(ENGINES), quiet)}
-    compared = {name: d.deviation for name, d in found.items() if d.deviation is not None}
-    assert {"generate", "off", "recompute", "recompute+grammar", "resubmit"} <= set(compared)
-    assert all(d.reason for name, d in found.items() if name not in compared)
-    assert 0 < max(compared[name] for name in ("generate", "off", "recompute", "resubmit")) < 1e-4
+    found = check_engines(setting(model), list(ENGINES), quiet)
+    assert found["evict"] == "no plain forward equals it"
+    ours = [found[name] for name in ("generate", "off", "recompute", "recompute+grammar", "resubmit")]
+    assert 0 < max(ours) < 1e-4
     monkeypatch.setitem(check.ALLOWED, "float32", 1e-12)
     with pytest.raises(WrongLogitsError, match="recompute: a logit differs"):
         check_engines(setting(model), ["recompute"], quiet)
@@ -373,7 +374,7 @@ def test_ticks_become_steps():
         (8.5, 1, 4), (8.6, 0, 5),
         (9.0, 1, 5),
     ]:  # fmt: skip
-        clock.add(time, row, generated)
+        clock.tick([row], generated, time)
     assert clock.steps() == (
         StepTime(1.0, False, 0),  # row 1 read its prompt
         StepTime(2.0, True, 0),
@@ -450,10 +451,10 @@ def test_the_floor_streams_every_weight_once(model, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_processors_that_onednn_does_not_serve_have_a_floor_too(dtype, monkeypatch):
     monkeypatch.setattr(floor, "STEPS", 1)
-    made = Floor(shapes.make_model("tiny", dtype), batch=2, kv_bytes=64)
+    made = Floor(make_model("tiny", dtype), batch=2, kv_bytes=64)
     assert made.run().seconds > 0  # whatever this processor can do
     monkeypatch.setattr(floor, "_packs", lambda _: False)
-    assert set(Floor(shapes.make_model("tiny", dtype), batch=2, kv_bytes=64).run().weights) == {"linear"}
+    assert set(Floor(make_model("tiny", dtype), batch=2, kv_bytes=64).run().weights) == {"linear"}
 
 
 def test_keys_and_values_that_are_too_many_are_read_in_part(model, monkeypatch):
@@ -510,16 +511,6 @@ def test_memory_counts_what_was_in_use_at_once():
     assert 55 < memory.mib() < 200
     memory.forget()
     assert memory.mib() < 30
-
-
-def test_a_long_trace_has_to_stay_short_alive(model, monkeypatch):
-    monkeypatch.setattr(floor, "STEPS", 1)
-    given = setting(model)
-    peak = given.work.peak_live("recompute")
-    with pytest.raises(ValueError, match=f"has {peak} live tokens at its peak, more than --max-live {peak - 1}"):
-        measure_long(given, ["off"], 1, quiet, max_live=peak - 1)
-    found, _ = measure_long(given, ["off", "recompute"], 1, quiet, max_live=peak)
-    assert [m.timings[0].peak_live for m in found] == [47, peak]
 
 
 # --- prune events -----------------------------------------------------------------------------------------------------

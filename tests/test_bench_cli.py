@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import choosing, cli, floor, neighbours, shapes
+from bench import choosing, cli, floor, machine, models
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -54,15 +54,15 @@ def test_the_command_line_prints_a_table_and_writes_a_file(tmp_path, capsys, mon
 
 def test_weights_can_have_the_values_of_a_checkpoint_in_bfloat16(tmp_path, monkeypatch):
     monkeypatch.setattr(floor, "STEPS", 1)
-    models, make_model = [], shapes.make_model
-    monkeypatch.setattr(shapes, "make_model", lambda *a, **k: models.append(make_model(*a, **k)) or models[-1])
+    made, make_model = [], models.make_model
+    monkeypatch.setattr(models, "make_model", lambda *a, **k: made.append(make_model(*a, **k)) or made[-1])
     line = ["--shape", "tiny", "--tokens", "40", "--prompt", "7", "--thought", "9", "--repeats", "1", "--batch", "1"]
     for given in ([], ["--rounded"]):
         path = tmp_path / "bench.json"
         options = ["--option", "weights=packed", "--engines", "recompute", "--json", str(path)]
         assert cli.main([*line, *given, *options]) == 0
         assert json.loads(path.read_text())["arguments"]["rounded"] is bool(given)
-    as_made, rounded = (model.lm_head.weight for model in models)
+    as_made, rounded = (model.lm_head.weight for model in made)
     assert as_made.dtype == rounded.dtype == torch.float32
     assert torch.equal(rounded, as_made.bfloat16().float()) and not torch.equal(rounded, as_made)
 
@@ -100,18 +100,18 @@ def test_who_else_used_the_processors_is_said(monkeypatch):
     clock = iter([10.0, 12.0, 12.0])
     readings = iter([Everyone(1, 1, 1, 50, 1), Everyone(3, 1, 2, 80, 2), Everyone(3, 1, 2, 80, 2)])
     own = iter([Own(1, 0, 0, 0, 9), Own(1.5, 0.5, 0.25, 0.25, 99), Own(1.5, 0.5, 0.25, 0.25, 99)])
-    monkeypatch.setattr(neighbours.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(neighbours.psutil, "cpu_times", lambda: next(readings))
-    monkeypatch.setattr(neighbours.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(neighbours.psutil.Process, "cpu_times", lambda _: next(own))
-    found = neighbours.Neighbours()
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine.psutil, "cpu_times", lambda: next(readings))
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.psutil.Process, "cpu_times", lambda _: next(own))
+    found = machine.OtherLoad()
     assert found.cores() == 2.5 / 2
     assert found.warning().startswith("warning: others used 1.2 of 2 cores meanwhile")
 
 
 def test_a_machine_of_ones_own_is_not_worth_a_word(monkeypatch):
-    found = neighbours.Neighbours()
-    monkeypatch.setattr(neighbours.Neighbours, "cores", lambda _: 0.01)
+    found = machine.OtherLoad()
+    monkeypatch.setattr(machine.OtherLoad, "cores", lambda _: 0.01)
     assert found.warning() == ""
 
 
@@ -134,7 +134,7 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 def test_numbers_and_options_are_looked_at_before_a_model_is_made(line, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "make_model", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr(models, "make_model", lambda *_, **__: pytest.fail("a model was made"))
     assert cli.main(line.split()) == 1
     assert WRONG[line] in capsys.readouterr().err
 

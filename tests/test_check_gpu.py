@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import clock
+from bench import timing
 from bench.gpu import cli, identity, probes, steps
 from bench.gpu.identity import Identity, compare
-from bench.shapes import make_model
+from bench.models import make_model
 
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Sdpa
@@ -99,9 +99,9 @@ def test_weights_that_are_read_twice_count_once():
 
 def test_the_clock_runs_the_work_and_graphs_are_for_cuda():
     done: list[int] = []
-    assert clock.seconds(lambda: done.append(1), CPU, runs=5) >= 0 and len(done) == 5
+    assert timing.seconds(lambda: done.append(1), CPU, runs=5) >= 0 and len(done) == 5
     work = done.clear
-    assert clock.as_graph(work, CPU) == work
+    assert timing.as_graph(work, CPU) == work
 
 
 def test_help_is_instant():

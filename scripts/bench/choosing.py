@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from bench.clock import seconds
-from bench.measure import Report
+from bench.output import Report
+from bench.timing import seconds
 from bench.work import Sampling
-from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
-from hcot_lmeval.engine.device.state import SamplingRows
+from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
 from hcot_lmeval.engine.native import sampler_for
-from hcot_lmeval.engine.sampling import Draw, SamplingParams, hash_places, noise_start
+from hcot_lmeval.engine.sampling import Draw, SamplingParams, choose
 
 SPREAD = 3.0
 """Standard deviation of the logits, which are normally distributed."""
@@ -81,13 +80,9 @@ def time_choices(
 def _by_turns(
     ways: dict[str, Chooser | str], sampling: Sampling, batch: int, repeats: int, device: torch.device
 ) -> list[ChoiceTime]:
-    times = {way: ChoiceTime(way, sampling, batch) for way in ways}
-    ready: dict[str, Chooser] = {}
-    for way, chooser in ways.items():
-        if isinstance(chooser, str):
-            times[way].reason = chooser
-        else:
-            ready[way] = chooser
+    reasons = {way: chooser if isinstance(chooser, str) else "" for way, chooser in ways.items()}
+    times = {way: ChoiceTime(way, sampling, batch, reason=reason) for way, reason in reasons.items()}
+    ready = {way: chooser for way, chooser in ways.items() if not isinstance(chooser, str)}
     expected = ready["torch"]()
     for way, chooser in ready.items():
         if chooser() != expected and way != "transformers":
@@ -100,27 +95,21 @@ def _by_turns(
 
 def _ways(logits: torch.Tensor, sampling: Sampling) -> dict[str, Chooser | str]:
     """The ways, or why there is none here."""
-    batch, device = len(logits), logits.device
-    starts = torch.tensor([noise_start(row, 0) for row in range(batch)], device=device)
-    truncates = sampling.top_p < 1 or sampling.top_k > 0
-    plain = Sampler(hash_places(logits.shape[1], device), truncates, most=sampling.top_k)
-    numbers = (sampling.temperature, sampling.top_p, 0.0)
-    settings = SamplingRows(*(torch.full((batch,), number, device=device) for number in numbers))
-    rest = torch.full((batch,), sampling.top_k, device=device), starts
-    warpers = _warpers(sampling)
-
-    def by_transformers() -> list[int]:
-        return torch.multinomial(warpers(None, logits).softmax(-1), 1)[:, 0].tolist()
-
-    def by_torch() -> list[int]:
-        return plain.sampled(logits / sampling.temperature, settings, *rest).tolist()
-
-    return {
-        "transformers": by_transformers,
-        "torch": by_torch,
-        "native": _natively(logits, sampling),
-        "triton": _by_triton(logits, sampling, settings, rest),
+    params = SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    draws, warpers = [Draw(params, row, 0) for row in range(len(logits))], _warpers(sampling)
+    found: dict[str, Chooser | str] = {
+        "transformers": lambda: torch.multinomial(warpers(None, logits).softmax(-1), 1)[:, 0].tolist(),
+        "torch": lambda: choose(logits, draws)[0],
+        "native": "on the CPU only",
+        "triton": "on CUDA only",
     }
+    if logits.device.type == "cpu":
+        native = sampler_for(logits.dtype)
+        found["native"] = (lambda: native(logits, draws)) if native else "no C++ compiler, or it failed; see the log"
+    if logits.device.type == "cuda":
+        kernel = kernel_for(logits.device)
+        found["triton"] = (lambda: choose_by(kernel, logits, draws)) if kernel else "it does not run here; see the log"
+    return found
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
@@ -129,24 +118,3 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     made += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     made += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     return LogitsProcessorList(made)
-
-
-def _natively(logits: torch.Tensor, sampling: Sampling) -> Chooser | str:
-    if logits.device.type != "cpu":
-        return "on the CPU only"
-    chooser = sampler_for(logits.dtype)
-    if chooser is None:
-        return "no C++ compiler, or it failed; the log says why"
-    params = SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
-    draws = [Draw(params, row, 0) for row in range(len(logits))]
-    return lambda: chooser(logits, draws)
-
-
-def _by_triton(
-    logits: torch.Tensor, sampling: Sampling, settings: SamplingRows, rest: tuple[torch.Tensor, torch.Tensor]
-) -> Chooser | str:
-    kernel = kernel_for(logits.device) if logits.device.type == "cuda" else None
-    if kernel is None:
-        return "on CUDA only" if logits.device.type != "cuda" else "it does not run here; the log says why"
-    truncates = sampling.top_p < 1
-    return lambda: kernel(logits / sampling.temperature, *settings, *rest, sampling.top_k, truncates).tolist()

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.engines import ENGINES
-from bench.shapes import DTYPES, SHAPES
+from bench.models import DTYPES, SHAPES
+from bench.output import finish, progress, run
 from bench.work import LONG_LIVE, LONG_SCRIPT, Script
 
 if TYPE_CHECKING:
-    from bench.engines.contract import Setting
+    from bench.engines import Setting
     from bench.floor import FloorTime
     from bench.measure import Measurement
-    from bench.prune_events import EventTime
 
 SUMMARY = """\
 Times engines on equal work, in one run: models with random weights are made to generate the same scripted tokens.
@@ -51,8 +49,16 @@ matrix products and reads the live keys and values); "of memory" is the same for
 multiplying nothing; "x generate" and "x off" compare whole runs. Ratios are medians of those within each repeat, in
 which the engines take turns. docs/speed.md tells more.
 """
-LONG_ENGINES = ("off", "recompute", "evict")
 COMMANDS = ("engines", "prune", "long", "sampling", "guard")
+LONG_ENGINES = ("off", "recompute", "evict")
+TRACE = {
+    "prompt": "of the prompt",
+    "tokens": "to generate",
+    "thought": "of each thought",
+    "solution": "of each solution",
+    "text": "between blocks",
+}
+"""Fields of `Script` -> what they count."""
 VOCABULARY = 151_936
 """That of Qwen2.5 and Qwen3."""
 
@@ -63,22 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] not in (["-h"], ["--help"]) and (not given or given[0].startswith("-")):
         given.insert(0, "engines")
     args = make_parser().parse_args(given)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (ValueError, MemoryError, AssertionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    from bench.machine import OtherLoad
 
-
-def _run(args: argparse.Namespace) -> int:
-    """Runs the command that was chosen and counts who else computes meanwhile."""
-    from bench.neighbours import Neighbours
-
-    args.neighbours = Neighbours()
-    return int(args.action(args))
+    args.load = OtherLoad()
+    return run(args.action, args)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -91,11 +85,23 @@ def make_parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
     examples = EXAMPLES.replace("%(prog)s", parser.prog) + TERMS  # else they would name the command twice
     engines = kinds.add_parser("engines", help="every engine beside the floor", epilog=examples, formatter_class=form)
-    _add_engines(engines)
-    _add_prune(kinds.add_parser("prune", help="what a prune event costs"))
+    _add_engines(engines, Script(), ENGINES, [1, 4], repeats=3)
     long = kinds.add_parser("long", help="a long trace with a short live context", epilog=TERMS, formatter_class=form)
-    _add_long(long)
-    _add_sampling(kinds.add_parser("sampling", help="what choosing a token costs"))
+    _add_engines(long, LONG_SCRIPT, LONG_ENGINES, [1, 4, 16], repeats=1)
+    long.set_defaults(base=None)
+    long.add_argument("--max-live", type=int, default=LONG_LIVE,
+                      help="an error if the pruned trace has more live tokens at once (%(default)s)")  # fmt: skip
+    prune = kinds.add_parser("prune", help="what a prune event costs")
+    prune.set_defaults(action=run_prune)
+    _add_several(prune, "--solution", [4, 16, 64], "tokens of the solution")
+    _add_several(prune, "--context", [256, 1024, 4096], "live tokens before")
+    _add_several(prune, "--thought", [64, 512, 4096], "tokens thrown away")
+    _add_model(prune, repeats=3)
+    sampling = kinds.add_parser("sampling", help="what choosing a token costs")
+    sampling.set_defaults(action=run_sampling)
+    _add_several(sampling, "--batch", [1, 16], "rows side by side")
+    sampling.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens to choose from (%(default)s)")
+    _add_machine(sampling, repeats=3)
     guard = kinds.add_parser("guard", help="a short form that fails on ratios")
     guard.set_defaults(action=run_guard)
     _add_threads(guard)
@@ -103,12 +109,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engines(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(action=run_engines)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME",
-                        help=f"some of {', '.join(ENGINES)} (default: all)")  # fmt: skip
-    _add_several(parser, "--batch", [1, 4], "rows side by side")
-    _add_script(parser, Script())
+def _add_engines(
+    parser: argparse.ArgumentParser, script: Script, engines: Iterable[str], batch: list[int], *, repeats: int
+) -> None:
+    parser.set_defaults(action=run_engines, base="generate", max_live=None)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(engines), metavar="NAME",
+                        help=f"some of {', '.join(ENGINES)} (default: {' '.join(engines)})")  # fmt: skip
+    _add_several(parser, "--batch", batch, "rows side by side")
+    group = parser.add_argument_group("the trace (tokens a row)")
+    for name, text in TRACE.items():
+        group.add_argument(f"--{name}", type=int, default=getattr(script, name), help=f"{text} (%(default)s)")
     parser.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
                         help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
     parser.add_argument("--stagger", action="store_true", help="rows end their blocks in different steps")
@@ -116,40 +126,7 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
     parser.add_argument("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
     parser.add_argument("--check", action="store_true", help="first compare each engine's logits with a plain forward")
-    parser.add_argument("--repeats", type=int, default=3,
-                        help="timed runs of each engine, after one to warm up (%(default)s)")  # fmt: skip
-    _add_common(parser)
-
-
-def _add_prune(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(action=run_prune)
-    _add_several(parser, "--solution", [4, 16, 64], "tokens of the solution")
-    _add_several(parser, "--context", [256, 1024, 4096], "live tokens before")
-    _add_several(parser, "--thought", [64, 512, 4096], "tokens thrown away")
-    parser.add_argument("--repeats", type=int, default=3,
-                        help="events at each place, after one to warm up (%(default)s)")  # fmt: skip
-    _add_common(parser)
-
-
-def _add_long(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(action=run_long, stagger=False, temperature=0.0, top_p=1.0, top_k=0)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(LONG_ENGINES), metavar="NAME",
-                        help=f"the first is the base (default: {' '.join(LONG_ENGINES)})")  # fmt: skip
-    _add_several(parser, "--batch", [1, 4, 16], "rows side by side")
-    _add_script(parser, LONG_SCRIPT)
-    parser.add_argument("--max-live", type=int, default=LONG_LIVE,
-                        help="an error if the pruned trace has more live tokens at once (%(default)s)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=1,
-                        help="timed runs of each engine; none to warm up (%(default)s)")  # fmt: skip
-    _add_common(parser)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(action=run_sampling)
-    _add_several(parser, "--batch", [1, 16], "rows side by side")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens to choose from (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each way, after one to warm up (%(default)s)")
-    _add_machine(parser)
+    _add_model(parser, repeats=repeats)
 
 
 def _add_several(parser: argparse.ArgumentParser, name: str, default: list[int], meaning: str) -> None:
@@ -157,32 +134,21 @@ def _add_several(parser: argparse.ArgumentParser, name: str, default: list[int],
     parser.add_argument(name, type=int, nargs="+", default=default, help=f"{meaning} ({shown})")
 
 
-def _add_script(parser: argparse.ArgumentParser, script: Script) -> None:
-    group = parser.add_argument_group("the trace (tokens a row)")
-    meaning = {
-        "prompt": "of the prompt",
-        "tokens": "to generate",
-        "thought": "of each thought",
-        "solution": "of each solution",
-        "text": "between blocks",
-    }
-    for name, text in meaning.items():
-        group.add_argument(f"--{name}", type=int, default=getattr(script, name), help=f"{text} (%(default)s)")
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
     parser.add_argument("--rounded", action="store_true",
                         help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
-    _add_machine(parser)
+    _add_machine(parser, repeats=repeats)
     _add_option(parser)
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def _add_machine(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
     _add_threads(parser)
+    parser.add_argument("--repeats", type=int, default=repeats,
+                        help="timed runs, by turns, after one to warm up (%(default)s; long: without)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
@@ -206,57 +172,40 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def run_engines(args: argparse.Namespace) -> int:
-    """``engines``: a table for each batch size."""
+    """``engines`` and ``long``: a table for each batch size; ``long`` compares with the first engine."""
     from bench.measure import figures, measure
     from bench.tables import best_table, engine_table
 
-    results: list[dict[str, Any]] = []
+    base, results = args.base or args.engines[0], list[dict[str, Any]]()
     all_made = []
-    for setting in _settings(args, args.lives):
+    for setting in _settings(args):
         if args.check and not results:
             print(_checks(setting, args.engines))
-        with _progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
-            found, floors = measure(setting, args.engines, args.repeats, report)
-        made = figures(found, floors, setting.work)
-        print(engine_table(made, floors, setting.work, sampling=setting.sampling) + "\n")
+        with progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
+            warm_up = args.max_live is None
+            found, floors = measure(setting, args.engines, args.repeats, report, warm_up=warm_up)
+        made = figures(found, floors, setting.work, base=base)
+        print(engine_table(made, floors, setting.work, base=base, sampling=setting.sampling) + "\n")
         all_made.append((setting.work, made))
         results.append(_result(setting, found, floors, made))
-    best = best_table(all_made)
+    best = best_table(all_made, base=base)
     print(best + "\n" if best else "", end="")
-    _finish(args, results)
-    return 0
-
-
-def run_long(args: argparse.Namespace) -> int:
-    """``long``: the same on a long trace, against the first engine."""
-    from bench.long_trace import measure_long
-    from bench.measure import figures
-    from bench.tables import engine_table
-
-    results, base = [], args.engines[0]
-    for setting in _settings(args):
-        with _progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
-            found, floors = measure_long(setting, args.engines, args.repeats, report, max_live=args.max_live)
-        made = figures(found, floors, setting.work, base=base)
-        print(engine_table(made, floors, setting.work, base=base))
-        print("peak live tokens are those of the simulation, exactly\n")
-        results.append(_result(setting, found, floors, made))
-    _finish(args, results)
+    finish(args, args.threads, {"results": results})
     return 0
 
 
 def run_prune(args: argparse.Namespace) -> int:
     """``prune``: the curve of prune events."""
+    from bench.models import make_model
     from bench.prune_events import places, time_events
-    from bench.shapes import make_model
     from bench.tables import event_table
 
     model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
     where = places(args.solution, args.context, args.thought)
-    with _progress(len(where)) as report:
+    with progress(len(where)) as report:
         found = time_events(model, where, args.repeats, report, dict(args.option))
     print(event_table(found) + "\n")
-    _finish(args, [_event_result(event) for event in found])
+    finish(args, args.threads, {"results": [event.as_dict() for event in found]})
     return 0
 
 
@@ -268,11 +217,11 @@ def run_sampling(args: argparse.Namespace) -> int:
     from bench.tables import choice_table
 
     torch.set_num_threads(args.threads)
-    with _progress(len(args.batch) * len(SETTINGS)) as report:
+    with progress(len(args.batch) * len(SETTINGS)) as report:
         found = time_choices(args.batch, args.vocabulary, torch.device(args.device), args.repeats, report)
     print(f"milliseconds to choose a token of each row, of {args.vocabulary}")
     print(choice_table(found) + "\n")
-    _finish(args, [asdict(choice) for choice in found])
+    finish(args, args.threads, {"results": [asdict(choice) for choice in found]})
     return 0
 
 
@@ -280,26 +229,32 @@ def run_guard(args: argparse.Namespace) -> int:
     """``guard``: 1 if a ratio is beyond its bound."""
     from bench.guard import guard
 
-    with _progress(None) as report:
-        found = guard(report, threads=args.threads, options=dict(args.option))
+    with progress(None) as report:
+        found = guard(report, args.threads, dict(args.option))
     print("\n".join(map(str, found)))
     return int(not all(finding.passed for finding in found))
 
 
-def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[Setting]:
+def _settings(args: argparse.Namespace) -> Iterator[Setting]:
     """The work of each batch size, and of each live context that is asked for, for one model."""
-    from bench.engines.contract import Setting
-    from bench.shapes import make_model
+    from bench.engines import Setting
+    from bench.models import make_model
     from bench.work import Sampling, fitted, make_work
     from hcot_lmeval.engine.options import read_options
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
     read_options(dict(args.option))
-    script = Script(args.tokens, args.prompt, args.thought, args.solution, args.text, args.stagger)
+    script = Script(stagger=args.stagger, **{name: getattr(args, name) for name in TRACE})
     vocabulary = SHAPES[args.shape]["vocab_size"]
-    scripts = [fitted(script, live) for live in lives] or [script]
+    scripts = [fitted(script, live) for live in args.lives] or [script]
     # errors come before the model is made
     works = [make_work(batch, one, vocabulary) for batch in args.batch for one in scripts]
+    for peak in (work.peak_live("recompute") for work in works if args.max_live is not None):
+        if peak > args.max_live:
+            raise ValueError(
+                f"the pruned trace has {peak} live tokens at its peak, more than --max-live {args.max_live}; "
+                "lower --prompt, --thought, --solution or --text, or allow more"
+            )
     model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
     for work in works:
         yield Setting(model, work, args.threads, dict(args.option), sampling)
@@ -308,43 +263,13 @@ def _settings(args: argparse.Namespace, lives: Sequence[int] = ()) -> Iterator[S
 def _checks(setting: Setting, engines: Sequence[str]) -> str:
     from bench.check import check_engines
 
-    with _progress(len(engines)) as report:
+    with progress(len(engines)) as report:
         found = check_engines(setting, engines, report)
-    told = [f"{d.deviation:.1e} standard deviations" if d.reason == "" else f"not compared: {d.reason}" for d in found]
-    lines = [f"  {d.engine}: {text}" for d, text in zip(found, told, strict=True)]
+    lines = [
+        f"  {name}: {f'not compared: {gap}' if isinstance(gap, str) else f'{gap:.1e} standard deviations'}"
+        for name, gap in found.items()
+    ]
     return "\n".join(["largest difference of a logit from a forward of the live context", *lines]) + "\n"
-
-
-@contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar on the standard error; yields what moves it on."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
-
-        def report(doing: str) -> None:
-            bar.set_postfix_str(doing)
-            bar.update()
-
-        yield report
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def _finish(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
-    """Says what the figures were measured with, and writes the file."""
-    from bench.facts import machine, versions
-
-    facts = {"versions": versions(), "machine": machine(args.device, args.threads)}
-    facts["machine"]["cores used by others"] = f"{args.neighbours.cores():.2f}"
-    print(", ".join(f"{name} {value}" for part in facts.values() for name, value in part.items()))
-    if warning := args.neighbours.warning():
-        print(warning, file=sys.stderr)
-    if args.json:
-        hidden = ("action", "json", "neighbours")
-        arguments = {name: value for name, value in vars(args).items() if name not in hidden}
-        args.json.write_text(json.dumps({**facts, "arguments": arguments, "results": list(results)}, indent=1) + "\n")
 
 
 def _result(
@@ -355,13 +280,8 @@ def _result(
         "floors": [
             {**asdict(floor), "kind": floor.kind, "seconds": floor.seconds, "memory": floor.memory} for floor in floors
         ],
-        "engines": [{**asdict(figures), "runs": _runs(m)} for figures, m in zip(made, found, strict=True)],
+        "engines": [
+            {**asdict(f), "runs": [{"seconds": t.seconds, "step": t.step, "prune": t.prune} for t in m.timings]}
+            for f, m in zip(made, found, strict=True)
+        ],
     }
-
-
-def _runs(measurement: Measurement) -> list[dict[str, Any]]:
-    return [{"seconds": t.seconds, "step": t.step, "prune": t.prune} for t in measurement.timings]
-
-
-def _event_result(event: EventTime) -> dict[str, Any]:
-    return {**asdict(event.place), "events": event.events, "prefills": event.prefills, "ratio": event.ratio}

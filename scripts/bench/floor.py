@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.clock import as_graph, seconds
+from bench.timing import as_graph, seconds
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A matrix product with a weight: [batch, in] -> [batch, out]."""

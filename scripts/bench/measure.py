@@ -8,19 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.engines import prepare
-from bench.engines.contract import Contender, Setting, UnavailableError
+from bench.engines import Contender, Setting, UnavailableError, prepare
 from bench.floor import Floor, FloorTime
-from bench.memory import PeakMemory
-from bench.shapes import token_bytes
+from bench.machine import PeakMemory
+from bench.models import token_bytes
+from bench.output import Report
 from bench.timing import Timing
 from bench.work import Work
 from hcot_lmeval.trace import Policy
-
-Report = Callable[[str], None]
-"""Called with what is being done, once for each run."""
-
-Run = Callable[["Measurement", Contender, Setting], Timing]
 
 
 @dataclass
@@ -68,7 +63,8 @@ def measure(
     """
     found = {name: Measurement(name) for name in engines}
     ready: dict[str, Contender] = {}
-    floor, floors = make_floor(setting), []
+    live = setting.work.mean_live(Policy.RECOMPUTE)  # the pruned context is what has to be read
+    floor, floors = Floor(setting.model, setting.work.batch, round(live * token_bytes(setting.model))), []
     try:
         for name in engines:
             report(f"{name}: getting ready")
@@ -76,25 +72,19 @@ def measure(
             if contender is not None:
                 ready[name] = contender
                 if warm_up:
-                    _attempted(_metered_run, found[name], contender, setting)
+                    _attempt(metered_run, found[name], contender)
         for number in range(repeats):
             report(f"floor: {number + 1} of {repeats}")
             floors.append(floor.run())
             for name in engines:
                 report(f"{name}: {number + 1} of {repeats}")
                 if name in ready and not found[name].reason:
-                    run = checked_run if warm_up or number else _metered_run
-                    found[name].timings += _attempted(run, found[name], ready[name], setting)
+                    run = checked_run if warm_up or number else metered_run
+                    found[name].timings += _attempt(run, found[name], ready[name])
     finally:
         for contender in ready.values():
             contender.close()
     return list(found.values()), floors
-
-
-def make_floor(setting: Setting) -> Floor:
-    """Returns the floor of the work under the rule: the pruned context is what has to be read."""
-    live = setting.work.mean_live(Policy.RECOMPUTE)
-    return Floor(setting.model, setting.work.batch, round(live * token_bytes(setting.model)))
 
 
 def _get_ready(found: Measurement, setting: Setting) -> Contender | None:
@@ -110,33 +100,33 @@ def _get_ready(found: Measurement, setting: Setting) -> Contender | None:
     return contender
 
 
-def _attempted(run: Run, found: Measurement, contender: Contender, setting: Setting) -> list[Timing]:
+def _attempt(run: Callable[[Measurement, Contender], Timing], found: Measurement, contender: Contender) -> list[Timing]:
     """Runs an engine once; nothing comes back if its work does not fit into memory, which is then the reason."""
     try:
-        return [run(found, contender, setting)]
+        return [run(found, contender)]
     except (torch.OutOfMemoryError, MemoryError) as error:
         found.reason = f"out of memory: {str(error).splitlines()[0]}"
-    if setting.model.device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the others
     return []
 
 
-def _metered_run(found: Measurement, contender: Contender, setting: Setting) -> Timing:
+def metered_run(found: Measurement, contender: Contender) -> Timing:
     """Runs an engine once; what it needs on the way belongs to its memory."""
-    memory = PeakMemory(setting.model.device)
-    timing = checked_run(found, contender, setting)
+    memory = PeakMemory(contender.setting.model.device)
+    timing = checked_run(found, contender)
     grown = memory.mib()
     found.memory = None if grown is None or found.memory is None else found.memory + grown
     return timing
 
 
-def checked_run(found: Measurement, contender: Contender, setting: Setting) -> Timing:
+def checked_run(found: Measurement, contender: Contender) -> Timing:
     """Runs an engine once.
 
     Raises:
         WrongTokensError: it did other work than it was given.
     """
-    name, work, timing = found.name, setting.work, contender.run()
+    name, work, timing = found.name, contender.setting.work, contender.run()
     if contender.forced and timing.tokens != work.traces:
         raise WrongTokensError(f"{name} did not generate the tokens of the script")
     if [len(tokens) for tokens in timing.tokens] != [work.tokens] * work.batch:
@@ -147,9 +137,6 @@ def checked_run(found: Measurement, contender: Contender, setting: Setting) -> T
             f"{name} held {timing.peak_live} tokens of a row at most; under policy {contender.policy} it is {expected}"
         )
     return timing
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.measure import Report
+from bench.output import Report
 from bench.work import CLOSE, FIRST_WORD, MARKERS, OPEN, SPLIT
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder
@@ -21,8 +21,7 @@ BEFORE, AFTER = 3, 2
 """Tokens that are generated before the return, at most the solution, and after it: events come amid decoding."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a block ends.
 
     Attributes:
@@ -58,6 +57,10 @@ class EventTime:
     @property
     def ratios(self) -> list[float]:
         return [event / prefill for event, prefill in zip(self.events, self.prefills, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name."""
+        return {**self.place._asdict(), "events": self.events, "prefills": self.prefills, "ratio": self.ratio}
 
 
 def places(solutions: Sequence[int], contexts: Sequence[int], thoughts: Sequence[int]) -> list[Place]:

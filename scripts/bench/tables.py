@@ -9,6 +9,7 @@ from typing import Any
 from bench.choosing import ChoiceTime
 from bench.floor import FloorTime
 from bench.measure import Figures
+from bench.output import aligned
 from bench.prune_events import EventTime
 from bench.work import GREEDY, Sampling, Work
 
@@ -36,35 +37,18 @@ def engine_table(
     sampling: Sampling = GREEDY,
 ) -> str:
     """Returns the table of one piece of work, with the floor and the engines that did not run."""
-    rows = [["engine", *(heading.replace("base", base) for heading in COLUMNS)], _floor_row(floors, work)]
-    rows += [[figure.engine, *(_cell(figure, *column) for column in COLUMNS.values())] for figure in figures]
+    heading = f"batch {work.batch}: {work.tokens} tokens a row after a prompt of {work.prompt}, {sampling}"
+    rows = [["engine", *(name.replace("base", base) for name in COLUMNS)], _floor_row(floors, work)]
+    rows += [[f.engine, *(_cell(getattr(f, name), form) for name, form in COLUMNS.values())] for f in figures]
     notes = [] if any(work.prunes) else ["nothing is pruned: no row generates as far as its first return"]
     notes += [f"{f.engine}: not run: {f.reason}" for f in figures if f.reason]
     notes += [f"{f.engine}: wrote tokens of its own, not those of the script" for f in figures if not f.forced]
     notes += [f"{f.engine}: ms/step is the mean of all steps, prune events included" for f in figures if f.mean]
-    return "\n".join([_heading(work, sampling), *aligned(rows), _floor_note(floors), *notes])
+    return "\n".join([heading, *aligned(rows), _floor_note(floors), *notes])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the rows as lines; the first column is aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
-
-
-def number(value: Any, form: str) -> str:
-    """Returns the value as `form` says; a dash for None."""
+def _cell(value: Any, form: str) -> str:
     return NOTHING if value is None else format(value, form)
-
-
-def _cell(figures: Figures, name: str, form: str) -> str:
-    return number(getattr(figures, name), form)
-
-
-def _heading(work: Work, sampling: Sampling) -> str:
-    return f"batch {work.batch}: {work.tokens} tokens a row after a prompt of {work.prompt}, {sampling}"
 
 
 def _floor_row(floors: Sequence[FloorTime], work: Work) -> list[str]:
@@ -78,12 +62,11 @@ def _floor_row(floors: Sequence[FloorTime], work: Work) -> list[str]:
 
 def _floor_note(floors: Sequence[FloorTime]) -> str:
     """Which kind of product was the fastest, and what its share is."""
-    kinds = sorted({kind for floor in floors for kind in floor.weights})
-    times = {kind: 1000 * statistics.median(floor.weights[kind] for floor in floors) for kind in kinds}
-    told = ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in sorted(times.items(), key=lambda item: item[1]))
+    times = {kind: 1000 * statistics.median(floor.weights[kind] for floor in floors) for kind in floors[0].weights}
+    kinds = ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in sorted(times.items(), key=lambda item: item[1]))
     kv, read = (1000 * statistics.median(getattr(floor, name) for floor in floors) for name in ("kv", "read"))
     return (
-        f"floor: weights by {told} (the fastest counts), live keys and values {kv:.2f} ms; weights read {read:.2f} ms"
+        f"floor: weights by {kinds} (the fastest counts), live keys and values {kv:.2f} ms; weights read {read:.2f} ms"
     )
 
 
@@ -99,7 +82,7 @@ def best_table(made: Sequence[tuple[Work, Sequence[Figures]]], *, base: str = "g
         for f in figures:
             if f.tokens_per_second is not None:
                 speeds = f"{f.tokens_per_second:.1f}", f"{f.tokens_per_second / best:.2f}"
-                rows.append([f.engine, str(work.batch), number(f.peak_live, "d"), *speeds])
+                rows.append([f.engine, str(work.batch), _cell(f.peak_live, "d"), *speeds])
     return "\n".join([f"beside the best batch of {base}, {batch}, at {best:.1f} tokens/s", *aligned(rows)])
 
 
@@ -118,9 +101,8 @@ def event_table(events: Sequence[EventTime]) -> str:
     """Returns the curve of prune events: a line for each place, and the range of the ratios."""
     rows = [["solution", "context", "thought", "ms/event", "ms/prefill", "ratio"]]
     for event in events:
-        place = (event.place.solution, event.place.context, event.place.thought)
         times = [1000 * statistics.median(seconds) for seconds in (event.events, event.prefills)]
-        rows.append([*map(str, place), *(f"{ms:.2f}" for ms in times), f"{event.ratio:.2f}"])
+        rows.append([*map(str, event.place), *(f"{ms:.2f}" for ms in times), f"{event.ratio:.2f}"])
     ratios = [event.ratio for event in events]
     median = statistics.median(ratios)
     return "\n".join([*aligned(rows), f"ratio: median {median:.2f}, {min(ratios):.2f} to {max(ratios):.2f}"])

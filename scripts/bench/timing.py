@@ -1,14 +1,61 @@
-"""What one run of an engine took: the whole, and each of its steps."""
+"""What work takes: its seconds on any device, and of a run of an engine the whole and each of its steps."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from bench.work import Work
+
+if TYPE_CHECKING:
+    import torch
+
+WARM_UP = 2
+"""Runs before a capture: libraries choose their kernels and take their memory."""
+
+
+def seconds(work: Callable[[], Any], device: torch.device, *, runs: int) -> float:
+    """Returns the median time of some runs; on CUDA what lies between events, not what it takes to queue them."""
+    return statistics.median(_on_cuda(work, device) if device.type == "cuda" else _on_host(work) for _ in range(runs))
+
+
+def _on_host(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _on_cuda(work: Callable[[], Any], device: torch.device) -> float:
+    import torch
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(torch.cuda.current_stream(device))
+    work()
+    stop.record(torch.cuda.current_stream(device))
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1000
+
+
+def as_graph(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Returns what does the work as a CUDA graph, in which no kernel waits for the host; elsewhere `work`."""
+    if device.type != "cuda":
+        return work
+    import torch
+
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=aside):
+        work()
+    return graph.replay
 
 
 @dataclass(frozen=True)
@@ -73,18 +120,10 @@ class StepClock:
         self._prunes = work.prunes if prunes else (frozenset[int](),) * work.batch
         self._ticks: list[tuple[float, int, int]] = []
 
-    def tick(self, row: int, generated: int) -> None:
-        """Logits are there for the row that has generated so many tokens."""
-        self._ticks.append((time.perf_counter(), row, generated))
-
-    def tick_all(self, rows: Iterable[int], generated: int) -> None:
-        """The same for rows in step with one another."""
-        now = time.perf_counter()
+    def tick(self, rows: Iterable[int], generated: int, at: float | None = None) -> None:
+        """Logits are there for rows that have generated so many tokens: now, or at a time of `time.perf_counter`."""
+        now = time.perf_counter() if at is None else at
         self._ticks += [(now, row, generated) for row in rows]
-
-    def add(self, seconds: float, row: int, generated: int) -> None:
-        """A tick in the past, at a time of `time.perf_counter`."""
-        self._ticks.append((seconds, row, generated))
 
     def steps(self) -> tuple[StepTime, ...]:
         """Returns the steps so far; see `Timing.steps`."""
@@ -95,12 +134,12 @@ class StepClock:
         """Yields the time of each step and, for the rows that took part, the tokens they had generated."""
         group: dict[int, int] = {}
         start = 0.0
-        for seconds, row, generated in self._ticks:
+        for at, row, generated in self._ticks:
             if row in group:
                 yield start, group
                 group = {}
             if not group:
-                start = seconds
+                start = at
             group[row] = generated
         if group:
             yield start, group

@@ -148,18 +148,16 @@ class Work:
 
     def peak_live(self, policy: Policy | str) -> int:
         """Returns the largest number of live tokens of any row at any time: what its keys and values need."""
-        return max(self._follow(row, policy).peak for row in range(self.batch))
+        contexts = [self.context(row, policy) for row in range(self.batch)]
+        for context, trace in zip(contexts, self.traces, strict=True):
+            for token in trace:
+                context.push(token)
+        return max(context.peak for context in contexts)
 
     def mean_live(self, policy: Policy | str) -> float:
         """Returns the live tokens of all rows together, averaged over the steps."""
         total = sum(step.rewind + len(step.forward) for row in range(self.batch) for step in self.steps(row, policy))
         return total / self.tokens
-
-    def _follow(self, row: int, policy: Policy | str) -> LiveContext:
-        context = self.context(row, policy)
-        for token in self.traces[row]:
-            context.push(token)
-        return context
 
 
 def make_work(batch: int, script: Script, vocabulary: int) -> Work:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.engines.contract import Setting, UnavailableError
+from bench.engines import Contender, Setting, UnavailableError
 from bench.engines.gguf_file import write_gguf
 from bench.timing import StepClock, Timing
 from hcot_lmeval.trace import Policy, Step
@@ -29,7 +29,7 @@ CELLS = 256
 """llama.cpp rounds the context of a sequence up to a multiple of this."""
 
 
-class Llama:
+class Llama(Contender):
     """The model as a temporary file, one sequence for each row.
 
     At a return the sequence is cut behind ``[open]`` (`llama_memory_seq_rm`), and the solution is decoded again with
@@ -38,11 +38,15 @@ class Llama:
     """
 
     policy = "recompute"
-    forced = True
 
     def __init__(self, setting: Setting, *, flash: bool) -> None:
-        self._setting, self._flash = setting, flash
-        self._lib = import_module("llama_cpp")
+        super().__init__(setting)
+        for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
+            if find_spec(module) is None:
+                raise UnavailableError(f"not installed; pip install {package}")
+        self._flash, self._lib = flash, import_module("llama_cpp")
+        if setting.model.device.type != "cpu" and not self._lib.llama_supports_gpu_offload():
+            raise UnavailableError("installed without support for the GPU; build it with CMAKE_ARGS=-DGGML_CUDA=ON")
         self._lib.llama_log_set(_silence(), None)
         self._lib.llama_backend_init()
         self._model = self._load()
@@ -55,11 +59,11 @@ class Llama:
     @property
     def _room(self) -> int:
         """Most tokens of one call: all prompts, or all solutions that are read again."""
-        work = self._setting.work
+        work = self.setting.work
         return max(512, work.batch * work.prompt, work.batch * work.peak_live(self.policy))
 
     def run(self) -> Timing:
-        work, lib = self._setting.work, self._lib
+        work, lib = self.setting.work, self._lib
         clock = StepClock(work, prunes=True)
         contexts = [work.context(row, Policy.RECOMPUTE) for row in range(work.batch)]
         lib.llama_memory_clear(self._memory, False)
@@ -68,9 +72,10 @@ class Llama:
         steps = [_whole(context.live) for context in contexts]
         for generated in range(work.tokens):
             logits = self._decode(steps)
-            clock.tick_all(range(work.batch), generated)
+            clock.tick(range(work.batch), generated)
             choices.append(self._choose(logits))  # a decoder would take these
-            self._show(generated, logits)
+            for row, scores in enumerate(logits):
+                self.setting.show(row, generated, scores)
             steps = [c.push(trace[generated]) for c, trace in zip(contexts, work.traces, strict=True)]
             peak = max(peak, *(step.rewind + len(step.forward) for step in steps))
         seconds = time.perf_counter() - start
@@ -81,11 +86,6 @@ class Llama:
             return logits.argmax(1).tolist()
         sample = self._lib.llama_sampler_sample
         return [sample(self._sampler, self._context, row - len(logits)) for row in range(len(logits))]
-
-    def _show(self, generated: int, logits: np.ndarray) -> None:
-        if self._setting.on_logits is not None:
-            for row, scores in enumerate(logits):
-                self._setting.on_logits(row, generated, scores)
 
     def _decode(self, steps: Sequence[Step]) -> np.ndarray:
         """Carries the steps of all rows out; returns the logits behind each: [rows, vocabulary], valid until next."""
@@ -110,8 +110,8 @@ class Llama:
         lib, params = self._lib, self._lib.llama_model_default_params()
         with tempfile.TemporaryDirectory() as folder:  # the file stays mapped after it is gone
             path = Path(folder) / "model.gguf"
-            write_gguf(self._setting.model, path)
-            if self._setting.model.device.type == "cpu":
+            write_gguf(self.setting.model, path)
+            if self.setting.model.device.type == "cpu":
                 params.n_gpu_layers = 0
             model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
@@ -119,7 +119,7 @@ class Llama:
         return model
 
     def _make_context(self) -> Any:
-        setting, params = self._setting, self._lib.llama_context_default_params()
+        setting, params = self.setting, self._lib.llama_context_default_params()
         cells = -(-setting.work.peak_live(self.policy) // CELLS) * CELLS
         params.n_ctx, params.n_seq_max = cells * setting.work.batch, setting.work.batch
         params.n_batch = self._room
@@ -134,7 +134,7 @@ class Llama:
 
     def _make_sampler(self) -> Any:
         """Temperature, top-k, top-p, in the order of `generate`."""
-        lib, params = self._lib, self._setting.sampling
+        lib, params = self._lib, self.setting.sampling
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         made = [lib.llama_sampler_init_temp(params.temperature)]
         made += [lib.llama_sampler_init_top_k(params.top_k)] if params.top_k else []
@@ -165,17 +165,3 @@ def _silence() -> Any:
 
 def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """A log that nobody reads."""
-
-
-def prepare(setting: Setting, *, flash: bool) -> Llama:
-    """Makes it, with flash attention or without.
-
-    Raises:
-        UnavailableError: llama-cpp-python or gguf is not installed, or the model is on a GPU that it was not built for.
-    """
-    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
-        if find_spec(module) is None:
-            raise UnavailableError(f"not installed; pip install {package}")
-    if setting.model.device.type != "cpu" and not import_module("llama_cpp").llama_supports_gpu_offload():
-        raise UnavailableError("installed without support for the GPU; build it with CMAKE_ARGS=-DGGML_CUDA=ON")
-    return Llama(setting, flash=flash)

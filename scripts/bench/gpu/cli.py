@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.shapes import DTYPES, SHAPES
+from bench.models import DTYPES, SHAPES
+from bench.output import aligned, finish, progress, run
 
 if TYPE_CHECKING:
-    from bench.gpu.steps import StepFigure
+    import torch
 
 SUMMARY = """\
 Checks the engine's path for GPUs on this machine and times it. The order is that in which to trust it:
@@ -37,16 +36,25 @@ examples:
 """
 PARTS = ("probes", "identity", "steps")
 LEVELS = ("L0", "L1", "L2")
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "rows": (16, 4),
+    "tokens": (160, 60),
+    "shape": ("1.5B", "tiny"),
+    "dtype": ("bfloat16", "float32"),
+    "batch": ([1, 8, 64, 256], [2]),
+    "live": ([1024, 8192], [64]),
+    "steps": (64, 4),
+}
+"""Values on CUDA, and on the CPU."""
+LEFT_OUT = (
+    "all checks passed that a CPU can run. Left out, for want of CUDA: the flash kernels, compiled Triton, CUDA "
+    "graphs, streams and asynchronous copies, steps L1 and L2"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something is wrong, 130 if it was interrupted."""
-    args = make_parser().parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    return run(check, make_parser().parse_args(argv))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,57 +75,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-ON_CUDA: dict[str, Any] = {
-    "rows": 16,
-    "tokens": 160,
-    "shape": "1.5B",
-    "dtype": "bfloat16",
-    "batch": [1, 8, 64, 256],
-    "live": [1024, 8192],
-    "steps": 64,
-}
-ON_CPU: dict[str, Any] = {
-    "rows": 4,
-    "tokens": 60,
-    "shape": "tiny",
-    "dtype": "float32",
-    "batch": [2],
-    "live": [64],
-    "steps": 4,
-}
-
-
-def run(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     """Runs the parts, prints their tables, and returns the exit status."""
     import torch
 
-    from bench.facts import machine, versions
-
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for name, value in (ON_CUDA if device.type == "cuda" else ON_CPU).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    told: dict[str, Any] = {"versions": versions(), "machine": machine(str(device), torch.get_num_threads())}
-    print(", ".join(f"{name} {value}" for part in told.values() for name, value in part.items()) + "\n")
-    failed = False
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, results, failed = torch.device(args.device), {}, False
+    for name, (on_cuda, on_cpu) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, on_cuda if device.type == "cuda" else on_cpu)
     for part in (part for part in PARTS if part in args.only):
-        told[part], wrong = RUNS[part](args, device)
-        failed |= wrong
-    if args.json:
-        args.json.write_text(json.dumps({**told, "failed": failed}, indent=1) + "\n")
-    print("something is wrong, see above" if failed else _all_well(device))
+        results[part], passed = {"probes": run_probes, "identity": run_identity, "steps": run_steps}[part](args, device)
+        failed |= not passed
+    finish(args, torch.get_num_threads(), {**results, "failed": failed})
+    right = "all checks passed" if device.type == "cuda" else LEFT_OUT
+    print("something is wrong, see above" if failed else right)
     return int(failed)
 
 
-def _all_well(device: Any) -> str:
-    if device.type == "cuda":
-        return "all checks passed"
-    return (
-        "all checks passed that a CPU can run. Left out, for want of CUDA: the flash kernels, compiled Triton, CUDA "
-        "graphs, streams and asynchronous copies, steps L1 and L2"
-    )
+Result = tuple[list[dict[str, Any]], bool]
+"""What is written, and whether all is well."""
 
 
-def run_probes(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
+def run_probes(args: argparse.Namespace, device: torch.device) -> Result:
     """``probes``: a line for each backend and kind of layer."""
     from bench.gpu.probes import layers, probe_all
     from hcot_lmeval.engine.device.choice import MAKERS
@@ -127,13 +107,12 @@ def run_probes(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, An
     rows += [[p.backend, p.layer, *(f"{error:.1e}" for error in p.errors)] for p in found if p.errors]
     notes = Counter(f"{p.backend}: {'not run' if p.passed else 'FAILED'}: {p.reason}" for p in found if p.reason)
     notes += Counter(f"{p.backend}: WRONG on {p.layer}" for p in found if p.errors and not p.passed)
-    _print(
-        "probes: largest error, relative to the largest entry", rows, [f"{n} ({k} layers)" for n, k in notes.items()]
-    )
-    return [asdict(p) for p in found], not all(p.passed for p in found)
+    counted = [f"{note} ({count} layers)" for note, count in notes.items()]
+    _print("probes: largest error, relative to the largest entry", rows, counted)
+    return [asdict(p) for p in found], all(p.passed for p in found)
 
 
-def run_identity(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
+def run_identity(args: argparse.Namespace, device: torch.device) -> Result:
     """``identity``: a line for each model, policy and way to run."""
     from bench.gpu.identity import KINDS, compare_all, ways
     from hcot_lmeval.trace import Policy
@@ -147,48 +126,36 @@ def run_identity(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, 
         way = " ".join(f"{name}={value}" for name, value in f.way.items())
         rows.append([f.kind, f.policy, str(f.tokens), str(f.prunes), str(f.mismatches), way])
     _print("identity: tokens of the loop that the slow twin would not have chosen", rows)
-    return [{**asdict(f), "passed": f.passed} for f in found], not all(f.passed for f in found)
+    return [{**asdict(f), "passed": f.passed} for f in found], all(f.passed for f in found)
 
 
-def run_steps(args: argparse.Namespace, device: Any) -> tuple[list[dict[str, Any]], bool]:
+def run_steps(args: argparse.Namespace, device: torch.device) -> Result:
     """``steps``: a line for each level, batch and live length."""
     from bench.gpu.steps import time_levels
-    from bench.shapes import make_model
+    from bench.models import make_model
 
     model = make_model(args.shape, args.dtype, str(device))
     figures = time_levels(model, args.levels, args.batch, args.live, steps=args.steps)
     total = len(args.levels) * len(args.batch) * len(args.live)
     found = _watched(figures, total, lambda f: f"{f.level} batch {f.batch} live {f.live}")
     rows = [["level", "batch", "live", "ms/step", "tokens/s", "floor ms", "of floor", "attention"]]
-    rows += [_step_row(f) for f in found if f.ms]
+    for f in (f for f in found if f.ms):
+        times = f"{f.ms:.3f}", f"{1000 * f.batch / f.ms:.0f}", f"{f.floor_ms:.3f}", f"{f.of_floor:.2f}"
+        rows.append([f.level, str(f.batch), str(f.live), *times, f.backend])
     notes = [f"{f.level}, batch {f.batch}, live {f.live}: not run: {f.reason}" for f in found if f.reason]
     _print(f"steps: {args.shape}, {args.dtype}; contexts grow by the {args.steps} steps that are timed", rows, notes)
-    return [{**asdict(f), "of_floor": f.of_floor} for f in found], any(f.failed for f in found)
-
-
-def _step_row(f: StepFigure) -> list[str]:
-    assert f.ms and f.floor_ms and f.of_floor, "only what ran has a row"
-    times = [f"{f.ms:.3f}", f"{1000 * f.batch / f.ms:.0f}", f"{f.floor_ms:.3f}", f"{f.of_floor:.2f}"]
-    return [f.level, str(f.batch), str(f.live), *times, f.backend]
-
-
-RUNS = {"probes": run_probes, "identity": run_identity, "steps": run_steps}
+    return [{**asdict(f), "of_floor": f.of_floor} for f in found], not any(f.failed for f in found)
 
 
 def _watched(results: Iterable[Any], total: int, name: Callable[[Any], str]) -> list[Any]:
     """All results, with a bar on the standard error while they come."""
-    from tqdm import tqdm
-
     found = []
-    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
+    with progress(total) as report:
         for result in results:
             found.append(result)
-            bar.set_postfix_str(name(result))
-            bar.update()
+            report(name(result))
     return found
 
 
 def _print(heading: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    from bench.tables import aligned
-
     print("\n".join([heading, *aligned(rows), *notes, ""]))

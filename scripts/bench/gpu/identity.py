@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.check import live_logits
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.engine.sampling import gumbel
 from hcot_lmeval.markup import MarkerIds
@@ -129,7 +130,13 @@ def _requests(rows: int, tokens: int) -> list[Request]:
 def twin_tokens(model: Any, done: Completion, policy: str) -> list[int]:
     """Returns the token that the twin chooses at each place of what a row has written."""
     params, count = done.request.params, len(done.token_ids)
-    logits = _masked_logits(model, done) if policy == Policy.EVICT else _plain_logits(model, done, policy)
+    if policy == Policy.EVICT:
+        logits = _masked_logits(model, done)
+    else:
+        context = LiveContext(MARKERS, policy)
+        for token in done.request.prompt_ids:
+            context.push_inert(token)
+        logits = live_logits(model, context, done.token_ids).float()
     logits[: params.min_gen_toks, EOS] = -torch.inf
     seeds = [params.seed] * count
     noise = gumbel(seeds, range(count), logits.shape[-1], torch.device("cpu"))
@@ -137,27 +144,8 @@ def twin_tokens(model: Any, done: Completion, policy: str) -> list[int]:
 
 
 @torch.no_grad()
-def _plain_logits(model: Any, done: Completion, policy: str) -> torch.Tensor:
-    """Logits before each token: [tokens, vocabulary].
-
-    There is one forward of the live context for each stretch between prunes: its outputs are those of all the shorter
-    contexts in it.
-    """
-    context, found, wanted = LiveContext(MARKERS, policy), [], 0
-    for token in done.request.prompt_ids:
-        context.push_inert(token)
-    for index, token in enumerate(done.token_ids):
-        live, wanted = list(context.live), wanted + 1
-        if context.push(token).is_prune or index + 1 == len(done.token_ids):
-            ids = torch.tensor([live], device=model.device)
-            found.append(model(input_ids=ids, use_cache=False).logits[0, -wanted:])
-            wanted = 0
-    return torch.cat(found).float().cpu()
-
-
-@torch.no_grad()
 def _masked_logits(model: Any, done: Completion) -> torch.Tensor:
-    """The same for ``evict``, from one forward of the whole trace in which thoughts disappear by the mask."""
+    """Logits before each token, [tokens, vocabulary], from one forward in which thoughts disappear by the mask."""
     prompt = len(done.request.prompt_ids)
     plan = compile_trace([*done.request.prompt_ids, *done.token_ids], prompt, MARKERS, Policy.EVICT)
     ids, positions, death = (torch.tensor([x], device=model.device) for x in (plan.ids, plan.positions, plan.death))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.clock import seconds
+from bench.timing import seconds
 from bench.work import MARKERS
 from hcot_lmeval.engine import Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder

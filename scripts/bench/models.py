@@ -4,39 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "26M": {
-        "vocab_size": 4096,
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-    },
-    "0.5B": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "1.5B": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
+    name: {**dict(zip(SIZES, sizes, strict=True)), "num_key_value_heads": 2}
+    for name, sizes in {
+        "tiny": (512, 128, 384, 4, 4),
+        "26M": (4096, 384, 1536, 8, 6),
+        "0.5B": (151936, 896, 4864, 24, 14),
+        "1.5B": (151936, 1536, 8960, 28, 12),
+    }.items()
 }
 """Sizes of Qwen2 models; 0.5B and 1.5B are those of Qwen2.5, tiny is for tests."""
 
@@ -59,17 +35,12 @@ def make_model(
         device: as torch names it.
         threads: CPU threads from now on; as many as before by default.
         rounded: give the weights values of bfloat16, as those of most checkpoints have in any dtype.
-
-    Raises:
-        ValueError: the shape or the dtype is unknown.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from hcot_lmeval.engine.pages import move_to_huge_pages
 
-    if shape not in SHAPES or dtype not in DTYPES:
-        raise ValueError(f"shape={shape!r}, dtype={dtype!r}: known are {', '.join(SHAPES)} and {', '.join(DTYPES)}")
     if threads is not None:
         torch.set_num_threads(threads)
     with torch.random.fork_rng(devices=[]):
