@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hcot_lmeval.prepare.cli import COMMANDS, main
-from hcot_lmeval.prepare.folder import FolderError, Journal, StepFolder, read_manifest, rows_of
+from hcot_lmeval.prepare.folder import Journal, StepFolder, read_manifest, rows_of
 from hcot_lmeval.prepare.steps import in_order
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
 
@@ -256,11 +256,11 @@ def test_a_journal_keeps_what_was_added_and_forgets_a_torn_line(tmp_path):
             journal.add(number, {"row": {"text": f"{number} é \ud800"}})
         with pytest.raises(ValueError, match="row 2 is in the journal already"):
             journal.add(2, {})
-    for torn in (b'{"n": 1, "ro', b"\x00\xff\n", b'{"m": 1}\n'):
+    for torn in (b'{"n": 1, "ro', b"\x00\xff\n"):
         with path.open("ab") as file:
             file.write(torn)
         with Journal(path) as journal:
-            assert journal.done == {0, 2, 3}
+            assert set(journal.done) == {0, 2, 3}
             assert [entry["n"] for entry in journal.entries()] == [0, 2, 3]
     with Journal(path) as journal:
         journal.add(1, {"row": {}})
@@ -270,13 +270,13 @@ def test_a_journal_keeps_what_was_added_and_forgets_a_torn_line(tmp_path):
 def test_an_unfinished_step_is_not_read(tmp_path):
     folder = StepFolder(tmp_path, "segment", {}, [])
     assert folder.open() is False
-    with pytest.raises(FolderError, match="is not finished; run `segment` again, with the arguments that it had"):
+    with pytest.raises(ValueError, match="is not finished; run `segment` again, with the arguments that it had"):
         rows_of(tmp_path)
     folder.finish(lambda entry: (True, entry), lambda: {"rows": 0})
-    assert rows_of(tmp_path) == [tmp_path / "segment" / "rows.jsonl"]
-    with pytest.raises(FolderError, match="has no step before segment"):
+    assert rows_of(tmp_path) == tmp_path / "segment" / "rows.jsonl"
+    with pytest.raises(ValueError, match="has no step before segment"):
         rows_of(tmp_path, "segment")
-    assert rows_of(tmp_path / "segment") == rows_of(tmp_path) and rows_of("else.jsonl") == ["else.jsonl"]
+    assert rows_of(tmp_path / "segment") == rows_of(tmp_path) and rows_of("else.jsonl") == "else.jsonl"
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------

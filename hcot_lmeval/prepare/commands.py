@@ -112,7 +112,7 @@ class Given:
 
     def inputs(self, before: str | None = None) -> list[Input]:
         """Returns the files that are read; of the folder of a run, the rows of its last step before `before`."""
-        return find_inputs([path for source in self.sources for path in rows_of(source, before)])
+        return find_inputs([rows_of(source, before) for source in self.sources])
 
     def folder(self, arguments: dict[str, Any], inputs: Sequence[Input]) -> StepFolder:
         """Returns the folder of the step; `arguments` are all that its rows depend on."""

@@ -11,19 +11,18 @@ This module imports the standard library alone; `pyarrow` and `datasets` come wh
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from hcot_lmeval.columns import surrogate_in
-from hcot_lmeval.prepare.folder import write_json
 from hcot_lmeval.prepare.inputs import Input
 from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
 from hcot_lmeval.settings import Section
+from hcot_lmeval.store import replacing, write_json
 
 FORMATS = ("jsonl", "parquet")
 BATCH = 256
@@ -114,29 +113,29 @@ def export(
     """
     if format_of(path) != options.format:
         raise ValueError(f"{path} is to be {options.format}; let its name end with .{options.format}")
-    draft, count, unread = path.with_name(f".{path.name}.draft"), 0, list[Unreadable]()
+    count, unread = 0, list[Unreadable]()
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for row in rows:
+            if isinstance(row, Unreadable):
+                unread.append(row)
+                continue
+            count += 1
+            record = exported(row, options)
+            if place := surrogate_in(record):
+                raise _unwritten(count, row.source.id, f"there is half of a character in {place}")
+            yield record
+            tick()
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            write = (_jsonl if options.format == "jsonl" else _parquet)(draft, options, stack)
-            for row in rows:
-                if isinstance(row, Unreadable):
-                    unread.append(row)
-                    continue
-                count += 1
-                record = exported(row, options)
-                if place := surrogate_in(record):
-                    raise _unwritten(count, row.source.id, f"there is half of a character in {place}")
-                write(record)
-                tick()
-        if not count:
-            why = f"the first is {unread[0].where}: {unread[0].code}" if unread else "the files hold none"
-            raise ValueError(f"there is no row to export: {why}")
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            (_write_jsonl if options.format == "jsonl" else _write_parquet)(draft, records(), options)
+            if not count:
+                why = f"the first is {unread[0].where}: {unread[0].code}" if unread else "the files hold none"
+                raise ValueError(f"there is no row to export: {why}")
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror or error}); give another --to") from None
-    finally:
-        draft.unlink(missing_ok=True)
     identities, arguments = [each.identity() for each in inputs], options.model_dump()
     manifest = {"rows": count, "arguments": arguments, "inputs": identities, "steps": list(history)}
     write_json(path.with_name(f"{path.name}.manifest.json"), manifest)
@@ -158,51 +157,33 @@ def _unwritten(number: int, name: str, why: object) -> ValueError:
     return ValueError(f"row {number} (id {name!r}) cannot be written: {why}; leave it out, or mend it")
 
 
-Write = Callable[[Mapping[str, Any]], None]
-
-
-def _jsonl(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
-    file = stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-
-    def write(record: Mapping[str, Any]) -> None:
-        file.write(_json(record) + "\n")
-
-    return write
-
-
-def _parquet(path: Path, options: ExportOptions, stack: ExitStack) -> Write:
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = _schema(options)
-    writer = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema, compression="zstd"))
-    batch: list[dict[str, Any]] = []
-    written = 0
-
-    def flush() -> None:
-        nonlocal written
-        if not batch:
-            return
-        try:
-            tables = [pyarrow.Table.from_pylist(batch, schema)]
-        except pyarrow.ArrowException:  # too many bytes for one table, or a row at fault
-            tables = [_table(row, schema, written + number) for number, row in enumerate(batch, 1)]
-        for table in tables:
-            writer.write_table(table)
-        written += len(batch)
-        batch.clear()
-
-    def write(record: Mapping[str, Any]) -> None:
-        batch.append({key: _json(value) if key in _AS_JSON else value for key, value in record.items()})
-        if len(batch) == BATCH:
-            flush()
-
-    stack.callback(flush)
-    return write
+def _write_jsonl(path: Path, records: Iterator[dict[str, Any]], options: ExportOptions) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_json(record) + "\n" for record in records)
 
 
 _AS_JSON = frozenset({"outline", "sentences", "made_by", "meta"})
 """Columns that parquet keeps as JSON texts, since their keys differ from row to row."""
+
+
+def _write_parquet(path: Path, records: Iterator[dict[str, Any]], options: ExportOptions) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    kinds = {"messages": pyarrow.list_(message)}
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in options.columns])
+    texts = ({key: _json(value) if key in _AS_JSON else value for key, value in row.items()} for row in records)
+    written = 0
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        while batch := list(islice(texts, BATCH)):
+            try:
+                tables = [pyarrow.Table.from_pylist(batch, schema)]
+            except pyarrow.ArrowException:  # too many bytes for one table, or a row at fault
+                tables = [_table(row, schema, written + number) for number, row in enumerate(batch, 1)]
+            for table in tables:
+                writer.write_table(table)
+            written += len(batch)
 
 
 def _json(value: Any) -> str:
@@ -216,14 +197,6 @@ def _table(row: Mapping[str, Any], schema: Any, number: int) -> Any:
         return pyarrow.Table.from_pylist([row], schema)
     except pyarrow.ArrowException as error:
         raise _unwritten(number, row["id"], error) from None
-
-
-def _schema(options: ExportOptions) -> Any:
-    import pyarrow
-
-    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-    kinds = {"messages": pyarrow.list_(message)}
-    return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in options.columns])
 
 
 def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]]) -> str:

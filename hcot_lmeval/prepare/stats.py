@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from hcot_lmeval.markup import Markup, get_markup
-from hcot_lmeval.prepare.folder import write_json
 from hcot_lmeval.prepare.measure import Counter as TokenCounter
 from hcot_lmeval.prepare.measure import (
     CountOptions,
@@ -35,6 +34,7 @@ from hcot_lmeval.prepare.measure import (
 )
 from hcot_lmeval.prepare.rows import PreparedRow, Unreadable
 from hcot_lmeval.prepare.steps import in_order
+from hcot_lmeval.store import write_json
 from hcot_lmeval.trace import Policy
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -164,7 +164,7 @@ def _of_row(make: Callable[[], Callable[[Any], dict[str, Any]]]) -> Callable[[Nu
     return lambda item: unread(item[1]) if isinstance(item[1], Unreadable) else work(item[1])
 
 
-def numbered(rows: Iterable[Any], done: set[int]) -> Iterator[Numbered]:
+def numbered(rows: Iterable[Any], done: Collection[int]) -> Iterator[Numbered]:
     """Yields the rows that are not done, each with its number."""
     return ((number, row) for number, row in enumerate(rows) if number not in done)
 
