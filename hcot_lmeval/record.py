@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.markup import Markup, get_markup
+from hcot_lmeval.provenance import versions
 from hcot_lmeval.trace import Policy
 
 logger = logging.getLogger(__name__)
@@ -30,18 +29,6 @@ KEY = "hcot"
 FILE_NAME = "hcot_training.json"
 """The record of an adapter."""
 CONFIG_NAME = "config.json"
-LIBRARIES = ("hcot_lmeval", "torch", "transformers", "accelerate", "peft")
-
-
-def library_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries that train, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # peft is optional
-            continue
-    return found
 
 
 @dataclass
@@ -74,7 +61,7 @@ class TrainingRecord:
     data_hash: str | None = None
     steps: int = 0
     form: str = "packed"
-    versions: dict[str, str] = field(default_factory=library_versions)
+    versions: dict[str, str] = field(default_factory=versions)
     command: str | None = None
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.machine import machine, versions
+from hcot_lmeval.provenance import machine, versions
 
 if TYPE_CHECKING:
     import torch

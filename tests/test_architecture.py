@@ -13,7 +13,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.rel
 
 RULE = {"markup", "trace", "grammar", "events", "store", "notes", "response"}
 """Modules that need nothing but the standard library and one another."""
-LIGHT = RULE | {"__init__", "plugin", "answers", "synthetic", "record", "assets", "vocabulary", "fingerprint"}
+LIGHT = RULE | {"__init__", "plugin", "answers", "synthetic", "record", "assets", "vocabulary", "provenance"}
 """Modules whose import pulls in nothing but the standard library; heavy parts come within functions, on first use."""
 FORBIDDEN = {
     "engine": {"lm_eval", "trl", "datasets"},

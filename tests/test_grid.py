@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hcot_lmeval import fingerprint
+from hcot_lmeval import provenance
 from hcot_lmeval.report.folder import CellFolder, arguments, is_complete, with_other_versions, write_json
 from hcot_lmeval.report.grid import GridConfig
 from hcot_lmeval.report.progress import Progress
@@ -203,20 +203,16 @@ def test_versions_code_checkpoint_and_environment_are_in_the_settings(tmp_path, 
     seen.append(settings())
     monkeypatch.setenv("HCOT_LMEVAL_DATA", "/data")
     seen.append(settings())
-    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9")
+    monkeypatch.setattr(provenance, "version", lambda name: "9.9")
     seen.append(settings())
-    monkeypatch.setattr(fingerprint, "code_digest", lambda: "other")
+    monkeypatch.setattr(provenance, "code_digest", lambda: "other")
     seen.append(settings())
     assert len({json.dumps(one, sort_keys=True) for one in seen}) == 5
 
 
-def test_code_that_takes_part_counts_and_no_other(monkeypatch):
-    digest = fingerprint.code_digest
-    assert digest() == digest()
-    hashed: set[str] = set()
-    monkeypatch.setattr(fingerprint, "_contents_digest", lambda root, paths: hashed.update(map(str, paths)) or "x")
-    digest()
-    names = {Path(path).relative_to(ROOT).as_posix() for path in hashed}
+def test_code_that_takes_part_counts_and_no_other():
+    assert provenance.code_digest() == provenance.code_digest()
+    names = {path.relative_to(ROOT).as_posix() for path in provenance.code_files()}
     assert {"hcot_lmeval/trace.py", "hcot_lmeval/engine/engine.py", "tasks/synthetic/hcot_arith.yaml"} <= names
     assert {"hcot_lmeval/scoring/instructions.json", "hcot_lmeval/templates/plain.jinja"} <= names
     assert not any(name.startswith(("hcot_lmeval/report/", "hcot_lmeval/training/", "tests/")) for name in names)
@@ -353,7 +349,7 @@ def test_other_settings_are_run_in_other_folders(tmp_path, starts):
 def test_other_versions_are_run_again_unless_they_are_allowed(tmp_path, starts, monkeypatch):
     cells = folders(tmp_path, windows=[64], policies=["off"])
     run(cells)
-    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9")
+    monkeypatch.setattr(provenance, "version", lambda name: "9.9")
     later = folders(tmp_path, windows=[64, 128], policies=["off"])
     assert [cell.is_done for cell in later] == [False, False]
     allowed = [with_other_versions(cell) for cell in later]

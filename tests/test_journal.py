@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hcot_lmeval.fingerprint import digest
 from hcot_lmeval.lm.journal import Journal, default_root
+from hcot_lmeval.provenance import digest
 
 RUN = {"model": "m", "pruning": "recompute", "max_context": 128}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hcot_lmeval.fingerprint import tasks_folder
+from hcot_lmeval.provenance import tasks_folder
 from hcot_lmeval.report import preflight
 from hcot_lmeval.report.grid import GridConfig
 from hcot_lmeval.report.preflight import check_cells, known_tasks

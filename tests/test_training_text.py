@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.lm.prompts import PromptEncoder
 from hcot_lmeval.markup import get_markup
+from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.training.data.preparation import question_key
-from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of, tokenizer_digest
+from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
 from hcot_lmeval.vocabulary import read_vocabulary
 from tests.tiny import MARKERS, tiny_tokenizer
 

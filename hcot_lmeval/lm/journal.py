@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.fingerprint import digest
+from hcot_lmeval.provenance import digest
 from hcot_lmeval.store import JsonLines, first_record, scan
 
 logger = logging.getLogger(__name__)

@@ -163,8 +163,8 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     real = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if dtype not in ("auto", None) and not (isinstance(real, torch.dtype) and real.is_floating_point):
         dtype = str(dtype)
-        near = difflib.get_close_matches(dtype.replace("bf", "bfloat").replace("fp", "float"), DTYPES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        close = difflib.get_close_matches(dtype.replace("bf", "bfloat").replace("fp", "float"), DTYPES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
 
 

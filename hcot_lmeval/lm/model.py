@@ -36,19 +36,11 @@ from transformers import BitsAndBytesConfig
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.options import SPEED_ALONE
-from hcot_lmeval.fingerprint import digest
 from hcot_lmeval.lm.building import watch_building
 from hcot_lmeval.lm.checks import NO_CACHE
-from hcot_lmeval.lm.fingerprint import (
-    checkpoint_facts,
-    library_versions,
-    plain_arguments,
-    tokenizer_digest,
-    weights_digest,
-)
 from hcot_lmeval.lm.journal import Journal, held_time
 from hcot_lmeval.lm.loading import blamed, default_device, merge_arguments, prepare_cpu_ranks, settle_arguments, whole
-from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, split_model_args
+from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, plain_arguments, split_model_args
 from hcot_lmeval.lm.progress import ProgressBar
 from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, applied, at_time, check_switch, check_template
 from hcot_lmeval.lm.requests import (
@@ -64,6 +56,7 @@ from hcot_lmeval.lm.statistics import RunStatistics
 from hcot_lmeval.lm.worklist import Notes, Worklist
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.processes import leave_group_at_exit
+from hcot_lmeval.provenance import code_digest, digest, installed, model_facts, tokenizer_digest, weights_digest
 from hcot_lmeval.record import read_record, settle, write_record
 from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Policy
@@ -397,11 +390,12 @@ class HcotLM(HFLM):
             **self.options.controls,
             "prompt_markers": self.options.prompt_markers,
             **{name: value for name, value in self.options.computing.items() if name not in SPEED_ALONE},
-            **library_versions(),
-            "model": checkpoint_facts(self.pretrained, self.revision),
+            "code": code_digest(graded=False),
+            **installed(("torch", "transformers")),
+            "model": model_facts(self.pretrained, self.revision),
             "weights": self._weights[0],
-            "adapter": checkpoint_facts(self.peft, self.revision) if self.peft else None,
-            "delta": checkpoint_facts(self.delta, self.revision) if self.delta else None,
+            "adapter": model_facts(self.peft, self.revision) if self.peft else None,
+            "delta": model_facts(self.delta, self.revision) if self.delta else None,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "dtype": str(self.model.dtype),
             "device": self.device.type,

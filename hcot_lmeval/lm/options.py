@@ -48,6 +48,13 @@ FLAGS = frozenset(
 )
 """Arguments of ``hf`` and of `from_pretrained` that are true or false."""
 
+IRRELEVANT = frozenset(
+    """batch_size cache_dir device force_download local_files_only logits_cache low_cpu_mem_usage max_batch_size
+    max_cpu_memory max_memory max_memory_per_gpu offload_buffers offload_folder parallelize peft proxies softmax_dtype
+    token tokenizer use_safetensors""".split()
+)
+"""Arguments of lm-eval's ``hf`` that do not change what is generated, are told apart by content, or are secret."""
+
 PROMPT_MARKERS = ("text", "tokens", "acting")
 
 
@@ -178,6 +185,11 @@ def unknown_argument(name: str, known: Iterable[str]) -> ValueError:
         f"model_args: {name!r} is unknown.{hint} Allowed are {', '.join(sorted(OPTION_NAMES))}, the arguments of "
         "lm-eval's hf model, those of from_pretrained, and the fields of the model's configuration."
     )
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the arguments of ``hf`` that change results, as text."""
+    return {name: str(value) for name, value in sorted(arguments.items()) if name not in IRRELEVANT}
 
 
 def _named_parameters(function: Any) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from hcot_lmeval.engine import Request, SamplingParams
-from hcot_lmeval.fingerprint import digest
+from hcot_lmeval.provenance import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -14,21 +14,18 @@ it is an error.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.provenance import versions
 from hcot_lmeval.store import JsonLines, line_of, replacing, write_json
 
 SCHEMA = "hcot-prepare/1"
 STEPS = ("segment", "refine", "check")
 """Steps that write rows, in the order in which they follow each other."""
-LIBRARIES = ("hcot_lmeval", "datasets", "pyarrow", "numpy", "math-verify", "transformers")
-"""What rows depend on."""
 
 
 @dataclass
@@ -183,17 +180,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         found.update(_flat(value) if isinstance(value, Mapping) else {key: value})
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what rows depend on."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

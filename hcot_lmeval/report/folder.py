@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval import fingerprint
+from hcot_lmeval import provenance
 from hcot_lmeval.report.grid import Cell
 from hcot_lmeval.report.results import ResultsError, runs_of_file
 from hcot_lmeval.store import write_json
@@ -52,19 +52,19 @@ class CellFolder:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result, speed included, as far as it is known before; JSON values."""
         cell, grid = self.cell, self.cell.grid
-        tasks = fingerprint.folder_digest(grid.include_path) if grid.include_path else None
+        tasks = provenance.folder_digest(grid.include_path) if grid.include_path else None
         checkpoints = [cell.model_args.get(key) for key in ("pretrained", "peft", "delta", "tokenizer")]
         keys = ("limit", "batch_size", "device", "gen_kwargs", "apply_chat_template", "lm_eval_args")
         facts = {
             "task": cell.task,
             "model": cell.model.model,
             "model_args": cell.model_args,
-            "checkpoints": [fingerprint.checkpoint_facts(name) if name else None for name in checkpoints],
+            "checkpoints": [provenance.checkpoint_facts(name) if name else None for name in checkpoints],
             "seed": cell.seeds,
             **{key: getattr(grid, key) for key in keys},
             "include_path": [str(grid.include_path.resolve()), tasks] if grid.include_path else None,
-            "environment": fingerprint.environment(),
-            "versions": fingerprint.versions(cell.model.model),
+            "environment": provenance.environment(),
+            "versions": provenance.evaluation_versions(cell.model.model),
         }
         return json.loads(json.dumps(facts))
 
@@ -75,7 +75,7 @@ class CellFolder:
             return self.place
         parts = [self.cell.task, *self.cell.name.split(", ")]
         readable = "--".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts)
-        return self.out / "cells" / f"{readable}--{fingerprint.digest(self.settings)[:12]}"
+        return self.out / "cells" / f"{readable}--{provenance.digest(self.settings)[:12]}"
 
     @property
     def log(self) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.assets import BUNDLED, resolve
-from hcot_lmeval.fingerprint import tasks_folder
+from hcot_lmeval.provenance import tasks_folder
 from hcot_lmeval.record import CONFIG_NAME, check_policy
 from hcot_lmeval.report.grid import Cell, record_of
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from hcot_lmeval.provenance import hardware
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.monitor.curves import read_records
@@ -110,23 +109,6 @@ def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord, run: Run
 def _settings(config: SftConfig) -> str:
     settings = config.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump(settings, sort_keys=False, width=118, default_flow_style=None).strip()
-
-
-def hardware() -> str:
-    """Returns the device in words: the GPU's name, or the processor's and the number of its threads in use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' * (threads > 1)} ({_processor()})"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ def progress(total: int | None) -> Iterator[Report]:
 
 def finish(args: argparse.Namespace, threads: int, results: dict[str, Any]) -> None:
     """Prints what the figures were measured with, and writes the file if `args.json` names one."""
-    from bench.machine import machine, versions
+    from hcot_lmeval.provenance import machine, versions
 
     facts = {"versions": versions(), "machine": machine(args.device, threads)}
     if load := getattr(args, "load", None):

@@ -54,11 +54,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
-    from hcot_lmeval.record import library_versions
-    from hcot_lmeval.training.card import hardware
+    from hcot_lmeval.provenance import hardware, versions
 
     settings = {"steps": args.steps, "seeds": args.seeds, "problems": args.problems, "depths": DEPTHS}
-    return {**settings, "hardware": hardware(), "versions": library_versions()}
+    return {**settings, "hardware": hardware(), "versions": versions()}
 
 
 def one_run(loss: str, seed: int, args: argparse.Namespace) -> dict[str, float]:

@@ -15,6 +15,7 @@ from datasets import Features, List, Value
 
 from hcot_lmeval import grammar, markup, tokens, trace
 from hcot_lmeval.grammar import Grammar
+from hcot_lmeval.provenance import files_digest
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.data import documents, text
 from hcot_lmeval.training.data.documents import (
@@ -26,7 +27,6 @@ from hcot_lmeval.training.data.documents import (
     faults,
     split_stages,
 )
-from hcot_lmeval.training.data.sources import code_digest
 from hcot_lmeval.training.data.text import TextForm, Unusable
 
 IDS = List(Value("int32"))
@@ -136,4 +136,4 @@ def _document_digest(document: Document) -> str:
 def preparation_code() -> str:
     """Returns a digest of the code that decides what a row becomes."""
     files = (__file__, grammar.__file__, markup.__file__, tokens.__file__, trace.__file__, documents.__file__)
-    return code_digest(*files, text.__file__)
+    return files_digest((*files, text.__file__))

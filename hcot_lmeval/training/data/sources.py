@@ -37,6 +37,7 @@ from hcot_lmeval import columns as column_names
 from hcot_lmeval import synthetic
 from hcot_lmeval.columns import read_answer, read_content, read_message
 from hcot_lmeval.markup import get_markup
+from hcot_lmeval.provenance import files_digest
 from hcot_lmeval.training.config import SourceConfig
 
 DEFAULT_COLUMNS = {
@@ -85,7 +86,7 @@ def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
     return cached_map(
         rows,
         partial(_plain_row, columns=columns, source=source.path, think=get_markup(markup).think),
-        (columns, source.path, get_markup(markup).think, code_digest(__file__, column_names.__file__)),
+        (columns, source.path, get_markup(markup).think, files_digest((__file__, column_names.__file__))),
         FEATURES,
         with_indices=True,
         desc=f"Reading {source.path}",
@@ -169,11 +170,6 @@ def _interrupted_as_one() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def code_digest(*files: str | Path) -> str:
-    """Returns a hex digest of source files, so that what an older version made is not taken from the cache."""
-    return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def _plain_row(
@@ -313,7 +309,7 @@ def _synthetic(source: SourceConfig, markup: str) -> Dataset:
     options = {"markup": markup} | source.options
     arguments = {"task": task, "split": source.split, "options": options}
     _reading(source.path, _problems, **arguments)  # the options are checked at once, and the error is a plain one
-    code = code_digest(*sorted(Path(synthetic.__file__).parent.rglob("*.py")))
+    code = files_digest(sorted(Path(synthetic.__file__).parent.rglob("*.py")))
     return _reading(source.path, Dataset.from_generator, _problem_rows, gen_kwargs=arguments | {"code": code})
 
 

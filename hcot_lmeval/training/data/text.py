@@ -25,6 +25,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hcot_lmeval.markup import Markup
+from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.training.data.documents import Example
 from hcot_lmeval.vocabulary import token_id
@@ -128,15 +129,6 @@ class TextForm:
         if start.endswith(begin):
             trace = trace.removeprefix(begin).removeprefix(prompt[len(start) :])
         return trace
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a hex digest of what decides how a tokenizer renders and encodes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    parts = (type(tokenizer).__name__, vocabulary, added, tokenizer.special_tokens_map, tokenizer.chat_template)
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def digest_of(value: Any) -> str:
