@@ -1,8 +1,8 @@
-"""How the command lm_eval ends when something is wrong: in one line where a user can mend it.
+"""How commands end when something is wrong: in one line where a user can mend it.
 
-A ``raise`` in this package or in its tasks tells a user what was given, what is allowed and what to do; the frames
-above it would hide that. All else, a fault of ours or of a library, keeps its traceback. ``HCOT_LMEVAL_TRACEBACK=1``
-shows it always.
+Our own commands run in `run_command`. Within lm_eval's, a ``raise`` in this package or in its tasks tells a user what
+was given, what is allowed and what to do; the frames above it would hide that. All else, a fault of ours or of a
+library, keeps its traceback. ``HCOT_LMEVAL_TRACEBACK=1`` shows it always.
 
 This module imports the standard library alone.
 """
@@ -12,12 +12,54 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 VARIABLE = "HCOT_LMEVAL_TRACEBACK"
 COMMANDS = frozenset({"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "hcot-eval", "hcot-eval.exe"})
 PACKAGE = Path(__file__).resolve().parent
+
+
+FAILED = 1
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def run_command(
+    action: Callable[[], int | None],
+    *,
+    extra: str,
+    stopped: str = "interrupted",
+    faults: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """Runs one of our own commands and returns its exit status.
+
+    Args:
+        action: the command; it returns its exit status, or None for 0.
+        extra: of the package, that holds the libraries of the command.
+        stopped: what to say after Ctrl-C.
+        faults: what ends in one line.
+    """
+    try:
+        status = action()
+        sys.stdout.flush()
+        return status or 0
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if os.environ.get(VARIABLE) or str(error.name).startswith("hcot_lmeval"):
+            raise
+        print(f"error: the library {error.name} is missing; pip install 'hcot_lmeval[{extra}]'", file=sys.stderr)
+    except faults as error:
+        if os.environ.get(VARIABLE):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    return FAILED
 
 
 def in_command() -> bool:

@@ -248,6 +248,8 @@ def test_swapped_results_of_cells_are_refused(fake, compared, capsys):
         ("read nowhere", "nowhere is no folder; give the --output_path"),
         ("read a=nowhere", "nowhere is no folder"),
         ("read .", "no run below ."),
+        ("read . --out /dev/null/x", "--out /dev/null/x cannot be written to (Not a directory); name another folder"),
+        ("run --model a --tasks b --windows x", "windows.0: Input should be a valid integer"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, told):

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from hcot_lmeval.diagnosis import cli, subject
-from hcot_lmeval.diagnosis.findings import AS_RENDERED, Code, Kind, find_all, trained_policy
-from hcot_lmeval.diagnosis.measure import FirstFault, FreeWriting, Measurements, Problem
+from hcot_lmeval.diagnosis.findings import Code, Kind, find_all, trained_policy
+from hcot_lmeval.diagnosis.measure import prompt_nats, score_traces
+from hcot_lmeval.diagnosis.measurements import AS_RENDERED, FirstFault, FreeWriting, Measurements, Scored
 from hcot_lmeval.diagnosis.report import as_dict, table, verdict
-from hcot_lmeval.diagnosis.scores import Scored, prompt_nats, score_traces
+from hcot_lmeval.diagnosis.subject import Problem
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.data.documents import Example
@@ -263,12 +264,30 @@ def test_the_wrong_policy_is_named(capsys) -> None:
 def test_wrong_input(capsys, arguments: list[str], message: str) -> None:
     code, _, err = diagnose(capsys, *arguments)
     assert code == 1
-    assert err.splitlines()[-1].startswith("diagnose: ") and message in err
+    assert err.splitlines()[-1].startswith("error: ") and message in err
+
+
+def test_the_folder_of_a_training_run_is_told_from_its_model(capsys, tmp_path: Path) -> None:
+    def told(place: Path) -> str:
+        code, _, err = diagnose(capsys, str(place), "--data", "synthetic:arith")
+        assert code == 1
+        return err
+
+    (tmp_path / "run.json").write_text("{}")
+    for place in (tmp_path, tmp_path / "model"):
+        assert "is not finished; it has no checkpoint yet; go on with it by the same command" in told(place)
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert f"give its last checkpoint, {tmp_path / 'checkpoints' / 'checkpoint-3'}, or go on" in told(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert f"is the folder of a training run; give its model, {tmp_path / 'model'}" in told(tmp_path)
 
 
 def test_the_held_out_data_of_the_training_run_are_found(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {held_out: [{path: 'synthetic:qbf', split: validation}]}\n")
-    assert subject.source_of(str(tmp_path / "model"), None).path == "synthetic:qbf"
+    for place in ("model", "checkpoints/checkpoint-7"):
+        assert subject.source_of(str(tmp_path / place), None).path == "synthetic:qbf"
 
 
 def test_questions_are_asked_once() -> None:

@@ -48,9 +48,11 @@ def names(**settings: Any) -> list[str]:
     return [cell.name for cell in grid(**settings).cells]
 
 
-def test_default_grid_is_off_and_as_trained_at_four_windows():
-    windows = (1024, 2048, 4096, 8192)
+def test_default_grid_is_off_and_as_trained_at_the_usual_windows():
+    windows = (1024, 2048, 4096)  # of 8192 tokens the model has no positions
     assert names() == [f"tiny-hcot, {policy}, {window}" for policy in ("off", "recompute") for window in windows]
+    assert names(policies=["off"], windows=[8192]) == ["tiny-hcot, off, 8192"]
+    assert names(models=["org/unknown"], policies=["off"])[-1] == "unknown, off, 8192"
     assert names(models=["tiny-evict"], windows=[64]) == ["tiny-evict, off, 64", "tiny-evict, evict, 64"]
 
 

@@ -242,6 +242,10 @@ def test_command_writes_and_prints(tmp_path, capsys):
         (["PLAIN", "--samples", "."], "--samples belongs to notes"),
         (["NOTES", "--samples", "."], "no run"),
         (["missing"], "does not exist"),
+        (
+            ["NOTES", "--out", "/dev/null/x/y"],
+            "--out /dev/null/x/y cannot be written to (Not a directory); name another",
+        ),
     ],
 )
 def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):

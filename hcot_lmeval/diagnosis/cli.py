@@ -13,33 +13,24 @@ and their last white space are checked likewise. Then the model writes by itself
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hcot_lmeval.errors import run_command
 from hcot_lmeval.markup import PRESETS
+from hcot_lmeval.store import check_folder, write_json
 from hcot_lmeval.trace import Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"diagnose: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("diagnose: interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: run(args), extra="report")
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser; it needs no heavy import."""
-    parse = argparse.ArgumentParser(
-        prog="diagnose.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parse.add_argument
     add("model", metavar="MODEL", help="directory, id on the hub, or tiny-hcot, tiny-evict, tiny-flat")
     add("--data", help="gold traces: file, hub id, synthetic:arith, or a YAML mapping as in the training settings")
@@ -58,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Examines a checkpoint and prints what was found.
 
     Raises:
@@ -66,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.problems < 2:
         raise ValueError(f"--problems {args.problems} is too few to compare anything; give 2 or more")
+    if args.out:
+        check_folder(args.out, f"--out {args.out}", "name another folder")
     from hcot_lmeval.diagnosis import findings, report, subject
     from hcot_lmeval.diagnosis.measure import measure
 
+    subject.check_place(Path(args.model))
     source = subject.source_of(args.model, args.data)
     examined = subject.load(
         args.model, policy=args.pruning, markup=args.markup, device=args.device, dtype=args.dtype,
@@ -88,7 +82,5 @@ def run(args: argparse.Namespace) -> int:
     found = findings.find_all(measured)
     print(f"\n{report.table(measured)}\n\n{report.verdict(found)}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "diagnosis.json").write_text(json.dumps(report.as_dict(measured, found), indent=1) + "\n")
+        write_json(args.out / "diagnosis.json", report.as_dict(measured, found))
         report.plot(measured, args.out / "diagnosis.png")
-    return 0

@@ -11,13 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING
 
+from hcot_lmeval.diagnosis.measurements import AS_RENDERED, Measurements
 from hcot_lmeval.trace import Policy
-
-if TYPE_CHECKING:
-    from hcot_lmeval.diagnosis.measure import Measurements
-    from hcot_lmeval.diagnosis.scores import Scored
 
 SIGNIFICANT = 3.0
 """Standard errors that a mean difference has to exceed: a few comparisons are made, and none should be luck."""
@@ -25,8 +21,6 @@ POLICY_NATS = 0.02
 """Nats per token by which the traces have to be likelier under another policy; another training seed moves less."""
 TEMPLATE_NATS = 0.05
 """The same for the first tokens of traces behind another prompt."""
-AS_RENDERED = "as rendered"
-"""The prompt as the template makes it, among its variants."""
 LEARNED = 0.05
 """A marker that was learned gets more than this (geometric mean) where it is due. Opening a block is a choice, and a
 good model may give it a few per cent; one that was never a target gets less than any of these by orders."""
@@ -87,29 +81,10 @@ def find_all(measured: Measurements) -> list[Finding]:
 
 def trained_policy(measured: Measurements) -> Policy:
     """The policy under which the gold traces are likeliest; `intended` unless another one is clearly better."""
-    losses = losses_of(measured)
+    losses = measured.losses
     best = min(losses, key=lambda policy: fmean(losses[policy]))
     better = _is_better(losses[best], losses[measured.intended], POLICY_NATS)
     return best if better else measured.intended
-
-
-def losses_of(measured: Measurements) -> dict[Policy, list[float]]:
-    """Policy -> mean loss of each trace."""
-    return {policy: [scored.nats for scored in some] for policy, some in measured.scores.items()}
-
-
-def where_due(measured: Measurements, policy: Policy) -> dict[int, float]:
-    """Control id -> geometric mean of its probability where the gold traces have it; without those they lack."""
-    return _due(measured, measured.scores[policy])
-
-
-def _due(measured: Measurements, traces: Sequence[Scored]) -> dict[int, float]:
-    found: dict[int, float] = {}
-    for token in sorted(measured.names):
-        values = [value for scored in traces for value in scored.where_due(token)]
-        if values:
-            found[token] = math.exp(fmean(values))
-    return found
 
 
 def _is_better(losses: Sequence[float], than: Sequence[float], by: float) -> bool:
@@ -122,7 +97,7 @@ def _is_better(losses: Sequence[float], than: Sequence[float], by: float) -> boo
 
 def _policy(measured: Measurements) -> Iterator[Finding]:
     """Whether the model is run, and recorded, under the policy that it was trained with."""
-    best, losses = trained_policy(measured), losses_of(measured)
+    best, losses = trained_policy(measured), measured.losses
     told = ", ".join(f"{policy} {fmean(some):.3f}" for policy, some in losses.items())
     if best != measured.intended:
         yield Finding(
@@ -144,8 +119,8 @@ def _policy(measured: Measurements) -> Iterator[Finding]:
 def _markers(measured: Measurements) -> Iterator[Finding]:
     """Markers and ends that come in no context, neither under the best policy nor behind the best prompt."""
     best, grammar = trained_policy(measured), measured.grammar
-    others = [_due(measured, traces) for traces in measured.beginnings.values()]
-    for token, probability in where_due(measured, best).items():
+    others = [measured.due_in(traces) for traces in measured.beginnings.values()]
+    for token, probability in measured.due(best).items():
         highest = max(probability, *(due.get(token, 0.0) for due in others), 0.0)
         if highest >= (CHOICE if token == grammar.markers.open else LEARNED):
             continue
@@ -201,7 +176,7 @@ def _ends(measured: Measurements) -> Iterator[Finding]:
     """Ends that come in one context and not in another: why a run that does not prune never stops."""
     best = trained_policy(measured)
     for policy in dict.fromkeys((Policy.OFF, measured.intended)):
-        here, there = where_due(measured, best), where_due(measured, policy)
+        here, there = measured.due(best), measured.due(policy)
         lost = [
             f"{measured.names[token]} {here[token]:.2g} and {there[token]:.1e}"
             for token in (measured.grammar.think[1], *sorted(measured.grammar.eos_ids))

@@ -1,28 +1,29 @@
-"""What a diagnosis is made from: likelihoods of gold traces in several contexts, and what the model itself writes."""
+"""Takes the measurements: scores gold traces in the contexts of every policy, and lets the model write by itself."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hcot_lmeval import answers
-from hcot_lmeval.diagnosis.findings import AS_RENDERED
-from hcot_lmeval.diagnosis.scores import Scored, prompt_nats, score_traces
+from hcot_lmeval.diagnosis.measurements import AS_RENDERED, FirstFault, FreeWriting, Measurements, Scored
+from hcot_lmeval.diagnosis.subject import Problem, Subject
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.events import Illegal
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.response import Response
-from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.data.documents import Example
+from hcot_lmeval.trace import IGNORE, Policy
+from hcot_lmeval.training.data.documents import Document, Example, TooLong, compile_document
+from hcot_lmeval.training.data.rows import collate
+from hcot_lmeval.training.forward import column_logprobs, install, token_logprobs
 from hcot_lmeval.vocabulary import Pair, leaves_open, split_thinking
-
-if TYPE_CHECKING:
-    from hcot_lmeval.diagnosis.subject import Subject
 
 LONGER = 4
 """By default the model may write so many times the longest gold trace."""
@@ -39,93 +40,6 @@ VARIANTS: dict[str, Callable[[str], str]] = {
     "one newline less": lambda text: text.removesuffix("\n"),
 }
 """A prompt, and small changes to its end, as templates make them by mistake."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A held-out row.
-
-    Attributes:
-        prompt: as text, rendered as at inference.
-        example: prompt and gold trace as token ids, and the expected answer.
-    """
-
-    prompt: str
-    example: Example
-
-
-@dataclass(frozen=True)
-class FirstFault:
-    """The first token of a generation that the grammar forbids: at which generated token, which one, in which state."""
-
-    index: int
-    token: int
-    state: str
-
-
-@dataclass
-class FreeWriting:
-    """What the model writes by itself under one policy, greedily.
-
-    Attributes:
-        ends: finish reason to count.
-        right: responses with the expected answer.
-        looped: responses found to repeat themselves.
-        faults: of each response its first fault, or None.
-        generated: tokens of each response.
-    """
-
-    ends: Counter[str] = field(default_factory=Counter)
-    right: int = 0
-    looped: int = 0
-    faults: list[FirstFault | None] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
-
-    @property
-    def responses(self) -> int:
-        return len(self.faults)
-
-    @property
-    def completed(self) -> float:
-        """Share that ended by themselves."""
-        return self.ends["eos"] / max(1, self.responses)
-
-    @property
-    def illegal(self) -> float:
-        """Share with anything that the grammar forbids."""
-        return sum(fault is not None for fault in self.faults) / max(1, self.responses)
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / max(1, self.responses)
-
-
-@dataclass
-class Measurements:
-    """Everything that `findings` judges.
-
-    Attributes:
-        intended: the policy that the model would be run with.
-        recorded: the policy of its training record, or None.
-        scores: policy to the scored gold traces, the same ones under each.
-        writing: policy to what the model writes.
-        prompts: mean loss on the tokens of prompts, in nats.
-        unigram: the same of a model that knows how often each token occurs in these prompts, and nothing else.
-        beginnings: variant of the prompt's end to the first tokens of each trace behind it; the prompt as rendered is
-            under ``as rendered``.
-        names: control id to its text.
-        grammar: of the notation.
-    """
-
-    intended: Policy
-    recorded: Policy | None
-    scores: dict[Policy, list[Scored]]
-    writing: dict[Policy, FreeWriting]
-    prompts: float
-    unigram: float
-    beginnings: dict[str, list[Scored]]
-    names: dict[int, str]
-    grammar: Grammar
 
 
 def measure(
@@ -254,3 +168,52 @@ def first_fault(done: Completion) -> FirstFault | None:
     start = len(done.request.prompt_ids)
     found = (event for event in done.note.events if isinstance(event, Illegal))
     return next((FirstFault(event.index - start, event.id, event.state) for event in found), None)
+
+
+# --- likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def score_traces(
+    model: Any, examples: Iterable[Example], grammar: Grammar, policy: Policy, max_length: int
+) -> Iterator[Scored]:
+    """Scores traces one by one.
+
+    Args:
+        model: of transformers, in evaluation mode.
+        examples: prompts and traces.
+        grammar: names the control tokens.
+        policy: what a closing marker does.
+        max_length: most tokens forwarded for a trace, those that a prune forwards again included; of longer ones a
+            beginning is scored, and those without a beginning that fits are passed over.
+    """
+    install(model)
+    controls = sorted(grammar.control_ids)
+    for example in examples:
+        try:
+            document = compile_document(example, grammar, policy, max_length=max_length)
+        except TooLong:
+            continue
+        yield _score(model, document, controls)
+
+
+@torch.no_grad()
+def _score(model: Any, document: Document, controls: Sequence[int]) -> Scored:
+    device = model.get_input_embeddings().weight.device
+    batch = {name: values.to(device) for name, values in collate([asdict(document)], len(document), 0).items()}
+    rows = [row for row, target in enumerate(document.targets) if target != IGNORE]
+    chosen = token_logprobs(model, batch)[0, rows].tolist()
+    columns = column_logprobs(model, batch, controls)[0, rows].T.tolist()
+    ids = tuple(document.targets[row] for row in rows)
+    return Scored(ids, tuple(chosen), {i: tuple(c) for i, c in zip(controls, columns, strict=True)})
+
+
+def prompt_nats(model: Any, prompts: Iterable[Sequence[int]], grammar: Grammar) -> float:
+    """Mean loss on the tokens of prompts behind their first, in nats; NaN if there are none."""
+    install(model)
+    found: list[float] = []
+    for ids in prompts:
+        if len(ids) > 1:
+            example = Example(tuple(ids[:1]), tuple(ids[1:]))
+            document = compile_document(example, grammar, Policy.OFF, max_length=len(ids))
+            found += (-logprob for logprob in _score(model, document, []).logprobs)
+    return fmean(found) if found else float("nan")

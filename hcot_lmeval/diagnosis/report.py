@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hcot_lmeval.diagnosis.findings import Finding, Kind, losses_of, where_due
+from hcot_lmeval.diagnosis.findings import Finding, Kind
+from hcot_lmeval.diagnosis.measurements import Measurements
 from hcot_lmeval.trace import Policy
-
-if TYPE_CHECKING:
-    from hcot_lmeval.diagnosis.measure import Measurements
 
 MEANINGS = (
     "nats: mean loss of the gold traces per generated token, in the contexts of the policy",
@@ -39,8 +37,8 @@ def as_dict(measured: Measurements, findings: Sequence[Finding]) -> dict[str, An
 def _policy(measured: Measurements, policy: Policy) -> dict[str, Any]:
     writing = measured.writing.get(policy)
     found: dict[str, Any] = {
-        "nats": fmean(losses_of(measured)[policy]),
-        "due": {measured.names[token]: value for token, value in where_due(measured, policy).items()},
+        "nats": fmean(measured.losses[policy]),
+        "due": {measured.names[token]: value for token, value in measured.due(policy).items()},
     }
     if writing is not None:
         indices = [fault.index for fault in writing.faults if fault is not None]
@@ -97,14 +95,14 @@ def plot(measured: Measurements, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2.2, 1), layout="constrained")
-    tokens = list(where_due(measured, measured.intended))
+    tokens = list(measured.due(measured.intended))
     width = 0.8 / len(measured.scores)
     for number, policy in enumerate(measured.scores):
-        due = where_due(measured, policy)
+        due = measured.due(policy)
         places = [index + (number - 1) * width for index in range(len(tokens))]
         heights = [max(due.get(token, 0.0), 1e-8) for token in tokens]
         left.bar(places, heights, width, label=policy.value)
-        right.bar(number, fmean(losses_of(measured)[policy]))
+        right.bar(number, fmean(measured.losses[policy]))
     left.set_yscale("log")
     left.set_ylim(1e-8, 2)
     left.set_xticks(range(len(tokens)), [measured.names[token] for token in tokens], fontsize=8)
@@ -112,6 +110,5 @@ def plot(measured: Measurements, file: Path) -> None:
     left.legend(fontsize=8, title="policy", title_fontsize=8)
     right.set_xticks(range(len(measured.scores)), [policy.value for policy in measured.scores], fontsize=8)
     right.set_title("loss of the gold traces, nats per token", fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -10,19 +10,33 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.assets import BUNDLED, resolve
-from hcot_lmeval.diagnosis.measure import Problem
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.record import TrainingRecord, read_record, settle
+from hcot_lmeval.record import CONFIG_NAME, TrainingRecord, read_record, settle
 from hcot_lmeval.settings import parse_settings, read_yaml
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import SourceConfig
+from hcot_lmeval.training.data.documents import Example
 from hcot_lmeval.training.data.sources import load_source
 from hcot_lmeval.training.data.text import TextForm, Unusable
+from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.vocabulary import end_ids, marker_ids, read_vocabulary
 
 BUNDLED_DATA = {"path": "synthetic:arith", "split": "validation", "options": {"size": 400, "depths": [3, 4]}}
 """What the bundled checkpoints solve; their validation split was never trained on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A held-out row.
+
+    Attributes:
+        prompt: as text, rendered as at inference.
+        example: prompt and gold trace as token ids, and the expected answer.
+    """
+
+    prompt: str
+    example: Example
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,18 @@ def load(name: str, *, policy: str | None, markup: str | None, device: str, dtyp
     return Subject(model, tokenizer, record, settled, notation, grammar, TextForm(tokenizer, notation))
 
 
+def check_place(place: Path) -> None:
+    """Raises `ValueError` for the folder of a training run, or the model that one is still to write."""
+    run = next((run for run in map(RunDirectory, (place, place.parent)) if run.identity.is_file()), None)
+    if run is None or (place / CONFIG_NAME).is_file():
+        return
+    if (run.model / CONFIG_NAME).is_file():
+        raise ValueError(f"{place} is the folder of a training run; give its model, {run.model}")
+    last = run.last_checkpoint()
+    advice = f"give its last checkpoint, {last}, or" if last else "it has no checkpoint yet;"
+    raise ValueError(f"the training run in {run.root} is not finished; {advice} go on with it by the same command")
+
+
 def source_of(name: str, data: str | None) -> SourceConfig:
     """Returns where the gold traces come from: as the user says, or else as the checkpoint's own run says.
 
@@ -93,8 +119,8 @@ def source_of(name: str, data: str | None) -> SourceConfig:
         return parse_settings(SourceConfig, given, "--data")
     if name in BUNDLED:
         return parse_settings(SourceConfig, BUNDLED_DATA)
-    settings = Path(name).parent / "config.yaml"
-    if settings.is_file():
+    beside = [folder / "config.yaml" for folder in Path(name).absolute().parents[:2]]  # of a model, or a checkpoint
+    for settings in (path for path in beside if path.is_file()):
         found = read_yaml(settings, "data:").get("data", {})
         sources = found.get("held_out") or []
         if sources:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hcot_lmeval.errors import run_command
 
 SUMMARY = """\
 Prepares training data: flat chains of thought in, checked hierarchical traces out.
@@ -31,29 +32,19 @@ examples:
 
 Columns are recognised by name (OpenMathReasoning, OpenThoughts, DeepSeek-R1 style); --column names others.
 """
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 COMMANDS = ("segment", "refine", "check", "stats", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        from hcot_lmeval.prepare import commands
+    stopped = "interrupted; start the same command again to go on"
+    return run_command(lambda: _run(argv), extra="prepare", stopped=stopped, faults=(ValueError, OSError, RuntimeError))
 
-        return commands.run(make_parser().parse_args(argv))
-    except BrokenPipeError:  # whoever reads what is printed has seen enough
-        sys.stderr.close()
-        return 0
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(f"error: {error}. The libraries of this command: pip install 'hcot_lmeval[prepare]'", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+
+def _run(argv: Sequence[str] | None) -> int:
+    from hcot_lmeval.prepare import commands
+
+    return commands.run(make_parser().parse_args(argv))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hcot_lmeval.errors import run_command
+from hcot_lmeval.store import check_folder
 
 if TYPE_CHECKING:
     from hcot_lmeval.report.folder import CellFolder
@@ -45,7 +48,8 @@ examples:
   %(prog)s GRID.yaml --out cmp --dry-run         what is done, and the commands of the rest
   %(prog)s --keys                                what GRID.yaml may hold
 
-By default each model runs with pruning off and as it was trained, at windows of 1024, 2048, 4096, 8192 live tokens.
+By default each model runs with pruning off and as it was trained, at windows of 1024, 2048, 4096, 8192 live tokens,
+as far as it has positions.
 Several GPUs: start the same command for each (CUDA_VISIBLE_DEVICES=0 ..., =1 ...); they share the cells out.
 """
 READ_EXAMPLES = """\
@@ -55,8 +59,6 @@ examples:
   %(prog)s cmp                                   the folder of a grid: its finished cells
 """
 EXAMPLE_LINE = "models: [tiny-hcot]"
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,24 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:  # said with the usage of the command, not of the whole
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        status = args.action(args)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("hcot_lmeval"):
-            raise
-        print(f"error: the library {error.name} is missing; pip install 'hcot_lmeval[report]'", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    stopped = "stopped; the same command goes on from here"
+    return run_command(partial(args.action, args), extra="report", stopped=stopped)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -109,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", nargs="?", metavar="GRID.yaml", help="file with the grid; options take precedence")
     grid = parser.add_argument_group("the grid (keys of the file have the same names)")
-    grid.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
-    )
+    told = "[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
+    grid.add_argument("--models", "--model", nargs="+", metavar="MODEL", help=told)
     grid.add_argument("--policies", nargs="+", metavar="POLICY", help="off, recompute, evict, trained (off trained)")
-    grid.add_argument("--windows", nargs="+", metavar="N", help="most live tokens (1024 2048 4096 8192)")
+    told = "most live tokens (1024 2048 4096 8192, as far as the model goes)"
+    grid.add_argument("--windows", nargs="+", metavar="N", help=told)
     grid.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval")
     grid.add_argument("--seeds", nargs="+", metavar="N", help="of sampling (0)")
     grid.add_argument("--limit", metavar="N", help="documents of a task (all)")
@@ -164,6 +150,7 @@ def run_grid(args: argparse.Namespace) -> int:
         print("\n".join(_listed(folder) for folder in folders))
         return 0
     check_cells([folder.cell for folder in folders if not folder.is_done])
+    check_folder(args.out, f"--out {args.out}", "name another folder")
     failures = _run(folders, args)
     reader = Reader(None, args.metric, args.filter)
     runs = [run for folder in folders if folder.is_done for run in reader.cell(folder.path)]
@@ -222,7 +209,6 @@ def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failur
     from hcot_lmeval.report.runner import run_cells
     from hcot_lmeval.store import write_json
 
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "grid.json", {"cells": [folder.path.name for folder in folders]})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
     progress = Progress(folders)
@@ -257,6 +243,7 @@ def read_results(args: argparse.Namespace) -> int:
     """Compares the results in the folders given; returns the exit status."""
     from hcot_lmeval.report.reading import Reader
 
+    check_folder(args.out, f"--out {args.out}", "name another folder")
     reader = Reader(args.tasks, args.metric, args.filter)
     runs = reader.read(args.folders)
     for line in reader.said:

@@ -23,11 +23,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from hcot_lmeval.assets import resolve
-from hcot_lmeval.record import TrainingRecord, read_record
+from hcot_lmeval.record import TrainingRecord, read_config, read_record
 from hcot_lmeval.settings import Section
 from hcot_lmeval.trace import Policy
 
 OURS = "hcot"
+USUAL_WINDOWS = (1024, 2048, 4096, 8192)
 USUAL_BUDGET = 32768
 """Generated tokens that ``--model hcot`` allows by default when it prunes, whatever its window up to that size."""
 
@@ -110,8 +111,11 @@ class GridConfig(Section):
     policies: list[PolicyName] = Field(
         ["off", "trained"], min_length=1, description="off, recompute, evict, or trained: as the checkpoint says it was"
     )
-    windows: list[PositiveInt] = Field(
-        [1024, 2048, 4096, 8192], min_length=1, description="max_context: most live tokens of a request"
+    windows: list[PositiveInt] | None = Field(
+        None,
+        min_length=1,
+        description="max_context: most live tokens of a request; none: 1024, 2048, 4096 and 8192, as far as the model "
+        "has positions",
     )
     tasks: list[str] = Field(min_length=1, description="lm-eval tasks or groups")
     seeds: list[int] = Field([0], min_length=1, description="of sampling")
@@ -186,9 +190,7 @@ class Cell:
 
     def _budget(self, given: dict[str, Any]) -> dict[str, Any]:
         """One default limit for all windows: by itself hcot takes a window beyond `USUAL_BUDGET` for its limit."""
-        largest = max(
-            window for model in self.grid.models if model.ours for window in model.windows or self.grid.windows
-        )
+        largest = max(window for model in self.grid.models if model.ours for window in windows_of(self.grid, model))
         return {} if "max_gen_toks" in given or largest <= USUAL_BUDGET else {"max_gen_toks": largest}
 
     @property
@@ -203,9 +205,23 @@ class Cell:
 def _cells_of(grid: GridConfig, model: ModelConfig, task: str) -> Iterator[Cell]:
     takes_window = model.ours or model.window_argument
     for policy in _policies(grid, model) if model.ours else (None,):
-        for window in dict.fromkeys(model.windows or grid.windows) if takes_window else (None,):
+        for window in windows_of(grid, model) if takes_window else (None,):
             for seed in dict.fromkeys(grid.seeds):
                 yield Cell(grid, model, task, policy, window, seed)
+
+
+def windows_of(grid: GridConfig, model: ModelConfig) -> list[int]:
+    """Returns the windows of a model, each one once: those that are named, else the usual ones that it has room for."""
+    named = model.windows or grid.windows
+    if named:
+        return list(dict.fromkeys(named))
+    given = {**grid.model_args, **model.model_args}
+    try:
+        config = read_config(resolve(model.pretrained), given.get("revision")) if model.pretrained else {}
+    except OSError:
+        config = {}
+    most = (config.get("text_config") or config).get("max_position_embeddings") or max(USUAL_WINDOWS)
+    return [window for window in USUAL_WINDOWS if window <= most] or [most]
 
 
 def _policies(grid: GridConfig, model: ModelConfig) -> list[str]:

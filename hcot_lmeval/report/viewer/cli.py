@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from hcot_lmeval.errors import run_command
 from hcot_lmeval.markup import PRESETS, get_markup
 from hcot_lmeval.report.viewer.page import write_page
 from hcot_lmeval.report.viewer.reading import (
@@ -33,31 +34,31 @@ from hcot_lmeval.report.viewer.reading import (
 )
 from hcot_lmeval.report.viewer.terminal import Style, plural, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
+from hcot_lmeval.store import check_folder
 from hcot_lmeval.trace import Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        sources = find_sources(args.notes)
-        verdicts = _verdicts(args, sources)
-        cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
-        traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
-        if args.terminal:
-            _print(args, traces, verdicts)
-        else:
-            _write(args, traces, verdicts, sources)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: view(args), extra="report")
+
+
+def view(args: argparse.Namespace) -> None:
+    """Writes the page, or prints the traces."""
+    if not args.terminal:
+        check_folder(args.out.parent, f"--out {args.out}", "name another file")
+    sources = find_sources(args.notes)
+    verdicts = _verdicts(args, sources)
+    cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
+    traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
+    if args.terminal:
+        _print(args, traces, verdicts)
+    else:
+        _write(args, traces, verdicts, sources)
     remark = verdicts.remark()
     if remark:
         print(f"note: {remark}", file=sys.stderr)
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
