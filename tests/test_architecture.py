@@ -1,15 +1,13 @@
 """Imports point one way. The rules of the house, read off the source, so that they hold for files yet to be written."""
 
 import ast
+import re
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).resolve().parents[1] / "hcot_lmeval"
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.relative_to(PACKAGE).parts)
+from architecture import FILES, PACKAGE, PICTURE, ROOT, draw, graph_of_parts, imported_names, module_name, ours
 
 RULE = {"markup", "trace", "grammar", "events", "store", "notes", "response"}
 """Modules that need nothing but the standard library and one another."""
@@ -25,43 +23,12 @@ FORBIDDEN = {
 """Part of the package -> libraries that it may import nowhere, not even within a function."""
 
 
-def module_name(path: Path) -> str:
-    """Dotted name below the package: `engine.slots`; a folder's `__init__` has the name of the folder."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
 def part(path: Path) -> str:
     return module_name(path).split(".")[0]
 
 
-def is_for_type_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def imports(node: ast.AST, *, lazy: bool) -> Iterator[str]:
-    """Yields the absolute names that are imported below `node`; those within functions only if `lazy`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, f"line {child.lineno}: a relative import; write it out"
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not lazy:
-            continue
-        elif not is_for_type_checkers(child):
-            yield from imports(child, lazy=lazy)
-
-
-def imported(path: Path, *, lazy: bool = True) -> set[str]:
-    return set(imports(ast.parse(path.read_text(encoding="utf-8")), lazy=lazy))
-
-
-def ours(names: set[str]) -> set[str]:
-    """The modules of the package among imported names, as `module_name` has them."""
-    known = {module_name(path) for path in FILES}
-    inner = (name.removeprefix("hcot_lmeval.") for name in names if name.startswith("hcot_lmeval."))
-    return {module for name in inner for module in (name, name.rpartition(".")[0]) if module in known}
+def imported(path: Path, *, lazy: bool = True, typing: bool = False) -> set[str]:
+    return set(imported_names(ast.parse(path.read_text(encoding="utf-8")), lazy=lazy, typing=typing))
 
 
 def libraries(names: set[str]) -> set[str]:
@@ -76,8 +43,9 @@ def test_the_reader_of_imports_sees_them():
     """Were it blind, every other test here would pass."""
     source = "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from d import e\nclass G:\n    import h"
     tree = ast.parse(source)
-    assert set(imports(tree, lazy=True)) == {"a.b", "d.e", "h"}
-    assert set(imports(tree, lazy=False)) == {"a.b", "h"}
+    assert set(imported_names(tree)) == {"a.b", "c", "d.e", "h"}
+    assert set(imported_names(tree, typing=False)) == {"a.b", "d.e", "h"}
+    assert set(imported_names(tree, lazy=False, typing=False)) == {"a.b", "h"}
     assert libraries(imported(PACKAGE / "masks.py")) == {"torch"}
     assert ours(imported(PACKAGE / "trace.py")) == {"markup"}
 
@@ -120,12 +88,20 @@ def test_nobody_goes_through_the_public_names(path):
     assert {name for name in through if name[0].isupper()} == set()
 
 
-def test_imports_have_no_cycle():
-    """Between modules, and between the folders and modules at the root taken as wholes."""
+def test_imports_have_no_circle():
+    """Between modules and between the parts of the package taken as wholes."""
     graph = {module_name(path): ours(imported(path)) - {module_name(path)} for path in FILES}
     tuple(TopologicalSorter(graph).static_order())
-    whole: dict[str, set[str]] = {}
-    for path in FILES:
-        used = {module.split(".")[0] for module in ours(imported(path))}
-        whole.setdefault(part(path), set()).update(used - {part(path)})
-    tuple(TopologicalSorter(whole).static_order())
+    tuple(TopologicalSorter(graph_of_parts()).static_order())
+
+
+def test_the_picture_shows_the_imports_as_they_are():
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run python scripts/architecture.py"
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tasks/**/*.md")]), ids=str
+)
+def test_links_of_pages_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
