@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 VARIABLE = "HCOT_LMEVAL_TRACEBACK"
-COMMANDS = frozenset({"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "hcot-eval", "hcot-eval.exe"})
+COMMANDS = frozenset({"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "hcot eval"})
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -74,12 +74,12 @@ def message_for_users(error: BaseException) -> str | None:
         return None
     if isinstance(error, KeyboardInterrupt):
         return "stopped" + (f": {error}" if str(error) else "")
-    if not _is_raised_here(error.__traceback__):
+    if not is_raised_here(error.__traceback__):
         return None
     return f"error: {' '.join(str(error).split())}"
 
 
-def _is_raised_here(trace: TracebackType | None) -> bool:
+def is_raised_here(trace: TracebackType | None) -> bool:
     """Whether the innermost frame is at a `raise` of this package or of its tasks."""
     if trace is None:
         return False

@@ -13,7 +13,7 @@ One thing comes before: if the command line names our model, the threads of PyTo
 are told to sleep while they wait (`wait_passively`).
 
 Releases of lm-eval that read entry points find the same things by themselves; then nothing is added here.
-``HCOT_LMEVAL_AUTOLOAD=0`` switches the start-up off; the command ``hcot-eval`` works all the same.
+``HCOT_LMEVAL_AUTOLOAD=0`` switches the start-up off; the command ``hcot eval`` works all the same.
 
 This module runs at every start of the interpreter: it imports nothing that is not loaded by then, and whatever goes
 wrong in it is logged, not raised, since an error in a finder breaks every import of the process.
@@ -54,9 +54,11 @@ def install() -> None:
             _add(name)
 
 
-def main() -> None:
-    """The command ``hcot-eval``: lm-eval's own command line with our model and tasks in it."""
+def main(argv: "Sequence[str]") -> None:
+    """The command ``hcot eval``: lm-eval's own ``run`` with our model and tasks in it."""
     install()
+    named = any(word.partition("=")[0] in ("--model", "-M", "--config", "-C") for word in argv)
+    sys.argv[1:] = ["run", *([] if named else ["--model", ALIAS]), *argv]
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -2,7 +2,7 @@
 
 import sys
 
-from hcot_lmeval.report.viewer.cli import main
+from hcot_lmeval.command import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("view", sys.argv[1:]))

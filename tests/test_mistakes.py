@@ -97,19 +97,9 @@ def command(name: str) -> Callable[[list[str]], int | None]:
             cli_evaluate()
 
         return evaluate
-    if name == "train":
-        import runpy
+    from hcot_lmeval.command import run
 
-        return lambda arguments: runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"]()
-    from importlib import import_module
-
-    modules = {
-        "compare": "report.cli",
-        "view": "report.viewer.cli",
-        "prepare": "prepare.cli",
-        "diagnose": "diagnosis.cli",
-    }
-    return import_module(f"hcot_lmeval.{modules[name]}").main
+    return lambda arguments: run(name, arguments)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.line[:70])

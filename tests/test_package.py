@@ -60,8 +60,8 @@ def test_tasks_folder_is_found(installed):
     assert found.is_dir()
 
 
-def test_console_script_is_lm_evals_own(installed):
-    done = installed.run("hcot-eval", "run", "--help", HCOT_LMEVAL_AUTOLOAD="0")
+def test_hcot_eval_is_lm_evals_own(installed):
+    done = installed.run("hcot", "eval", "--help", HCOT_LMEVAL_AUTOLOAD="0")
     assert done.returncode == 0, done.stderr
     assert "--model_args" in done.stdout
 
@@ -72,7 +72,7 @@ def test_entry_points(installed):
         "print(sorted(f'{e.group} {e.name} = {e.value}' for e in d('hcot_lmeval').entry_points))"
     )
     assert ast.literal_eval(installed.python_says(code)) == [
-        "console_scripts hcot-eval = hcot_lmeval.plugin:main",
+        "console_scripts hcot = hcot_lmeval.command:main",
         "lm_eval.models hcot = hcot_lmeval.lm:HcotLM",
         "lm_eval.tasks hcot_lmeval = hcot_lmeval.tasks",
     ]

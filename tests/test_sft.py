@@ -1,6 +1,6 @@
-"""Training as a user runs it: the script, from settings to a checkpoint; killed, resumed, in two processes.
+"""Training as a user runs it: the command, from settings to a checkpoint; killed, resumed, in two processes.
 
-Where nothing is killed the script's function is called in this process, which saves the imports.
+Where nothing is killed it runs in this process, which saves the imports.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hcot_lmeval import command
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import read_record
 from hcot_lmeval.training.config_file import parse_config
@@ -75,29 +75,32 @@ def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
     )
 
 
-def run(folder: Path, config: dict, *options: str) -> str:
-    """Calls the script's `main` here and returns what it prints and logs."""
+def run(folder: Path, config: dict, *options: str, status: int = 0) -> str:
+    """Runs the command in this process and returns what it prints and logs; it has to end with `status`."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     printed = io.StringIO()
     handler = logging.StreamHandler(printed)
-    arguments = ["scripts/train.py", "sft", str(file), *options]
     transformers.utils.logging.add_handler(handler)
     logging.getLogger("hcot_lmeval").addHandler(handler)
     try:
-        with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", arguments):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            mock.patch.object(sys, "argv", ["scripts/train.py"]),
+        ):
+            ended = command.run("train", ["sft", str(file), *options])
     finally:
         transformers.utils.logging.remove_handler(handler)
         logging.getLogger("hcot_lmeval").removeHandler(handler)
+    assert ended == status, printed.getvalue()
     return printed.getvalue()
 
 
 def refused(folder: Path, config: dict) -> str:
-    """Returns the line with which the script ends."""
-    with pytest.raises(SystemExit) as ended:
-        run(folder, config)
-    return str(ended.value)
+    """Returns the line with which the command ends, and those of settings below it."""
+    told = run(folder, config, status=1)
+    return told[told.rindex("error: ") :]
 
 
 def wait_for(process: subprocess.Popen, path: Path) -> None:

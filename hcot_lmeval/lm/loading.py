@@ -152,8 +152,8 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     for name, place in {"pretrained": pretrained, **{name: arguments.get(name) for name in PLACES}}.items():
         if isinstance(place, str) and _is_path(place) and not Path(place).is_dir():
             raise FileNotFoundError(f"{name}={place!r} is no directory; give that of a checkpoint, or an id on a hub")
-        if isinstance(place, str) and (near := near_name(place)):
-            raise FileNotFoundError(f"{name}={place!r} is neither bundled nor a directory; did you mean {near}?")
+        if isinstance(place, str) and (meant := near_name(place)):
+            raise FileNotFoundError(f"{name}={place!r} is neither bundled nor a directory; did you mean {meant}?")
     adapter = arguments.get("peft")
     if adapter and Path(adapter).is_dir() and not (Path(adapter) / ADAPTER).is_file():
         raise FileNotFoundError(f"peft={adapter!r} holds no {ADAPTER}; give the directory of an adapter")

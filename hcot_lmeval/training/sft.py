@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 class Terminated(KeyboardInterrupt):
     """Training was ended by SIGTERM."""
 
+    status = 143
+    """Exit status of the command."""
+
 
 def train(config: SftConfig, *, restart: bool = False, command: str = "") -> RunDirectory:
     """Trains, or goes on with a run that was interrupted, and leaves everything in ``config.output``.
