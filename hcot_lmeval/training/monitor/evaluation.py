@@ -27,9 +27,8 @@ from tqdm import tqdm
 from hcot_lmeval import answers
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.grammar import Grammar, TokenClass, is_legal_trace
-from hcot_lmeval.markup import Markup
 from hcot_lmeval.response import Response
-from hcot_lmeval.trace import Malformed, Policy
+from hcot_lmeval.trace import Malformed
 from hcot_lmeval.training.forward import causal_lm
 from hcot_lmeval.training.losses import LossSums
 from hcot_lmeval.vocabulary import leaves_open, read_vocabulary
@@ -129,17 +128,14 @@ def free_run(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
-    policy: Policy | str,
-    markup: Markup | str,
-    max_context: int | None,
     max_gen_toks: int,
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
     keep: int = 4,
     shard: bool = True,
-    self_check: bool = False,
     progress: bool = False,
+    **options: Any,
 ) -> FreeRun:
     """Lets a model in training solve problems under pruning, and leaves it as it was.
 
@@ -147,11 +143,8 @@ def free_run(
 
     Args:
         model: a causal language model, bare or within PEFT, DDP, FSDP or `torch.compile` wrappers.
-        tokenizer: its tokenizer, with the markers of `markup`.
+        tokenizer: its tokenizer, with the markers of the notation.
         problems: at least one.
-        policy: what a closing marker does, whatever the model was trained for before.
-        markup: the notation.
-        max_context: most live tokens of a problem; None: what the model's config allows.
         max_gen_toks: most generated tokens of a problem, pruned ones included.
         batch_size: problems that are generated side by side.
         temperature: 0 takes the most likely token.
@@ -159,9 +152,10 @@ def free_run(
         keep: how many generations to keep as samples.
         shard: every process solves its share. False: every process solves all of them, which sharded weights (FSDP)
             need, since there each forward is a common effort of all processes.
-        self_check: make sure first that the model can be decoded with pruning. Once, at the start of a training, is
-            enough; later a model that has diverged would fail it for the wrong reason.
         progress: show a progress bar, on the first process.
+        options: of the engine: policy, markup, max_context, ... Two differ from its defaults. The policy may be another
+            than that of the model's training before; and ``self_check`` is off: once, at the start of a training, is
+            enough, and later a model that has diverged would fail it for the wrong reason.
 
     Raises:
         ValueError: there are no problems, or an option is outside its range.
@@ -173,16 +167,8 @@ def free_run(
     mine = problems[rank::world]
     with evaluation_mode(model):
         _touch(causal_lm(model), problems[0][0][0])
-        engine = Engine(
-            causal_lm(model),
-            tokenizer,
-            policy=policy,
-            markup=markup,
-            max_context=max_context,
-            slots=batch_size,
-            any_policy=True,
-            self_check=self_check,
-        )
+        options = {"any_policy": True, "self_check": False, **options}
+        engine = Engine(causal_lm(model), tokenizer, slots=batch_size, **options)
         params = SamplingParams(max_gen_toks=max_gen_toks, temperature=temperature, seed=seed)
         requests = [Request(str(i), tuple(prompt_ids), params) for i, (prompt_ids, _) in enumerate(mine)]
         done = _generate(engine, requests, show=progress and _place()[0] == 0)
