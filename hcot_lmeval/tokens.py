@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcot_lmeval.embeddings import DEFAULT_SEEDING, Seeding, grow, padded, rows_of, seed_rows
 from hcot_lmeval.markup import Markup, get_markup
-from hcot_lmeval.vocabulary import token_id
+from hcot_lmeval.vocabulary import read_vocabulary, token_id
 
 
 class Added(NamedTuple):
@@ -58,10 +58,11 @@ def extend_vocabulary(
 ) -> Added:
     """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
 
-    Nothing is lost: tokens keep their ids and rows, other added tokens, special tokens and the chat template stay. The
-    embedding never shrinks and is padded to a multiple of 64 rows. A new token may get a spare row of a padded
-    embedding; that one is seeded too, if it is known to be new: add the tokens to both in one call, or name those that
-    an earlier call gave to the tokenizer alone.
+    A vocabulary with thinking tokens of its own, such as ``[THINK]``, gets no others. Nothing is lost: tokens keep
+    their ids and rows, other added tokens, special tokens and the chat template stay. The embedding never shrinks and
+    is padded to a multiple of 64 rows. A new token may get a spare row of a padded embedding; that one is seeded too,
+    if it is known to be new: add the tokens to both in one call, or name those that an earlier call gave to the
+    tokenizer alone.
 
     Args:
         tokenizer: gets the tokens.
@@ -75,7 +76,8 @@ def extend_vocabulary(
             is wrapped for PEFT already. Tokenizer and model are then unchanged.
     """
     markup = get_markup(markup)
-    texts = (*markup.markers, *markup.think)
+    own = read_vocabulary(tokenizer, markup)
+    texts = (*markup.markers, *(() if own.has_thinking and own.think != markup.think else markup.think))
     seeding.check(texts)
     missing = [text for text in texts if token_id(tokenizer, text) is None]
     rows = None if model is None else rows_of(model)
@@ -102,7 +104,7 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, markup: Markup | str = "hc
         ValueError: one swallows the blanks beside it, or is not found within a word.
     """
     markup = get_markup(markup)
-    for text in (*markup.markers, *markup.think):
+    for text in (*markup.markers, *read_vocabulary(tokenizer, markup).think):
         token = tokenizer.added_tokens_decoder.get(token_id(tokenizer, text))
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name, False)]
         if flags:

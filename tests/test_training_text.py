@@ -3,10 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from hcot_lmeval.lm.prompts import PromptEncoder
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.provenance import tokenizer_digest
+from hcot_lmeval.tokens import extend_vocabulary
 from hcot_lmeval.training.data.preparation import question_key
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
 from hcot_lmeval.vocabulary import read_vocabulary
@@ -95,6 +97,19 @@ def test_markers_are_text_in_the_prompt_and_tokens_in_the_completion():
 def test_completions(trace, answer, expected):
     form = TextForm(tokenizer(), HCOT)
     assert form.completion_text(trace, answer, form.prompt_text(row())) == expected
+
+
+@pytest.mark.parametrize("trace", [BLOCK, f"<think>{BLOCK}", f"<think>{BLOCK}</think>", f"[THINK]{BLOCK}[/THINK]"])
+def test_a_vocabulary_with_thinking_tokens_of_its_own_is_taught_these(trace):
+    made = tokenizer(think=False)
+    made.add_tokens([AddedToken(text, special=True) for text in ("[THINK]", "[/THINK]")])
+    assert extend_vocabulary(made).tokens == {}
+    form = TextForm(made, HCOT)
+    written = form.completion_text(trace, "7", form.prompt_text(row()))
+    assert written.startswith(f"[THINK]{BLOCK}[/THINK]") and "think>" not in written
+    assert read_vocabulary(made, HCOT).split(written, opened=False).answer in ("", "\\boxed{7}")
+    ids = form.example(row(trace)).completion_ids
+    assert [made.convert_tokens_to_ids(text) in ids for text in ("[THINK]", "[/THINK]")] == [True, True]
 
 
 @pytest.mark.parametrize("start", ["", "<think>", "<think>\n"])

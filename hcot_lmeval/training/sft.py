@@ -45,7 +45,7 @@ from hcot_lmeval.training.monitor.measure import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
 from hcot_lmeval.training.trainer import PackedTrainer
-from hcot_lmeval.vocabulary import marker_ids, token_id
+from hcot_lmeval.vocabulary import marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
     schedule = schedule_of(config, data)
     announce_length(checkpoint, schedule)
-    record = record_of(config, added, data, schedule, command)
+    record = record_of(config, tokenizer, added, data, schedule, command)
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
         run.write_findings(prepared.report for prepared in data.train)
@@ -147,8 +147,8 @@ def check_settings(config: SftConfig) -> None:
 def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
     """Returns the grammar of the markup in the tokenizer's vocabulary."""
     markup = get_markup(config.tokens.markup)
-    think = (token_id(tokenizer, markup.think[0]), token_id(tokenizer, markup.think[1]))
-    return Grammar(markers=marker_ids(tokenizer, markup), think=think, eos_ids=end_ids(config, tokenizer))
+    think_ids = read_vocabulary(tokenizer, markup).think_ids
+    return Grammar(markers=marker_ids(tokenizer, markup), think=think_ids, eos_ids=end_ids(config, tokenizer))
 
 
 def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Grammar) -> Data:
@@ -200,12 +200,20 @@ def warn_of_positions(model: PreTrainedModel, data: Data) -> None:
         logger.warning("the traces need %d positions, the model's config has %d: %s", needed, limit, advice)
 
 
-def record_of(config: SftConfig, added: Added, data: Data, schedule: Schedule, command: str) -> TrainingRecord:
+def record_of(
+    config: SftConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Added,
+    data: Data,
+    schedule: Schedule,
+    command: str,
+) -> TrainingRecord:
     """Returns what the checkpoints will say about themselves."""
+    vocabulary = read_vocabulary(tokenizer, get_markup(config.tokens.markup))
     return TrainingRecord(
         policy=config.policy.value,
         markup=config.tokens.markup,
-        think=None if None in data.grammar.think else get_markup(config.tokens.markup).think,
+        think=vocabulary.think if vocabulary.has_thinking else None,
         seeding=added.seeding,
         structure_loss=config.loss.model_dump(exclude={"chunk"}),
         curriculum=[

@@ -7,10 +7,10 @@ r"""The form of a training text: what of a row is the prompt, and what the model
 The prompt is encoded as at inference, token for token: text in it that spells a marker stays text. In the completion
 the markers are control tokens.
 
-A trace that holds ``</think>`` is written out as it stands: it has an answer part of its own. Any other trace is put
-between the thinking tokens, with the boxed answer behind it, if the row has an answer. A prompt that ends by opening
-the thinking section is not opened again. Where the thinking tokens are not tokens of the vocabulary, the trace is the
-whole text.
+``<think>`` and ``</think>`` stand for what the vocabulary has in their place, such as ``[THINK]``. A trace that holds
+``</think>`` is written out as it stands: it has an answer part of its own. Any other trace is put between the thinking
+tokens, with the boxed answer behind it, if the row has an answer. A prompt that ends by opening the thinking section is
+not opened again. Where the vocabulary has no thinking tokens, the trace is the whole text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hcot_lmeval.markup import Markup
 from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.training.data.documents import Example
-from hcot_lmeval.vocabulary import token_id
+from hcot_lmeval.vocabulary import read_vocabulary
 
 ANSWER = "\n\n\\boxed{{{}}}"
 """What follows the thinking section of a trace that has no answer part of its own."""
@@ -66,9 +66,9 @@ class TextForm:
 
     @cached_property
     def think(self) -> tuple[str, str] | None:
-        """The strings around the thinking section, or None where they are not tokens."""
-        known = all(token_id(self.tokenizer, text) is not None for text in self.markup.think)
-        return self.markup.think if known else None
+        """The strings around the thinking section, or None where the vocabulary has none."""
+        vocabulary = read_vocabulary(self.tokenizer, self.markup)
+        return vocabulary.think if vocabulary.has_thinking else None
 
     @cached_property
     def digest(self) -> str:
@@ -122,6 +122,9 @@ class TextForm:
         if self.think is None:
             return trace
         begin, end = self.think
+        if end not in trace:
+            for theirs, ours in zip(self.markup.think, self.think, strict=True):
+                trace = trace.replace(theirs, ours)
         if end not in trace:
             body = trace.removeprefix(begin)
             trace = f"{begin}{body}{end}" + (ANSWER.format(answer) if answer else "")
