@@ -15,8 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hcot_lmeval.training.config_file import describe_config, load_config
-
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line.
@@ -25,13 +23,15 @@ def main(argv: Sequence[str]) -> None:
         ValueError, OSError: a setting, a file or the data cannot be used.
         KeyboardInterrupt: it was stopped; the message says where it goes on.
     """
-    args = parse_args(argv)
+    args = parse_args(argv)  # before anything heavy: help is instant
+    from hcot_lmeval.training.config_file import describe_config, load_config
+
     if args.keys:
         print(describe_config())
         return
     config = load_config(args.config, args.override)
 
-    from hcot_lmeval.training.sft import train  # heavy, hence behind the check of the settings
+    from hcot_lmeval.training.sft import train  # heavier still, hence behind the check of the settings
 
     program = sys.argv[0] if sys.argv[0].startswith("hcot ") else f"python {shlex.quote(sys.argv[0])}"
     train(config, restart=args.restart, command=f"{program} {shlex.join(argv)}")
