@@ -64,7 +64,7 @@ class TestModelArguments:
             ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
             ({"any_policy": "yes"}, "any_policy='yes' is not one of true, false"),
             ({"markup": "hcott"}, "Did you mean 'hcot'"),
-            ({"attention": "flash"}, "attention='flash' is unknown; choose one of auto, flash-attn, varlen, aten"),
+            ({"attention": "fast"}, "attention='fast' is unknown; choose one of auto, flash-attn, flash, triton"),
             ({"compute": "cuda"}, "compute='cuda' is unknown; choose one of auto, native, torch"),
             ({"weights": "int8"}, "weights='int8' is unknown; choose one of auto, plain, packed"),
             ({"graphs": "yes"}, "graphs='yes' is neither true nor false"),
