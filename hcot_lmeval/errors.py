@@ -21,45 +21,43 @@ COMMANDS = frozenset({"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "hcot 
 PACKAGE = Path(__file__).resolve().parent
 
 
-FAILED = 1
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def run_command(
-    action: Callable[[], int | None],
-    *,
-    extra: str,
-    stopped: str = "interrupted",
-    faults: tuple[type[Exception], ...] = (ValueError, OSError),
-) -> int:
-    """Runs one of our own commands and returns its exit status.
+def run_command(action: Callable[[], int | None], *, extra: str = "") -> int:
+    """Runs one of our own commands and returns its exit status: 0, 1 for an error, 130 after Ctrl-C.
+
+    A `KeyboardInterrupt` with a message says what is kept; one with an attribute ``status`` sets the status.
 
     Args:
         action: the command; it returns its exit status, or None for 0.
         extra: of the package, that holds the libraries of the command.
-        stopped: what to say after Ctrl-C.
-        faults: what ends in one line.
     """
     try:
         status = action()
         sys.stdout.flush()
         return status or 0
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        return int(getattr(stop, "status", INTERRUPTED))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if os.environ.get(VARIABLE) or str(error.name).startswith("hcot_lmeval"):
+        if os.environ.get(VARIABLE) or not extra or str(error.name).startswith("hcot_lmeval"):
             raise
         print(f"error: the library {error.name} is missing; pip install 'hcot_lmeval[{extra}]'", file=sys.stderr)
-    except faults as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get(VARIABLE):
             raise
-        print(f"error: {error}", file=sys.stderr)
-    return FAILED
+        what = (
+            error
+            if is_raised_here(error.__traceback__)
+            else f"{type(error).__name__}: {error} ({VARIABLE}=1 tells more)"
+        )
+        print(f"error: {what}", file=sys.stderr)
+    return 1
 
 
 def in_command() -> bool:

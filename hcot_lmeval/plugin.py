@@ -54,14 +54,20 @@ def install() -> None:
             _add(name)
 
 
-def main(argv: "Sequence[str]") -> None:
+def main(argv: "Sequence[str]") -> int:
     """The command ``hcot eval``: lm-eval's own ``run`` with our model and tasks in it."""
+    from hcot_lmeval.errors import run_command
+
     install()
     named = any(word.partition("=")[0] in ("--model", "-M", "--config", "-C") for word in argv)
     sys.argv[1:] = ["run", *([] if named else ["--model", ALIAS]), *argv]
-    from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    def evaluate() -> None:
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+
+    return run_command(evaluate)
 
 
 def tasks_path() -> str | None:

@@ -10,6 +10,7 @@ import pytest
 
 from hcot_lmeval import command
 from hcot_lmeval.command import PARTS, Part
+from hcot_lmeval.errors import run_command
 from hcot_lmeval.training.sft import Terminated
 
 
@@ -18,16 +19,16 @@ def part(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A subcommand `stand-in`, whose `main` a test writes."""
     module = ModuleType("stand_in")
     monkeypatch.setitem(sys.modules, "stand_in", module)
-    monkeypatch.setitem(command.PARTS, "stand-in", Part("stand_in", "nothing", "report"))
+    monkeypatch.setitem(command.PARTS, "stand-in", Part("stand_in", "nothing"))
     monkeypatch.setattr(sys, "argv", ["hcot", "stand-in", "a", "--b"])
     return module
 
 
 def raising(error: BaseException):
-    def main(argv):
+    def action():
         raise error
 
-    return main
+    return lambda argv: run_command(action, extra="report")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def raising(error: BaseException):
         (Terminated("stopped at step 4"), 143, "stopped at step 4"),
         (BrokenPipeError(), 0, ""),
         (ModuleNotFoundError("No module named 'scipy'", name="scipy"), 1, "pip install 'hcot_lmeval[report]'"),
-        (ValueError("x"), 1, "error: ValueError: x (HCOT_LMEVAL_TRACEBACK=1 shows where)"),
+        (ValueError("x"), 1, "error: ValueError: x (HCOT_LMEVAL_TRACEBACK=1 tells more)"),
         (FileNotFoundError(2, "No such file", "y"), 1, "error: FileNotFoundError: [Errno 2] No such file: 'y'"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -53,16 +54,16 @@ def test_each_end_has_its_status_and_its_line(part, capfd, error, status, told):
 def test_our_own_message_stands_alone(part, capsys):
     from hcot_lmeval.markup import get_markup
 
-    part.main = lambda argv: get_markup("xml")
+    part.main = lambda argv: run_command(lambda: get_markup("xml"))
     assert command.main() == 1
     assert capsys.readouterr().err.startswith("error: markup='xml' is unknown")
 
 
-def test_a_traceback_can_be_asked_for(part, capsys, monkeypatch):
+def test_a_traceback_can_be_asked_for(part, monkeypatch):
     monkeypatch.setenv("HCOT_LMEVAL_TRACEBACK", "1")
     part.main = raising(ValueError("x"))
-    assert command.main() == 1
-    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="x"):
+        command.main()
 
 
 def test_what_is_no_mistake_of_users_is_left_alone(part):

@@ -37,8 +37,7 @@ COMMANDS = ("segment", "refine", "check", "stats", "export")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    stopped = "interrupted; start the same command again to go on"
-    return run_command(lambda: _run(argv), extra="prepare", stopped=stopped, faults=(ValueError, OSError, RuntimeError))
+    return run_command(lambda: _run(argv), extra="prepare")
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -11,7 +11,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:  # said with the usage of the command, not of the whole
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    stopped = "stopped; the same command goes on from here"
-    return run_command(partial(args.action, args), extra="report", stopped=stopped)
+    return run_command(lambda: args.action(args), extra="report")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -15,15 +15,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hcot_lmeval.errors import run_command
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command line.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, which is 143 after SIGTERM."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)  # before anything heavy: help is instant
+    return run_command(lambda: run(args, argv), extra="train")
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Trains, or prints the settings.
 
     Raises:
         ValueError, OSError: a setting, a file or the data cannot be used.
         KeyboardInterrupt: it was stopped; the message says where it goes on.
     """
-    args = parse_args(argv)  # before anything heavy: help is instant
     from hcot_lmeval.training.config_file import describe_config, load_config
 
     if args.keys:
