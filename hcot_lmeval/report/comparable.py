@@ -70,6 +70,10 @@ class Incomparable(ResultsError):
     """Runs cannot stand in one table; the message says which, why, and what to do."""
 
 
+Faults = Iterator[tuple[str, str]]
+"""What is wrong, and what to do."""
+
+
 def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> None:
     """Refuses runs that must not be compared.
 
@@ -80,17 +84,23 @@ def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> No
     Raises:
         Incomparable: naming the runs, what differs, and what to do.
     """
-    _check_distinct(runs)
+    for one, other in itertools.combinations(runs, 2):
+        _refuse(one, other, _same_run(one, other))
     for run in runs:
         check_integrity(run)
-    _check_model_names(runs)
+    for one, other in itertools.permutations(runs, 2):
+        _refuse(one, other, _swapped_name(one, other))
     for task in dict.fromkeys(run.task for run in runs):
         alike = [run for run in runs if run.task == task]
         for run in alike[1:]:
-            _check_pair(alike[0], run, allow_versions)
-        for one, other in itertools.combinations(alike, 2):
-            _check_budgets(one, other)
-            _check_prompts(one, other)
+            _refuse(alike[0], run, _differences(alike[0], run, allow_versions))
+        for one, other in itertools.combinations(alike, 2):  # what agrees with the first need not agree here
+            _refuse(one, other, itertools.chain(_other_budget(one, other), _other_prompts(one, other)))
+
+
+def _refuse(one: Run, other: Run, faults: Faults) -> None:
+    for told, advice in faults:
+        raise Incomparable(f"{one.name!r} and {other.name!r} ({one.task}) cannot be compared: {told}; {advice}")
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -108,10 +118,6 @@ def check_integrity(run: Run) -> None:
     checks = (_complete, _statistics, _settings, _hashes, _targets, _scores, _name)
     for told, advice in itertools.chain.from_iterable(check(run) for check in checks):
         raise Incomparable(f"{run.name!r} ({run.task}): {told}; {advice} ({run.path})")
-
-
-Faults = Iterator[tuple[str, str]]
-"""What is wrong with a run, and what to do."""
 
 
 def _complete(run: Run) -> Faults:
@@ -273,19 +279,16 @@ def check_copies(one: Run, other: Run) -> None:
             raise ResultsError(f"{told}, but their {what} differ: {ours} and {theirs}; give each a folder")
 
 
-# --- which runs -------------------------------------------------------------------------------------------------------
+# --- two runs ---------------------------------------------------------------------------------------------------------
 
 
-def _check_distinct(runs: Sequence[Run]) -> None:
+def _same_run(one: Run, other: Run) -> Faults:
     """Neither a run nor a name may be there twice, but for other seeds, which a table pools."""
-    for one, other in itertools.combinations(runs, 2):
-        if _evaluation(one) == _evaluation(other):
-            told = f"they are the same run ({one.path}, {other.path})"
-            raise _refusal(one, other, told, "name each folder once")
-    for one, other in itertools.combinations(runs, 2):
-        if (one.name, one.task, one.seed) == (other.name, other.task, other.seed):
-            told = f"both have this name ({one.path}, {other.path})"
-            raise _refusal(one, other, told, "give the folders names: NAME=DIR")
+    paths = f"({one.path}, {other.path})"
+    if _evaluation(one) == _evaluation(other):
+        yield f"they are the same run {paths}", "name each folder once"
+    if (one.name, one.task, one.seed) == (other.name, other.task, other.seed):
+        yield f"both have this name {paths}", "give the folders names: NAME=DIR"
 
 
 def _evaluation(run: Run) -> Any:
@@ -293,32 +296,26 @@ def _evaluation(run: Run) -> Any:
     return run.results.get("date"), run.results.get("total_evaluation_time_seconds"), run.task
 
 
-def _check_model_names(runs: Sequence[Run]) -> None:
+def _swapped_name(one: Run, other: Run) -> Faults:
     """A run that is called like the checkpoint of another one carries a swapped label."""
-    for run, other in itertools.product(runs, runs):
-        head = run.name.split(",")[0]
-        if head == other.model != run.model:
-            told = f"{run.name!r} was made with {run.model}, and {head} is the checkpoint of {other.name!r}"
-            raise _refusal(run, other, told, "the labels were swapped, or the name needs changing")
+    head = one.name.split(",")[0]
+    if head == other.model != one.model:
+        told = f"{one.name!r} was made with {one.model}, and {head} is the checkpoint of {other.name!r}"
+        yield told, "the labels were swapped, or the name needs changing"
 
 
-# --- what has to agree ------------------------------------------------------------------------------------------------
-
-
-def _check_pair(one: Run, other: Run, allow_versions: bool) -> None:
+def _differences(one: Run, other: Run, allow_versions: bool) -> Faults:
+    """What has to be the same in all runs of a task."""
     ours, theirs = _same(one), _same(other)
     for what, value in ours.items():
-        _require(one, other, what, value, theirs[what], ADVICE.get(what, SAME_COMMAND))
-    _check_task_config(one, other, allow_versions)
-    _check_documents(one, other)
-    if not allow_versions:
-        ours, theirs = one.versions, other.versions
-        for name in ours.keys() & theirs.keys():
-            _require(one, other, f"versions of {name}", ours[name], theirs[name], OTHER_VERSION)
+        yield from _differ(what, value, theirs[what], ADVICE.get(what, SAME_COMMAND))
+    yield from _other_task_config(one, other, allow_versions)
+    yield from _other_documents(one, other)
+    for name in one.versions.keys() & other.versions.keys() if not allow_versions else ():
+        yield from _differ(f"versions of {name}", one.versions[name], other.versions[name], OTHER_VERSION)
 
 
 def _same(run: Run) -> dict[str, Any]:
-    """What has to be the same in all runs of a task."""
     shots = run.results.get("n-shot", {}).get(run.task)
     return {
         "versions of the task": run.results["versions"].get(run.task),
@@ -332,23 +329,23 @@ def _same(run: Run) -> dict[str, Any]:
     }
 
 
-def _require(one: Run, other: Run, what: str, ours: Any, theirs: Any, advice: str = SAME_COMMAND) -> None:
+def _differ(what: str, ours: Any, theirs: Any, advice: str = SAME_COMMAND) -> Faults:
     if ours != theirs:
-        raise _refusal(one, other, f"the {what} differ: {_short(ours)} and {_short(theirs)}", advice)
+        yield f"the {what} differ: {_short(ours)} and {_short(theirs)}", advice
 
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) and len(value) < 60 else reprlib.repr(value)
 
 
-def _check_task_config(one: Run, other: Run, allow_versions: bool) -> None:
+def _other_task_config(one: Run, other: Run, allow_versions: bool) -> Faults:
     """Compares every setting of the task; code apart, for it changes with versions."""
     ours, theirs = _comparable_config(one), _comparable_config(other)
     for key in sorted(ours.keys() | theirs.keys()):
         mine, yours = ours.get(key), theirs.get(key)
-        _require(one, other, f"settings {key!r} of the task", _without_code(mine), _without_code(yours))
+        yield from _differ(f"settings {key!r} of the task", _without_code(mine), _without_code(yours))
         if not allow_versions and mine != yours:
-            raise _refusal(one, other, f"the code of the task's {key!r} differs", OTHER_VERSION)
+            yield f"the code of the task's {key!r} differs", OTHER_VERSION
 
 
 def _comparable_config(run: Run) -> dict[str, Any]:
@@ -368,51 +365,47 @@ def _without_code(value: Any) -> Any:
     return "code" if isinstance(value, str) and CODE.match(value) else value
 
 
-def _check_documents(one: Run, other: Run) -> None:
+def _other_documents(one: Run, other: Run) -> Faults:
     ours, theirs = one.by_doc, other.by_doc
     for run, more, lacking, fewer in ((other, ours, theirs, one), (one, theirs, ours, other)):
         if missing := more.keys() - lacking.keys():
             limits = f"--limit {fewer.config.get('limit')} and {run.config.get('limit')}"
             told = f"{_documents(missing)} of {fewer.name!r} missing in {run.name!r} ({limits})"
-            raise _refusal(one, other, told, "run both on the same documents")
+            yield told, "run both on the same documents"
     for part, advice in (("doc", "the data are others, or in another order"), ("target", "the labels were changed")):
         if wrong := [doc_id for doc_id in ours if ours[doc_id][part] != theirs[doc_id][part]]:
             example = " and ".join(_short(samples[wrong[0]][part]) for samples in (ours, theirs))
             told = f"{_documents(wrong)} with another {part}, as in {example}"
-            raise _refusal(one, other, told, f"{advice}: run both on the same data")
+            yield told, f"{advice}: run both on the same data"
 
 
-def _check_budgets(one: Run, other: Run) -> None:
+def _other_budget(one: Run, other: Run) -> Faults:
     if not str(one.task_config.get("output_type", "")).startswith("generate"):
         return  # log-likelihoods are compared, and there is no budget
     ours, theirs = one.budget, other.budget
-    if ours == theirs or (ours and theirs and ours.agrees_with(theirs)):
-        return
-    told = f"the budgets of generated tokens differ: {ours or 'not recorded'} and {theirs or 'not recorded'}"
-    raise _refusal(one, other, told, "give both the same limit, as in --gen_kwargs max_gen_toks=32768")
+    if ours != theirs and not (ours and theirs and ours.agrees_with(theirs)):
+        told = f"the budgets of generated tokens differ: {ours or 'not recorded'} and {theirs or 'not recorded'}"
+        yield told, "give both the same limit, as in --gen_kwargs max_gen_toks=32768"
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def _check_prompts(one: Run, other: Run) -> None:
+def _other_prompts(one: Run, other: Run) -> Faults:
     """Prompts have to be the same text, save where lm-eval logs them within the template of another checkpoint."""
     ours, theirs = (run.results.get("chat_template_sha") for run in (one, other))
     if one.checkpoint == other.checkpoint:
         advice = "give --apply_chat_template to both or to neither"
-        _require(one, other, "uses of a chat template", one.is_templated, other.is_templated, advice)
+        yield from _differ("uses of a chat template", one.is_templated, other.is_templated, advice)
         if ours and theirs:
-            _require(one, other, "chat templates", ours, theirs)
+            yield from _differ("chat templates", ours, theirs)
         mine, yours = (run.config.get("model_sha") for run in (one, other))  # on the hub, if lm-eval tells
         if mine and yours:
-            _require(one, other, f"commits of {one.checkpoint}", mine, yours, "name one with revision=")
+            yield from _differ(f"commits of {one.checkpoint}", mine, yours, "name one with revision=")
     elif ours or theirs:
         return
     before, after = one.by_doc, other.by_doc
     hashes = {doc_id: sample.get("prompt_hash") for doc_id, sample in after.items()}
     wrong = [doc_id for doc_id, sample in before.items() if sample.get("prompt_hash") != hashes.get(doc_id)]
     if wrong and not _differ_in_time_alone(one, other):
-        raise _refusal(one, other, f"the prompts of {_documents(wrong)} differ", SAME_COMMAND)
+        yield f"the prompts of {_documents(wrong)} differ", SAME_COMMAND
 
 
 def _differ_in_time_alone(one: Run, other: Run) -> bool:
@@ -480,7 +473,3 @@ def _room_remarks(run: Run) -> Iterator[str]:
             f"{len(full)} of {count} prompts of {run.name!r} ({run.task}) left no room in its window, so that their "
             f"responses are empty; the longest has {longest} tokens: choose a window well above that"
         )
-
-
-def _refusal(one: Run, other: Run, told: str, advice: str) -> Incomparable:
-    return Incomparable(f"{one.name!r} and {other.name!r} ({one.task}) cannot be compared: {told}; {advice}")

@@ -10,20 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.events import Close, Open, Prune, Split, Sweep
 from hcot_lmeval.notes import SCHEMA, Note, NotesFile
 from hcot_lmeval.report.entries import Entry
-from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import estimate
-from hcot_lmeval.report.viewer.tree import live_curve
+from hcot_lmeval.report.viewer.tree import Block, live_curve, outline_of
 from hcot_lmeval.store import first_record
 
 matplotlib.use("Agg")
@@ -65,7 +61,7 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
     read = ((entry.name, notes_of(entry)) for entry in ours)
     notes = {name: run for name, run in read if any(note.token_ids for note in run)}
     if notes:
-        rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].ablation is None]
+        rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].setting("ablation") is None]
         drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
     closed = {name: [block for note in run for block in closed_blocks(note)] for name, run in notes.items()}
     if any(closed.values()):
@@ -143,20 +139,11 @@ def notes_of(entry: Entry) -> list[Note]:
     where = (run.config.get("model_args") or {}).get("notes")
     paths = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
     readable = [path for path in paths if (first_record(path) or {}).get("schema") == SCHEMA]
-    files = [file for file in map(NotesFile, readable) if _is_of(run, file.run)]
+    files = [file for file in map(NotesFile, readable) if run.agrees_with(file.run)]
     found = {
         (note.request, note.sample): note for file in files for note in file if note.meta.get("task") == entry.task
     }
     return list(found.values())
-
-
-def _is_of(run: Run, facts: Mapping[str, Any]) -> bool:
-    """Whether notes with these facts in their header were taken by a run, as far as both tell."""
-    said: dict[str, Any] = {field.name: None for field in fields(ControlOptions)} | dict(
-        (run.totals or {}).get("controls") or {}
-    )
-    said |= {"pruning": run.policy, "max_context": run.max_context, "ablation": run.ablation}
-    return "pruning" not in facts or all(facts.get(name) == value for name, value in said.items())
 
 
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
@@ -172,10 +159,14 @@ def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     straight = itertools.cycle(LINES)
     for style, (name, run) in zip(_styles(), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
-            line = {} if prunes(note) else {"linestyle": next(straight)}
+            line = {} if note.statistics.prune_events else {"linestyle": next(straight)}
             axes.plot(live_curve(note.events), label=name, **style | line, linewidth=1.2)
     shown = [note for run in notes.values() for note in run if note.meta["doc_id"] == doc_id]
-    why = "of the response with most prunes" if any(map(prunes, shown)) else "of the longest response"
+    why = (
+        "of the response with most prunes"
+        if any(note.statistics.prune_events for note in shown)
+        else "of the longest response"
+    )
     axes.set_title(f"problem {doc_id}, that {why}", fontsize=9)
     axes.set_ylim(bottom=0)
     return _with_legend(figure, axes)
@@ -184,42 +175,22 @@ def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
 def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
     """Returns the doc_id of the response with most prunes in any of the runs; the longest of equal ones."""
     every = (note for run in runs for note in run)
-    return max(every, key=lambda note: (prunes(note), len(note.token_ids))).meta["doc_id"]
+    return max(every, key=lambda note: (note.statistics.prune_events, len(note.token_ids))).meta["doc_id"]
 
 
-def prunes(note: Note) -> int:
-    """Returns how often something was thrown away."""
-    return sum(isinstance(event, Prune) for event in note.events)
+def closed_blocks(note: Note) -> list[Block]:
+    """Returns the blocks of a response that were closed with a solution."""
+    blocks = outline_of(len(note.prompt_ids), note.events).blocks
+    return [block for block in blocks if block.close is not None and block.split is not None]
 
 
-class ClosedBlock(NamedTuple):
-    """Tokens between the markers of a block, blocks within it included; and its depth, 1 for the outermost."""
-
-    thought: int
-    solution: int
-    depth: int
-
-
-def closed_blocks(note: Note) -> Iterator[ClosedBlock]:
-    """Yields the blocks that one response closed; a block without a solution is left out."""
-    stack: list[tuple[Open, int | None]] = []
-    for event in note.events:
-        if isinstance(event, Open):
-            stack.append((event, None))
-        elif isinstance(event, Split) and stack:
-            stack[-1] = (stack[-1][0], event.index)
-        elif isinstance(event, (Close, Prune)) and not isinstance(event, Sweep) and stack:
-            opened, split = stack.pop()
-            if split is not None:
-                yield ClosedBlock(split - opened.index - 1, event.index - split - 1, opened.depth)
-
-
-def blocks(closed: Mapping[str, Sequence[ClosedBlock]]) -> Figure:
+def blocks(closed: Mapping[str, Sequence[Block]]) -> Figure:
     """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
     titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
     for style, (name, found) in zip(_styles(), closed.items(), strict=False):
-        for axes, values in zip(panels, zip(*found, strict=True), strict=False):  # of no blocks there are no values
+        lengths = ((block.thought, block.solution, block.depth) for block in found)
+        for axes, values in zip(panels, zip(*lengths, strict=True), strict=False):  # of no blocks there are no values
             x = np.sort(values)
             axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, **style)
     for axes, title in zip(panels, titles, strict=True):

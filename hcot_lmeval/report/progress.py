@@ -6,12 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from hcot_lmeval.report.folder import CellFolder
+from hcot_lmeval.report.folder import CellFolder
 
 WORDS = 60
 """Characters of what a cell last printed."""
@@ -20,29 +18,22 @@ WORDS = 60
 class Progress:
     """A line for each cell of the grid that ends, and on a terminal a bar over the cells.
 
-    The time left is estimated from the finished cells: a cell is expected to take what the others of its task, model
-    and policy took on average; where there are none, those of its task and model; else all.
+    A cell is expected to take what the others of its task, model and policy took on average; else what all took.
     """
 
     def __init__(self, folders: Sequence[CellFolder]) -> None:
         self._seconds = {folder: folder.seconds() for folder in folders}
-        self._open = [folder for folder, seconds in self._seconds.items() if seconds is None and not folder.is_done]
-        self._done = len(folders) - len(self._open)
+        self._open = [folder for folder in folders if not folder.is_done]
         self._current: CellFolder | None = None
         self._started = time.monotonic()
-        self._bar = tqdm(
-            total=len(folders),
-            initial=self._done,
-            disable=None,  # not on a terminal
-            bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}",
-            dynamic_ncols=True,
-        )
+        form = "{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"
+        self._bar = tqdm(total=len(folders), disable=None, bar_format=form, dynamic_ncols=True)  # None: not in a file
+        self._bar.update(len(folders) - len(self._open))
 
     def begins(self) -> None:
         """Says how much was done before, if anything was."""
-        if self._done:
-            rest = f"; {self._left()}" if self._open else ""
-            self._say(f"{self._done} of {len(self._seconds)} cells are done{rest}")
+        if done := len(self._seconds) - len(self._open):
+            self._say(f"{done} of {len(self._seconds)} cells are done{self._rest()}")
 
     def ticks(self, folder: CellFolder, words: str) -> None:
         """Says how long the cell has been in work and, if it last printed a bar of its own, what that shows."""
@@ -50,7 +41,7 @@ class Progress:
             self._current, self._started = folder, time.monotonic()
         bar = f": {words[:WORDS]}" if "%|" in words else ""
         running = _duration(time.monotonic() - self._started)
-        self._bar.set_postfix_str(f"{self._left()}  {folder.cell.title}, {running}{bar}")
+        self._bar.set_postfix_str(f"{folder.cell.title}, {running}{bar}{self._rest()}")
 
     def waits(self, folder: CellFolder) -> None:
         """Says that another process has the cell in work."""
@@ -58,15 +49,15 @@ class Progress:
 
     def ends(self, folder: CellFolder, fault: str | None) -> None:
         """Counts a cell that is done, or that failed for the reason given."""
-        self._seconds[folder] = folder.seconds()
+        took = self._seconds[folder] = folder.seconds()
         self._open.remove(folder)
-        self._current, self._started, took = None, time.monotonic(), self._seconds[folder]
+        self._current = None
         self._bar.update()
         if fault is not None:
             self.warns(fault)
         told = "failed" if fault else f"done in {_duration(took)}" if took else "done"
         count = f"{len(self._seconds) - len(self._open)}/{len(self._seconds)}"
-        self._say(f"[{count}] {folder.cell.title}: {told}" + (f"; {self._left()}" if self._open else ""))
+        self._say(f"[{count}] {folder.cell.title}: {told}{self._rest()}")
 
     def warns(self, text: str) -> None:
         """Prints to the standard error output, above the bar."""
@@ -75,14 +66,6 @@ class Progress:
     def close(self) -> None:
         self._bar.close()
 
-    def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def _left(self) -> str:
-        seconds = self.seconds_left()
-        return "time left not known yet" if seconds is None else f"about {_duration(seconds)} left"
-
     def seconds_left(self) -> float | None:
         """Returns the estimate; None while no cell is finished."""
         known = {folder: seconds for folder, seconds in self._seconds.items() if seconds}
@@ -90,21 +73,24 @@ class Progress:
             return None
         running = time.monotonic() - self._started
         expected = {folder: _expected(folder, known) for folder in self._open}
-        if self._current in expected:
-            expected[self._current] = max(0.0, expected[self._current] - running)
-        return sum(expected.values())
+        return sum(max(0.0, s - running) if folder is self._current else s for folder, s in expected.items())
+
+    def _say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _rest(self) -> str:
+        seconds = self.seconds_left()
+        left = "time left not known yet" if seconds is None else f"about {_duration(seconds)} left"
+        return f"; {left}" if self._open else ""
 
 
 def _expected(folder: CellFolder, known: dict[CellFolder, float]) -> float:
-    for depth in (3, 2, 0):
-        alike = [seconds for other, seconds in known.items() if _kind(other)[:depth] == _kind(folder)[:depth]]
-        if alike:
-            break
-    return fmean(alike)
+    def kind(of: CellFolder) -> tuple[str | None, ...]:
+        return of.cell.task, of.cell.model.name, of.cell.policy
 
-
-def _kind(folder: CellFolder) -> tuple[str | None, ...]:
-    return folder.cell.task, folder.cell.model.name, folder.cell.policy
+    alike = [seconds for other, seconds in known.items() if kind(other) == kind(folder)]
+    return fmean(alike or known.values())
 
 
 def _duration(seconds: float) -> str:

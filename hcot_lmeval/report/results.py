@@ -5,7 +5,7 @@
 ``--model hcot`` carries statistics of generation, one of another model (``hf``, ``vllm``, an API) carries scores alone:
 what such a run does not tell is None, never zero.
 
-This module imports the standard library alone.
+This module imports the standard library alone, and what needs no more.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hcot_lmeval.control import ControlOptions
 
 STAMP = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}\.\d+)$")
 """Time stamp at the end of the name of a results or samples file (lm-eval 0.4)."""
@@ -103,36 +105,40 @@ class Run:
     @property
     def policy(self) -> str | None:
         """``off``, ``recompute``, ``evict``, or None for a model that is not ours."""
-        return self._total("pruning")
+        return self.setting("pruning")
 
     @property
-    def ablation(self) -> str | None:
-        """The variant of the rule (`hcot_lmeval.ablation`), or None for the rule itself."""
-        return self._total("ablation")
-
-    @property
-    def controls(self) -> str | None:
-        """What was done beside the model's wish (`hcot_lmeval.control`), as ``name=value``; None for nothing."""
-        found = self._total("controls")
-        return " ".join(f"{name}={value}" for name, value in found.items()) if found else None
+    def controls(self) -> dict[str, Any]:
+        """What was done beside the model's wish (`hcot_lmeval.control`)."""
+        return dict(self.setting("controls") or {})
 
     @property
     def max_context(self) -> int | None:
         """Most live tokens of a request, or None for a model that is not ours."""
-        return self._total("max_context")
+        return self.setting("max_context")
 
     @property
     def seed(self) -> int | None:
         """Of the sampling, or None for a model that is not ours."""
-        return self._total("seed")
+        return self.setting("seed")
 
     @property
     def clock(self) -> str | None:
         """What the chat template read as the time, or None if it read none."""
-        return self._total("clock")
+        return self.setting("clock")
 
-    def _total(self, key: str) -> Any:
+    def setting(self, key: str) -> Any:
+        """Returns a setting of ``--model hcot``, such as ``ablation``; None if it has none, or is another model."""
         return self.totals.get(key) if self.totals else None
+
+    def agrees_with(self, facts: Mapping[str, Any]) -> bool:
+        """Whether notes with these facts in their header may have been taken by this run, as far as both tell."""
+        made = self.checkpoint
+        if len({facts.get("name"), Path(made.peft or made.name).name} - {None, ""}) > 1:
+            return False
+        told = {"pruning": self.policy, "max_context": self.max_context, "ablation": self.setting("ablation")}
+        told |= {field.name: self.controls.get(field.name) for field in fields(ControlOptions)}
+        return facts.get("pruning") is None or all(facts.get(name) == value for name, value in told.items())
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -151,7 +157,7 @@ class Run:
     @property
     def is_templated(self) -> bool:
         """Whether prompts were put into a chat template, by lm-eval or by ``--model hcot`` itself."""
-        return bool(self.results.get("chat_template_sha") or self._total("chat_template"))
+        return bool(self.results.get("chat_template_sha") or self.setting("chat_template"))
 
     @property
     def task_config(self) -> Mapping[str, Any]:
@@ -287,7 +293,8 @@ def label(run: Run, model: str = "") -> str:
     """Returns the name of a run that was given none: checkpoint, policy, variant of the rule, controls, and window."""
     if run.totals is None:
         return f"{model or run.model} ({run.config['model']})"
-    parts = (model or run.model, run.policy, run.ablation, run.controls, run.max_context)
+    controls = " ".join(f"{name}={value}" for name, value in run.controls.items()) or None
+    parts = (model or run.model, run.policy, run.setting("ablation"), controls, run.max_context)
     return ", ".join(str(part) for part in parts if part is not None)
 
 

@@ -96,7 +96,8 @@ def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdict
     if len(each) != len(notes):
         each = [[run for runs in each for run in runs]] * len(notes)
     fitting = {
-        source.name: [run for run in runs if _fits(source, run)] for source, runs in zip(notes, each, strict=True)
+        source.name: [run for run in some if run.totals and run.agrees_with(source.run)]
+        for source, some in zip(notes, each, strict=True)
     }
     if not any(fitting.values()):
         raise _unfitting("model, pruning and max_context")
@@ -106,14 +107,6 @@ def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdict
 def _unfitting(what: str) -> ViewerError:
     told = f"--samples holds no evaluation with the {what} of the notes"
     return ViewerError(f"{told}; give the --output_path of the run that wrote them")
-
-
-def _fits(source: Source, run: Run) -> bool:
-    """Whether an evaluation was made with the settings of the notes, and with their model where both name it."""
-    wanted = [source.run.get(key) for key in ("pruning", "max_context", "ablation")]
-    made = run.checkpoint
-    names = {source.run.get("name"), Path(made.peft or made.name).name} - {None, ""}
-    return wanted == [run.policy, run.max_context, run.ablation] and len(names) < 2
 
 
 def _check_same(trace: Trace, sample: dict[str, Any], generated: int) -> None:
