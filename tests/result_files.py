@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -60,64 +59,59 @@ def build_run(
     columns: Mapping[str, Sequence[Any]] | None = None,
     statistics: Callable[[int], Mapping[str, Any] | list[Mapping[str, Any]]] = lambda doc_id: {},
     version: float = 1.0,
-    stamp: str | None = None,
     totals: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     generation_kwargs: Mapping[str, Any] | None = None,
     change: Callable[[dict[str, Any], list[dict[str, Any]]], Any] | None = None,
 ) -> Path:
-    """Writes one evaluation of one task and returns the path of its results file.
+    """Writes one evaluation of one task, later than all before, and returns the path of its results file.
 
     Args:
         directory: the ``--output_path``.
         scores: of the documents 0, 1, ..., or of those with the ids given.
-        task: its name.
+        task: its name; `metric`, `filter_name` and `version` are of the task too.
         model: the checkpoint.
-        kind: what ``--model`` said; all but ``hcot`` leave scores alone.
-        policy: of a run of hcot.
-        max_context: of a run of hcot.
-        metric: the name under which the scores stand.
-        filter_name: of lm-eval's filter.
+        kind: what ``--model`` said; all but ``hcot`` have no `policy` and `max_context`, and leave scores alone.
         columns: of the documents, beside ``problem`` and ``answer``; a value for each score.
         statistics: doc_id -> what differs from `STATISTICS` in its response, or a list with an entry for each response.
-        version: of the task.
-        stamp: of time, in the files' names; None: later than that of every run built before.
-        totals: what differs in ``config.hcot``.
-        model_args: what differs in ``config.model_args``.
-        generation_kwargs: what differs in the task's.
+        totals: what differs in ``config.hcot``, `model_args` in ``config.model_args``, `generation_kwargs` in the
+            task's.
         change: called with the results and the samples before they are written; may return other samples.
     """
     pairs = dict(scores if isinstance(scores, Mapping) else enumerate(scores))
-    samples = [
-        _sample(doc_id, score, metric, filter_name, {name: values[i] for name, values in (columns or {}).items()})
-        for i, (doc_id, score) in enumerate(pairs.items())
-    ]
-    arguments = {"pretrained": model}
-    if kind == "hcot":
-        arguments |= {"pruning": policy, "max_context": max_context}
-        for sample in samples:
-            sample["requests"] = _responses(statistics(sample["doc_id"]), policy)
-            sample["metrics"].append("requests")
-    arguments |= model_args or {}
+    rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(pairs))]
     kwargs = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096} | dict(generation_kwargs or {})
-    for sample in samples:
-        sample["arguments"]["gen_args_0"]["arg_1"] = kwargs
-    results = _results(task, version, metric, filter_name, arguments, kwargs, samples)
+    found = zip(pairs.items(), rows, strict=True)
+    samples = [_sample(doc_id, score, metric, filter_name, row, kwargs) for (doc_id, score), row in found]
+    ours = {"pruning": policy, "max_context": max_context} if kind == "hcot" else {}
+    for sample in samples if ours else ():
+        sample["requests"] = _responses(statistics(sample["doc_id"]), policy)
+        sample["metrics"].append("requests")
+    arguments = {"pretrained": model, **ours, **(model_args or {})}
+    results = _results(task, version, arguments, kwargs, samples)
     results["config"] = {"model": kind, "model_args": arguments, **results["config"]}
     results |= {"model_source": kind, "model_name": model}
-    if kind == "hcot":
+    if ours:
         results["config"]["hcot"] = _totals(samples, policy, max_context) | dict(totals or {})
-    changed = change(results, samples) if change else None
-    return _write(directory / model.replace("/", "__"), task, stamp, results, changed or samples)
+    samples = (change(results, samples) if change else None) or samples
+    folder, stamp = directory / model.replace("/", "__"), f"2026-01-01T00-00-00.{next(_clock):06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    (folder / f"samples_{task}_{stamp}.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = folder / f"results_{stamp}.json"
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    return path
 
 
-def _sample(doc_id: int, score: float, metric: str, filter_name: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(
+    doc_id: int, score: float, metric: str, filter_name: str, columns: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     doc = {"problem": f"{doc_id}+{doc_id}?", "answer": str(2 * doc_id), **columns}
     return {
         "doc_id": doc_id,
         "doc": doc,
         "target": doc["answer"],
-        "arguments": {"gen_args_0": {"arg_0": doc["problem"]}},
+        "arguments": {"gen_args_0": {"arg_0": doc["problem"], "arg_1": kwargs}},
         "resps": [[f"\\boxed{{{doc_id}}}"]],
         "filtered_resps": [f"\\boxed{{{doc_id}}}"],
         "filter": filter_name,
@@ -141,42 +135,32 @@ def _responses(given: Mapping[str, Any] | list[Mapping[str, Any]], policy: str) 
 
 
 def _totals(samples: Sequence[Mapping[str, Any]], policy: str, max_context: int) -> dict[str, Any]:
-    """As `hcot_lmeval.lm.statistics.RunStatistics.as_dict`, counted once more: importing that one takes seconds."""
+    """As `hcot_lmeval.lm.statistics.RunStatistics.as_dict`, as far as a comparison looks at it."""
     every = [stats for sample in samples for stats in sample["requests"]]
     summed = "prompt_tokens generated_tokens pruned_tokens reforwarded_tokens live_token_steps prune_events blocks"
     sums = {name: sum(stats[name] for stats in every) for name in summed.split()}
-    malformed: Counter[str] = Counter()
-    for stats in every:
-        malformed.update(stats["malformed"])
     settings = {"pruning": policy, "markup": "hcot", "seed": 0, "chat_template": False, "max_context": max_context}
-    generated = sums["generated_tokens"]
     return {
         **settings,
         "max_gen_toks": max_context if policy == "off" else max(max_context, 32768),
-        "ranks": 1,
         "requests": len(every),
         "resumed_requests": 0,
         **sums,
         **{name: max(stats[name] for stats in every) for name in ("peak_live_tokens", "max_depth")},
-        "malformed": dict(malformed),
-        "finish_reasons": dict(Counter(stats["finish_reason"] for stats in every)),
-        "pruned_share": sums["pruned_tokens"] / generated if generated else 0.0,
-        "mean_live_tokens": sums["live_token_steps"] / generated if generated else 0.0,
         "wall_seconds": 10.0,
-        "tokens_per_second": generated / 10.0 if generated else None,
+        "tokens_per_second": sums["generated_tokens"] / 10.0 or None,
     }
 
 
 def _results(
     task: str,
     version: float,
-    metric: str,
-    filter_name: str,
     arguments: Mapping[str, Any],
     kwargs: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The results file without its ``config`` section's model."""
+    metric, filter_name = samples[0]["metrics"][0], samples[0]["filter"]
     mean = fmean(sample[metric] for sample in samples)
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in (metric, "completed")]
     config = {
@@ -211,15 +195,3 @@ def _results(
         "chat_template_sha": None,
         "total_evaluation_time_seconds": "12.5",
     }
-
-
-def _write(
-    directory: Path, task: str, stamp: str | None, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
-) -> Path:
-    stamp = stamp or f"2026-01-01T00-00-00.{next(_clock):06d}"
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    (directory / f"samples_{task}_{stamp}.jsonl").write_text("".join(lines), encoding="utf-8")
-    path = directory / f"results_{stamp}.json"
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    return path
