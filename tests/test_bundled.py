@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import picture
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,3 +66,7 @@ def test_the_other_policy_is_refused() -> None:
     model, tokenizer = load("tiny-evict")
     with pytest.raises(ValueError, match="trained under policy evict"):
         Engine(model, tokenizer, policy="recompute")
+
+
+def test_the_picture_of_a_trace_is_what_the_bundled_model_writes() -> None:
+    assert picture.PICTURE.read_text(encoding="utf-8") == picture.draw(picture.write_trace()), "run scripts/picture.py"

@@ -1,4 +1,4 @@
-"""Memory on pages of 2 MiB, which is read somewhat faster than on those of 4 KiB; docs/engine.md says how much."""
+"""Memory on pages of 2 MiB, which is read somewhat faster than on those of 4 KiB; docs/native.md says how much."""
 
 from __future__ import annotations
 
