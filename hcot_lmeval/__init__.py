@@ -13,6 +13,7 @@ _HOME = {
     "Markup": "markup",
     "NoteTaker": "notes",
     "Policy": "trace",
+    "PrunedGeneration": "generation",
     "Request": "engine",
     "Response": "response",
     "SamplingParams": "engine",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hcot_lmeval.engine import Request as Request
     from hcot_lmeval.engine import SamplingParams as SamplingParams
     from hcot_lmeval.events import Statistics as Statistics
+    from hcot_lmeval.generation import PrunedGeneration as PrunedGeneration
     from hcot_lmeval.markup import Markup as Markup
     from hcot_lmeval.markup import get_markup as get_markup
     from hcot_lmeval.notes import NoteTaker as NoteTaker

@@ -1,0 +1,175 @@
+"""Pruned generation behind ``model.generate``, with the signature and the results of transformers.
+
+    pruned = PrunedGeneration(tokenizer, policy="recompute", max_context=4096)
+    ids = model.generate(**inputs, custom_generate=pruned, max_new_tokens=32768, do_sample=True)
+
+What transformers has prepared by then (lengths, sampling, end tokens, padding) is followed. What the engine cannot do,
+or would do otherwise, is an error that names it: nothing is passed over. A streamer is not told of any token, since
+transformers hands none to a method of others; nor does it hand on the tokenizer, so that stop strings are given here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.vocabulary import leaves_open
+
+PROCESSORS = (
+    RepetitionPenaltyLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)
+"""What the engine does itself, as the generation config says."""
+CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+BESIDE = frozenset("attention_mask position_ids token_type_ids logits_to_keep use_cache cache past_key_values".split())
+"""What transformers prepares for a forward, and the engine has its own of."""
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+@dataclass
+class PrunedOutput(GenerateDecoderOnlyOutput):
+    """What ``return_dict_in_generate=True`` gives.
+
+    Attributes:
+        sequences: prompts and generated tokens, those pruned later included, int64 [rows, longest], padded behind.
+        completions: of each row: its live context, statistics, text and finish reason.
+    """
+
+    completions: Sequence[Completion] | None = None
+
+
+class PrunedGeneration:
+    """A decoding method for ``model.generate(custom_generate=...)``.
+
+    Args:
+        tokenizer: of the model.
+        notes: gets the events of each row.
+        stop_strings: end a row where they appear in its answer part.
+        options: of `Engine`: policy, markup, max_context, constraints, ...
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        notes: NoteTaker | None = None,
+        stop_strings: Iterable[str] = (),
+        **options: Any,
+    ) -> None:
+        self.tokenizer, self.notes, self.stop_strings = tokenizer, notes, tuple(stop_strings)
+        self.options = options
+        self._engine: tuple[Any, frozenset[int], Engine] | None = None
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: Sequence[Any],
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | PrunedOutput:
+        """Generates; transformers calls it.
+
+        Raises:
+            ValueError: something is asked for that the engine does not do.
+        """
+        check_wishes(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        engine = self.engine(model, end_ids(generation_config))
+        requests = [
+            self._request(str(row), tuple(ids[seen.bool()].tolist()), input_ids.shape[1], generation_config, engine)
+            for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True))
+        ]
+        done = engine.generate(requests, self.notes)
+        pad = generation_config.pad_token_id
+        pad = next(iter(sorted(engine.limits.eos_ids)), 0) if pad is None else pad
+        new = [torch.tensor(completion.token_ids, dtype=torch.int64) for completion in done]
+        behind = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad).to(input_ids.device)
+        sequences = torch.cat([input_ids, behind], dim=1)
+        return PrunedOutput(sequences, completions=done) if generation_config.return_dict_in_generate else sequences
+
+    def engine(self, model: Any, eos_ids: frozenset[int]) -> Engine:
+        """Returns the engine of the last call if it serves this one, too; making one takes a self-check."""
+        if self._engine is None or self._engine[0] is not model or self._engine[1] != eos_ids:
+            given = {"eos_ids": sorted(eos_ids), **self.options}
+            self._engine = model, eos_ids, Engine(model, self.tokenizer, **given)
+        return self._engine[2]
+
+    def _request(
+        self, name: str, prompt_ids: tuple[int, ...], width: int, config: GenerationConfig, engine: Engine
+    ) -> Request:
+        least = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
+        params = SamplingParams(
+            max_gen_toks=config.max_length - width,
+            min_gen_toks=least,
+            repetition_penalty=config.repetition_penalty or 1.0,
+            stop_strings=self.stop_strings,
+            **(shaping(config) if config.do_sample else {}),
+        )
+        thinking = leaves_open(self.tokenizer.decode(prompt_ids), engine.think)
+        return Request(name, prompt_ids, params, thinking=thinking)
+
+
+def shaping(config: GenerationConfig) -> dict[str, Any]:
+    """Returns the parameters of sampling; the seed is drawn from torch's generator, so that ``manual_seed`` acts."""
+    temperature = 1.0 if config.temperature is None else config.temperature
+    return {
+        "temperature": temperature,
+        "top_k": config.top_k or 0,
+        "top_p": 1.0 if config.top_p is None else config.top_p,
+        "min_p": config.min_p or 0.0,
+        "seed": int(torch.randint(2**62, ())),
+    }
+
+
+def end_ids(config: GenerationConfig) -> frozenset[int]:
+    """Returns the ids that end a row."""
+    found = config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def check_wishes(
+    processors: Sequence[Any], criteria: Sequence[Any], config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Raises `ValueError` for what the engine does not do; the message names it."""
+    strange = [type(item).__name__ for item in processors if not isinstance(item, PROCESSORS)]
+    strange += [type(item).__name__ for item in criteria if not isinstance(item, CRITERIA)]
+    strange += [name for name in OUTPUTS if getattr(config, name, None)]
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        strange.append(mode.value.replace("_", " "))
+    strange += [name for name, value in model_kwargs.items() if name not in BESIDE and value is not None]
+    cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+    if cache is not None and cache.get_seq_length():
+        strange.append("past_key_values with content")
+    if strange:
+        raise ValueError(
+            f"pruned generation has no {', '.join(strange)}; leave it out. There are greedy search, sampling with "
+            "temperature, top_k, top_p, min_p and repetition_penalty, lengths, end tokens and stop strings"
+        )
