@@ -170,6 +170,13 @@ class LiveContext:
         """Appends a token that cannot act, whatever it spells: the prompt's."""
         return self._append(token, Kind.TEXT)
 
+    def push_text(self, count: int, token: int = -4) -> None:
+        """Appends `count` tokens at once that cannot act, for those who count them; `token` stands for each."""
+        self.live += [token] * count
+        self.source += range(self.length, self.length + count)
+        self.length += count
+        self.peak = max(self.peak, len(self.live))
+
     def push(self, token: int) -> Step:
         """Appends one generated token and applies the rule."""
         if token not in self._acting:

@@ -26,7 +26,7 @@ from hcot_lmeval.prepare.measure import cut, make_counter
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
 from hcot_lmeval.prepare.repair import check_and_repair
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
-from hcot_lmeval.prepare.spelled import find_control, find_spelled, fold, marks_of
+from hcot_lmeval.prepare.spelled import find_control, fold, spelled_markers
 from hcot_lmeval.prepare.words import compare
 
 HCOT = PRESETS["hcot"]
@@ -124,7 +124,7 @@ def test_answers_are_checked_as_the_tasks_do():
     ],
 )
 def test_markers_are_found_in_any_characters(text):
-    assert find_spelled(f"so {text} it", marks_of(HCOT)) is not None
+    assert spelled_markers(f"so {text} it", HCOT)
     assert codes(row(question=f"What is {text}?")) == ["marker_in_source"]
 
 
@@ -132,7 +132,7 @@ def test_markers_are_found_in_any_characters(text):
     "text", ["[thought]", "THOUGHT", "a [SOLUTION", "【x】", "x < think > y", "f[RETURNS]", "人\u200b工"]
 )
 def test_what_is_no_marker_passes(text):
-    assert find_spelled(text, marks_of(HCOT)) is None
+    assert not spelled_markers(text, HCOT)
 
 
 def test_control_tokens_are_found():
@@ -145,7 +145,7 @@ def test_control_tokens_are_found():
 @given(st.text())
 def test_folding_is_idempotent_where_it_matters(text):
     folded = fold(text)
-    assert all((mark in folded) == (mark in fold(folded)) for mark in marks_of(HCOT))
+    assert all((mark in folded) == (mark in fold(folded)) for mark in (*HCOT.markers, *HCOT.think))
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

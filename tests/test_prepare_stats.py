@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare import measure
-from hcot_lmeval.prepare.measure import Stretch, block_sizes, costs, cut, is_legal, make_counter
+from hcot_lmeval.prepare.measure import Cost, Stretch, block_sizes, costs, cut, is_legal, make_counter
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather, page_rows, write_stats
 from hcot_lmeval.trace import LiveContext, Policy, compile_trace
@@ -61,13 +60,12 @@ def test_costs_are_those_of_the_rule(name, data, prompt):
         assert (cost.peak, cost.forwarded, cost.live) == slowly(ids, prompt, markers, policy), policy
 
 
-def test_well_formed_traces_take_the_fast_way(monkeypatch):
-    monkeypatch.setattr(measure, "_replay", None)
+def test_costs_of_a_small_trace():
     trace = cut("a b[THOUGHT]c d e[SOLUTION]f[RETURN]g", PRESETS["hcot"], make_counter(None))
     found = costs(trace, 2, PRESETS["hcot"])
-    assert found[Policy.OFF] == measure.Cost(12, 12, 12)
-    assert found[Policy.RECOMPUTE] == measure.Cost(10, 13, 8)  # the solution is read again
-    assert found[Policy.EVICT] == measure.Cost(11, 12, 8)
+    assert found[Policy.OFF] == Cost(12, 12, 12)
+    assert found[Policy.RECOMPUTE] == Cost(10, 13, 8)  # the solution is read again
+    assert found[Policy.EVICT] == Cost(11, 12, 8)
 
 
 def test_sizes_of_blocks_in_the_order_of_opening():

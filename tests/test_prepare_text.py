@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import PRESETS, Markup
-from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble, spelled_markers, strip_additions
+from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble, strip_additions
 from hcot_lmeval.prepare.sentences import split_sentences, whole_spans
+from hcot_lmeval.prepare.spelled import spelled_markers
 from tests.reference import EOS, FIRST_TEXT, MARKERS
 
 DATA = os.environ.get("HCOT_LMEVAL_TEST_DATA")

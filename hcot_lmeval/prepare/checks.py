@@ -34,7 +34,7 @@ from hcot_lmeval.prepare.measure import (
 )
 from hcot_lmeval.prepare.outline import OutlineError, strip_additions
 from hcot_lmeval.prepare.rows import PreparedRow
-from hcot_lmeval.prepare.spelled import find_control, find_spelled, marks_of
+from hcot_lmeval.prepare.spelled import find_control, spelled_markers
 from hcot_lmeval.prepare.words import compare
 from hcot_lmeval.settings import read_off
 from hcot_lmeval.trace import Policy
@@ -139,7 +139,6 @@ class Checker:
         self.options = options
         self._problems = problems
         self.markup = options.notation
-        self._marks = marks_of(self.markup)
 
     @cached_property
     def _count(self) -> Callable[[Sequence[str]], list[int]]:
@@ -160,13 +159,13 @@ class Checker:
         source = row.source
         texts = {"question": source.question, "reasoning": source.reasoning, "response": source.response}
         for name, text in texts.items():
-            if mark := find_spelled(text, self._marks):
-                yield Fault("marker_in_source", f"{mark} in the {name}")
+            if found := spelled_markers(text, self.markup):
+                yield Fault("marker_in_source", f"{', '.join(found)} in the {name}")
             elif control := find_control(text):
                 yield Fault("control_token_in_source", f"{control} in the {name}")
         for number, stretch in enumerate(trace):  # what the trace has beside the source: its solutions
-            if not stretch.mark and not source.reasoning and (mark := find_spelled(stretch.text, self._marks)):
-                yield Fault("marker_in_source", f"{mark} in part {number} of the trace")
+            if not stretch.mark and not source.reasoning and (found := spelled_markers(stretch.text, self.markup)):
+                yield Fault("marker_in_source", f"{', '.join(found)} in part {number} of the trace")
 
     def _structure(self, row: PreparedRow, trace: Sequence[Stretch]) -> Iterator[Fault]:
         think = [stretch.mark for stretch in trace if stretch.mark in self.markup.think]

@@ -1,17 +1,12 @@
-"""What a trace costs under each policy, counted from the lengths of its parts instead of token by token.
+"""What a trace costs under each policy, counted from its markers and the lengths of the texts between them.
 
-A trace of 10,000 tokens has some dozens of markers, and text cannot act: between two markers the live context grows by
-one with each token. So it is enough to know how long each stretch of text is. `costs` does what
-`hcot_lmeval.trace.LiveContext` does, a stretch at a time; traces that are no well-formed ones are replayed in it,
-token by token.
-
-This module imports the standard library alone.
+A trace of 10,000 tokens has some dozens of markers, and text cannot act.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -88,33 +83,12 @@ class BlockSize(NamedTuple):
     solves: bool
 
 
-@dataclass(frozen=True)
-class Markers:
-    """A notation in ids of a small vocabulary of its own: the marks, and one id for all text."""
-
-    markup: Markup
-
-    @property
-    def ids(self) -> dict[str, int]:
-        """Mark -> id."""
-        return _ids(self.markup)
-
-    @property
-    def grammar(self) -> Grammar:
-        """The grammar over these ids; no id ends a trace."""
-        return _grammar(self.markup)
-
-
 @lru_cache(maxsize=16)
-def _ids(markup: Markup) -> dict[str, int]:
-    return {mark: number for number, mark in enumerate((TEXT, *markup.markers, *markup.think))}
-
-
-@lru_cache(maxsize=16)
-def _grammar(markup: Markup) -> Grammar:
-    ids = _ids(markup)
+def _grammar(markup: Markup) -> tuple[Mapping[str, int], Grammar]:
+    """A notation over ids of its own: mark -> id, one id for all text, none that ends a trace; and the grammar."""
+    ids = {mark: number for number, mark in enumerate((TEXT, *markup.markers, *markup.think))}
     begin, end = markup.think
-    return Grammar(resolve_markers(markup, ids.get), (ids[begin], ids[end]), frozenset())
+    return ids, Grammar(resolve_markers(markup, ids.get), (ids[begin], ids[end]), frozenset())
 
 
 def make_counter(tokenizer: str | None) -> Counter:
@@ -151,14 +125,14 @@ def cut(text: str, markup: Markup, count: Counter) -> list[Stretch]:
 
 def is_legal(stretches: Sequence[Stretch], markup: Markup) -> bool:
     """Whether a well-formed trace could look so."""
-    ids = Markers(markup).ids
-    return is_legal_trace([ids[stretch.mark] for stretch in stretches if stretch.tokens], 0, Markers(markup).grammar)
+    ids, grammar = _grammar(markup)
+    return is_legal_trace([ids[stretch.mark] for stretch in stretches if stretch.tokens], 0, grammar)
 
 
 def faults_of(stretches: Sequence[Stretch], markup: Markup) -> Iterator[str]:
     """Yields the `Malformed` kinds of a trace in their order, ``unclosed`` for each block left open."""
-    context = LiveContext(Markers(markup).grammar.markers, Policy.OFF)
-    ids = Markers(markup).ids
+    ids, grammar = _grammar(markup)
+    context = LiveContext(grammar.markers, Policy.OFF)
     for stretch in stretches:
         step = context.push(ids[stretch.mark]) if stretch.tokens else None
         if step is not None and step.malformed is not None:
@@ -196,45 +170,16 @@ def costs(stretches: Sequence[Stretch], prompt: int, markup: Markup) -> dict[Pol
         prompt: tokens before it, at least 1.
         markup: its notation.
     """
-    one = _walk if is_legal(stretches, markup) else _replay
-    return {policy: one(stretches, max(1, prompt), markup, policy) for policy in Policy}
-
-
-def _replay(stretches: Sequence[Stretch], prompt: int, markup: Markup, policy: Policy) -> Cost:
-    """The slow way, for any trace."""
-    context = LiveContext(Markers(markup).grammar.markers, policy)
-    ids = Markers(markup).ids
-    for _ in range(prompt):
-        context.push_inert(0)
-    forwarded = prompt
-    for stretch in stretches:
-        for _ in range(stretch.tokens):
-            forwarded += len(context.push(ids[stretch.mark]).forward)
-    return Cost(context.peak, forwarded, len(context.live))
-
-
-def _walk(stretches: Sequence[Stretch], prompt: int, markup: Markup, policy: Policy) -> Cost:
-    """The fast way, for well-formed traces."""
-    live = peak = forwarded = prompt
-    open_: list[list[int]] = []  # of each open block the live indices of its first two markers
-    for mark, _, tokens in stretches:
-        if mark == markup.open:
-            open_.append([live, live])
-        elif mark == markup.split:
-            open_[-1][1] = live
-        elif mark == markup.close:
-            begin, split = open_.pop()
-            start, stop = begin + ("open" in markup.keep), split + ("split" not in markup.keep)
-            if policy is Policy.RECOMPUTE and stop > start:
-                tail = live - stop + (1 if "close" in markup.keep or (start == 0 and live == stop) else 0)
-                forwarded += max(1, tail)  # where nothing survives, the token before is read again
-                live = start + tail
-                continue
-            if policy is Policy.EVICT and stop > start:
-                peak, forwarded = max(peak, live + 1), forwarded + 1
-                live += ("close" in markup.keep) - (stop - start)
-                continue
-        live += tokens
-        forwarded += tokens
-        peak = max(peak, live)
-    return Cost(peak, forwarded, live)
+    ids, grammar = _grammar(markup)
+    found = {}
+    for policy in Policy:
+        context, forwarded = LiveContext(grammar.markers, policy), max(1, prompt)
+        context.push_text(forwarded)
+        for mark, _, tokens in stretches:
+            if mark == TEXT:
+                context.push_text(tokens)
+                forwarded += tokens
+            else:
+                forwarded += len(context.push(ids[mark]).forward)
+        found[policy] = Cost(context.peak, forwarded, len(context.live))
+    return found

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, TypeVar
 
-from hcot_lmeval.markup import PRESETS, Markup
+from hcot_lmeval.markup import Markup
+from hcot_lmeval.prepare.spelled import spelled_markers
 
 T = TypeVar("T")
 
@@ -195,16 +196,6 @@ def _checked(data: Any, required: Mapping[str, type], optional: Mapping[str, typ
     return found
 
 
-def spelled_markers(text: str, markup: Markup | None = None) -> list[str]:
-    """Returns the markers and thinking tokens that a text spells: of `markup`, or of any preset."""
-    markups = PRESETS.values() if markup is None else (markup,)
-    return [mark for mark in dict.fromkeys(m for each in markups for m in _marks(each)) if mark in text]
-
-
-def _marks(markup: Markup) -> tuple[str, ...]:
-    return (*markup.markers, *markup.think)
-
-
 def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
     """Writes the trace: every piece untouched, markers and added solutions between them.
 
@@ -242,7 +233,7 @@ def _ending(block: Block, markup: Markup) -> tuple[str, ...]:
 
 def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
     if found := spelled_markers(text, markup):
-        raise OutlineError("marker_in_source", f"{', '.join(found)} at character {text.find(found[0])}")
+        raise OutlineError("marker_in_source", f"{', '.join(found)} in it")
     for block in outline.blocks:
         if found := spelled_markers(block.solution or "", markup):
             raise OutlineError("marker_in_solution", f"{', '.join(found)} in {block}")

@@ -26,8 +26,9 @@ from itertools import pairwise
 from pydantic import Field, model_validator
 
 from hcot_lmeval.prepare.discourse import read_sentences
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, spelled_markers
+from hcot_lmeval.prepare.outline import Block, Outline, OutlineError
 from hcot_lmeval.prepare.solutions import Material, Span, quotation, quote, trailing_result
+from hcot_lmeval.prepare.spelled import spelled_markers
 from hcot_lmeval.settings import Section
 
 Surprise = Callable[[Sequence[str]], list[float]]

@@ -2,17 +2,14 @@
 
 A text is searched as it stands and in its compatibility form (NFKC) without characters that cannot be seen: full-width
 brackets, mathematical letters and zero-width spaces hide nothing.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
 
-from hcot_lmeval.markup import Markup
+from hcot_lmeval.markup import PRESETS, Markup
 
 CONTROL = re.compile(r"<\|[^\s<>|]{1,40}\|>")
 """What end-of-turn and other control tokens look like: ``<|im_end|>``, and in their compatibility form DeepSeek's."""
@@ -20,15 +17,12 @@ UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164
 """Characters without a glyph that are not of the category Cf; variation selectors are found by their range."""
 
 
-def marks_of(markup: Markup) -> tuple[str, ...]:
-    """Returns the markers and thinking tokens of a notation."""
-    return (*markup.markers, *markup.think)
-
-
-def find_spelled(text: str, marks: Iterable[str]) -> str | None:
-    """Returns the first of `marks` that the text spells; None if it spells none."""
+def spelled_markers(text: str, markup: Markup | None = None) -> list[str]:
+    """Returns the markers and thinking tokens that a text spells: of `markup`, or of any preset."""
+    markups = PRESETS.values() if markup is None else (markup,)
+    marks = dict.fromkeys(mark for each in markups for mark in (*each.markers, *each.think))
     folded = fold(text)
-    return next((mark for mark in marks if mark in text or fold(mark) in folded), None)
+    return [mark for mark in marks if mark in text or fold(mark) in folded]
 
 
 def find_control(text: str) -> str | None:

@@ -16,7 +16,7 @@ from hcot_lmeval.prepare.protocols.asking import Asking, Window, merge, numbered
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.sentences import split_sentences
-from hcot_lmeval.prepare.spelled import find_spelled, marks_of
+from hcot_lmeval.prepare.spelled import spelled_markers
 from hcot_lmeval.prepare.teacher.questions import Form, Reply, Task, Unusable
 
 
@@ -91,8 +91,8 @@ class Segment:
 
 def refuse_marks(row: SourceRow, markup: Markup) -> None:
     """Raises an `Unusable` for a row that spells a marker anywhere."""
-    if mark := find_spelled("\n".join((row.question, row.reasoning, row.response)), marks_of(markup)):
-        raise Unusable("marker_in_source", f"{mark} in question, reasoning or response")
+    if found := spelled_markers("\n".join((row.question, row.reasoning, row.response)), markup):
+        raise Unusable("marker_in_source", f"{', '.join(found)} in question, reasoning or response")
 
 
 def _block(form: BlockForm) -> Block:
