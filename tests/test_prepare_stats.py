@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.measure import Cost, Stretch, block_sizes, costs, cut, is_legal, make_counter
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
-from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather, page_rows, write_stats
+from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather
+from hcot_lmeval.prepare.stats_output import page_rows, write_stats
 from hcot_lmeval.trace import LiveContext, Policy, compile_trace
 from tests import strategies
 from tests.prepare_files import flat_row, prepared

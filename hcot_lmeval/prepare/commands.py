@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare import stats as statistics
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.contamination import identities, load_problems
 from hcot_lmeval.prepare.duplicates import DuplicateIndex
@@ -24,6 +23,7 @@ from hcot_lmeval.prepare.protocols.rewrite import Rewrite, RewriteOptions
 from hcot_lmeval.prepare.protocols.segment import Segment
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
+from hcot_lmeval.prepare.stats import StatsOptions, gather
 from hcot_lmeval.prepare.steps import (
     REASONS,
     CheckOutcome,
@@ -46,7 +46,7 @@ SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "segment": (InputOptions, FormOptions, SegmenterOptions, *TEACHER, RewriteOptions, WorkOptions),
     "refine": (RefineOptions, *TEACHER, WorkOptions),
     "check": (CheckOptions, *TEACHER, WorkOptions),
-    "stats": (statistics.StatsOptions, WorkOptions),
+    "stats": (StatsOptions, WorkOptions),
     "export": (ExportOptions, WorkOptions),
 }
 """Command -> its options."""
@@ -222,19 +222,20 @@ def _ask(
 
 def run_stats(given: Given) -> int:
     """Counts and draws; returns the exit status."""
+    from hcot_lmeval.prepare.stats_output import make_tables, page_rows, write_stats
     from hcot_lmeval.report import render
 
-    out, options, work = given.out, given.read(statistics.StatsOptions), given.read(WorkOptions)
+    out, options, work = given.out, given.read(StatsOptions), given.read(WorkOptions)
     inputs = given.inputs()
     with Progress("stats", count_records(inputs), 0, work.quiet) as tick:
-        found = statistics.gather(read_prepared(inputs), options, work.workers, tick)
+        found = gather(read_prepared(inputs), options, work.workers, tick)
     if found.rows == found.unreadable:
-        why = f"{found.first_fault}" if found.unreadable else "the files hold none"
+        why = found.first_fault or "the files hold none"
         raise ValueError(f"{' '.join(given.sources)}: there is no row to count: {why}")
     found.history = manifests(out)
-    print("\n\n".join(render.terminal(table) for table in found.tables()))
-    shown = statistics.page_rows(read_prepared(inputs), options.page_rows)
-    written = statistics.write_stats(found, out / "stats", shown)
+    print("\n\n".join(render.terminal(table) for table in make_tables(found)))
+    shown = page_rows(read_prepared(inputs), options.page_rows)
+    written = write_stats(found, out / "stats", shown)
     print(f"\nwritten to {out / 'stats'}: {', '.join(sorted(path.name for path in written))}")
     return 0
 

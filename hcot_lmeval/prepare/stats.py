@@ -2,21 +2,16 @@
 
 Rows are measured one at a time; what is kept is how often each number occurs, so that quantiles are exact and memory
 does not grow with the rows. A row counts as it is trained on: the question, the trace between its thinking tokens, the
-response. The tokens of a chat template and the end token are not counted.
-
-This module imports the standard library alone; tables and plots come with the report's libraries.
+response. The tokens of a chat template and the end token are not counted. `prepare.stats_output` shows the numbers.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -34,11 +29,7 @@ from hcot_lmeval.prepare.measure import (
 )
 from hcot_lmeval.prepare.rows import PreparedRow, Unreadable
 from hcot_lmeval.prepare.steps import in_order
-from hcot_lmeval.store import write_json
 from hcot_lmeval.trace import Policy
-
-if TYPE_CHECKING:
-    from hcot_lmeval.report.tables import Table
 
 OF_ROWS = {
     "question": "tokens of the question",
@@ -74,14 +65,8 @@ Measures = dict[str, list[int]]
 """Name of a number -> its values in one row: one for each row, policy or block."""
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """Makes the function that measures a row."""
-
-    options: StatsOptions
-
-    def __call__(self) -> Callable[[PreparedRow | Unreadable], Measures | None]:
-        return partial(measure, count=make_counter(self.options.tokenizer), markup=get_markup(self.options.markup))
+def _make_measure(options: StatsOptions) -> Callable[[PreparedRow | Unreadable], Measures | None]:
+    return partial(measure, count=make_counter(options.tokenizer), markup=get_markup(options.markup))
 
 
 def measure(row: PreparedRow | Unreadable, count: TokenCounter, markup: Markup) -> Measures | None:
@@ -92,7 +77,7 @@ def measure(row: PreparedRow | Unreadable, count: TokenCounter, markup: Markup) 
     question, original, response = count([row.source.question, row.source.reasoning, row.source.response])
     begin, end = markup.think
     whole = [Stretch(begin, begin, 1), *trace, Stretch(end, end, 1), Stretch("", row.source.response, response)]
-    found = {policy: cost for policy, cost in costs(whole, question, markup).items()}
+    found = costs(whole, question, markup)
     tokens = sum(stretch.tokens for stretch in trace)
     blocks = block_sizes(trace, markup) if is_legal(trace, markup) else []
     off, on = found[Policy.OFF], found[Policy.RECOMPUTE]
@@ -173,21 +158,22 @@ class Stats:
     scatter: list[tuple[int, int]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, found: Measures | None) -> None:
+    def add(self, row: PreparedRow | Unreadable, found: Measures | None) -> None:
         """Counts a row."""
         self.rows += 1
-        if found is None:
+        if isinstance(row, Unreadable):
             self.unreadable += 1
+            self.first_fault = self.first_fault or f"{row.where}: {row.code} ({row.detail})"
             return
+        assert found is not None, "a row that can be read has numbers"
         for name, values in found.items():
             self.numbers.setdefault(name, Distribution()).counts.update(values)
         if len(self.scatter) < SCATTER:
             self.scatter.append((found["off peak"][0], found["recompute peak"][0]))
 
-    def tables(self) -> list[Table]:
-        """Returns the tables for which there is something to say."""
-        made = [self._rows_table(), self._policies_table(), self._steps_table(), self._reasons_table()]
-        return [table for table in (*made, self._teacher_table()) if table is not None]
+    def of(self, name: str) -> Distribution:
+        """Returns the distribution of a number, empty where there are none."""
+        return self.numbers.get(name, Distribution())
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all numbers as JSON values."""
@@ -196,101 +182,8 @@ class Stats:
             "unreadable": self.unreadable,
             "counted": counter_name(self.options.tokenizer),
             "numbers": {name: found.as_dict() for name, found in self.numbers.items()},
-            "steps": [{"step": m["step"], **m["summary"]} for m in self.history],
+            "steps": [{"step": manifest["step"], **manifest["summary"]} for manifest in self.history],
         }
-
-    def _rows_table(self) -> Table:
-        from hcot_lmeval.report.tables import Head, Table
-
-        quantiles = (Head("mean", digits=1), Head("least"), Head("median"), Head("p90"), Head("most"))
-        heads = (Head(""), *quantiles, Head("sum"), Head("n", "rows, or blocks"))
-        names = {**OF_ROWS, **OF_BLOCKS}
-        rows = [
-            (name, *self._cells(name), self._of(name).sum if name in _SUMMED else None, self._of(name).size)
-            for name in names
-            if name in self.numbers
-        ]
-        told = (f"{name}: {meaning}" for name, meaning in names.items() if name in self.numbers)
-        notes = (*told, f"counted in {counter_name(self.options.tokenizer)}", *self._left_out())
-        return Table("rows", f"Traces: {self.rows} rows", heads, tuple(rows), notes)
-
-    def _left_out(self) -> Iterator[str]:
-        if self.unreadable:
-            yield f"{self.unreadable} rows could not be read"
-        if malformed := self._of("malformed").sum:
-            yield f"{malformed} rows have malformed blocks, which count as none"
-
-    def _policies_table(self) -> Table:
-        from hcot_lmeval.report.tables import Head, Table
-
-        off = {what: self._of(f"off {what}").sum or 1 for what in OF_POLICIES}
-        heads = (
-            Head("policy"),
-            Head("peak mean", "largest number of live tokens of a row, question included", 0, key="peak_mean"),
-            *(Head(f"peak {name}", key=f"peak_{name}") for name in ("median", "p90", "max")),
-            Head("peak % of off", "mean peak over that without pruning", key="peak_percent"),
-            Head("forwarded mean", "tokens that go through the model for a row", key="forwarded_mean"),
-            Head("forwarded sum", key="forwarded_sum"),
-            Head("forwarded % of off", "forwarded tokens over those without pruning", key="forwarded_percent"),
-        )
-        rows = []
-        for policy in Policy:
-            peak, forwarded = (self._of(f"{policy.value} {what}") for what in OF_POLICIES)
-            quantiles = (peak.quantile(share) for share in (0.5, 0.9, 1))
-            shares = (100 * peak.sum / off["peak"], 100 * forwarded.sum / off["forwarded"])
-            rows.append((policy.value, peak.mean, *quantiles, shares[0], forwarded.mean, forwarded.sum, shares[1]))
-        notes = (
-            f"counted in {counter_name(self.options.tokenizer)}",
-            "recompute reads solutions again without thoughts",
-        )
-        return Table("policies", "Live context and forwarded tokens under each policy", heads, tuple(rows), notes)
-
-    def _steps_table(self) -> Table | None:
-        from hcot_lmeval.report.tables import Head, Table
-
-        if not self.history:
-            return None
-        heads = (Head("step"), Head("rows"), Head("passed"), Head("rejected"), Head("repaired", "rows"))
-        rows = [
-            (m["step"], s.get("rows"), s.get("passed"), s.get("rejected"), s.get("repaired", {}).get("rows"))
-            for m in self.history
-            for s in [m["summary"]]
-        ]
-        return Table("steps", "Steps", heads, tuple(rows))
-
-    def _reasons_table(self) -> Table | None:
-        from hcot_lmeval.report.tables import Head, Table
-
-        rows = [
-            (m["step"], code, found["rows"], found["meaning"])
-            for m in self.history
-            for code, found in m["summary"].get("reasons", {}).items()
-        ]
-        heads = (Head("step"), Head("reason"), Head("rows"), Head("meaning"))
-        return Table("reasons", "Why rows were rejected", heads, tuple(rows)) if rows else None
-
-    def _teacher_table(self) -> Table | None:
-        from hcot_lmeval.report.tables import Head, Table
-
-        spent = [(m["step"], m["summary"]["teacher"]) for m in self.history if m["summary"].get("teacher")]
-        keys = list(dict.fromkeys(key for _, found in spent for key, value in found.items() if not _is_nested(value)))
-        heads = (Head("step"), *(Head(key, digits=4 if key == "usd" else 0) for key in keys))
-        rows = tuple((step, *(found.get(key) for key in keys)) for step, found in spent)
-        return Table("teacher", "What the teacher cost", heads, rows) if rows else None
-
-    def _of(self, name: str) -> Distribution:
-        return self.numbers.get(name, Distribution())
-
-    def _cells(self, name: str) -> tuple[float | None, ...]:
-        found = self._of(name)
-        return (found.mean, *(found.quantile(share) for share in (0, 0.5, 0.9, 1)))
-
-
-_SUMMED = frozenset({"question", "original", "trace", "response", "blocks", "thought", "solution"})
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, (dict, list))
 
 
 def gather(
@@ -308,67 +201,7 @@ def gather(
         tick: is called after each row.
     """
     stats = Stats(options)
-    for row, found in in_order(rows, Measuring(options), workers):
-        stats.add(found)
-        if isinstance(row, Unreadable):
-            stats.first_fault = stats.first_fault or f"{row.where}: {row.code} ({row.detail})"
+    for row, found in in_order(rows, partial(_make_measure, options), workers):
+        stats.add(row, found)
         tick()
     return stats
-
-
-def write_stats(stats: Stats, path: Path, rows: Sequence[PreparedRow] = ()) -> list[Path]:
-    """Writes tables, plots and the page below `path` and returns the files.
-
-    Args:
-        stats: of all rows.
-        path: the folder; it is made.
-        rows: those for the page.
-    """
-    from hcot_lmeval.report import render
-
-    path.mkdir(parents=True, exist_ok=True)
-    tables = stats.tables()
-    texts = {"stats.md": "\n".join(render.markdown(table) for table in tables)}
-    texts |= {f"{table.key}.csv": render.csv_text(table) for table in tables}
-    for name, text in texts.items():
-        (path / name).write_text(text, encoding="utf-8")
-    values = {table.key: render.json_value(table) for table in tables}
-    write_json(path / "stats.json", stats.as_dict() | {"tables": values})
-    written = [path / name for name in (*texts, "stats.json")]
-    if stats.options.plots:
-        from hcot_lmeval.prepare.stats_plots import plot_stats
-
-        written += plot_stats(stats, path)
-    if rows:
-        written.append(write_page(rows, path, stats.options))
-    return written
-
-
-def write_page(rows: Sequence[PreparedRow], path: Path, options: StatsOptions) -> Path:
-    """Writes the page that shows rows before and after, side by side, and returns its file."""
-    from hcot_lmeval.report.viewer.page import write_page as build
-    from hcot_lmeval.report.viewer.reading import Columns, Source, plain_traces, tokenizer_cut
-    from hcot_lmeval.report.viewer.verdicts import Verdicts
-
-    sample = path / "page-rows.jsonl"
-    with sample.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.record()) + "\n" for row in rows)
-    markup = get_markup(options.markup)
-    cut = tokenizer_cut(options.tokenizer) if options.tokenizer else None
-    shown = [("before", "original", Policy.OFF), ("after", "hierarchical_cot", Policy.RECOMPUTE)]
-    sources = [Source(name, (sample,)) for name, _, _ in shown]
-    traces = [
-        trace
-        for source, (_, column, policy) in zip(sources, shown, strict=True)
-        for trace in plain_traces(source, markup, policy, Columns(text=column), cut)
-    ]
-    page = path / "before-after.html"
-    build(page, traces, sources, Verdicts(), "before and after")
-    sample.unlink()
-    return page
-
-
-def page_rows(rows: Iterable[PreparedRow | Unreadable], number: int) -> list[PreparedRow]:
-    """Returns the first rows that a page can show: those whose original is known."""
-    fit = (row for row in rows if isinstance(row, PreparedRow) and row.source.reasoning)
-    return list(islice(fit, number))
