@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.files import Record
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.inputs import Record
 from hcot_lmeval.prepare.outline import assemble
 from hcot_lmeval.prepare.reading import read_row
 from hcot_lmeval.prepare.rows import PreparedRow

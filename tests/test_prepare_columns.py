@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.columns import ROLES, is_prose, read_answer, read_verdict
+from hcot_lmeval.files import Record, find_inputs
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.cli import main
-from hcot_lmeval.prepare.inputs import Record, find_inputs
 from hcot_lmeval.prepare.reading import read_prepared, read_rows
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
 from hcot_lmeval.prepare.steps import unread

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from hcot_lmeval.files import find_inputs
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.export import FORMATS, ExportOptions, export, exported, format_of, push
-from hcot_lmeval.prepare.inputs import find_inputs
 from hcot_lmeval.prepare.reading import read_prepared
 from hcot_lmeval.prepare.rows import PreparedRow
 from tests.prepare_files import flat_row, prepared

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
 from hcot_lmeval.prepare.reading import read_prepared, read_rows, split_thinking
 from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable, row_id
@@ -126,13 +126,15 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
     plain = write(tmp_path / "rows.jsonl", rows)
     with gzip.open(tmp_path / "zipped.jsonl.gz", "wb") as file:
         file.write(plain.read_bytes())
+    with pyarrow.CompressedOutputStream(str(tmp_path / "small.jsonl.zst"), "zstd") as file:
+        file.write(plain.read_bytes())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=30)
     expected = read(plain)
     assert len(expected) == 200
-    for name in ("zipped.jsonl.gz", "rows.parquet"):
+    for name in ("zipped.jsonl.gz", "small.jsonl.zst", "rows.parquet"):
         assert read(tmp_path / name) == expected
         assert count_records(find_inputs([tmp_path / name])) == 200
-    assert len(read(tmp_path)) == 600  # a folder of them
+    assert len(read(tmp_path)) == 800  # a folder of them
     assert len(read(tmp_path, limit=250)) == 250
     assert count_records(find_inputs([tmp_path]), 250) == 250
 
@@ -143,7 +145,7 @@ def test_what_is_not_there_is_named(tmp_path):
     for name, told in (("none.jsonl", "no file matches"), ("*.parquet", "no file matches"), ("word", "owner/name")):
         with pytest.raises(FileNotFoundError, match=told):
             find_inputs([name if name == "word" else tmp_path / name])
-    with pytest.raises(ValueError, match=r"rows.csv is no .jsonl or .jsonl.gz or .parquet file"):
+    with pytest.raises(ValueError, match=r"rows.csv is no .jsonl or .jsonl.gz or .jsonl.zst or .parquet file"):
         find_inputs([tmp_path / "rows.csv"])
     with pytest.raises(ValueError, match="given twice"):
         find_inputs([tmp_path / "rows.jsonl", tmp_path])

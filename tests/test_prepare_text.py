@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import PRESETS, Markup
+from hcot_lmeval.prepare.discourse import read_sentences
 from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble, strip_additions
 from hcot_lmeval.prepare.sentences import split_sentences, whole_spans
 from hcot_lmeval.prepare.spelled import spelled_markers
@@ -155,6 +157,33 @@ def test_long_texts_take_time_in_proportion():
     """Ten thousand openings that nothing closes: a search that starts anew at each would never end."""
     for opening in ("$ ", "\\( ", "\\[ ", "( ", "` ", "\\text{ ", "a. ", "\n"):
         assert "".join(split_sentences(opening * 10_000)) == opening * 10_000
+
+
+LONG = {
+    "fences that are never closed": lambda n: "".join("`" * (3 + i) + "\na\n" for i in range(int((2 * n) ** 0.5))),
+    "fences of one kind": lambda n: "~~~x\n" * (n // 5),
+    "hard-wrapped lines": lambda n: "a line of sixty characters and more that goes on in small letters\n" * (n // 66),
+    "stops that end nothing": lambda n: "e.g. " * (n // 5),
+    "colons": lambda n: ":" * n + "a",
+    "values": lambda n: ": 1" * (n // 3) + "a",
+    "spaces": lambda n: " " * n + "a" + "\n" * n,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_texts_take_time_linear_in_them(kind):
+    """Ten times the text takes at most thirty times as long; were it quadratic, a hundred times."""
+
+    def seconds(size):
+        text, best = LONG[kind](size), float("inf")
+        for _ in range(2):
+            began = time.process_time()
+            for sentence in read_sentences(split_sentences(text)):
+                assert sentence.result < 9 and sentence.announces in (True, False)
+            best = min(best, time.process_time() - began)
+        return best
+
+    assert seconds(60_000) < 30 * max(seconds(6_000), 0.002)
 
 
 # Outlines ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@
 
 A fault is data: the row goes to the rejected ones with it, unless `CheckOptions.tolerate` names its code. Duplicates
 are found between rows, hence later (`prepare.duplicates`); whether a solution says enough is for a teacher to judge.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _command(commands: Any, name: str, told: str, rows: str, examples: str) -> a
 
 
 _ROWS = {
-    "SOURCE": "files (.jsonl, .jsonl.gz, .parquet), folders of them, or data sets on the hub (owner/name)",
+    "SOURCE": "files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, or data sets on the hub (owner/name)",
     "ROWS": "a run folder, or files of prepared rows (question, hierarchical_cot, expected_answer)",
 }
 

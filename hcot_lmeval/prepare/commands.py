@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.contamination import identities, load_problems
 from hcot_lmeval.prepare.duplicates import DuplicateIndex
 from hcot_lmeval.prepare.export import ExportOptions, export, format_of, push
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
-from hcot_lmeval.prepare.inputs import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.prepare.protocols.asking import Asking, AskingOptions, AskingProtocol, load_prompt
 from hcot_lmeval.prepare.protocols.judge import Judge
 from hcot_lmeval.prepare.protocols.refine import Refine, RefineOptions

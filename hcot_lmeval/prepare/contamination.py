@@ -5,8 +5,6 @@ stands around it. A single common n-gram says nothing, for contests end their pr
 are folded: case, punctuation, spaces and the forms of characters do not count. Of scripts without spaces each
 character is a word. A problem that is shorter than an n-gram has to stand there as a whole; one of less than `FEWEST`
 words is not looked for.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -104,7 +102,7 @@ def identities(names: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: a name is neither a task nor a file.
     """
-    from hcot_lmeval.prepare.inputs import file_digest
+    from hcot_lmeval.files import file_digest
 
     return {name: TASKS[name] if name in TASKS else file_digest(_file(name)) for name in names}
 
@@ -158,7 +156,7 @@ def _rows_of(task: str, load: Callable[..., Mapping[Any, Any]]) -> Iterator[tupl
 
 
 def _file_problems(name: str) -> Iterator[tuple[str, str]]:
-    from hcot_lmeval.prepare.inputs import find_inputs
+    from hcot_lmeval.files import find_inputs
 
     for each in find_inputs([name]):
         for number, record in enumerate(each.records()):

@@ -8,8 +8,7 @@ The words are data (`discourse.json`), per language and role:
     plan      begins what is only an intention         doubt    stands anywhere in what is not certain
     define    stands anywhere in what introduces a name
 
-A trace is read in the one language whose words begin most of its sentences. This module imports the standard library
-alone.
+A trace is read in the one language whose words begin most of its sentences.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ _HEADER = re.compile(r"\s*(?:#{1,6}\s|(?:\*\*|__)[^*_\n]{1,80}(?:\*\*|__):?\s*$)
 _ITEM = re.compile(r"\s*(?:[-*+•–]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)])\s")
 _RELATION = re.compile(r"[=<>≤≥≈≡≠→⇒∈|±]|\\(?:leq?|geq?|equiv|approx|implies|in|boxed|to)\b|\\boxed")
 _MATHEMATICS = re.compile(r"[\d$√∞]|\\[a-zA-Z(\[]")
+_VALUE_CHARS = 500
+"""A value that a sentence ends with is looked for in so many characters at its end."""
 _VALUE = re.compile(
     r"(?:[=≈]|\\approx|(?<!\w)(?:is|are|be|by|of|to|gives?|equals?|get)(?!\w)|:)[^=a-zA-Z]*\d[^=,.]{0,24}\W*$"
 )
 """A sentence that ends with a value."""
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{3,}")
 _MIDDLE = re.compile(r"\s*(?:[=≈<>≤≥⇒→+*/]|(?!\w+\()[a-zß-ÿа-яё]{2,})")
-_COLON = re.compile(r"[:：]\W*$")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,15 @@ class Sentence:
     @cached_property
     def announces(self) -> bool:
         """Whether it ends in a colon, so that what follows belongs to it."""
-        return bool(_COLON.search(self.text)) or self.is_header
+        return bool({":", "："} & set(self._end)) or self.is_header
+
+    @cached_property
+    def _end(self) -> str:
+        """The characters behind the last word."""
+        stop = len(self.text)
+        while stop and not (self.text[stop - 1].isalnum() or self.text[stop - 1] == "_"):
+            stop -= 1
+        return self.text[stop:]
 
     @cached_property
     def breaks_off(self) -> bool:
@@ -126,7 +134,8 @@ class Sentence:
         """How much it looks like a result: about 3 for a conclusion with a value, negative for a plan or a question."""
         mathematics = bool(_MATHEMATICS.search(self.text))
         score = 1.5 * self.plays("conclude") + 1.0 * bool(_RELATION.search(self.text)) + 0.5 * mathematics
-        score += 0.75 * bool(_VALUE.search(self.text.rstrip()))
+        text = self.text.rstrip()
+        score += 0.75 * bool(_VALUE.search(text, max(0, len(text) - _VALUE_CHARS)))
         score += 1.0 * self.plays("define") + 2.0 * ("\\boxed" in self.text)
         score -= 1.5 * self.plays("doubt") + 0.5 * self.plays("turn") + 2.0 * self.asks + 0.5 * self.is_item
         score -= 0.5 * self.plays("step")

@@ -8,8 +8,6 @@ hash of a set under one hash function, and two sets have the same least one with
 (Broder 1997). The estimate has a standard error of at most 0.5 / sqrt(HASHES), here 0.044. Only rows are compared that
 agree on a whole band of numbers; how wide a band is follows from the threshold. The index lies in a temporary SQLite
 file, so that memory does not grow with the rows.
-
-This module imports the standard library alone; `numpy` comes when the first signature is made.
 """
 
 from __future__ import annotations

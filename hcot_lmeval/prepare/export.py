@@ -4,8 +4,6 @@
     chat      id, messages (the question, the trace), expected_answer
 
 Training reads both as they are (`hcot_lmeval.training.data.sources`). Rows pass through one at a time.
-
-This module imports the standard library alone; `pyarrow` and `datasets` come when they are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from hcot_lmeval.columns import surrogate_in
-from hcot_lmeval.prepare.inputs import Input
+from hcot_lmeval.files import Input
 from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
 from hcot_lmeval.settings import Section
 from hcot_lmeval.store import replacing, write_json

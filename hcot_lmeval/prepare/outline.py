@@ -8,8 +8,7 @@
 Whoever finds the blocks, a teacher or `prepare.segmenter`, only ever names numbers, so that the words cannot change.
 What is added is the markers and the solutions of those blocks that have none of their own in the text.
 
-An `Outline` is valid or does not exist; faults are an `OutlineError` with one of the codes in `CODES`. This module
-imports the standard library alone.
+An `Outline` is valid or does not exist; faults are an `OutlineError` with one of the codes in `CODES`.
 """
 
 from __future__ import annotations

@@ -9,15 +9,12 @@ Data sets are recognised by the names of their columns (`hcot_lmeval.columns`). 
     messages                         a conversation: the last assistant's message, and the user's before it
 
 A column may list several traces of one question: each becomes a row, and those that the data set calls wrong do not.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from hcot_lmeval.columns import (
@@ -32,7 +29,7 @@ from hcot_lmeval.columns import (
     read_verdict,
     speaker,
 )
-from hcot_lmeval.prepare.inputs import Input, Record
+from hcot_lmeval.files import Input, Record
 from hcot_lmeval.prepare.outline import OutlineError
 from hcot_lmeval.prepare.rows import (
     PreparedRow,
@@ -65,27 +62,28 @@ def read_rows(
     """Yields the rows of all inputs, one at a time.
 
     Args:
-        inputs: see `prepare.inputs.find_inputs`.
+        inputs: see `hcot_lmeval.files.find_inputs`.
         columns: role -> name of the column, where `ROLES` does not know it.
         limit: stop behind so many records.
 
     Raises:
         ValueError: a role is unknown, or the first row of an input lacks the columns.
     """
-    given = tuple(sorted(check_roles(columns or {}).items()))
-    for first, record in limited(inputs, limit):
+    given = check_roles(columns or {})
+    for first, record in _limited(inputs, limit):
         try:
-            records = alternatives(record, given)
+            yield from [_read(each, given) for each in alternatives(record, given)]
         except ReadingError as error:
             if error.code == "no_column" and first:
                 raise ValueError(f"{record.where}: {error.detail}") from None
             yield Unreadable(record.where, error.code, error.detail, record.data or {})
-            continue
-        for each in records:
-            try:
-                yield read_row(each, given)
-            except ReadingError as error:
-                yield Unreadable(each.where, error.code, error.detail, each.data or {})
+
+
+def _read(record: Record, columns: Mapping[str, str]) -> SourceRow | Unreadable:
+    try:
+        return read_row(record, columns)
+    except ReadingError as error:
+        return Unreadable(record.where, error.code, error.detail, record.data or {})
 
 
 def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator[PreparedRow | Unreadable]:
@@ -94,7 +92,7 @@ def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator
     Raises:
         ValueError: the first row of an input lacks question or hierarchical_cot.
     """
-    for first, record in limited(inputs, limit):
+    for first, record in _limited(inputs, limit):
         data = record.data
         if data is None:
             yield Unreadable(record.where, "broken_line", repr(record.line))
@@ -112,7 +110,7 @@ def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator
             yield Unreadable(record.where, "broken_record", f"{type(error).__name__}: {error}", data)
 
 
-def limited(inputs: Iterable[Input], limit: int | None = None) -> Iterator[tuple[bool, Record]]:
+def _limited(inputs: Iterable[Input], limit: int | None = None) -> Iterator[tuple[bool, Record]]:
     """Yields the records of all inputs, each with whether it is the first of its input."""
     number = 0
     for each in inputs:
@@ -135,7 +133,7 @@ def check_roles(columns: Mapping[str, str]) -> Mapping[str, str]:
     return columns
 
 
-def alternatives(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> list[Record]:
+def alternatives(record: Record, columns: Mapping[str, str] = {}) -> list[Record]:
     """Returns a record for each trace that a record lists: one, where it holds texts.
 
     Raises:
@@ -175,7 +173,7 @@ def _verdict_columns(data: Mapping[str, Any], names: Mapping[str, str]) -> list[
     return given + [name for name in ROLES["verdict"] if given and name in data and name not in given]
 
 
-def read_row(record: Record, columns: tuple[tuple[str, str], ...] = ()) -> SourceRow:
+def read_row(record: Record, columns: Mapping[str, str] = {}) -> SourceRow:
     """Reads a record.
 
     Raises:
@@ -239,15 +237,15 @@ def _asked(messages: list[Any]) -> str | None:
 
 def _said(data: Mapping[str, Any], names: Mapping[str, str]) -> Said:
     """The reasoning that stands by itself, and the text or response."""
-    said = [_read(data[names[role]]) for role in ("messages", "text", "response") if role in names]
-    beside = _read(data[names["reasoning"]]).text if "reasoning" in names else None
+    said = [_read_value(data[names[role]]) for role in ("messages", "text", "response") if role in names]
+    beside = _read_value(data[names["reasoning"]]).text if "reasoning" in names else None
     if (beside or "").strip().casefold() in SWITCHES:
         beside = None
     text = next((each.text for each in reversed(said) if (each.text or "").strip()), None)
     return Said(beside or next((each.reasoning for each in said if each.reasoning), ""), text)
 
 
-def _read(value: Any) -> Said:
+def _read_value(value: Any) -> Said:
     if is_conversation(value):
         said = (message for message in reversed(value) if speaker(message) == "assistant")
         return next(map(read_message, said), Said("", None))
@@ -320,18 +318,12 @@ def _without_solution_tags(response: str) -> str:
     return response
 
 
-@lru_cache(maxsize=1024)
-def resolve_columns(present: tuple[str, ...], columns: tuple[tuple[str, str], ...] = ()) -> dict[str, str]:
-    """Returns role -> column for a record with these columns.
-
-    Args:
-        present: the columns of the record.
-        columns: pairs of role and column that come before the usual names.
+def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> dict[str, str]:
+    """Returns role -> column for a record with the columns `present`; those of `given` come before the usual names.
 
     Raises:
         ReadingError: ``no_column``; the message names those present and those wanted.
     """
-    given = dict(columns)
     absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in OPTIONAL]
     names = find_columns(present, given)
     _settle(names, given)
@@ -382,5 +374,5 @@ def _meta(data: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
         if key not in used
         and isinstance(value, (str, int, float, bool))
         and not (isinstance(value, str) and len(value) > META_CHARS)
-        and not (isinstance(value, float) and not math.isfinite(value))
+        and not (isinstance(value, float) and not isfinite(value))
     }

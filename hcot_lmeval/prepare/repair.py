@@ -2,8 +2,6 @@
 
 A row that came from an outline is assembled anew, without the blocks at fault. Of any other row the markers are taken
 out; what a dissolved block had as its solution stays in the trace, so that the check of the words decides again.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ r"""A row before and after: a question with a flat chain of thought, and the sam
     assert PreparedRow.from_record(made.record()) == made
 
 How rows are found in the columns of data sets is a matter of `prepare.reading`.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations

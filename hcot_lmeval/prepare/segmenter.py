@@ -10,7 +10,7 @@ else a short quotation (`prepare.solutions`). Where the text is long, blocks in 
 block, whose solution comes from theirs, for those are what a reader still sees. What follows the last block, the
 conclusion, stays as it is; so does a span from which nothing short can be quoted.
 
-The same sentences and options give the same outline. This module imports the standard library alone.
+The same sentences and options give the same outline.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and never inside of a span that `whole_spans` names. Where a full stop might end
 sentences in one piece do little harm.
 
 A splitter made for prose (`sentencex`) was tried and not used: it cuts ``$f(x) = 1. \text{Next}$``, ``3! = 6`` and
-``1. First``, asks for the language, and drops white space. This module imports the standard library alone.
+``1. First``, asks for the language, and drops white space.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _ABBREVIATIONS = frozenset(
 """Words before a full stop that ends no sentence, lower case, without their own full stops."""
 _REFERENCES = frozenset("eq eqs eqn eqns no nos fig figs prop props p pp art def alg ex ch sec thm lem cor".split())
 """The same, but only where a number follows: "Eq. (3)", but "The answer is no. So ..."."""
+_SEEN = re.compile(r"\s*")
 _LAST_WORD = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]+$")
 
 
@@ -66,23 +67,24 @@ def _cuts(text: str) -> Iterator[int]:
     """Yields positions, ascending, at which a new piece begins."""
     whole = list(whole_spans(text))
     starts = [start for start, _ in whole]
-    begin = 0
+    begin, words = 0, -1  # of the piece at hand, and where something is to be read in it
     for end in _END.finditer(text):
         at = end.end()
         inside = bisect_left(starts, at) - 1
         if at >= len(text) or (inside >= 0 and at < whole[inside][1]):
             continue
-        piece = text[begin : end.start()]
-        if not piece.strip() or _ITEM_ALONE.fullmatch(text, begin, at):
+        if words < begin:
+            words = _SEEN.match(text, begin).end()  # type: ignore[union-attr]
+        if words >= end.start() or _ITEM_ALONE.fullmatch(text, begin, at):
             continue
-        if end["wide"] or (_ends_line(text, piece, end) if end["line"] else _ends_sentence(text, end)):
+        if end["wide"] or (_ends_line(text, begin, end) if end["line"] else _ends_sentence(text, end)):
             yield at
             begin = at
 
 
-def _ends_line(text: str, piece: str, end: re.Match[str]) -> bool:
+def _ends_line(text: str, begin: int, end: re.Match[str]) -> bool:
     """Whether a line break is more than hard wrapping, judged by the lines around it."""
-    at, last = end.end(), re.split(_BREAK, piece)[-1]
+    at, last = end.end(), re.split(_BREAK, text[max(begin, end.start() - _WRAPPED - 1) : end.start()])[-1]
     breaks = re.findall(_BREAK, end["line"])
     goes_on = text[at].islower() and last[-1:] not in ".!?:;" and not _ITEM.match(text, at)
     return len(breaks) > 1 or len(last) < _WRAPPED or not goes_on
@@ -114,7 +116,7 @@ def _ends_sentence(text: str, end: re.Match[str]) -> bool:
 
 _WHOLE = re.compile(
     r"(?P<skip>\\\\|\\\$|\\`)"
-    r"|(?P<fence>^[ \t]*(?P<tick>`{3,}+|~{3,}+)[^\n]*\n(?:.*?\n)??[ \t]*(?P=tick)[ \t]*$)"
+    r"|(?P<fence>^[ \t]*(?P<ticks>`{3,}|~{3,})[^\n]*$)"
     r"|(?P<table>^[ \t]*\|[^\n]*\|[ \t]*$(?:\n[ \t]*\|[^\n]*\|[ \t]*$)+)"
     r"|(?P<environment>\\begin\{[A-Za-z]+\*?\})"
     r"|(?P<display>\\\[(?:(?!\\\[).)*?\\\])"
@@ -127,6 +129,7 @@ _WHOLE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"\\(begin|end)\{([A-Za-z]+\*?)\}")
 _BRACE = re.compile(r"\\[^\n]|[{}]|\n[ \t]*\n")
 
@@ -138,11 +141,26 @@ def whole_spans(text: str) -> Iterator[Span]:
     ``$...$``, the braces behind a command, and asides in parentheses. What is never closed is no span: a stray dollar
     keeps nothing together. Inline mathematics and ``$$`` end with their paragraph.
     """
-    at, ends = 0, _environment_ends(text) | _group_ends(text)
+    at, fences, ends = 0, _fence_ends(text), _environment_ends(text) | _group_ends(text)
     while found := _WHOLE.search(text, at):
-        at = ends.get(found.end(), found.end())
+        if found["fence"] and found.end() not in fences:
+            at = found.end("ticks")
+            continue
+        at = (fences if found["fence"] else ends).get(found.end(), found.end())
         if not found["skip"]:
             yield found.start(), at
+
+
+def _fence_ends(text: str) -> dict[int, int]:
+    """Where the line that opens a fenced block ends -> where the one ends that closes it, if there is one."""
+    ends: dict[int, int] = {}
+    closing: dict[str, int] = {}
+    for found in reversed(list(_FENCE.finditer(text))):
+        if found[1] in closing:
+            ends[found.end()] = closing[found[1]]
+        if not found[2].strip(" \t"):
+            closing[found[1]] = found.end()
+    return ends
 
 
 def _environment_ends(text: str) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """What to keep of a thought, in its own words: the sentences that end it as a result, or short quotations from it.
 
 The unit is the smallest span that can be understood: a sentence, or one that ends in a colon together with what it
-announces. This module imports the standard library alone.
+announces.
 """
 
 from __future__ import annotations

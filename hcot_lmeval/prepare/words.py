@@ -2,8 +2,6 @@
 
 A trace that came from an outline is taken apart again, exactly. Any other one, such as a rewriting, is compared word by
 word: what is missing from the original counts as changed, and so does what was added outside of solutions.
-
-This module imports the standard library alone.
 """
 
 from __future__ import annotations

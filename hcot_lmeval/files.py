@@ -1,10 +1,11 @@
 """Where rows are: files, patterns, folders and data sets on the hub, read one record at a time.
 
-Files are JSONL (``.jsonl``, ``.jsonl.gz``) or parquet, told apart by what they begin with. What is no file here is a
-data set on the hub, ``owner/name``, and is streamed. Nothing is held but the record at hand (of parquet, a batch of
-them).
+    for each in find_inputs(["traces.jsonl", "more/*.parquet", "owner/name"]):
+        for record in each.records(): ...
 
-This module imports the standard library alone; `datasets` and `pyarrow` come when they are needed.
+Files are JSONL (``.jsonl``, compressed too: ``.gz``, ``.zst``) or parquet, told apart by what they begin with. What is
+no file here is a data set on the hub, ``owner/name``, and is streamed. Nothing is held but the record at hand (of
+parquet, a batch of them).
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pydantic import Field
 
 from hcot_lmeval.settings import Section
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """Of the files that are read."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 BATCH = 64
 """Records of a parquet file that are held at once."""
+GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+"""What such files begin with."""
 
 
 class Record(NamedTuple):
@@ -103,10 +107,10 @@ def find_inputs(names: Sequence[str | Path], options: InputOptions = USUAL) -> l
     """
     found = [each for name in names for each in _inputs_of(str(name), options)]
     seen: set[Path] = set()
-    for each in found:
-        if each.file is not None and each.file.resolve() in seen:
-            raise ValueError(f"{each.file} is given twice; name each file once")
-        seen |= {each.file.resolve()} if each.file is not None else set()
+    for file in (each.file for each in found if each.file is not None):
+        if file.resolve() in seen:
+            raise ValueError(f"{file} is given twice; name each file once")
+        seen.add(file.resolve())
     return found
 
 
@@ -141,9 +145,9 @@ def _with_revision(name: str, options: InputOptions) -> InputOptions:
     try:
         found = HfApi().dataset_info(name, revision=options.revision).sha
     except Exception as error:  # of the network, of the hub, of the name: all mean the same here
-        told = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"{name!r} is no file here, and as a data set on the hub it cannot be read: {type(error).__name__}: {told}"
+            f"{name!r} is no file here, and as a data set on the hub it cannot be read: {type(error).__name__}: {why}"
         ) from None
     return options.model_copy(update={"revision": found})
 
@@ -160,18 +164,28 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def _is_parquet(path: Path) -> bool:
-    return path.suffix == ".parquet" or _begins_with(path, b"PAR1")
+    return path.suffix == ".parquet" or _begins_with(path, PARQUET)
+
+
+def _open_lines(path: Path) -> IO[bytes]:
+    if _begins_with(path, GZIP):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if _begins_with(path, ZSTANDARD):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the lines that are not blank, with their numbers; a compressed file may end before its end."""
     number = 0
-    with gzip.open(path, "rb") if _begins_with(path, b"\x1f\x8b") else path.open("rb") as lines:
+    with _open_lines(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, OSError) as error:
             yield number + 1, f"the compressed file is damaged from here on: {error}".encode()
 
 
