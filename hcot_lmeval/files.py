@@ -49,13 +49,18 @@ class Record(NamedTuple):
     line: str = ""
 
 
-class InputOptions(Section, title="input"):
+class LimitOptions(Section, title="input"):
+    """How much is read."""
+
+    limit: int | None = Field(None, ge=1, description="read only the first N rows")
+
+
+class InputOptions(LimitOptions, title="input"):
     """Which part of a data set on the hub is read, and how much of anything."""
 
     split: str = Field("train", description="split of a data set on the hub")
     subset: str | None = Field(None, description="configuration of a data set on the hub")
     revision: str | None = Field(None, description="revision of a data set on the hub (the newest)")
-    limit: int | None = Field(None, ge=1, description="read only the first N rows")
 
 
 USUAL = InputOptions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hcot_lmeval.errors import run_command
 
@@ -32,7 +32,6 @@ examples:
 
 Columns are recognised by name (OpenMathReasoning, OpenThoughts, DeepSeek-R1 style); --column names others.
 """
-COMMANDS = ("segment", "refine", "check", "stats", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,48 +48,27 @@ def _run(argv: Sequence[str] | None) -> int:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser."""
-    parser = argparse.ArgumentParser(
-        description=SUMMARY, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
-    _segment(commands)
-    _refine(commands)
-    _check(commands)
-    _stats(commands)
-    _export(commands)
-    return parser
+class Command(NamedTuple):
+    """What help says of a command.
+
+    Attributes:
+        summary: what it does, in one line.
+        sources: what it reads, a key of `SOURCES`.
+        examples: how it is called, and where it writes.
+    """
+
+    summary: str
+    sources: str
+    examples: str
 
 
-def _command(commands: Any, name: str, told: str, rows: str, examples: str) -> argparse.ArgumentParser:
-    from hcot_lmeval.prepare.commands import SECTIONS
-    from hcot_lmeval.settings import add_options
-
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=told,
-        description=told[0].upper() + told[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=name)
-    parser.add_argument("sources", nargs="+", metavar=rows, help=_ROWS[rows])
-    parser.add_argument("--config", metavar="FILE.yaml", help="options by command, as in `check: {max_depth: 2}`")
-    for kind in SECTIONS[name]:
-        add_options(parser.add_argument_group(kind.model_config["title"]), kind)
-    return parser
-
-
-_ROWS = {
+SOURCES = {
     "SOURCE": "files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, or data sets on the hub (owner/name)",
     "ROWS": "a run folder, or files of prepared rows (question, hierarchical_cot, expected_answer)",
 }
-
-
-def _segment(commands: Any) -> None:
-    parser = _command(
-        commands, "segment", "find blocks in flat traces", "SOURCE",
+COMMANDS = {
+    "segment": Command(
+        "find blocks in flat traces", "SOURCE",
         """\
 examples:
   %(prog)s traces.jsonl --out run                        a deterministic segmenter, no key, no network
@@ -103,17 +81,9 @@ examples:
 
 Written to OUT/segment: rows.jsonl, rejected.jsonl (with reasons), manifest.json.
 """,
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--column", nargs="+", action="extend", default=[], metavar="ROLE=NAME",
-        help="which column is what; roles: id question text reasoning response answer messages",
-    )  # fmt: skip
-
-
-def _refine(commands: Any) -> None:
-    parser = _command(
-        commands, "refine", "let a teacher wrap dead ends and redundant branches as blocks", "ROWS",
+    ),
+    "refine": Command(
+        "let a teacher wrap dead ends and redundant branches as blocks", "ROWS",
         """\
 examples:
   %(prog)s run --teacher claude:claude-sonnet-4-5 --dry-run             what it would cost
@@ -122,14 +92,9 @@ examples:
 
 Rows keep their blocks and may get further ones. Written to OUT/refine: rows.jsonl, rejected.jsonl, manifest.json.
 """,
-    )  # fmt: skip
-    _add_out(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
-
-
-def _check(commands: Any) -> None:
-    parser = _command(
-        commands, "check", "sort rows into good ones and rejected ones, with reasons", "ROWS",
+    ),
+    "check": Command(
+        "sort rows into good ones and rejected ones, with reasons", "ROWS",
         """\
 examples:
   %(prog)s run                                           after segment or refine
@@ -142,10 +107,63 @@ examples:
 Written to OUT/check: rows.jsonl, rejected.jsonl (with reasons), manifest.json. With HCOT_LMEVAL_DATA the evaluation
 tasks are read from a local folder in place of the hub.
 """,
-    )  # fmt: skip
-    _add_out(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
-    parser.add_argument("--reasons", action=_Reasons, nargs=0, help="print every code with its meaning, and stop")
+    ),
+    "stats": Command(
+        "count blocks, lengths, live context and forwarded tokens", "ROWS",
+        """\
+examples:
+  %(prog)s run
+  %(prog)s run --tokenizer Qwen/Qwen2.5-1.5B --workers 4
+  %(prog)s traces.parquet --out run --page-rows 0 --no-plots
+
+Written to OUT/stats: stats.md, stats.json, a CSV for each table, plots as PNG and SVG, before-after.html.
+""",
+    ),
+    "export": Command(
+        "write what training reads", "ROWS",
+        """\
+examples:
+  %(prog)s run                                           OUT/export/train.jsonl
+  %(prog)s run --format parquet --form chat --to data/train.parquet
+  %(prog)s run --push owner/name                         private unless --public; the token comes from the environment
+""",
+    ),
+}  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser."""
+    from hcot_lmeval.prepare.commands import SECTIONS
+    from hcot_lmeval.settings import add_options
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    for name, (summary, sources, examples) in COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=description, epilog=examples, formatter_class=raw)
+        command.set_defaults(command=name)
+        command.add_argument("sources", nargs="+", metavar=sources, help=SOURCES[sources])
+        command.add_argument("--config", metavar="FILE.yaml", help="options by command, as in `check: {max_depth: 2}`")
+        out = {"help": "folder of the run"} if name == "segment" else {"help": "folder of the run (that of ROWS)"}
+        command.add_argument("--out", type=Path, metavar="RUN", required=name == "segment", **out)
+        _add_own(command, name)
+        for kind in SECTIONS[name]:
+            add_options(command.add_argument_group(kind.model_config["title"]), kind)
+    return parser
+
+
+def _add_own(command: argparse.ArgumentParser, name: str) -> None:
+    """Adds what one command has alone and no file of options can hold."""
+    if name == "segment":
+        command.add_argument(
+            "--column", nargs="+", action="extend", default=[], metavar="ROLE=NAME",
+            help="which column is what; roles: id question text reasoning response answer messages",
+        )  # fmt: skip
+    if name == "check":
+        command.add_argument("--reasons", action=_Reasons, nargs=0, help="print every code with its meaning, and stop")
+    if name == "export":
+        command.add_argument("--to", type=Path, metavar="FILE", help="the file to write (OUT/export/train.FORMAT)")
 
 
 class _Reasons(argparse.Action):
@@ -156,36 +174,3 @@ class _Reasons(argparse.Action):
 
         print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
         parser.exit()
-
-
-def _stats(commands: Any) -> None:
-    parser = _command(
-        commands, "stats", "count blocks, lengths, live context and forwarded tokens", "ROWS",
-        """\
-examples:
-  %(prog)s run
-  %(prog)s run --tokenizer Qwen/Qwen2.5-1.5B --workers 4
-  %(prog)s traces.parquet --out run --page-rows 0 --no-plots
-
-Written to OUT/stats: stats.md, stats.json, a CSV for each table, plots as PNG and SVG, before-after.html.
-""",
-    )  # fmt: skip
-    _add_out(parser)
-
-
-def _export(commands: Any) -> None:
-    parser = _command(
-        commands, "export", "write what training reads", "ROWS",
-        """\
-examples:
-  %(prog)s run                                           OUT/export/train.jsonl
-  %(prog)s run --format parquet --form chat --to data/train.parquet
-  %(prog)s run --push owner/name                         private unless --public; the token comes from the environment
-""",
-    )  # fmt: skip
-    _add_out(parser)
-    parser.add_argument("--to", type=Path, metavar="FILE", help="the file to write (OUT/export/train.FORMAT)")
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (that of ROWS, if it is one)")

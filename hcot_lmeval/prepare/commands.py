@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
+from hcot_lmeval.files import Input, InputOptions, LimitOptions, count_records, find_inputs
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.contamination import identities, load_problems
@@ -44,8 +44,8 @@ Options = TypeVar("Options", bound=Section)
 TEACHER = (TeacherOptions, AskingOptions)
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "segment": (InputOptions, FormOptions, SegmenterOptions, *TEACHER, RewriteOptions, WorkOptions),
-    "refine": (RefineOptions, *TEACHER, WorkOptions),
-    "check": (CheckOptions, *TEACHER, WorkOptions),
+    "refine": (LimitOptions, RefineOptions, *TEACHER, WorkOptions),
+    "check": (LimitOptions, CheckOptions, *TEACHER, WorkOptions),
     "stats": (StatsOptions, WorkOptions),
     "export": (ExportOptions, WorkOptions),
 }
@@ -62,7 +62,7 @@ class Given:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.command, self.sources, self.limit = args.command, args.sources, getattr(args, "limit", None)
+        self.command, self.sources = args.command, args.sources
         self.values = (self._file(args.config) if args.config else {}) | vars(args)
 
     def _file(self, path: str) -> dict[str, Any]:
@@ -155,23 +155,24 @@ def run_segment(given: Given) -> int:
 
 def run_refine(given: Given) -> int:
     """Lets a teacher find dead ends in segmented rows; returns the exit status."""
-    work, teacher = given.read(WorkOptions), given.read(TeacherOptions)
+    read, work, teacher = given.read(LimitOptions), given.read(WorkOptions), given.read(TeacherOptions)
     if teacher.teacher is None:
         raise ValueError("refine needs a teacher; give --teacher PROVIDER:MODEL")
     inputs = given.inputs("refine")
     asking = Asking(load_prompt("refine"), teacher, given.read(AskingOptions))
     protocol = Refine(asking, given.read(RefineOptions))
-    folder = given.folder({"limit": given.limit, **protocol.made_by}, inputs)
-    rows, count = read_prepared(inputs, given.limit), partial(count_records, inputs, given.limit)
+    folder = given.folder({"limit": read.limit, **protocol.made_by}, inputs)
+    rows, count = read_prepared(inputs, read.limit), partial(count_records, inputs, read.limit)
     return _ask(folder, rows, count, protocol, teacher, work, Outcome())
 
 
 def run_check(given: Given) -> int:
     """Checks prepared rows, and lets a teacher judge those that pass, if there is one; returns the exit status."""
     options, work, teacher = given.read(CheckOptions), given.read(WorkOptions), given.read(TeacherOptions)
+    read = given.read(LimitOptions)
     inputs = given.inputs("check")
-    rows, count = read_prepared(inputs, given.limit), partial(count_records, inputs, given.limit)
-    arguments = {"limit": given.limit, **options.model_dump(), "problems": identities(options.against)}
+    rows, count = read_prepared(inputs, read.limit), partial(count_records, inputs, read.limit)
+    arguments = {"limit": read.limit, **options.model_dump(), "problems": identities(options.against)}
     with DuplicateIndex(options.near) as index:
         outcome = CheckOutcome(options, index)
         if teacher.teacher is not None:
