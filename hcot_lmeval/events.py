@@ -194,97 +194,61 @@ class Statistics:
         return asdict(self)
 
 
-class _Tally:
-    """Adds events up, one method per type of event."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-        self.malformed: Counter[str] = Counter()
-        self.causes: Counter[str] = Counter()
-        self.live = self.peak = self.depth = 0
-        self.reason, self.wall = "", 0.0
-
-    def add(self, event: Event) -> None:
-        getattr(self, type(event).__name__.lower())(event)
-
-    def _grow(self, tokens: int) -> None:
-        self.count["steps"] += tokens * self.live + tokens * (tokens + 1) // 2
-        self.count["generated"] += tokens
-        self.live += tokens
-        self.peak = max(self.peak, self.live)
-
-    def prefill(self, event: Prefill) -> None:
-        self.count["prompt"] = event.tokens
-        self.count["pruned"] = event.tokens - event.live
-        self.live = event.live
-        self.peak = max(self.peak, self.live)
-
-    def tokens(self, event: Tokens) -> None:
-        self._grow(len(event.ids))
-
-    def open(self, event: Open) -> None:
-        self._grow(1)
-        self.depth = max(self.depth, event.depth)
-
-    def split(self, event: Split) -> None:
-        self._grow(1)
-
-    def close(self, event: Close) -> None:
-        self._grow(1)
-        self.count["blocks"] += 1
-
-    def prune(self, event: Prune) -> None:
-        self.count["blocks"] += 1
-        self.sweep(event)
-
-    def sweep(self, event: Prune) -> None:
-        self.live = event.live
-        self.peak = max(self.peak, event.peak)
-        self.count.update(prunes=1, generated=1, steps=event.live)
-        self.count.update(pruned=len(event.pruned), reforwarded=event.reforwarded)
-
-    def fault(self, event: Fault) -> None:
-        self.malformed[event.kind] += 1
-
-    def illegal(self, event: Illegal) -> None:
-        self.count["illegal"] += 1
-
-    def forced(self, event: Forced) -> None:
-        self.causes[event.cause] += 1
-
-    def loop(self, event: Loop) -> None:
-        self.count["loops"] += 1
-
-    def finish(self, event: Finish) -> None:
-        self.reason, self.wall = event.reason, event.time
-        if event.unclosed:
-            self.malformed[Malformed.UNCLOSED.value] = event.unclosed
-
-
 def statistics(events: Sequence[Event]) -> Statistics:
     """Counts what happened in one request."""
-    tally = _Tally()
+    count: Counter[str] = Counter()
+    malformed: Counter[str] = Counter()
+    forced: Counter[str] = Counter()
+    live = peak = depth = 0
+    reason, wall = "", 0.0
     for event in events:
-        tally.add(event)
-    count = tally.count
+        grown = 0  # tokens that stay in the context
+        match event:
+            case Prefill():
+                count.update(prompt=event.tokens, pruned=event.tokens - event.live)
+                live = event.live
+                peak = max(peak, live)
+            case Tokens():
+                grown = len(event.ids)
+            case Open() | Split() | Close():
+                grown, depth = 1, max(depth, event.depth)
+                count["blocks"] += isinstance(event, Close)
+            case Prune():
+                count.update(prunes=1, generated=1, steps=event.live, blocks=not isinstance(event, Sweep))
+                count.update(pruned=len(event.pruned), reforwarded=event.reforwarded)
+                live, peak = event.live, max(peak, event.peak)
+            case Fault():
+                malformed[event.kind] += 1
+            case Illegal():
+                count["illegal"] += 1
+            case Forced():
+                forced[event.cause] += 1
+            case Loop():
+                count["loops"] += 1
+            case Finish():
+                reason, wall = event.reason, event.time
+                malformed.update({Malformed.UNCLOSED.value: event.unclosed} if event.unclosed else {})
+        count.update(generated=grown, steps=grown * live + grown * (grown + 1) // 2)
+        live += grown
+        peak = max(peak, live)
     return Statistics(
         prompt_tokens=count["prompt"],
         generated_tokens=count["generated"],
         pruned_tokens=count["pruned"],
         reforwarded_tokens=count["reforwarded"],
-        live_tokens=tally.live,
-        peak_live_tokens=tally.peak,
+        live_tokens=live,
+        peak_live_tokens=peak,
         live_token_steps=count["steps"],
         prune_events=count["prunes"],
         blocks=count["blocks"],
-        max_depth=tally.depth,
-        malformed=dict(tally.malformed),
+        max_depth=depth,
+        malformed=dict(malformed),
         illegal_tokens=count["illegal"],
-        forced=dict(tally.causes),
+        forced=dict(forced),
         loops=count["loops"],
-        finish_reason=tally.reason,
-        wall_seconds=tally.wall,
-        tokens_per_second=count["generated"] / tally.wall if tally.wall > 0 else 0.0,
+        finish_reason=reason,
+        wall_seconds=wall,
+        tokens_per_second=count["generated"] / wall if wall > 0 else 0.0,
     )
 
 

@@ -18,7 +18,7 @@ from hcot_lmeval.report.cli import main, make_parser
 from hcot_lmeval.report.reading import Reader
 from hcot_lmeval.report.results import ResultsError, Run
 from tests.result_files import build_run
-from tests.test_grid import FAKE, ROOT
+from tests.test_runner import FAKE, ROOT
 
 GRID = """
 models: [{pretrained: tiny-flat, policies: [off]}, {pretrained: tiny-hcot, policies: [off, recompute]}]

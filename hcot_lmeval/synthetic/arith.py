@@ -16,7 +16,7 @@ would need fewer steps; the flat twin is the same steps in the same order, not t
 question never reaches are left in as distractors. Problems that differ in names, in the order of the definitions or in
 distractors are one problem.
 
-This module imports the standard library alone; `arith_dataset` imports `datasets` when it is called.
+This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hcot_lmeval.synthetic.problem import (
     Split,
     check_sizes,
     check_split,
-    dataset_rows,
     distinct,
     draw_in_split,
+    lm_eval_dataset,
 )
 
 if TYPE_CHECKING:
@@ -207,7 +207,6 @@ def arith_problems(split: Split, seed: int, depths: Sequence[int] = DEPTHS[:6]) 
     Raises:
         ValueError: an unknown split, or depths out of range.
     """
-    check_split(split)
     check_sizes("depths", depths, DEPTHS)
     return distinct([partial(sample_problem, depth) for depth in depths], split, _generator(split, seed))
 
@@ -223,11 +222,6 @@ def arith_dataset(depths: Sequence[int] = TEST_DEPTHS, size: int = 100, problem_
         depths: levels of recursion, taken in turn.
         size: number of problems.
         problem_seed: chooses the problems within the test split (`seed` is a model argument already).
-
-    Returns:
-        one split ``test`` with the columns problem, answer, depth, blocks (evaluations the gold trace takes).
     """
-    from datasets import Dataset, DatasetDict
-
     check_sizes("depths", depths, DEPTHS)
-    return DatasetDict({"test": Dataset.from_list(dataset_rows(problems("test", depths, problem_seed), size, "depth"))})
+    return lm_eval_dataset(problems("test", depths, problem_seed), size, "depth")

@@ -13,7 +13,7 @@ differ in nothing but what they may forget.
 The split of a problem follows from its fingerprint alone, and problems that differ only in wording share one: splits
 cannot overlap, whatever the seeds and sizes.
 
-This module imports the standard library alone.
+This module imports the standard library alone; `lm_eval_dataset` imports `datasets` when it is called.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from hcot_lmeval.markup import Markup, get_markup
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -135,9 +138,13 @@ def distinct(draws: Sequence[Draw[P]], split: Split, rng: random.Random) -> Iter
     nearly always it is in other words (other names, another order).
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: an unknown split; at once.
     """
     check_split(split)
+    return _distinct(draws, split, rng)
+
+
+def _distinct(draws: Sequence[Draw[P]], split: Split, rng: random.Random) -> Iterator[P]:
     seen: set[str] = set()
     for draw in itertools.cycle(draws):
         candidates = (draw_in_split(draw, split, rng) for _ in range(PATIENCE))
@@ -154,9 +161,17 @@ def check_sizes(name: str, sizes: Sequence[int], allowed: range) -> None:
         raise ValueError(f"{name}={sizes!r}: a list of numbers within {allowed.start}..{allowed.stop - 1} is needed")
 
 
-def dataset_rows(problems: Iterator[Problem], size: int, name: str) -> list[dict[str, Any]]:
-    """Returns `size` problems as rows for lm-eval: problem, answer, the size under the column `name`, blocks."""
+def lm_eval_dataset(problems: Iterator[Problem], size: int, name: str) -> DatasetDict:
+    """Returns `size` problems as lm-eval's ``custom_dataset`` wants them.
+
+    Returns:
+        one split ``test`` with the columns problem, answer, `name` (the problem's size), and blocks (evaluations that
+        the gold trace takes).
+    """
     if type(size) is not int or size < 1:
         raise ValueError(f"size={size!r}: a number of problems, 1 or more, is needed")
+    from datasets import Dataset, DatasetDict
+
     chosen = itertools.islice(problems, size)
-    return [{"problem": p.prompt, "answer": p.answer, name: p.size, "blocks": p.blocks} for p in chosen]
+    rows = [{"problem": p.prompt, "answer": p.answer, name: p.size, "blocks": p.blocks} for p in chosen]
+    return DatasetDict({"test": Dataset.from_list(rows)})

@@ -21,7 +21,7 @@ look-up from a verdict over three of them, nine tenths of which are true; where 
 makes true, a value is whether something is absent, which was still a guess after two thousand steps. The live context
 holds the prompt, at most 10 tokens for each variable, and a leaf; the trace as a whole grows exponentially.
 
-This module imports the standard library alone; `qbf_dataset` imports `datasets` when it is called.
+This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hcot_lmeval.synthetic.cnf import LABELS, OPEN, SIZES, VARIABLES, canonical, labelled, models, negation, truth
-from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
+from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, distinct, lm_eval_dataset
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -170,7 +170,6 @@ def qbf_problems(split: Split, seed: int, sizes: Sequence[int] = SIZES) -> Itera
     Raises:
         ValueError: an unknown split, or sizes out of range.
     """
-    check_split(split)
     check_sizes("sizes", sizes, SIZES)
     draws = [partial(sample_qbf, size, valid) for valid in (True, False) for size in sizes]
     return distinct(draws, split, random.Random(f"quantified formulas {split} {seed}"))
@@ -183,11 +182,5 @@ def qbf_dataset(sizes: Sequence[int] = SIZES, size: int = 100, problem_seed: int
         sizes: numbers of variables, taken in turn, first for a valid problem and then for an invalid one.
         size: number of problems.
         problem_seed: chooses the problems within the test split.
-
-    Returns:
-        one split ``test`` with the columns problem, answer, variables, blocks.
     """
-    from datasets import Dataset, DatasetDict
-
-    rows = dataset_rows(qbf_problems("test", problem_seed, sizes), size, "variables")
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    return lm_eval_dataset(qbf_problems("test", problem_seed, sizes), size, "variables")

@@ -19,7 +19,7 @@ clause without a true literal that has fewer, or behind the last clause. Its sol
 What survives a scan under pruning is its solution, so the live context is the prompt, the literals that are assigned,
 and one scan. A literal is assigned exactly if it stands right behind an opening marker.
 
-This module imports the standard library alone; `sat_dataset` imports `datasets` when it is called.
+This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hcot_lmeval.synthetic.cnf import (
     negation,
     truth,
 )
-from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, check_split, dataset_rows, distinct
+from hcot_lmeval.synthetic.problem import Mark, Piece, Problem, Split, check_sizes, distinct, lm_eval_dataset
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -160,7 +160,6 @@ def sat_problems(split: Split, seed: int, sizes: Sequence[int] = SIZES) -> Itera
     Raises:
         ValueError: an unknown split, or sizes out of range.
     """
-    check_split(split)
     check_sizes("sizes", sizes, SIZES)
     draws = [partial(sample_sat, size, satisfiable) for satisfiable in (True, False) for size in sizes]
     return distinct(draws, split, random.Random(f"3-SAT {split} {seed}"))
@@ -173,11 +172,5 @@ def sat_dataset(sizes: Sequence[int] = SIZES, size: int = 100, problem_seed: int
         sizes: numbers of variables, taken in turn, first for a satisfiable problem and then for an unsatisfiable one.
         size: number of problems.
         problem_seed: chooses the problems within the test split.
-
-    Returns:
-        one split ``test`` with the columns problem, answer, variables, blocks.
     """
-    from datasets import Dataset, DatasetDict
-
-    rows = dataset_rows(sat_problems("test", problem_seed, sizes), size, "variables")
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    return lm_eval_dataset(sat_problems("test", problem_seed, sizes), size, "variables")

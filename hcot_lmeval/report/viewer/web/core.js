@@ -64,6 +64,17 @@ function appendPlain(parent, text) {
   if (place < text.length) parent.append(text.slice(place));
 }
 
+/** Index of the last of `items` for which `test` holds, where it holds for a first part of them; -1 if for none. */
+function lastOf(items, test) {
+  let [low, high] = [-1, items.length - 1];
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (test(items[middle])) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
 const number = (value) => Math.round(value).toLocaleString("en");
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);

@@ -47,13 +47,9 @@ class Curve {
   /** Live tokens just after the token at index `token`. */
   liveAt(token) {
     const points = this.points;
-    let [low, high] = [0, points.length - 1];
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (points[middle][0] <= token + 1) low = middle;
-      else high = middle - 1;
-    }
-    return points[low][1] + Math.max(0, Math.min(token + 1 - points[low][0], points[low + 1] ? Infinity : 0));
+    const place = Math.max(0, lastOf(points, ([at]) => at <= token + 1));
+    const grown = points[place + 1] ? Math.max(0, token + 1 - points[place][0]) : 0;
+    return points[place][1] + grown;
   }
 
   move(token) {

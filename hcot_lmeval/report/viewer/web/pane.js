@@ -187,7 +187,7 @@ class Pane {
       this.body.scrollTop = 0; // the prompt, which stands above the first row, in sight too
       return this.curve.move(token);
     }
-    const place = Math.max(0, lastBefore(nodes, (node) => node.row.start <= token));
+    const place = Math.max(0, lastOf(nodes, (node) => node.row.start <= token));
     const node = nodes[place];
     this.quiet = true; // what the reader pointed at counts, not the row's first token
     this.body.scrollTop = node.offsetTop - HEADROOM + this.within(nodes, place, token) * node.offsetHeight;
@@ -226,7 +226,7 @@ class Pane {
       const nodes = this.rowNodes();
       if (!nodes.length || this.quiet) return;
       const edge = this.body.scrollTop + HEADROOM + 1;
-      const place = Math.max(0, lastBefore(nodes, (node) => node.offsetTop <= edge));
+      const place = Math.max(0, lastOf(nodes, (node) => node.offsetTop <= edge));
       const [start, stop] = this.span(nodes, place);
       const node = nodes[place];
       const share = clamp((edge - node.offsetTop) / Math.max(node.offsetHeight, 1), 0, 1);
@@ -283,15 +283,4 @@ function hitsIn(text, query) {
   const hits = [];
   for (const found of text.matchAll(pattern)) if (hits.push(found.index) >= MAX_HITS) break;
   return hits;
-}
-
-/** Index of the last of `nodes` for which `test` holds, where it holds for a first part of them; -1 if for none. */
-function lastBefore(nodes, test) {
-  let [low, high] = [-1, nodes.length - 1];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (test(nodes[middle])) low = middle;
-    else high = middle - 1;
-  }
-  return low;
 }

@@ -24,7 +24,7 @@ class Trace {
 
   /** Tells every segment its innermost block, and every block its parent and how much of its thought is gone. */
   adopt() {
-    const byOpen = new Map(this.blocks.map((block) => [block.open, block]));
+    const byOpen = (this.byOpen = new Map(this.blocks.map((block) => [block.open, block])));
     const gone = [0];
     const stack = [];
     for (const segment of this.segments) {
@@ -64,30 +64,18 @@ class Trace {
 
   /** Segment that holds the token at index `token`. */
   segmentAt(token) {
-    let [low, high] = [0, this.segments.length - 1];
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (this.segments[middle].start <= token) low = middle;
-      else high = middle - 1;
-    }
-    return this.segments[low];
+    return this.segments[Math.max(0, lastOf(this.segments, (segment) => segment.start <= token))];
   }
 
   /** Segment that holds the character at index `at` of the text. */
   segmentOf(at) {
-    let [low, high] = [0, this.segments.length - 1];
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (this.segments[middle].from <= at) low = middle;
-      else high = middle - 1;
-    }
-    return this.segments[low];
+    return this.segments[Math.max(0, lastOf(this.segments, (segment) => segment.from <= at))];
   }
 
   /** Rows of the segments [begin, end); `folded` says whether the thought of a block is hidden. */
   tree(begin, end, folded) {
     const rows = [];
-    const byOpen = this.openings();
+    const { byOpen } = this;
     for (let place = begin; place < end; place += 1) {
       const segment = this.segments[place];
       const block = this.blocks[segment.block];
@@ -106,11 +94,6 @@ class Trace {
       } else rows.push(...this.textRows(segment, segment.to));
     }
     return rows;
-  }
-
-  openings() {
-    this.byOpen ??= new Map(this.blocks.map((block) => [block.open, block]));
-    return this.byOpen;
   }
 
   /** Rows of what was live just after the token at index `moment`; what was out of sight becomes a cut. */
@@ -169,13 +152,5 @@ class Trace {
 
 /** The formulas [from, to, tree] that reach beyond `from` and begin before `to`; they are in order. */
 function formulasWithin(formulas, from, to) {
-  let [low, high] = [0, formulas.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (formulas[middle][1] <= from) low = middle + 1;
-    else high = middle;
-  }
-  const found = [];
-  while (low < formulas.length && formulas[low][0] < to) found.push(formulas[low++]);
-  return found;
+  return formulas.slice(lastOf(formulas, ([, end]) => end <= from) + 1, lastOf(formulas, ([start]) => start < to) + 1);
 }
