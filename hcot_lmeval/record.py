@@ -174,10 +174,11 @@ def check_policy(
     if record is None or allow or policy is Policy.OFF:
         return
     if record.policy != policy:
+        unpruned = "without pruning, " if record.policy == Policy.OFF else ""
         raise ValueError(
-            f"{policy_argument}={policy.value}, but the model was {_TRAINED[record.policy]} (its training record says "
-            f"so), and it would meet contexts that it does not know. Pass {policy_argument}={record.policy}, or "
-            "any_policy=True to run it all the same."
+            f"{policy_argument}={policy.value}, but the model was trained {unpruned}under policy {record.policy} (its "
+            "training record says so), and it would meet contexts that it does not know. Pass "
+            f"{policy_argument}={record.policy}, or any_policy=True to run it all the same."
         )
     name = record.markup if markup is None else get_markup(markup).name
     if record.markup != name:
@@ -185,13 +186,6 @@ def check_policy(
             f"markup={name}, but the model was trained on the notation {record.markup} (its training record says so). "
             f"Pass markup={record.markup}, or any_policy=True to run it all the same."
         )
-
-
-_TRAINED = {
-    "off": "trained without pruning, under policy off",
-    "recompute": "trained under policy recompute",
-    "evict": "trained under policy evict",
-}
 
 
 def settle(

@@ -242,6 +242,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike[str], schema: str | None = None) -> Record | None:
+    """Returns the object that `write_json` wrote; None if there is no such file, or none of this schema."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) and schema in (None, found.get("schema")) else None
+
+
 def check_folder(folder: str | os.PathLike[str], given: str, advice: str) -> None:
     """Makes a folder and tries to write there, before anything is computed for it.
 

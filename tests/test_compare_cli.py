@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from hcot_lmeval.__main__ import main as package
 from hcot_lmeval.report import folder, preflight
 from hcot_lmeval.report.cli import main, make_parser
-from hcot_lmeval.report.reading import Reader
-from hcot_lmeval.report.results import ResultsError, Run
+from hcot_lmeval.report.results import Run
 from tests.result_files import build_run
 from tests.test_runner import FAKE, ROOT
 
@@ -97,18 +97,12 @@ def test_every_option_has_a_meaning_and_examples_parse(kind, capsys, monkeypatch
         assert make_parser().parse_args(words).action
 
 
-def test_commands_of_the_package():
-    shown = subprocess.run([sys.executable, "-m", "hcot_lmeval"], capture_output=True, text=True, check=False)
-    assert shown.returncode == 2
-    assert "  compare " in shown.stderr and "  view " in shown.stderr
-    wrong = subprocess.run(
-        [sys.executable, "-m", "hcot_lmeval", "compair"], capture_output=True, text=True, check=False
-    )
-    assert "error: there is no command 'compair'" in wrong.stderr
-
-
-def test_keys(capsys):
-    assert main(["run", "--keys"]) == 0
+def test_commands_of_the_package(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which the command changes
+    assert package(["compair"]) == 2
+    shown = capsys.readouterr().err
+    assert "  compare " in shown and "  view " in shown and "error: there is no command 'compair'" in shown
+    assert package(["compare", "run", "--keys"]) == 0
     assert "windows " in capsys.readouterr().out
 
 
@@ -281,32 +275,50 @@ def test_unknown_key_names_the_nearest(tmp_path, capsys):
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-def test_two_folders(tmp_path, compared, capsys):
-    build_run(tmp_path / "off", [1, 0], policy="off")
-    build_run(tmp_path / "pruned", [1, 1])
-    assert main(["read", str(tmp_path / "off"), str(tmp_path / "pruned"), "--out", str(tmp_path / "tables")]) == 0
-    assert compared[0].names == ["model, off, 1024", "model, recompute, 1024"]
-    assert compared[0].out == tmp_path / "tables"
-
-
-def test_names(tmp_path, compared):
+@pytest.fixture
+def two(tmp_path) -> list[str]:
+    """Words for two folders of results, one unpruned."""
     build_run(tmp_path / "a", [1, 0], policy="off")
     build_run(tmp_path / "b", [1, 1])
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_folders_and_names(tmp_path, two, compared):
+    build_run(tmp_path / "lr=1", [1, 0], max_context=128)  # a name of a folder, not a name and a folder
+    assert main(["read", *two, str(tmp_path / "lr=1"), "--out", str(tmp_path / "tables")]) == 0
+    assert compared[0].names == ["model, off, 1024", "model, recompute, 1024", "model, recompute, 128"]
+    assert compared[0].out == tmp_path / "tables"
     build_run(tmp_path / "b", [1, 1], max_context=128)
-    assert main(["read", f"flat={tmp_path / 'a'}", f"hcot={tmp_path / 'b'}"]) == 0
-    assert compared[0].names == ["flat", "hcot, recompute, 1024", "hcot, recompute, 128"]
+    assert main(["read", f"flat={two[0]}", f"hcot={two[1]}"]) == 0
+    assert compared[1].names == ["flat", "hcot, recompute, 1024", "hcot, recompute, 128"]
 
 
-def test_name_for_several_models_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "argv", "told"),
+    [
+        ({"version": 2.0}, [], "the versions of the task differ: 1.0 and 2.0"),
+        ({"change": lambda results, samples: results.update(lm_eval_version="0.5")}, [], "--allow-versions"),
+        ({}, ["--baseline", "nobody"], "baseline='nobody' is not a run here"),
+        ({}, ["--by", "nothing"], "have no column 'nothing'"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, other, argv, told):
+    build_run(tmp_path / "a", [1, 0], policy="off")
+    build_run(tmp_path / "b", [1, 0], **other)
+    error = fails(capsys, "read", str(tmp_path / "a"), str(tmp_path / "b"), *argv)
+    assert told in error and error.count("\n") == 1
+
+
+def test_other_versions_may_be_allowed(tmp_path, two, compared, capsys):
+    build_run(tmp_path / "c", [1, 0], model="c", change=lambda results, samples: results.update(lm_eval_version="0.5"))
+    assert main(["read", *two, str(tmp_path / "c"), "--allow-versions"]) == 0
+    assert "note: the runs were made with different versions of lm-eval: 0.4.13, 0.5" in capsys.readouterr().out
+
+
+def test_name_for_several_models_is_refused(tmp_path, capsys):
     for model in ("org/a", "org/b"):
         build_run(tmp_path, [1, 0], model=model)
-    with pytest.raises(ResultsError, match="holds runs of several models"):
-        Reader().read([f"x={tmp_path}"])
-
-
-def test_folder_with_an_equals_sign_is_a_folder(tmp_path):
-    build_run(tmp_path / "lr=1", [1, 0])
-    assert [run.name for run in Reader().read([str(tmp_path / "lr=1")])] == ["model, recompute, 1024"]
+    assert "holds runs of several models" in fails(capsys, "read", f"x={tmp_path}")
 
 
 def test_newest_of_several_runs_is_taken_and_said(tmp_path, compared, capsys):
@@ -336,27 +348,6 @@ def test_choice_of_task_metric_and_filter(tmp_path, compared):
     assert [(run.task, run.metric) for run in compared[0].runs] == [("other", "completed")]
 
 
-def test_refusal_reaches_the_user_as_one_line(tmp_path, compared, capsys):
-    build_run(tmp_path / "a", [1, 0])
-    build_run(tmp_path / "b", [1, 0], policy="off", version=2.0)
-    argv = ["read", str(tmp_path / "a"), str(tmp_path / "b")]
-    error = fails(capsys, *argv)
-    assert "the versions of the task differ: 1.0 and 2.0" in error
-    assert error.count("\n") == 1
-    assert compared == []
-
-
-def test_versions_are_refused_unless_allowed(tmp_path, compared, capsys):
-    build_run(tmp_path / "a", [1, 0])
-    build_run(
-        tmp_path / "b", [1, 0], policy="off", change=lambda results, samples: results.update(lm_eval_version="0.5")
-    )
-    argv = ["read", str(tmp_path / "a"), str(tmp_path / "b")]
-    assert "--allow-versions" in fails(capsys, *argv)
-    assert main([*argv, "--allow-versions"]) == 0
-    assert "note: the runs were made with different versions of lm-eval: 0.4.13, 0.5" in capsys.readouterr().out
-
-
 def test_folder_of_a_grid_is_read_by_its_cells(fake, compared, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_FAULTS", json.dumps({"pruning=off,max_context=128": "crash"}))
     main(["run", "grid.yaml", "--out", "out"])
@@ -379,13 +370,6 @@ def test_from_two_folders_to_tables(tmp_path, capsys):
     assert "16.7" in shown and "83.3" in shown  # 5 and 25 of 30
     assert {"comparison.md", "comparison.json"} <= {path.name for path in out.iterdir()}
     assert shown.splitlines()[-1] == f"written to {out}: comparison.json, comparison.md, comparison.tex, 6 .csv"
-
-
-def test_unknown_baseline_and_column(tmp_path, capsys):
-    build_run(tmp_path / "a", [0, 1], policy="off")
-    for argv in (["--baseline", "nobody"], ["--by", "nothing"]):
-        assert main(["read", str(tmp_path / "a"), *argv]) == 1
-        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_reader_that_has_seen_enough_is_no_error():

@@ -35,25 +35,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, settings in SETTINGS.items():
         model = f"pretrained=tiny-hcot,journal=off,notes={out / name / 'notes'},{settings}"
-        command = [
-            sys.executable,
-            quick_lm_eval.__file__,
-            "--include_path",
-            str(quick_lm_eval.TASKS),
-            "--model",
-            "hcot",
-            "--model_args",
-            model,
-            "--tasks",
-            "hcot_arith",
-        ]
-        command += ["--limit", "8", "--batch_size", "8", "--device", "cpu", "--log_samples"]
-        subprocess.run([*command, "--output_path", str(out / name)], check=True, capture_output=True, env=environment)
+        command = [sys.executable, quick_lm_eval.__file__, "--include_path", str(quick_lm_eval.TASKS)]
+        command += ["--model", "hcot", "--model_args", model, "--tasks", "hcot_arith", "--limit", "8"]
+        command += ["--batch_size", "8", "--device", "cpu", "--log_samples", "--output_path", str(out / name)]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
     return {name: out / name for name in SETTINGS}
 
 
 def runs_of(*folders: Path):
     return [run for folder in folders for run in read_runs(folder)]
+
+
+def table_of(folder: Path, key: str) -> Table:
+    """A table of the one task whose runs lie below a folder."""
+    [task] = compare(read_runs(folder)).tasks
+    return next(table for table in task.tables if table.key == key)
 
 
 def test_every_number_equals_a_recount_from_the_raw_samples(folders) -> None:
@@ -214,12 +210,22 @@ def test_no_run_falls_into_the_cell_of_another(tmp_path: Path) -> None:
     assert {row[1]: row[2].value for row in task.tables[0].rows} == {"x, 1024": 1.0, "x": 0.0}
 
 
-def test_one_name_for_different_settings_makes_no_seeds_of_them(tmp_path: Path) -> None:
-    build_run(tmp_path, [1, 1], policy="off", totals={"seed": 0})
-    build_run(tmp_path, [0, 0], policy="evict", totals={"seed": 1})
-    runs = [run.named("m") for run in read_runs(tmp_path)]
-    with pytest.raises(ResultsError, match=r"'m' differ in more than their seed: model, off, .*; model, evict, "):
-        compare(runs)
+OTHER_PLACES = [{"model_args": {"pretrained": f"runs/{place}/checkpoint-500"}} for place in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"policy": "off"}, {"policy": "evict"}, "'m' differ in more than their seed: model, off, .*; model, evict, "),
+        (*OTHER_PLACES, "'m' differ in more than their seed"),  # of one base name
+        ({}, {"totals": {"seed": 0}}, "2 runs of 'm' have seed 0"),
+    ],
+)
+def test_what_are_no_seeds_of_one_setting_is_not_pooled(tmp_path: Path, one, other, told) -> None:
+    for seed, settings in enumerate((one, other)):
+        build_run(tmp_path / str(seed), [1, 1], **{"totals": {"seed": seed}} | settings)
+    with pytest.raises(ResultsError, match=told):
+        entries_of([run.named(name) for run, name in zip(read_runs(tmp_path), ("m", "m, seed 1"), strict=True)])
 
 
 def test_a_weighted_accuracy_without_all_levels_is_empty(tmp_path: Path) -> None:
@@ -242,20 +248,19 @@ def test_ends_and_kinds_of_faults_are_counted(tmp_path: Path) -> None:
     faults = [{"unclosed": 2}, {}, {"stray_close": 1, "unclosed": 1}]
     reasons = ["context", "eos", "length"]
     build_run(tmp_path, [0, 1, 0], statistics=lambda i: {"finish_reason": reasons[i], "malformed": faults[i]})
-    [task] = compare(read_runs(tmp_path)).tasks
-    table = next(table for table in task.tables if table.key == "endings")
-    names = [head.key for head in table.heads[1:]]
-    assert names[:6] == ["responses", "eos", "stop", "length", "context", "loop"]
-    assert names[6:] == [
-        "blocks",
-        "max_depth",
-        "malformed",
-        "illegal_tokens",
-        "illegal_responses",
-        "stray_close",
-        "unclosed",
-    ]
+    table = table_of(tmp_path, "endings")
+    names = "responses eos stop length context loop blocks max_depth malformed illegal_tokens illegal_responses"
+    assert [head.key for head in table.heads[1:]] == [*names.split(), "stray_close", "unclosed"]
     assert table.rows[0][1:] == (3, 1, 0, 1, 1, 0, 4, 2, pytest.approx(4 / 3), 0, 0, 1, 3)
+    assert set(FAULTS) == set(Malformed)
+
+
+def test_statistics_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    [file] = build_run(tmp_path, [0, 1]).parent.glob("samples_*.jsonl")
+    file.write_text(file.read_text().replace('"illegal_tokens": 0, ', ""))
+    [run] = read_runs(tmp_path)
+    with pytest.raises(ResultsError, match="lack illegal_tokens, so an older version made them; run it again"):
+        check_integrity(run)
 
 
 def test_what_was_illegal_forced_and_repeated_is_counted(tmp_path: Path) -> None:
@@ -266,47 +271,12 @@ def test_what_was_illegal_forced_and_repeated_is_counted(tmp_path: Path) -> None
         {},
     ]
     build_run(tmp_path, [0, 1, 0, 1], statistics=lambda i: found[i])
-    [task] = compare(read_runs(tmp_path)).tasks
-    table = next(table for table in task.tables if table.key == "endings")
+    table = table_of(tmp_path, "endings")
     row = dict(zip([head.key for head in table.heads], table.rows[0], strict=True))
     assert (row["illegal_tokens"], row["illegal_responses"]) == (0.75, 25)
     assert (row["forced_constraints"], row["forced_max_block_tokens"]) == (0.75, 0.25)
     assert (row["loop"], row["loops"]) == (1, 1)
     assert "forced_force_answer" not in row  # nothing was
-
-
-def test_statistics_of_an_older_version_are_refused(tmp_path: Path) -> None:
-    build_run(tmp_path, [0, 1], statistics=lambda i: {})
-    [file] = tmp_path.rglob("samples_*.jsonl")
-    file.write_text(file.read_text().replace('"illegal_tokens": 0, ', ""))
-    [run] = read_runs(tmp_path)
-    with pytest.raises(ResultsError, match="lack illegal_tokens, so an older version made them; run it again"):
-        check_integrity(run)
-
-
-def test_other_weights_of_one_basename_are_no_seeds(tmp_path: Path) -> None:
-    for seed, place in enumerate(("one", "two")):
-        args = {"pretrained": f"runs/{place}/checkpoint-500", "seed": seed}
-        build_run(tmp_path / place, [1 - seed] * 2, totals={"seed": seed}, change=lambda r, s, a=args: put(r, a))
-    runs = [run.named("m") for run in read_runs(tmp_path)]
-    with pytest.raises(ResultsError, match="differ in more than their seed"):
-        entries_of(runs)
-
-
-def put(results, arguments) -> None:
-    results["config"]["model_args"] = arguments
-
-
-def test_one_seed_does_not_count_twice(tmp_path: Path) -> None:
-    for name, seed in (("m, off, 1024", 0), ("m, off, 1024, seed 0", 0), ("m, off, 1024, seed 1", 1)):
-        build_run(tmp_path / name, [seed, 1], policy="off", totals={"seed": seed})
-    runs = [read_runs(tmp_path / name)[0].named(name) for name in ("m, off, 1024", "m, off, 1024, seed 0")]
-    with pytest.raises(ResultsError, match="2 runs of 'm, off, 1024' have seed 0"):
-        entries_of(runs)
-
-
-def test_every_kind_of_fault_has_a_meaning() -> None:
-    assert set(FAULTS) == set(Malformed)
 
 
 def test_few_problems_come_with_a_warning_of_their_interval(tmp_path: Path) -> None:
@@ -359,12 +329,8 @@ def test_a_wide_table_is_parted_and_loses_nothing() -> None:
     values = [word for line in lines if line.startswith(("a name", "b ")) for word in line.split() if word.isdigit()]
     assert sorted(map(int, values)) == sorted([*range(20), *range(100, 120)])
     assert len([line for line in lines if line.startswith("run ")]) == 3
-    assert list(render.parts(TABLE)) == [TABLE]
-
-
-def test_a_table_of_texts_alone_is_not_parted() -> None:
     texts = Table("texts", "Texts", (Head("a"), Head("b")), (("x", "y"),))
-    assert list(render.parts(texts)) == [texts]
+    assert list(render.parts(TABLE)) == [TABLE] and list(render.parts(texts)) == [texts]
 
 
 def test_markdown_and_latex_escape_what_they_would_take_for_commands() -> None:
@@ -375,16 +341,9 @@ def test_markdown_and_latex_escape_what_they_would_take_for_commands() -> None:
 
 
 def test_csv_has_all_digits_and_three_columns_for_an_estimate() -> None:
-    rows = list(csv.DictReader(io.StringIO(render.csv_text(TABLE))))
-    assert rows[0] == {
-        "run": "a_b & <c>",
-        "share": "0.5",
-        "share low": "0.25",
-        "share high": "0.75",
-        "count": "1234567",
-        "p": "1e-05",
-    }
-    assert rows[1]["share"] == rows[1]["share low"] == ""
+    heads, first, second = csv.reader(io.StringIO(render.csv_text(TABLE)))
+    assert heads == ["run", "share", "share low", "share high", "count", "p"]
+    assert first == ["a_b & <c>", "0.5", "0.25", "0.75", "1234567", "1e-05"] and second[1:4] == ["", "", ""]
 
 
 def test_json_says_what_its_columns_mean() -> None:

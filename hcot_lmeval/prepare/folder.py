@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.provenance import versions
-from hcot_lmeval.store import JsonLines, line_of, replacing, write_json
+from hcot_lmeval.store import JsonLines, line_of, read_json, replacing, write_json
 
 SCHEMA = "hcot-prepare/1"
 STEPS = ("segment", "refine", "check")
@@ -155,11 +155,7 @@ class Journal:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Returns the manifest in the folder of a step; None if there is none of this schema."""
-    try:
-        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+    return read_json(path / "manifest.json", SCHEMA)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ comparison.write(Path("comparison"))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from hcot_lmeval.report.entries import Entry, entries_of
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import LEVEL
 from hcot_lmeval.report.tables import Head, Table, Test, find_tests, shares_table, tests_table, weighted_table
+from hcot_lmeval.store import read_json, write_json
 
 INDEX = "comparison.json"
 """The file that names all others."""
@@ -79,20 +79,14 @@ class Comparison:
         for name, text in texts.items():
             (directory / name).write_text(text, encoding="utf-8")
         written = [directory / name for name in (*texts, INDEX)]
-        self._write_index(directory, written)
         for path in earlier - set(written):
             path.unlink(missing_ok=True)
         if plots:
             from hcot_lmeval.report.plots import plot_task
 
             written += [path for part in self.tasks for path in plot_task(part.task, part.entries, directory)]
-            self._write_index(directory, written)
+        write_json(directory / INDEX, self.as_dict() | {"files": [path.name for path in written]})
         return written
-
-    def _write_index(self, directory: Path, written: Sequence[Path]) -> None:
-        """Writes everything unrounded, and which files there are."""
-        index = self.as_dict() | {"files": [path.name for path in written]}
-        (directory / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as JSON values, unrounded."""
@@ -156,9 +150,5 @@ def _columns_table(entries: Sequence[Entry], key: str, title: str, columns: Sequ
 
 
 def _files_of(index: Path) -> set[Path]:
-    """The files of the comparison that wrote this index."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8")).get("files", [])
-    except (FileNotFoundError, json.JSONDecodeError):  # there is none, or its writer was killed
-        return set()
-    return {index.with_name(Path(name).name) for name in names}
+    """The files of the comparison that wrote this index, if one did."""
+    return {index.with_name(Path(name).name) for name in (read_json(index) or {}).get("files", [])}

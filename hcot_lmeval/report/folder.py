@@ -29,7 +29,7 @@ from typing import Any
 from hcot_lmeval import provenance
 from hcot_lmeval.report.grid import Cell
 from hcot_lmeval.report.results import ResultsError, runs_of_file
-from hcot_lmeval.store import write_json
+from hcot_lmeval.store import read_json, write_json
 
 SCHEMA = "hcot-cell/1"
 LM_EVAL = (sys.executable, "-m", "lm_eval")
@@ -155,7 +155,7 @@ class CellFolder:
         if not self.is_done:
             return None
         [path] = self.results.rglob("results_*.json")
-        return float(json.loads(path.read_text(encoding="utf-8")).get("total_evaluation_time_seconds") or 0) or None
+        return float((read_json(path) or {}).get("total_evaluation_time_seconds") or 0) or None
 
 
 def is_complete(directory: Path) -> bool:
@@ -184,11 +184,7 @@ def arguments(values: Mapping[str, Any]) -> str:
 
 def described(path: Path) -> dict[str, Any] | None:
     """Returns what ``cell.json`` in the folder of a cell says; None if there is none of this schema."""
-    try:
-        found = json.loads((path / "cell.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+    return read_json(path / "cell.json", SCHEMA)
 
 
 def with_other_versions(folder: CellFolder) -> CellFolder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from hcot_lmeval.report.comparable import check_copies, check_settings
 from hcot_lmeval.report.folder import described
 from hcot_lmeval.report.results import ResultsError, Run, label, read_runs
+from hcot_lmeval.store import read_json
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Reader:
         return read_runs(path, tasks=self.tasks, metric=self.metric, filter_name=self.filter_name)
 
     def _grid(self, out: Path) -> Iterator[Run]:
-        cells = [out / "cells" / name for name in json.loads((out / "grid.json").read_text(encoding="utf-8"))["cells"]]
+        cells = [out / "cells" / name for name in (read_json(out / "grid.json") or {})["cells"]]
         done = [path for path in cells if (path / "results").is_dir()]
         if not done:
             raise ResultsError(f"no cell of the grid in {out} is finished; go on with the command that started it")
