@@ -49,22 +49,25 @@ class Kind(StrEnum):
 
 
 class Malformed(StrEnum):
-    """Departures from ``[open] thought [split] solution [close]`` and what the rule makes of each."""
+    """Departures from ``[open] thought [split] solution [close]``; `meaning` says what the rule makes of each.
 
-    STRAY_SPLIT = "stray_split"
-    """``[split]`` with no block open: plain text."""
-    STRAY_CLOSE = "stray_close"
-    """``[close]`` with no block open: plain text."""
-    UNSPLIT_CLOSE = "unsplit_close"
-    """``[close]`` of a block without ``[split]``: the block is over and nothing is pruned."""
-    REPEATED_SPLIT = "repeated_split"
-    """A second ``[split]`` in one block: the solution starts at the last one."""
-    NESTED_OPEN = "nested_open"
-    """``[open]`` within a block of a flat notation: plain text."""
-    MISSING_LEAD = "missing_lead"
-    """A solution that does not begin with the notation's lead token: pruned like any other."""
-    UNCLOSED = "unclosed"
-    """A block still open when the trace ends: it stays in the context. Reported at the end, not by a step."""
+    A step reports all but the last, which is known at the end alone.
+    """
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str = "") -> Malformed:
+        member = str.__new__(cls, value)
+        member._value_, member.meaning = value, meaning
+        return member
+
+    STRAY_SPLIT = "stray_split", "a splitting marker with no block open: plain text"
+    STRAY_CLOSE = "stray_close", "a closing marker with no block open: plain text"
+    UNSPLIT_CLOSE = "unsplit_close", "a block closed without a solution: it is over and nothing is pruned"
+    REPEATED_SPLIT = "repeated_split", "a second splitting marker in one block: the solution starts at the last one"
+    NESTED_OPEN = "nested_open", "an opening marker within a block, in a notation without nesting: plain text"
+    MISSING_LEAD = "missing_lead", "a solution that lacks the notation's lead token: pruned like any other"
+    UNCLOSED = "unclosed", "a block still open when the trace ends: it stays in the context"
 
 
 class Step(NamedTuple):

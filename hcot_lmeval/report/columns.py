@@ -156,15 +156,6 @@ FORCED = {
     Cause.SOLUTION: "solutions ended by max_solution_tokens",
     Cause.ENDING: "tokens that force_answer changed or forced",
 }
-FAULTS = {
-    Malformed.STRAY_SPLIT: "splitting markers outside any block",
-    Malformed.STRAY_CLOSE: "closing markers outside any block",
-    Malformed.UNSPLIT_CLOSE: "blocks closed without a solution; nothing is pruned",
-    Malformed.REPEATED_SPLIT: "second splitting markers in one block; the solution starts at the last",
-    Malformed.NESTED_OPEN: "opening markers within a block, in a notation without nesting",
-    Malformed.MISSING_LEAD: "solutions that do not begin with the notation's lead token",
-    Malformed.UNCLOSED: "blocks still open when the response ended",
-}
 
 
 def endings(entries: Sequence[Entry]) -> tuple[Column, ...]:
@@ -175,12 +166,11 @@ def endings(entries: Sequence[Entry]) -> tuple[Column, ...]:
         meaning = "responses in which a repetition was found (loop_tokens)"
         found.append(column("loops", "loops", meaning, count(sum, lambda stats: stats["loops"] > 0)))
     forced = {cause.value: f"{meaning}, mean" for cause, meaning in FORCED.items()}
-    faults = {kind.value: meaning for kind, meaning in FAULTS.items()}
     for cause in (cause for cause in forced if any(cause in stats["forced"] for stats in requests)):
         value = count(fmean, _kind("forced", cause))
         found.append(column(f"forced_{cause}", f"forced: {cause}", forced[cause], value, 2))
-    for kind in (kind for kind in faults if any(kind in stats["malformed"] for stats in requests)):
-        found.append(column(kind, kind.replace("_", " "), faults[kind], count(sum, _kind("malformed", kind))))
+    for kind in (kind for kind in Malformed if any(kind in stats["malformed"] for stats in requests)):
+        found.append(column(kind, kind.replace("_", " "), kind.meaning, count(sum, _kind("malformed", kind))))
     return tuple(found)
 
 

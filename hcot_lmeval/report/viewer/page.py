@@ -28,6 +28,7 @@ from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 from hcot_lmeval.report.viewer.tree import outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdicts
 from hcot_lmeval.store import replacing
+from hcot_lmeval.trace import Malformed
 
 SCRIPTS = ("core.js", "data.js", "rows.js", "draw.js", "curve.js", "pane.js", "list.js", "app.js")
 """Joined in this order into the one script."""
@@ -60,7 +61,8 @@ def write_page(
         shorten_titles(rows)
         blobs.seek(0)
         described = [{"name": source.name, "facts": source.facts, "notes": source.is_notes} for source in sources]
-        index = {"title": title, "sources": described, "rows": rows}
+        faults = {kind.value: kind.meaning for kind in Malformed}
+        index = {"title": title, "sources": described, "rows": rows, "faults": faults}
         with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(_parts(index, (line.rstrip("\n") for line in blobs)))
     return len(rows)

@@ -1,14 +1,5 @@
 // Rows to elements.
 
-const FAULTS = {
-  stray_split: "A solution marker with no block open: plain text.",
-  stray_close: "A return with no block open: plain text.",
-  unsplit_close: "A return of a block that has no solution: the block is over and nothing is pruned.",
-  repeated_split: "A second solution marker in one block: the solution starts at the last one.",
-  nested_open: "A block opened within a block of a flat notation: plain text.",
-  missing_lead: "A solution that lacks its first marker: pruned like any other.",
-  unclosed: "A block still open when the trace ended: its thought stays in the context.",
-};
 const DEEPEST = 24; // blocks deeper than this are drawn at this indent
 
 class Painter {
@@ -163,7 +154,7 @@ class Painter {
 }
 
 function faultBadge(name) {
-  return make("span", { class: "badge fault", text: `⚠ ${name.split("_").join(" ")}`, title: FAULTS[name] });
+  return make("span", { class: "badge fault", text: `⚠ ${name.split("_").join(" ")}`, title: INDEX.faults[name] });
 }
 
 /** Spaces at the ends of a row, and around a formula that stands alone, would show as empty lines. */
