@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcot_lmeval.response import Response
-from hcot_lmeval.scoring import aggregate, process, records
+from hcot_lmeval.scoring import aggregate, process
 from tests.tasks_hub import statistics
 
 DOC = {"id": "low-en-0", "question": "What is 16+17?", "answer": "33", "language": "en", "level": "top"}
@@ -123,19 +123,19 @@ def test_answers(text: str, acc: float, boxed: float) -> None:
 def test_unchecked_is_told_from_wrong() -> None:
     metrics = process.boxed({"answer": "33"}, [response(r"\boxed{9^{9^{9^{9}}}}")])
     assert (metrics["acc"], metrics["boxed"]) == (0.0, 1.0)
-    grade = records.answers.Grade(correct=None, answer="9^{9^{9}}", reason="timeout")
-    assert records.judgement(grade) == {"acc": 0.0, "unchecked": 1.0, "boxed": 1.0}
+    grade = process.answers.Grade(correct=None, answer="9^{9^{9}}", reason="timeout")
+    assert process.judgement(grade) == {"acc": 0.0, "unchecked": 1.0, "boxed": 1.0}
 
 
 @pytest.mark.parametrize(
     ("reason", "completed"), [("eos", 1.0), ("stop", 1.0), ("length", 0.0), ("context", 0.0), ("loop", 0.0)]
 )
 def test_completed(reason: str, completed: float) -> None:
-    assert records.statistics(response("", finish_reason=reason))["completed"] == completed
+    assert process.statistics(response("", finish_reason=reason))["completed"] == completed
 
 
 def test_nothing_generated_is_nothing_pruned() -> None:
-    assert records.statistics(response("", generated_tokens=0, pruned_tokens=0))["pruned_share"] == 0.0
+    assert process.statistics(response("", generated_tokens=0, pruned_tokens=0))["pruned_share"] == 0.0
 
 
 def test_a_plain_string_has_no_statistics() -> None:
@@ -156,12 +156,12 @@ def test_the_standard_error_stands_behind_its_metric() -> None:
 
 @pytest.mark.parametrize("key", ["answer", "Answer", "ANSWER"])
 def test_the_gold_field_may_be_written_in_any_case(key: str) -> None:
-    assert records.gold_of({"id": 1, key: 33}) == "33"
+    assert process.gold_of({"id": 1, key: 33}) == "33"
 
 
 def test_a_document_without_gold_is_an_error() -> None:
     with pytest.raises(ValueError, match="question"):
-        records.gold_of({"question": "?"})
+        process.gold_of({"question": "?"})
 
 
 # ---- several responses

@@ -1,9 +1,20 @@
 """What lm-eval calls for each document: (document, filtered responses) → metrics.
 
-The responses come as one string, or as the list of k strings in a task with repeats. Besides the numbers of
-`records.py` a document gets:
+The responses come as one string, or as the list of k strings in a task with repeats; then each number is the mean over
+them. The names and their meaning:
 
 ================= ==========================================================================================
+acc               1 if the last boxed answer is right, else 0 (also when it could not be checked)
+unchecked         1 if there is an answer that the checker could not judge (time or memory limit, unparsable)
+boxed             1 if the answer part contains a complete boxed answer
+completed         1 if the model ended by itself (end token or stop string) and not at a budget
+generated_tokens  tokens generated, pruned ones included
+pruned_share      pruned tokens / generated tokens
+peak_live_tokens  the most tokens the model saw at once, prompt included
+illegal_tokens    tokens that the grammar of the notation forbids at their place
+unclosed_blocks   blocks still open at the end
+forced_tokens     tokens that constraints, caps or a forced answer changed
+loops             1 if the response was found to repeat itself (only looked for with loop_tokens)
 exact_match       aime24 only: lm-eval's own string match, unchanged
 requests          the full statistics of each response; aggregated to their number
 avg@k             share of the k responses that are right
@@ -14,18 +25,23 @@ lang_thinking     PolyMath: so is the thinking
 dw_acc            PolyMath: (level, accuracy of this problem); aggregated by `aggregate.difficulty_weighted`
 dw_acc_stderr     the same, aggregated to the standard error; stands behind dw_acc, whose column it fills
 ================= ==========================================================================================
+
+Those from ``completed`` to ``loops``, and ``requests``, come from the statistics that a `hcot_lmeval.response.Response`
+carries. A model of another kind returns plain strings: they are then absent, for every document alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from hcot_lmeval import answers
 from hcot_lmeval.scoring.aggregate import majority, pass_at_k, pass_ks
 from hcot_lmeval.scoring.language import consistency
-from hcot_lmeval.scoring.records import gold_of, judgement, mean_record, statistics, stats_of
 
+COMPLETE = frozenset({"eos", "stop"})
+"""The finish reasons with which a model ends by itself; the others (length, context, loop) are not its own."""
 NO_LIST = (
     "process.sampled scores the k responses to a question together: it needs `repeats: k` and the filter "
     "`take_first_k`, as the class SampledTask writes them"
@@ -62,8 +78,9 @@ def sampled(doc: Doc, results: Sequence[Sequence[str]]) -> Metrics:
     if isinstance(responses, str):
         raise ValueError(NO_LIST)
     grades = [answers.grade(response, gold_of(doc)) for response in responses]
-    record = mean_record([_record(doc, response, grade) for response, grade in zip(responses, grades, strict=True)])
-    return _repeats(grades) | {key: value for key, value in record.items() if key != "acc"} | _requests(responses)
+    records = [_record(doc, response, grade) for response, grade in zip(responses, grades, strict=True)]
+    means = {key: fmean(record[key] for record in records) for key in records[0] if key != "acc"}
+    return _repeats(grades) | means | _requests(responses)
 
 
 def sampled_polymath(doc: Doc, results: Sequence[Sequence[str]]) -> Metrics:
@@ -80,6 +97,50 @@ def _record(doc: Doc, response: str, grade: answers.Grade | None = None) -> dict
     grade = grade or answers.grade(response, gold_of(doc))
     language = consistency(response, doc["language"]) if "language" in doc else {}
     return judgement(grade) | statistics(response) | language
+
+
+def gold_of(doc: Mapping[str, Any]) -> str:
+    """Returns the reference answer of a document, whatever the case of its field name.
+
+    Raises:
+        ValueError: the document has no field called answer.
+    """
+    for key, value in doc.items():
+        if key.lower() == "answer":
+            return str(value)
+    raise ValueError(f"no field named 'answer' among {sorted(doc)}; name the field with the gold answer so")
+
+
+def judgement(grade: answers.Grade) -> dict[str, float]:
+    """Returns acc, unchecked and boxed of a graded response."""
+    return {
+        "acc": float(grade.correct is True),
+        "unchecked": float(grade.correct is None),
+        "boxed": float(grade.answer is not None),
+    }
+
+
+def statistics(response: str) -> dict[str, float]:
+    """Returns what a response tells of its generation; nothing for a plain string."""
+    stats = stats_of(response)
+    if not stats:
+        return {}
+    generated = stats["generated_tokens"]
+    return {
+        "completed": float(stats["finish_reason"] in COMPLETE),
+        "generated_tokens": float(generated),
+        "pruned_share": stats["pruned_tokens"] / generated if generated else 0.0,
+        "peak_live_tokens": float(stats["peak_live_tokens"]),
+        "illegal_tokens": float(stats["illegal_tokens"]),
+        "unclosed_blocks": float(stats["malformed"].get("unclosed", 0)),
+        "forced_tokens": float(sum(stats["forced"].values())),
+        "loops": float(stats["loops"] > 0),
+    }
+
+
+def stats_of(response: str) -> dict[str, Any]:
+    """Returns the statistics of a generation (`hcot_lmeval.events.Statistics.as_dict`); empty for a plain string."""
+    return getattr(response, "stats", {})
 
 
 def _repeats(grades: Sequence[answers.Grade]) -> dict[str, float]:

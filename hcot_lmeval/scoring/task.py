@@ -21,7 +21,6 @@ from lm_eval.api.task import ConfigurableTask
 from hcot_lmeval.scoring import aggregate, data, process
 from hcot_lmeval.scoring.instructions import default_instructions, instruction
 from hcot_lmeval.scoring.language import UNSUPPORTED
-from hcot_lmeval.scoring.records import gold_of
 
 ALL_LEVELS = "all"
 """``test_split`` of a PolyMath task with the four levels in turn."""
@@ -83,7 +82,7 @@ def check_task(task: Any) -> None:
     steps = [step.get("function") for kept in task.config.filter_list or () for step in kept["filter"]]
     try:
         for doc in task.eval_docs:
-            gold_of(doc)
+            process.gold_of(doc)
         response = [[""] * task.config.repeats] if "take_first_k" in steps else [""]
         score(dict(next(iter(task.eval_docs))), response)
     except (ValueError, KeyError) as error:
