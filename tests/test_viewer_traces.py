@@ -63,7 +63,8 @@ def test_at_every_moment_the_living_segments_are_the_live_context(case):
         context.push_inert(token)
     for moment in range(prompt_len, len(ids)):
         context.push(ids[moment])
-        living = [i for s in outline.segments if s.alive(moment) for i in range(s.start, min(s.stop, moment + 1))]
+        alive = (s for s in outline.segments if s.gone is None or s.gone > moment)
+        living = [i for s in alive for i in range(s.start, min(s.stop, moment + 1))]
         assert living == [i for i in context.source if i >= prompt_len]
         assert heights[moment + 1 - prompt_len] == len(context.live)
     assert outline.statistics.peak_live_tokens == context.peak

@@ -48,10 +48,6 @@ class Segment:
     def stop(self) -> int:
         return self.start + self.count
 
-    def alive(self, moment: int) -> bool:
-        """Whether it was in the live context just after the token at index `moment`."""
-        return self.start <= moment and (self.gone is None or self.gone > moment)
-
 
 @dataclass(slots=True)
 class Block:
