@@ -82,7 +82,7 @@ def test_columns_can_be_named(tmp_path):
 def test_missing_columns_name_what_is_there_and_what_is_wanted(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"a": 1, "b": 2}])
     with pytest.raises(
-        ValueError, match=r"rows.jsonl, line 1: no columns of.*Present: a, b. Wanted: a question \(quest"
+        ValueError, match=r"rows.jsonl, line 1: no columns of.*Present: a, b. Needed: a question \(quest"
     ):
         read(path)
 

@@ -168,8 +168,8 @@ class Checker:
     def _structure(self, row: PreparedRow, trace: Sequence[Stretch]) -> Iterator[Fault]:
         think = [stretch.mark for stretch in trace if stretch.mark in self.markup.think]
         if think or not is_legal(trace, self.markup):
-            told = Counter([*faults_of(trace, self.markup), *think])
-            yield Fault("malformed", ", ".join(f"{kind} × {count}" for kind, count in told.items()))
+            counts = Counter([*faults_of(trace, self.markup), *think])
+            yield Fault("malformed", ", ".join(f"{kind} × {count}" for kind, count in counts.items()))
             return
         blocks = block_sizes(trace, self.markup)
         if not blocks and not self.options.allow_flat:
@@ -194,16 +194,16 @@ class Checker:
         if row.outline is not None and row.pieces is not None:
             try:
                 kept = strip_additions(row.trace, row.outline, self.markup) == original == "".join(row.pieces)
-                told = "taken apart, the trace is another text"
+                why = "taken apart, the trace is another text"
             except OutlineError as error:
-                kept, told = False, error.detail
+                kept, why = False, error.detail
             if not kept:
-                yield Fault("words_changed", told)
+                yield Fault("words_changed", why)
             return
         changes = compare(original, trace, self.markup)
         if changes.share > self.options.max_changed:
-            told = f"lost: {_some(changes.lost)}; added: {_some(changes.added)}"
-            yield Fault("words_changed", f"{100 * changes.share:.2f} % of {changes.words} words; {told}")
+            changed = f"lost: {_some(changes.lost)}; added: {_some(changes.added)}"
+            yield Fault("words_changed", f"{100 * changes.share:.2f} % of {changes.words} words; {changed}")
         if changes.formulas:
             yield Fault("formulas_changed", _some(changes.formulas))
 
@@ -231,7 +231,7 @@ class Checker:
         question, response = self._count([row.source.question, row.source.response])
         tokens = sum(stretch.tokens for stretch in trace) + response
         if options.min_tokens is not None and tokens < options.min_tokens:
-            yield Fault("too_short", f"{tokens} tokens, wanted are {options.min_tokens}")
+            yield Fault("too_short", f"{tokens} tokens, required are {options.min_tokens}")
         if options.max_tokens is not None and tokens > options.max_tokens:
             yield Fault("too_long", f"{tokens} tokens, allowed are {options.max_tokens}")
         if options.max_peak is not None:

@@ -89,12 +89,12 @@ class Given:
         found = {key: self.values[key] for key in kind.model_fields if key in self.values}
         return parse_settings(kind, defaults | found, f"the options of {self.command}")
 
-    def refuse(self, *kinds: type[Section], told: str) -> None:
+    def refuse(self, *kinds: type[Section], why: str) -> None:
         """Raises an error where an option of these kinds is given, which means nothing here."""
         for kind in kinds:
             for name in kind.model_fields:
                 if self.values.get(name) is not None:
-                    raise ValueError(f"--{name.replace('_', '-')} {told}")
+                    raise ValueError(f"--{name.replace('_', '-')} {why}")
 
     @property
     def out(self) -> Path:
@@ -132,10 +132,10 @@ def run_segment(given: Given) -> int:
     rows, count = read_rows(inputs, columns, read.limit), partial(count_records, inputs, read.limit)
     shared = {"columns": columns, "limit": read.limit}
     if teacher.teacher is None:
-        given.refuse(*TEACHER, RewriteOptions, told=WITHOUT_TEACHER)
+        given.refuse(*TEACHER, RewriteOptions, why=WITHOUT_TEACHER)
         make = MakeSegment(blocks, form)
-        told = {"options": blocks.model_dump(), "form": form.model_dump()}
-        folder = given.folder({"method": "segmenter", **shared, **told}, inputs)
+        made_by = {"method": "segmenter", "options": blocks.model_dump(), "form": form.model_dump()}
+        folder = given.folder({**shared, **made_by}, inputs)
         if not folder.open(restart=work.restart):
             run_rows(folder, rows, count, make, work, SegmentOutcome())
         return _report(folder)
@@ -180,7 +180,7 @@ def run_check(given: Given) -> int:
             judge = Judge(asking, Checker(options))
             folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
             return _ask(folder, rows, count, judge, teacher, work, outcome)
-        given.refuse(*TEACHER, told=WITHOUT_TEACHER)
+        given.refuse(*TEACHER, why=WITHOUT_TEACHER)
         folder = given.folder(arguments, inputs)
         if not folder.open(restart=work.restart):
             make = MakeCheck(options, tuple(load_problems(options.against)))

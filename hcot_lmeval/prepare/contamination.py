@@ -13,12 +13,13 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.columns import ROLES
+from hcot_lmeval.files import file_digest, find_inputs
 
 N = 8
 """Words of an n-gram."""
@@ -102,8 +103,6 @@ def identities(names: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: a name is neither a task nor a file.
     """
-    from hcot_lmeval.files import file_digest
-
     return {name: TASKS[name] if name in TASKS else file_digest(_file(name)) for name in names}
 
 
@@ -124,16 +123,10 @@ def load_problems(names: Sequence[str]) -> list[tuple[str, str]]:
         ValueError: a name is neither, or a file has no such column.
         ConnectionError: neither the hub nor a local copy is within reach.
     """
-    return [problem for name in names for problem in _problems(name)]
+    return [problem for name in names for problem in (_of_task(name) if name in TASKS else _of_file(_file(name)))]
 
 
-def _problems(name: str) -> Iterator[tuple[str, str]]:
-    if name in TASKS:
-        return _task_problems(name)
-    return _file_problems(str(_file(name)))
-
-
-def _task_problems(task: str) -> Iterator[tuple[str, str]]:
+def _of_task(task: str) -> Iterator[tuple[str, str]]:
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     from hcot_lmeval.scoring.data import load
@@ -141,24 +134,18 @@ def _task_problems(task: str) -> Iterator[tuple[str, str]]:
     shown = is_progress_bar_enabled()
     disable_progress_bar()  # polymath would show 72 of them
     try:
-        yield from _rows_of(task, load)
+        for subset in LANGUAGES if task == "polymath" else (None,):
+            for split, rows in load(TASKS[task], subset).items():
+                label = "/".join(filter(None, (task, subset, str(split))))
+                for number, row in enumerate(rows):
+                    yield f"{label} {row.get('id', row.get('ID', number))}", _question(row, label)
     finally:
         if shown:
             enable_progress_bar()
 
 
-def _rows_of(task: str, load: Callable[..., Mapping[Any, Any]]) -> Iterator[tuple[str, str]]:
-    for subset in LANGUAGES if task == "polymath" else (None,):
-        for split, rows in load(TASKS[task], subset).items():
-            label = "/".join(filter(None, (task, subset, str(split))))
-            for number, row in enumerate(rows):
-                yield f"{label} {row.get('id', row.get('ID', number))}", _question(row, label)
-
-
-def _file_problems(name: str) -> Iterator[tuple[str, str]]:
-    from hcot_lmeval.files import find_inputs
-
-    for each in find_inputs([name]):
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    for each in find_inputs([path]):
         for number, record in enumerate(each.records()):
             if record.data is not None:
                 yield f"{each.name} {record.data.get('id', number)}", _question(record.data, record.where)

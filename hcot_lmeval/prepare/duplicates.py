@@ -7,20 +7,17 @@ A MinHash signature estimates the Jaccard similarity of two sets of 5-grams: eac
 hash of a set under one hash function, and two sets have the same least one with a probability that is their similarity
 (Broder 1997). The estimate has a standard error of at most 0.5 / sqrt(HASHES), here 0.044. Only rows are compared that
 agree on a whole band of numbers; how wide a band is follows from the threshold. The index lies in a temporary SQLite
-file, so that memory does not grow with the rows.
+file, so that memory does not grow with the rows, as that of datasketch's index would.
 """
 
 from __future__ import annotations
 
 import base64
 import sqlite3
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hcot_lmeval.prepare.contamination import ngrams, words
 
@@ -34,28 +31,26 @@ MISSED = 0.02
 """At most so large is the probability that two rows exactly at the threshold are not compared."""
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """What is kept of a row.
 
     Attributes:
         digest: of all its words.
-        signature: `HASHES` numbers of 32 bits; empty where near duplicates are not looked for.
+        signature: `HASHES` numbers of 32 bits, little-endian; empty where near duplicates are not looked for.
     """
 
     digest: bytes
     signature: bytes = b""
 
     def to_json(self) -> list[str]:
-        return [base64.b64encode(part).decode("ascii") for part in (self.digest, self.signature)]
+        return [base64.b64encode(part).decode("ascii") for part in self]
 
     @classmethod
     def from_json(cls, parts: Sequence[str]) -> Fingerprint:
         return cls(*(base64.b64decode(part) for part in parts))
 
 
-@dataclass(frozen=True)
-class Duplicate:
+class Duplicate(NamedTuple):
     """An earlier row with the same words, or nearly.
 
     Attributes:
@@ -79,8 +74,7 @@ def fingerprint(text: str, *, near: bool = True) -> Fingerprint:
 def _signature(found: Sequence[str]) -> bytes:
     import numpy as np
 
-    grams = ngrams(found, SHINGLE, whole=True)
-    hashes = np.array([_hash(gram) for gram in grams], dtype=np.uint64)
+    hashes = np.array([_hash(gram) for gram in ngrams(found, SHINGLE, whole=True)], dtype=np.uint64)
     factors, offsets = _functions()
     least = np.full(HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
     for start in range(0, len(hashes), 1024):  # 1 MiB at once
@@ -105,6 +99,11 @@ def _functions() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return factors, draw.integers(0, top, HASHES, dtype=np.uint64, endpoint=True)
 
 
+def similarity(one: bytes, other: bytes) -> float:
+    """Returns the estimated Jaccard similarity of two signatures."""
+    return sum(one[i : i + 4] == other[i : i + 4] for i in range(0, 4 * HASHES, 4)) / HASHES
+
+
 def band_width(threshold: float) -> int:
     """Returns how many numbers a band has, so that rows at the threshold are compared but with probability `MISSED`.
 
@@ -123,13 +122,12 @@ class DuplicateIndex:
 
     def __init__(self, threshold: float = 0.8) -> None:
         self.threshold = threshold
-        self._width = band_width(threshold)
+        self._band_bytes = 4 * band_width(threshold)
         self._rows = sqlite3.connect("")  # a temporary file, gone when it is closed
         self._rows.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-            CREATE TABLE row (number INTEGER PRIMARY KEY, name TEXT, signature BLOB);
-            CREATE TABLE digest (digest BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
+            CREATE TABLE row (number INTEGER PRIMARY KEY, name TEXT, digest BLOB UNIQUE, signature BLOB);
             CREATE TABLE band (key BLOB, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID;
             """
         )
@@ -137,48 +135,30 @@ class DuplicateIndex:
     def __enter__(self) -> DuplicateIndex:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rows.close()
 
     def find_or_add(self, name: str, print_: Fingerprint) -> Duplicate | None:
         """Returns an earlier row that has the words of this one or, without any, keeps this one."""
-        same = self._rows.execute(
-            "SELECT name FROM digest JOIN row USING (number) WHERE digest = ?", (print_.digest,)
-        ).fetchone()
+        same = self._rows.execute("SELECT name FROM row WHERE digest = ?", (print_.digest,)).fetchone()
         if same:
             return Duplicate(same[0], 1.0, True)
-        bands = self._bands(print_.signature) if self.threshold < 1 else []
-        near = self._near(print_.signature, bands)
+        signature, size = print_.signature, self._band_bytes
+        starts = range(0, len(signature), size) if self.threshold < 1 else ()
+        bands = [bytes([start // size]) + signature[start : start + size] for start in starts]
+        near = self._near(signature, bands)
         if near is None:
-            self._add(name, print_, bands)
+            added = self._rows.execute(
+                "INSERT INTO row (name, digest, signature) VALUES (?, ?, ?)", (name, print_.digest, signature)
+            )
+            self._rows.executemany("INSERT INTO band VALUES (?, ?)", ((band, added.lastrowid) for band in bands))
         return near
 
-    def _bands(self, signature: bytes) -> list[bytes]:
-        size = 4 * self._width
-        starts = range(0, len(signature), size)
-        return [bytes([start // size]) + signature[start : start + size] for start in starts]
-
     def _near(self, signature: bytes, bands: Sequence[bytes]) -> Duplicate | None:
-        marks = ",".join("?" * len(bands))
-        query = (
+        candidates = self._rows.execute(
             "SELECT name, signature FROM row WHERE number IN "
-            f"(SELECT number FROM band WHERE key IN ({marks})) ORDER BY number"
+            f"(SELECT number FROM band WHERE key IN ({','.join('?' * len(bands))})) ORDER BY number",
+            bands,
         )
-        candidates = self._rows.execute(query, bands)
         best = max(((similarity(signature, other), name) for name, other in candidates), default=(0.0, ""))
         return Duplicate(best[1], best[0], False) if best[0] >= self.threshold else None
-
-    def _add(self, name: str, print_: Fingerprint, bands: Sequence[bytes]) -> None:
-        number = self._rows.execute(
-            "INSERT INTO row (name, signature) VALUES (?, ?)", (name, print_.signature)
-        ).lastrowid
-        self._rows.execute("INSERT INTO digest VALUES (?, ?)", (print_.digest, number))
-        self._rows.executemany("INSERT INTO band VALUES (?, ?)", ((band, number) for band in bands))
-
-
-def similarity(one: bytes, other: bytes) -> float:
-    """Returns the estimated Jaccard similarity of two signatures."""
-    numbers = f"<{HASHES}I"
-    return sum(a == b for a, b in zip(struct.unpack(numbers, one), struct.unpack(numbers, other), strict=True)) / HASHES

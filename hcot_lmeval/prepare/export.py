@@ -214,8 +214,9 @@ def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]
 
     assert options.push is not None, "there is nowhere to push to"
     rows = load_dataset("json" if options.format == "jsonl" else "parquet", data_files=str(path), split="train")
-    told = json.dumps([_told(manifest) for manifest in history], indent=1)
-    card = CARD.format(rows=len(rows), columns=", ".join(options.columns), history=told)
+    keys = ("step", "identity", "versions", "summary")
+    steps = json.dumps([{key: manifest[key] for key in keys} for manifest in history], indent=1)
+    card = CARD.format(rows=len(rows), columns=", ".join(options.columns), history=steps)
     try:
         rows.push_to_hub(options.push, split=options.split, private=not options.public)
         found = DatasetCard.load(options.push)  # with what push_to_hub has written about columns and splits
@@ -228,7 +229,3 @@ def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]
             "or set HF_TOKEN to a token that may write there"
         ) from None
     return f"https://huggingface.co/datasets/{options.push}"
-
-
-def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: manifest[key] for key in ("step", "identity", "versions", "summary")}

@@ -14,10 +14,12 @@ An `Outline` is valid or does not exist; faults are an `OutlineError` with one o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.prepare.spelled import spelled_markers
@@ -172,27 +174,25 @@ class Outline:
         Raises:
             OutlineError: ``not_an_outline``, or what the blocks amount to.
         """
-        found = _checked(data, {"sentences": int, "blocks": list}, {}, "an outline")
-        return cls(found["sentences"], tuple(_block(block) for block in found["blocks"]))
+        try:
+            found = _OutlineData.model_validate(data)
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise OutlineError("not_an_outline", "; ".join(faults)) from None
+        return cls(found.sentences, tuple(Block(**block.model_dump(exclude_none=True)) for block in found.blocks))
 
 
-def _block(data: Any) -> Block:
-    return Block(**_checked(data, {"start": int, "stop": int}, {"solution": str, "split": int, "kind": str}, "a block"))
+class _BlockData(BaseModel, extra="forbid", strict=True):
+    start: int
+    stop: int
+    solution: str | None = None
+    split: int | None = None
+    kind: str | None = None
 
 
-def _checked(data: Any, required: Mapping[str, type], optional: Mapping[str, type], what: str) -> dict[str, Any]:
-    """The entries of a JSON object that are not null, or an `OutlineError`."""
-    if not isinstance(data, Mapping):
-        raise OutlineError("not_an_outline", f"{what} is {type(data).__name__} in place of an object")
-    found = {key: value for key, value in data.items() if value is not None}
-    known = {**required, **optional}
-    missing, unknown = required.keys() - found.keys(), found.keys() - known.keys()
-    wrong = [key for key in found if key in known and type(found[key]) is not known[key]]  # True is no sentence number
-    if missing or unknown or wrong:
-        parts = {"lacks": missing, "has unknown": unknown, "has another type for": wrong}
-        faults = "; ".join(f"{verb} {', '.join(sorted(map(str, keys)))}" for verb, keys in parts.items() if keys)
-        raise OutlineError("not_an_outline", f"{what} {faults}")
-    return found
+class _OutlineData(BaseModel, extra="forbid", strict=True):
+    sentences: int
+    blocks: list[_BlockData]
 
 
 def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:

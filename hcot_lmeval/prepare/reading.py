@@ -322,7 +322,7 @@ def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> di
     """Returns role -> column for a record with the columns `present`; those of `given` come before the usual names.
 
     Raises:
-        ReadingError: ``no_column``; the message names those present and those wanted.
+        ReadingError: ``no_column``; the message names those present and those that are needed.
     """
     absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in OPTIONAL]
     names = find_columns(present, given)
@@ -330,12 +330,12 @@ def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> di
     asked = "question" in names and names.keys() & {"text", "reasoning", "response"}
     if absent or not (asked or "messages" in names):
         wrong = f"there is no column for {', '.join(absent)}" if absent else "no columns of a question and a trace"
-        raise ReadingError("no_column", f"{wrong}. Present: {', '.join(present)}. {_WANTED}")
+        raise ReadingError("no_column", f"{wrong}. Present: {', '.join(present)}. {_NEEDED}")
     return names
 
 
-_WANTED = (
-    "Wanted: a question ("
+_NEEDED = (
+    "Needed: a question ("
     + ", ".join(ROLES["question"])
     + ") with a text that holds <think>...</think> ("
     + ", ".join(ROLES["text"])

@@ -65,7 +65,7 @@ def _repair(row: PreparedRow, faults: Sequence[Fault], markup: Markup) -> tuple[
         return _without_strays(row, markup)
     if bad:
         trace = _cut(row.trace, markup)
-        return replace(row, trace=_joined(trace, _marks_of(trace, bad, markup))), _told(bad)
+        return replace(row, trace=_joined(trace, _marks_of(trace, bad, markup))), _opened(bad)
     return None
 
 
@@ -83,11 +83,11 @@ def _reassembled(
         return None
     if trace == row.trace:
         return None
-    did = _told(bad) if bad else ["assembled anew"]
+    did = _opened(bad) if bad else ["assembled anew"]
     return replace(row, trace=trace, outline=left), did
 
 
-def _told(bad: dict[int, str]) -> list[str]:
+def _opened(bad: dict[int, str]) -> list[str]:
     return [f"opened block {number}: {code}" for number, code in sorted(bad.items())]
 
 
@@ -123,8 +123,8 @@ def _without_strays(row: PreparedRow, markup: Markup) -> tuple[PreparedRow, list
     strays = {place for place, stretch in enumerate(trace) if stretch.mark and place not in whole}
     if not strays:
         return None
-    told = [f"took out {trace[place].mark}" for place in sorted(strays)]
-    return replace(row, trace=_joined(trace, strays)), told
+    repairs = [f"took out {trace[place].mark}" for place in sorted(strays)]
+    return replace(row, trace=_joined(trace, strays)), repairs
 
 
 def _whole_blocks(trace: Sequence[Stretch], markup: Markup) -> set[int]:

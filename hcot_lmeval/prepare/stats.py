@@ -124,10 +124,10 @@ class Distribution:
 
     def quantile(self, share: float) -> int | None:
         """Returns the smallest number that at least `share` of all do not exceed; None if there are none."""
-        seen, wanted = 0, share * self.size
+        seen, needed = 0, share * self.size
         for value in sorted(self.counts):
             seen += self.counts[value]
-            if seen >= wanted:
+            if seen >= needed:
                 return value
         return None
 

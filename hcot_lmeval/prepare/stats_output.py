@@ -100,8 +100,8 @@ def _rows_table(stats: Stats) -> Table:
         found = stats.of(name)
         cells = (found.mean, *(found.quantile(share) for share in (0, 0.5, 0.9, 1)))
         rows.append((name, *cells, found.sum if name in SUMMED else None, found.size))
-    told = (f"{name}: {meaning}" for name, meaning in names.items())
-    notes = (*told, f"counted in {counter_name(stats.options.tokenizer)}", *_left_out(stats))
+    meanings = (f"{name}: {meaning}" for name, meaning in names.items())
+    notes = (*meanings, f"counted in {counter_name(stats.options.tokenizer)}", *_left_out(stats))
     return Table("rows", f"Traces: {stats.rows} rows", heads, tuple(rows), notes)
 
 

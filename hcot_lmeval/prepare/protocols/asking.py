@@ -97,8 +97,8 @@ class Asking:
 
     def made_by(self, **options: Any) -> dict[str, Any]:
         """What a row remembers of its making; `options` are those of the protocol."""
-        told = {"method": "teacher", "prompt": self.prompt.label, **self.teacher.identity}
-        return {**told, "options": {**options, **self.options.model_dump()}}
+        made_by = {"method": "teacher", "prompt": self.prompt.label, **self.teacher.identity}
+        return {**made_by, "options": {**options, **self.options.model_dump()}}
 
     def windows(self, pieces: Sequence[str]) -> list[Window]:
         """Returns the parts of a trace that get a question each."""

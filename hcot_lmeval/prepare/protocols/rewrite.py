@@ -53,8 +53,8 @@ class Rewrite:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        told = {"markup": self.markup.name, "max_depth": self.max_depth, "max_changed": self.max_changed}
-        return {**self.asking.made_by(**told), "markup": self.markup.name}
+        options = {"markup": self.markup.name, "max_depth": self.max_depth, "max_changed": self.max_changed}
+        return {**self.asking.made_by(**options), "markup": self.markup.name}
 
     def windows(self, pieces: Sequence[str]) -> list[Window]:
         """Returns the parts of a trace that get a question each; a part fits twice into a reply."""
@@ -90,8 +90,8 @@ class Rewrite:
         if changes.formulas:
             raise Unusable("formulas_differ", f"these are lost or new: {' '.join(changes.formulas[:SHOWN])}")
         if changes.share > self.max_changed:
-            told = f"lost: {' '.join(changes.lost[:SHOWN])}; new: {' '.join(changes.added[:SHOWN])}"
-            raise Unusable("words_differ", f"{changes.share:.1%} of {changes.words} words, {told}")
+            changed = f"lost: {' '.join(changes.lost[:SHOWN])}; new: {' '.join(changes.added[:SHOWN])}"
+            raise Unusable("words_differ", f"{changes.share:.1%} of {changes.words} words, {changed}")
         begin = len(text) - len(text.lstrip())
         return text[:begin] + written.strip() + text[len(text.rstrip()) :]
 

@@ -36,7 +36,7 @@ class BlocksForm(Form):
     blocks: list[BlockForm]
 
 
-TOLD = ("max_depth", "target_tokens", "min_tokens", "max_tokens")
+PROMPTED = ("max_depth", "target_tokens", "min_tokens", "max_tokens")
 """Options of the blocks that the teacher is told."""
 
 
@@ -56,11 +56,11 @@ class Segment:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        return {**self.asking.made_by(**self._told), "markup": self.markup.name}
+        return {**self.asking.made_by(**self._prompted), "markup": self.markup.name}
 
     @property
-    def _told(self) -> dict[str, Any]:
-        return {name: getattr(self.blocks, name) for name in TOLD}
+    def _prompted(self) -> dict[str, Any]:
+        return {name: getattr(self.blocks, name) for name in PROMPTED}
 
     def questions(self, row: SourceRow) -> list[Task]:
         """Returns the questions about a row, one for each window."""
@@ -71,7 +71,7 @@ class Segment:
     def _task(self, row: SourceRow, pieces: Sequence[str], window: Window) -> Task:
         accept = partial(self._accept, window=window)
         user = {"question": row.question.strip(), **numbered(pieces, window)}
-        return self.asking.task(row.id, BlocksForm, accept, self._told, user, share=0.2)
+        return self.asking.task(row.id, BlocksForm, accept, self._prompted, user, share=0.2)
 
     def _accept(self, form: BlocksForm, window: Window) -> tuple[Block, ...]:
         try:

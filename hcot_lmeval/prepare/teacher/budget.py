@@ -85,12 +85,12 @@ class Budget:
         """
         async with self._changed:
             while True:
-                wanted = self.most(task)
-                if crossed := self._crossed(self.spent.plus(wanted)):
+                needed = self.most(task)
+                if crossed := self._crossed(self.spent.plus(needed)):
                     return crossed
-                if not self._crossed(self.spent.plus(self._reserved).plus(wanted)):
-                    self._reserved = self._reserved.plus(wanted)
-                    return wanted
+                if not self._crossed(self.spent.plus(self._reserved).plus(needed)):
+                    self._reserved = self._reserved.plus(needed)
+                    return needed
                 await self._changed.wait()
 
     async def settle(self, reserved: Spent, spent: Spent, size: int = 0) -> None:
@@ -111,11 +111,11 @@ class Budget:
 
     def _crossed(self, total: Spent) -> str:
         options, spent = self._options, self.spent
-        for name, limit, found, told in (
+        for name, limit, found, so_far in (
             ("max_requests", options.max_requests, total.requests, f"{spent.requests} requests"),
             ("max_teacher_tokens", options.max_teacher_tokens, total.tokens, f"{spent.tokens} tokens"),
             ("max_usd", options.max_usd, total.usd or 0.0, f"${spent.usd:.4f}"),
         ):
             if limit is not None and found > limit * (1 + 1e-12):
-                return f"{name}={limit:g} would be crossed: {told} spent, one more request may need more"
+                return f"{name}={limit:g} would be crossed: {so_far} spent, one more request may need more"
         return ""

@@ -108,15 +108,15 @@ class Client:
         from pydantic_ai.models import ModelRequestParameters
         from pydantic_ai.output import OutputObjectDefinition
 
-        wanted = ModelRequestParameters()
+        parameters = ModelRequestParameters()
         if task.form is not None and self._native:
             form = OutputObjectDefinition(json_schema=deepcopy(schema_of(task.form)), name=task.kind, strict=True)
-            wanted = ModelRequestParameters(output_mode="native", output_object=form)
+            parameters = ModelRequestParameters(output_mode="native", output_object=form)
         return await model_request(
             self._model,
             _messages(task.messages),
             model_settings=self._settings(),  # type: ignore[arg-type]
-            model_request_parameters=wanted,
+            model_request_parameters=parameters,
             instrument=False,
         )
 
@@ -267,8 +267,8 @@ def _told(error: Exception) -> str:
 
 def _silence() -> None:
     """Libraries that log requests do so from warnings on; a setting that they would drop with a warning is an error."""
-    told = r"(?s)(Sampling parameters|The `\w+` setting) .*not supported.*ignored"
-    warnings.filterwarnings("error", message=told, category=UserWarning)
+    dropped = r"(?s)(Sampling parameters|The `\w+` setting) .*not supported.*ignored"
+    warnings.filterwarnings("error", message=dropped, category=UserWarning)
     for name in ("openai", "anthropic", "google_genai", "httpx", "httpx2", "httpcore", "httpcore2"):
         logger = logging.getLogger(name)
         if logger.getEffectiveLevel() < logging.WARNING:

@@ -116,8 +116,8 @@ def _require_url(url: str | None, provider: Provider) -> None:
         raise ValueError(f"{provider.name} needs --base-url, as in http://localhost:8000/v1")
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:  # it is written into manifests
-        told = f"{parts.scheme}://{parts.hostname}{parts.path}"
-        raise ValueError(f"base_url: give {told} alone; a key belongs into {provider.keys[0]}")
+        plain = f"{parts.scheme}://{parts.hostname}{parts.path}"
+        raise ValueError(f"base_url: give {plain} alone; a key belongs into {provider.keys[0]}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"base_url={url!r}: give http(s)://HOST[:PORT]/PATH")
 

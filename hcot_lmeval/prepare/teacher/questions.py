@@ -221,8 +221,8 @@ class Task:
         """Returns the question that tells the fault of a reply and asks for a better one; None if there is none."""
         if self.repair is None or reply.failure is None or not reply.text.strip():
             return None
-        told = self.repair.replace("{{fault}}", f"{reply.failure.code}: {reply.failure.detail}")
-        messages = (*self.messages, Message("assistant", reply.text), Message("user", told))
+        request = self.repair.replace("{{fault}}", f"{reply.failure.code}: {reply.failure.detail}")
+        messages = (*self.messages, Message("assistant", reply.text), Message("user", request))
         return replace(self, key=_digest(self.key, messages), messages=messages, repair=None)
 
     def read(self, reply: Reply) -> Reply:
@@ -259,8 +259,8 @@ def _parsed(text: str, form: type[Form] | None) -> Any:
         faults = error.errors(include_url=False)
     if faults[0]["type"] == "json_invalid":
         raise Unusable("wrong_json", f"{faults[0]['msg']} in {text[:120]!r}")
-    told = (f"{'.'.join(map(str, fault['loc'])) or 'the reply'}: {fault['msg']}" for fault in faults[:3])
-    raise Unusable("schema", "; ".join(told))
+    listed = (f"{'.'.join(map(str, fault['loc'])) or 'the reply'}: {fault['msg']}" for fault in faults[:3])
+    raise Unusable("schema", "; ".join(listed))
 
 
 def _unfenced(text: str) -> str:
