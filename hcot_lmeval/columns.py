@@ -33,6 +33,13 @@ ROLES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
 }
 """Role -> the names of columns that play it, the preferred first; upper and lower case are the same."""
+TRAINED = {
+    "question": "question",
+    "trace": "hierarchical_cot",
+    "answer": "expected_answer",
+    "messages": "messages",
+}
+"""What training reads -> the column in which preparing writes it, and where training looks unless told otherwise."""
 PARTNERS: dict[str, Mapping[str, str]] = {
     "deepseek_reasoning": {"response": "deepseek_solution"},
     "deepseek_thinking_trajectory": {"response": "deepseek_attempt", "verdict": "deepseek_grade"},

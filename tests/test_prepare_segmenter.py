@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from itertools import combinations, pairwise
 
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.discourse import Cues, guess_language, read_sentences
 from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble, strip_additions
-from hcot_lmeval.prepare.segmenter import SegmenterOptions, _boundary_scores, _Segmenter, count_tokens, segment
+from hcot_lmeval.prepare.segmenter import SegmenterOptions, best_cuts, count_tokens, segment
 from hcot_lmeval.prepare.sentences import split_sentences
 from hcot_lmeval.prepare.solutions import Material, quotation, quote, trailing_result
 from hcot_lmeval.prepare.surprise import model_surprise
@@ -113,11 +111,6 @@ def peak(trace: str) -> int:
     return context.peak
 
 
-def test_the_same_sentences_give_the_same_outline():
-    pieces = split_sentences(TRACE)
-    assert segment(pieces, options=SMALL) == segment(list(pieces), options=SegmenterOptions(**vars(SMALL)))
-
-
 SENTENCES = st.sampled_from(
     [
         "So, x = 3. ", "Therefore, the sum is 12.\n\n", "Wait, let me check this. ", "Now, we need y:\n\n",
@@ -174,33 +167,23 @@ def test_blank_and_short_texts_get_no_blocks():
         assert segment(pieces) == Outline(len(pieces))
 
 
-def best_by_trial(search: _Segmenter, items: list[tuple[int, int]], scale: int) -> float:
-    """The slow twin of the dynamic programming: every segmentation, one after the other."""
-    best = -math.inf
-    for count in range(len(items)):
-        for cuts in combinations(range(1, len(items)), count):
-            best = max(best, value(search, items, [0, *cuts, len(items)], scale))
-    return best
+@given(st.data())
+def test_no_segmentation_is_better(data):
+    """The slow twin of the dynamic programming tries them all."""
+    numbers = st.floats(-9, 9)
+    gains = data.draw(st.lists(numbers, max_size=7))
+    pairs = list(combinations(range(len(gains) + 1), 2))
+    loss = dict(zip(pairs, data.draw(st.lists(numbers, min_size=len(pairs), max_size=len(pairs))), strict=True))
 
+    def worth(cuts):
+        return sum(gains[cut] for cut in cuts[1:-1]) - sum(loss[span] for span in pairwise(cuts))
 
-def value(search: _Segmenter, items: list[tuple[int, int]], cuts: list[int], scale: int) -> float:
-    lengths = [search.material.length(items[a][0], items[b - 1][1]) for a, b in pairwise(cuts)]
-    gains = [search.scores[items[cut][0]] for cut in cuts[1:-1]]
-    return sum(gains) - sum(search._loss(max(1, length) / scale) for length in lengths)
-
-
-@given(st.lists(SENTENCES, min_size=1, max_size=10), st.integers(1, 2))
-@settings(max_examples=60, deadline=None)
-def test_no_segmentation_is_better(parts, scale):
-    pieces = split_sentences("".join(parts).strip() or "x")
-    material = Material(read_sentences(pieces), [count_tokens(piece) for piece in pieces], count_tokens)
-    far = SegmenterOptions(target_tokens=12, min_tokens=6, max_tokens=300)  # so that no start is out of reach
-    search = _Segmenter(material, _boundary_scores(material), far)
-    items = [(i, i + 1) for i in range(len(pieces))]
-    spans = search._cut(items, scale)
-    cuts = [0, *(stop for _, stop in spans)]
-    assert [span[0] for span in spans] == cuts[:-1] and cuts[-1] == len(pieces)
-    assert value(search, items, cuts, scale) == pytest.approx(best_by_trial(search, items, scale))
+    found = best_cuts(gains, lambda stop: [(start, loss[start, stop]) for start in range(stop)])
+    if not gains:
+        assert found == [0]
+        return
+    inner = [cuts for count in range(len(gains)) for cuts in combinations(range(1, len(gains)), count)]
+    assert worth(found) == pytest.approx(max(worth([0, *cuts, len(gains)]) for cuts in inner))
 
 
 def material_of(*pieces: str) -> Material:
@@ -343,8 +326,3 @@ def test_surprise_in_windows_counts_every_token_once():
     assert sum(mean * length for mean, length in zip(got, lengths, strict=True)) == pytest.approx(sum(seen), rel=1e-4)
     with pytest.raises(ValueError, match="context=1"):
         model_surprise(model, tokenizer, context=1)
-
-
-def test_outlines_survive_json():
-    outline = segment(split_sentences(TRACE), options=SMALL)
-    assert Outline.from_json(json.loads(json.dumps(outline.to_json()))) == outline

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,11 +16,8 @@ from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, R
 from hcot_lmeval.prepare.teacher.runner import Teacher, ask, estimate
 from hcot_lmeval.prepare.teacher.store import AnswerStore
 from hcot_lmeval.store import StoreError
-from tests.interrupts import heed_interrupts
 from tests.scripted_teacher import Say, ScriptedTeacher, Status
 from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, ask_all, make_task, options_for
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -96,75 +86,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     AnswerStore(path).__exit__()
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import Message, Task
-from hcot_lmeval.prepare.teacher.runner import Teacher, ask
-from hcot_lmeval.prepare.teacher.store import AnswerStore
-
-url, path = sys.argv[1:]
-options = TeacherOptions(teacher="local:m", base_url=url, concurrency=3, first_wait=0.01)
-tasks = [Task.make("test", "row", (Message("user", f"question {n}"),), None, options.identity) for n in range(60)]
-with AnswerStore(Path(path)) as store:
-    replies = ask(tasks, Teacher.reply, options=options, store=store)
-    print(len([reply for reply in replies if reply.text.startswith("said ")]))
-"""
-
-
-def test_after_a_kill_nothing_is_asked_twice_but_what_was_under_way(tmp_path, keys, monkeypatch, capsys):
-    path = tmp_path / "answers.jsonl"
-
-    def say(asked):
-        return Say(f"said {asked.turns[0][1]}", seconds=0.02)
-
-    with ScriptedTeacher(say) as server:
-        command = [sys.executable, "-c", CHILD, server.url("local"), str(path)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
-            while not path.exists() or path.read_bytes().count(b"\n") < 12:
-                assert process.poll() is None, "it was over before it could be killed"
-                time.sleep(0.002)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        time.sleep(0.1)
-        kept = path.read_bytes()
-        with path.open("ab") as file:
-            file.write(kept.splitlines()[0][:50])
-        with AnswerStore(path) as store:
-            stored = len(store)
-        before = Counter(asked.turns[0][1] for asked in server.requests)
-        monkeypatch.setattr(sys, "argv", ["", *command[-2:]])
-        exec(CHILD, {})  # here, for another process would load everything once more
-        assert capsys.readouterr().out == "60\n"
-        asked = Counter(each.turns[0][1] for each in server.requests)
-        again = {question for question, times in asked.items() if times > 1}
-        assert len(asked) == 60 and 12 <= stored < 60
-        assert len(again) == sum(before.values()) - stored <= 3  # under way when it was killed
-        assert path.read_bytes().startswith(kept)
-        exec(CHILD, {})
-        assert len(server.requests) == asked.total()
-    assert os.listdir(tmp_path) == ["answers.jsonl"]
-
-
-def test_an_interrupted_run_ends_at_once_and_quietly(tmp_path, keys):
-    path = tmp_path / "answers.jsonl"
-    with ScriptedTeacher(lambda asked: Say("said", seconds=0.05 if len(server.requests) < 9 else 30)) as server:
-        command = [sys.executable, "-c", CHILD, server.url("local"), str(path)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
-        while len(server.requests) < 11:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=100)[1]
-    assert said.rstrip().endswith("KeyboardInterrupt") and "never retrieved" not in said
-    with AnswerStore(path) as store:
-        assert 6 <= len(store) <= 8
+# --- what is asked ----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_is_left_keeps_what_it_has(tmp_path, keys):

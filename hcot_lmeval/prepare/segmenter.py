@@ -19,7 +19,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -202,17 +202,9 @@ class _Segmenter:
 
     def _cut(self, items: Sequence[Span], scale: int) -> list[Span]:
         """Returns the best segmentation of items in a row into spans of about `scale` times the target."""
-        best: list[tuple[float, int]] = [(0.0, 0)]
-        for stop in range(1, len(items) + 1):
-            gain = 0.0 if stop == len(items) else self.scores[items[stop][0]]
-            total, start = max((best[start][0] - loss, start) for start, loss in self._starts(items, stop, scale))
-            best.append((total + gain, start))
-        spans, stop = [], len(items)
-        while stop:
-            start = best[stop][1]
-            spans.append((items[start][0], items[stop - 1][1]))
-            stop = start
-        return spans[::-1]
+        gains = [self.scores[start] for start, _ in items]
+        cuts = best_cuts(gains, lambda stop: self._starts(items, stop, scale))
+        return [(items[start][0], items[stop - 1][1]) for start, stop in pairwise(cuts)]
 
     def _starts(self, items: Sequence[Span], stop: int, scale: int) -> list[tuple[int, float]]:
         """Where a span that ends before item `stop` may start, and what its length costs."""
@@ -282,6 +274,24 @@ class _Segmenter:
         """Whether a solution is shorter than spans together, in tokens as in characters."""
         thought = "".join(self.material.text(*span).strip() for span in spans)
         return len(solution.strip()) < len(thought) and self.material.measure(solution) < self.material.measure(thought)
+
+
+def best_cuts(gains: Sequence[float], losses: Callable[[int], Iterable[tuple[int, float]]]) -> list[int]:
+    """Returns the best segmentation of items in a row, as cuts from 0 to their number, by dynamic programming.
+
+    Args:
+        gains: of a cut in front of each item; the first one does not count.
+        losses: gives for a stop the starts that a span up to there may have, each with what the span costs.
+    """
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(gains) + 1):
+        gain = 0.0 if stop == len(gains) else gains[stop]
+        total, start = max((best[start][0] - loss, start) for start, loss in losses(stop))
+        best.append((total + gain, start))
+    cuts = [len(gains)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return cuts[::-1]
 
 
 def _within(node: _Node, span: Span) -> bool:

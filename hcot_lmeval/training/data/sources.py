@@ -35,18 +35,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hcot_lmeval import columns as column_names
 from hcot_lmeval import synthetic
-from hcot_lmeval.columns import read_answer, read_content, read_message
+from hcot_lmeval.columns import TRAINED, read_answer, read_content, read_message
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.provenance import files_digest
 from hcot_lmeval.training.config import SourceConfig
-
-DEFAULT_COLUMNS = {
-    "question": "question",
-    "trace": "hierarchical_cot",
-    "answer": "expected_answer",
-    "messages": "messages",
-}
-"""What we read -> the name of its column where `columns` gives no other."""
 
 FEATURES = Features(
     {
@@ -99,12 +91,10 @@ def resolve_columns(present: list[str], source: SourceConfig) -> dict[str, str]:
     Raises:
         ValueError: one is missing; the message names those present, those wanted, and ``columns``.
     """
-    unknown = sorted(set(source.columns) - set(DEFAULT_COLUMNS))
+    unknown = sorted(set(source.columns) - set(TRAINED))
     if unknown:
-        raise ValueError(
-            f"columns of {source.path}: {', '.join(unknown)} unknown; known are {', '.join(DEFAULT_COLUMNS)}"
-        )
-    names = DEFAULT_COLUMNS | source.columns
+        raise ValueError(f"columns of {source.path}: {', '.join(unknown)} unknown; known are {', '.join(TRAINED)}")
+    names = TRAINED | source.columns
     chat = "messages" in source.columns or (names["trace"] not in present and names["messages"] in present)
     roles = ["messages"] if chat else ["question", "trace"]
     if "answer" in source.columns or names["answer"] in present:
