@@ -28,7 +28,7 @@ from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
 from hcot_lmeval.engine.device.state import Rule
 from hcot_lmeval.engine.native import Compute, sampler_for
 from hcot_lmeval.engine.options import read_options
-from hcot_lmeval.engine.rows import Completion, Limits, Request, Row
+from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
@@ -128,6 +128,7 @@ class Engine:
         requests: Iterable[Request],
         notes: NoteTaker | None = None,
         on_logits: OnLogits | None = None,
+        on_token: OnToken | None = None,
     ) -> Iterator[Completion]:
         """Generates the requests and yields each sample as it finishes.
 
@@ -135,6 +136,7 @@ class Engine:
             requests: in any order; results do not depend on it.
             notes: gets the events of each finished sample.
             on_logits: sees the logits before each token.
+            on_token: sees each token as it comes, and the context that it leaves.
 
         Raises:
             MemoryError: not even one row fits into memory.
@@ -146,7 +148,7 @@ class Engine:
         self._check_requests(requests)
         self.decoder.refresh()
         on_device = runs_on_device(self.decoder, self.options, requests, watched=on_logits is not None)
-        scheduler = self._schedule(requests, ScratchPool if on_device else KVPool)
+        scheduler = self._schedule(requests, ScratchPool if on_device else KVPool, on_token)
         loop = self._device_loop(requests, scheduler) if on_device else None
         while scheduler.has_work:
             for row in self._run_until_finished(scheduler, on_logits, loop):
@@ -229,11 +231,12 @@ class Engine:
 
     # --- setting up ---------------------------------------------------------------------------------------------------
 
-    def _schedule(self, requests: Sequence[Request], kind: type[KVPool]) -> Scheduler:
+    def _schedule(self, requests: Sequence[Request], kind: type[KVPool], on_token: OnToken | None) -> Scheduler:
         pairs = [(request, k) for request in requests for k in range(request.params.n)]
         pool, share = self._make_pool(requests, kind), not self.options.prompt_acts
         most = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
-        return Scheduler(pairs, pool, self._make_row, step_tokens=most, share=share)
+        make_row = partial(self._make_row, on_token=on_token)
+        return Scheduler(pairs, pool, make_row, step_tokens=most, share=share)
 
     def _device_loop(self, requests: Sequence[Request], scheduler: Scheduler) -> DeviceLoop:
         rule = Rule(self.policy, self.markers, self.limits.context, self.limits.position)
@@ -254,7 +257,7 @@ class Engine:
         logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
         return pool
 
-    def _make_row(self, request: Request, number: int, slot: int) -> Row:
+    def _make_row(self, request: Request, number: int, slot: int, *, on_token: OnToken | None) -> Row:
         stops = None
         if request.params.stop_strings:
             if self.tokenizer is None:
@@ -269,6 +272,7 @@ class Engine:
             stops=stops,
             controller=self._controller(request),
             loops=None if self.options.loop_tokens is None else LoopDetector(self.options.loop_tokens),
+            on_token=on_token,
         )
         row.load_prompt(acts=self.options.prompt_acts)
         return row

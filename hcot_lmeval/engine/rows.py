@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,11 @@ class Limits:
     eos_ids: frozenset[int]
 
 
+OnToken = Callable[[Request, int, int, Step, Sequence[int]], None]
+"""Called with (request, sample, token, what it did, live token ids afterwards) as each token is generated. The list of
+live ids is the row's own, and changes with the next token."""
+
+
 class Row:
     """One sample of one request while it is generated, in one slot of the pool.
 
@@ -124,10 +129,11 @@ class Row:
         stops: StopStrings | None = None,
         controller: Controller | None = None,
         loops: LoopDetector | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
         self.request, self.sample, self.slot = request, sample, slot
         self.context, self.limits, self.stops = context, limits, stops
-        self.controller, self.loops = controller, loops
+        self.controller, self.loops, self.on_token = controller, loops, on_token
         self.recorder = Recorder()
         self.positions: list[int] = []
         self.shared = 0
@@ -228,6 +234,8 @@ class Row:
         if self.request.params.logprobs:
             self.choices.append(choice)
         self.recorder.step(index, choice.token, step, len(self.context.live))
+        if self.on_token is not None:
+            self.on_token(self.request, self.sample, choice.token, step, self.context.live)
         reason = self._reason_to_end(choice.token)
         if reason:
             self._end(reason)
