@@ -47,7 +47,7 @@ TERMS = """\
 "of floor" is the floor's step over the engine's median step (1 is the floor, which streams all weights through bare
 matrix products and reads the live keys and values); "of memory" is the same for reading weights, keys and values and
 multiplying nothing; "x generate" and "x off" compare whole runs. Ratios are medians of those within each repeat, in
-which the engines take turns. docs/speed.md tells more.
+which the engines take turns. docs/benchmark.md tells more.
 """
 COMMANDS = ("engines", "prune", "long", "sampling", "guard")
 LONG_ENGINES = ("off", "recompute", "evict")
