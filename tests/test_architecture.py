@@ -21,6 +21,8 @@ FORBIDDEN = {
     "training": {"lm_eval"},
 }
 """Part of the package -> libraries that it may import nowhere, not even within a function."""
+LONGEST_PAGE = 150
+"""Lines."""
 
 
 def part(path: Path) -> str:
@@ -99,9 +101,12 @@ def test_the_picture_shows_the_imports_as_they_are():
     assert PICTURE.read_text(encoding="utf-8") == draw(), "run python scripts/architecture.py"
 
 
-@pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tasks/**/*.md")]), ids=str
-)
-def test_links_of_pages_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tasks/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_pages_are_short_and_their_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST_PAGE
+    targets = re.findall(r"\]\(([^)#\s]+)", text)
     assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
