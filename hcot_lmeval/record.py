@@ -144,7 +144,10 @@ def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(source, name, revision=revision, **quiet)
+    try:
+        found = cached_file(source, name, revision=revision, **quiet)
+    except OSError:  # no such repository within reach, or not even the form of an id; loading will say so
+        return None
     return None if found is None else Path(found)
 
 

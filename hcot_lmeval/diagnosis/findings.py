@@ -98,12 +98,12 @@ def _is_better(losses: Sequence[float], than: Sequence[float], by: float) -> boo
 def _policy(measured: Measurements) -> Iterator[Finding]:
     """Whether the model is run, and recorded, under the policy that it was trained with."""
     best, losses = trained_policy(measured), measured.losses
-    told = ", ".join(f"{policy} {fmean(some):.3f}" for policy, some in losses.items())
+    figures = ", ".join(f"{policy} {fmean(some):.3f}" for policy, some in losses.items())
     if best != measured.intended:
         yield Finding(
             Code.WRONG_POLICY,
             Kind.CAUSE,
-            f"The gold traces are likeliest under policy {best} (nats per token: {told}), so the model was trained "
+            f"The gold traces are likeliest under policy {best} (nats per token: {figures}), so the model was trained "
             f"with it, and not with {measured.intended}, under which it would be run. Run it with pruning={best}.",
         )
     recorded = measured.recorded

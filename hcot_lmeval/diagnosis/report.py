@@ -59,10 +59,10 @@ def table(measured: Measurements) -> str:
     """Returns the figures, a row for each policy, with what they mean."""
     from tabulate import tabulate
 
-    told = as_dict(measured, ())["policies"]
-    tokens = list(dict.fromkeys(name for policy in told.values() for name in policy["due"]))
+    policies = as_dict(measured, ())["policies"]
+    tokens = list(dict.fromkeys(name for policy in policies.values() for name in policy["due"]))
     heads = ["policy", "nats", *(f"due {name}" for name in tokens), "right", "ended", "illegal", "loops", "first fault"]
-    rows = [[policy, f"{facts['nats']:.3f}", *_cells(facts, tokens)] for policy, facts in told.items()]
+    rows = [[policy, f"{facts['nats']:.3f}", *_cells(facts, tokens)] for policy, facts in policies.items()]
     return "\n".join([tabulate(rows, heads, tablefmt="simple", disable_numparse=True), "", *MEANINGS])
 
 

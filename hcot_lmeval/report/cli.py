@@ -76,13 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, **form)
     kinds = parser.add_subparsers(required=True, metavar="{run,read}")
-    told = "evaluate what is missing of a grid, then compare"
-    run = kinds.add_parser("run", help=told, description=f"{told.capitalize()}.", epilog=RUN_EXAMPLES, **form)
+    summary = "evaluate what is missing of a grid, then compare"
+    run = kinds.add_parser("run", help=summary, description=f"{summary.capitalize()}.", epilog=RUN_EXAMPLES, **form)
     run.set_defaults(action=run_grid, parser=run)
     _add_grid_options(run)
     _add_table_options(run)
-    told = "compare results that are there"
-    read = kinds.add_parser("read", help=told, description=f"{told.capitalize()}.", epilog=READ_EXAMPLES, **form)
+    summary = "compare results that are there"
+    read = kinds.add_parser("read", help=summary, description=f"{summary.capitalize()}.", epilog=READ_EXAMPLES, **form)
     read.set_defaults(action=read_results, parser=read)
     read.add_argument("folders", nargs="+", metavar="[NAME=]DIR", help="output folder of lm_eval, or of a grid")
     read.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
@@ -93,11 +93,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", nargs="?", metavar="GRID.yaml", help="file with the grid; options take precedence")
     grid = parser.add_argument_group("the grid (keys of the file have the same names)")
-    told = "[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
-    grid.add_argument("--models", "--model", nargs="+", metavar="MODEL", help=told)
+    summary = "[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
+    grid.add_argument("--models", "--model", nargs="+", metavar="MODEL", help=summary)
     grid.add_argument("--policies", nargs="+", metavar="POLICY", help="off, recompute, evict, trained (off trained)")
-    told = "most live tokens (1024 2048 4096 8192, as far as the model goes)"
-    grid.add_argument("--windows", nargs="+", metavar="N", help=told)
+    summary = "most live tokens (1024 2048 4096 8192, as far as the model goes)"
+    grid.add_argument("--windows", nargs="+", metavar="N", help=summary)
     grid.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval")
     grid.add_argument("--seeds", nargs="+", metavar="N", help="of sampling (0)")
     grid.add_argument("--limit", metavar="N", help="documents of a task (all)")
@@ -244,7 +244,7 @@ def read_results(args: argparse.Namespace) -> int:
     check_folder(args.out, f"--out {args.out}", "name another folder")
     reader = Reader(args.tasks, args.metric, args.filter)
     runs = reader.read(args.folders)
-    for line in reader.said:
+    for line in reader.remarks:
         print(f"note: {line}", file=sys.stderr)
     _compare(runs, args)
     return 0
@@ -265,5 +265,5 @@ def _compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
     written = comparison.write(args.out, plots=not args.no_plots)
     whole = sorted(path.name for path in written if path.stem == "comparison")
     parts = Counter(path.suffix for path in written if path.stem != "comparison")
-    told = ", ".join([*whole, *(f"{count} {suffix}" for suffix, count in sorted(parts.items()))])
-    print(f"\nwritten to {args.out}: {told}")
+    summary = ", ".join([*whole, *(f"{count} {suffix}" for suffix, count in sorted(parts.items()))])
+    print(f"\nwritten to {args.out}: {summary}")

@@ -99,8 +99,8 @@ def check_comparable(runs: Sequence[Run], *, allow_versions: bool = False) -> No
 
 
 def _refuse(one: Run, other: Run, faults: Faults) -> None:
-    for told, advice in faults:
-        raise Incomparable(f"{one.name!r} and {other.name!r} ({one.task}) cannot be compared: {told}; {advice}")
+    for fault, advice in faults:
+        raise Incomparable(f"{one.name!r} and {other.name!r} ({one.task}) cannot be compared: {fault}; {advice}")
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def check_integrity(run: Run) -> None:
             been made under the settings beside them; the name says another policy or window than was used.
     """
     checks = (_complete, _statistics, _settings, _hashes, _targets, _scores, _name)
-    for told, advice in itertools.chain.from_iterable(check(run) for check in checks):
-        raise Incomparable(f"{run.name!r} ({run.task}): {told}; {advice} ({run.path})")
+    for fault, advice in itertools.chain.from_iterable(check(run) for check in checks):
+        raise Incomparable(f"{run.name!r} ({run.task}): {fault}; {advice} ({run.path})")
 
 
 def _complete(run: Run) -> Faults:
@@ -126,16 +126,16 @@ def _complete(run: Run) -> Faults:
         yield f"{_documents(twice)} stand in the samples more than once", "remove the copies, or run again"
     expected = run.results.get("n-samples", {}).get(run.task, {}).get("effective")
     if expected not in (None, len(counts)):
-        told = f"the samples file holds {len(counts)} documents, the results file was made from {expected}"
-        yield told, "a part was cut off or removed: run it again"
+        fault = f"the samples file holds {len(counts)} documents, the results file was made from {expected}"
+        yield fault, "a part was cut off or removed: run it again"
 
 
 def _statistics(run: Run) -> Faults:
     """An older version of this package counted less; what it did not count is not 0."""
-    wanted = {field.name for field in fields(Statistics)}
-    if missing := sorted({name for stats in run.requests or () for name in wanted - stats.keys()}):
-        told = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
-        yield told, "run it again"
+    needed = {field.name for field in fields(Statistics)}
+    if missing := sorted({name for stats in run.requests or () for name in needed - stats.keys()}):
+        fault = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
+        yield fault, "run it again"
 
 
 def _settings(run: Run) -> Faults:
@@ -150,8 +150,8 @@ def _settings(run: Run) -> Faults:
     for name, allowed in most.items():
         found = max(stats[name] for stats in run.requests)
         if found > allowed:
-            told = f"a response has {name}={found}, and the results file (pruning={run.policy}) allows only {allowed}"
-            yield told, "the responses are another run's, as from a cache: run it again"
+            fault = f"a response has {name}={found}, and the results file (pruning={run.policy}) allows only {allowed}"
+            yield fault, "the responses are another run's, as from a cache: run it again"
 
 
 def _hashes(run: Run) -> Faults:
@@ -159,8 +159,8 @@ def _hashes(run: Run) -> Faults:
     for part in ("doc", "target"):
         key, text = f"{part}_hash", _as_json if part == "doc" else str
         if wrong := [s["doc_id"] for s in run.samples if key in s and s[key] != _hash(text(s[part]))]:
-            told = f"{key} of {_documents(wrong)} is not that of the {part} beside it"
-            yield told, "the file was changed after the run: take the original, or run again"
+            fault = f"{key} of {_documents(wrong)} is not that of the {part} beside it"
+            yield fault, "the file was changed after the run: take the original, or run again"
 
 
 def _as_json(doc: Any) -> str:
@@ -178,8 +178,8 @@ def _targets(run: Run) -> Faults:
     column = found[1]
     wrong = [s["doc_id"] for s in run.samples if column in s["doc"] and not _is_target(s["doc"][column], s["target"])]
     if wrong:
-        told = f"the target of {_documents(wrong)} is not the {column} of the document"
-        yield told, "the labels were swapped or changed: run it again"
+        fault = f"the target of {_documents(wrong)} is not the {column} of the document"
+        yield fault, "the labels were swapped or changed: run it again"
 
 
 def _is_target(answer: Any, target: str) -> bool:
@@ -194,15 +194,15 @@ def _is_target(answer: Any, target: str) -> bool:
 
 def _scores(run: Run) -> Faults:
     if outside := [doc_id for doc_id, score in run.scores.items() if not 0 <= score <= 1]:
-        told = f"{run.metric} of {_documents(outside)} lies outside 0..1, as in {run.scores[outside[0]]:g}"
-        yield told, "name another metric with --metric"
+        fault = f"{run.metric} of {_documents(outside)} lies outside 0..1, as in {run.scores[outside[0]]:g}"
+        yield fault, "name another metric with --metric"
     metrics = run.task_config.get("metric_list") or []
     is_mean = any(entry["metric"] == run.metric and entry.get("aggregation") == "mean" for entry in metrics)
     recorded = run.results["results"].get(run.task, {}).get(f"{run.metric},{run.samples[0]['filter']}")
     mean = fmean(run.scores.values())
     if is_mean and isinstance(recorded, (int, float)) and not math.isclose(mean, recorded, abs_tol=1e-6):
-        told = f"the mean of {run.metric} over the samples is {mean:.4f}, its results file says {recorded:.4f}"
-        yield told, "the two files are not of one evaluation, or one was changed: run it again"
+        fault = f"the mean of {run.metric} over the samples is {mean:.4f}, its results file says {recorded:.4f}"
+        yield fault, "the two files are not of one evaluation, or one was changed: run it again"
 
 
 def _name(run: Run) -> Faults:
@@ -230,8 +230,8 @@ def check_settings(run: Run, expected: Mapping[str, Any]) -> None:
     for name, value in expected.items():
         for found in (run.model_args.get(name), acted.get(name, value)):
             if str(found) != str(value):
-                told = f"its results file says {name}={found} instead of {value}"
-                raise Incomparable(f"{run.name!r} ({run.task}): {told}; {SWAPPED} ({run.path})")
+                fault = f"its results file says {name}={found} instead of {value}"
+                raise Incomparable(f"{run.name!r} ({run.task}): {fault}; {SWAPPED} ({run.path})")
 
 
 def _documents(ids: Iterable[int]) -> str:
@@ -253,8 +253,10 @@ def check_seeds(runs: Sequence[Run]) -> None:
     """
     settings = {repr((label(run), run.checkpoint, _without_seed(run))): run for run in runs}
     if len(settings) > 1:
-        told = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
-        raise ResultsError(f"runs of the name {runs[0].name!r} differ in more than their seed: {told}; name them apart")
+        fault = "; ".join(f"{label(run)} ({run.path})" for run in settings.values())
+        raise ResultsError(
+            f"runs of the name {runs[0].name!r} differ in more than their seed: {fault}; name them apart"
+        )
     for seed, count in Counter(run.seed for run in runs).items():
         if count > 1 and seed is not None:
             paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
@@ -275,8 +277,8 @@ def check_copies(one: Run, other: Run) -> None:
     kwargs = (one.generation_kwargs, other.generation_kwargs)
     for what, ours, theirs in (("checkpoints", one.checkpoint, other.checkpoint), ("generation kwargs", *kwargs)):
         if ours != theirs:
-            told = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
-            raise ResultsError(f"{told}, but their {what} differ: {ours} and {theirs}; give each a folder")
+            fault = f"{one.path.name} and {other.path.name} of {one.path.parent} are both {one.name!r} ({one.task})"
+            raise ResultsError(f"{fault}, but their {what} differ: {ours} and {theirs}; give each a folder")
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------
@@ -300,8 +302,8 @@ def _swapped_name(one: Run, other: Run) -> Faults:
     """A run that is called like the checkpoint of another one carries a swapped label."""
     head = one.name.split(",")[0]
     if head == other.model != one.model:
-        told = f"{one.name!r} was made with {one.model}, and {head} is the checkpoint of {other.name!r}"
-        yield told, "the labels were swapped, or the name needs changing"
+        fault = f"{one.name!r} was made with {one.model}, and {head} is the checkpoint of {other.name!r}"
+        yield fault, "the labels were swapped, or the name needs changing"
 
 
 def _differences(one: Run, other: Run, allow_versions: bool) -> Faults:
@@ -370,13 +372,13 @@ def _other_documents(one: Run, other: Run) -> Faults:
     for run, more, lacking, fewer in ((other, ours, theirs, one), (one, theirs, ours, other)):
         if missing := more.keys() - lacking.keys():
             limits = f"--limit {fewer.config.get('limit')} and {run.config.get('limit')}"
-            told = f"{_documents(missing)} of {fewer.name!r} missing in {run.name!r} ({limits})"
-            yield told, "run both on the same documents"
+            fault = f"{_documents(missing)} of {fewer.name!r} missing in {run.name!r} ({limits})"
+            yield fault, "run both on the same documents"
     for part, advice in (("doc", "the data are others, or in another order"), ("target", "the labels were changed")):
         if wrong := [doc_id for doc_id in ours if ours[doc_id][part] != theirs[doc_id][part]]:
             example = " and ".join(_short(samples[wrong[0]][part]) for samples in (ours, theirs))
-            told = f"{_documents(wrong)} with another {part}, as in {example}"
-            yield told, f"{advice}: run both on the same data"
+            fault = f"{_documents(wrong)} with another {part}, as in {example}"
+            yield fault, f"{advice}: run both on the same data"
 
 
 def _other_budget(one: Run, other: Run) -> Faults:
@@ -384,8 +386,8 @@ def _other_budget(one: Run, other: Run) -> Faults:
         return  # log-likelihoods are compared, and there is no budget
     ours, theirs = one.budget, other.budget
     if ours != theirs and not (ours and theirs and ours.agrees_with(theirs)):
-        told = f"the budgets of generated tokens differ: {ours or 'not recorded'} and {theirs or 'not recorded'}"
-        yield told, "give both the same limit, as in --gen_kwargs max_gen_toks=32768"
+        fault = f"the budgets of generated tokens differ: {ours or 'not recorded'} and {theirs or 'not recorded'}"
+        yield fault, "give both the same limit, as in --gen_kwargs max_gen_toks=32768"
 
 
 def _other_prompts(one: Run, other: Run) -> Faults:

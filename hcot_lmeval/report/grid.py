@@ -216,20 +216,17 @@ def windows_of(grid: GridConfig, model: ModelConfig) -> list[int]:
     if named:
         return list(dict.fromkeys(named))
     given = {**grid.model_args, **model.model_args}
-    try:
-        config = read_config(resolve(model.pretrained), given.get("revision")) if model.pretrained else {}
-    except OSError:
-        config = {}
+    config = read_config(resolve(model.pretrained), given.get("revision")) if model.pretrained else {}
     most = (config.get("text_config") or config).get("max_position_embeddings") or max(USUAL_WINDOWS)
     return [window for window in USUAL_WINDOWS if window <= most] or [most]
 
 
 def _policies(grid: GridConfig, model: ModelConfig) -> list[str]:
     """The policies of a model, ``trained`` replaced by what its training record says, each one once."""
-    wanted = model.policies or grid.policies
-    record = record_of(model, {**grid.model_args, **model.model_args}) if "trained" in wanted else None
+    names = model.policies or grid.policies
+    record = record_of(model, {**grid.model_args, **model.model_args}) if "trained" in names else None
     trained = Policy.RECOMPUTE.value if record is None else record.policy
-    return list(dict.fromkeys(trained if policy == "trained" else policy for policy in wanted))
+    return list(dict.fromkeys(trained if policy == "trained" else policy for policy in names))
 
 
 def record_of(model: ModelConfig, given: Mapping[str, Any]) -> TrainingRecord | None:
@@ -238,10 +235,7 @@ def record_of(model: ModelConfig, given: Mapping[str, Any]) -> TrainingRecord | 
     None if neither has one, or is not there at all (see `preflight`). `given` are the model's and the grid's arguments.
     """
     for checkpoint in (given.get("peft"), model.pretrained):
-        try:
-            record = read_record(resolve(checkpoint), given.get("revision")) if checkpoint else None
-        except OSError:
-            continue
+        record = read_record(resolve(checkpoint), given.get("revision")) if checkpoint else None
         if record is not None:
             return record
     return None

@@ -9,11 +9,10 @@ import difflib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.provenance import tasks_folder
-from hcot_lmeval.record import CONFIG_NAME, check_policy
+from hcot_lmeval.record import CONFIG_NAME, check_policy, read_config
 from hcot_lmeval.report.grid import Cell, record_of
 
 FROM_TRANSFORMERS = ("hcot", "hf")
@@ -36,24 +35,12 @@ def _checkpoint_faults(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         args = cell.model_args
         known = cell.model.model not in FROM_TRANSFORMERS or "gguf_file" in args or "pretrained" not in args
-        if not known and not _has_config(resolve(args["pretrained"]), args.get("revision")):
+        if not known and not read_config(resolve(args["pretrained"]), args.get("revision")):
             name = args["pretrained"]
             yield (
                 f"{name} is neither a directory with a {CONFIG_NAME}, nor a bundled checkpoint ({', '.join(BUNDLED)}), "
                 f"nor an id on a hub within reach{_near(name, BUNDLED)}"
             )
-
-
-def _has_config(checkpoint: str, revision: Any) -> bool:
-    if Path(checkpoint).is_dir():
-        return (Path(checkpoint) / CONFIG_NAME).is_file()
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        return cached_file(checkpoint, CONFIG_NAME, revision=revision, **quiet) is not None
-    except OSError:  # no such repository, or not even the form of an id
-        return False
 
 
 def _policy_faults(cells: Sequence[Cell]) -> Iterator[str]:
@@ -74,14 +61,14 @@ def _policy_faults(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _task_faults(cells: Sequence[Cell]) -> Iterator[str]:
     named = dict.fromkeys(name for cell in cells for name in cell.task.split(","))
-    wanted = [name for name in named if "*" not in name and not Path(name).exists()]  # neither a pattern nor a file
-    if not wanted:
+    names = [name for name in named if "*" not in name and not Path(name).exists()]  # neither a pattern nor a file
+    if not names:
         return
     folders = [folder for folder in (tasks_folder(), cells[0].grid.include_path) if folder]
-    if set(wanted) <= known_tasks(folders, usual=False):
+    if set(names) <= known_tasks(folders, usual=False):
         return
     known = known_tasks(folders, usual=True)
-    for name in wanted:
+    for name in names:
         if name not in known:
             yield f"there is no task {name}{_near(name, known) or '; `lm_eval ls tasks` lists them'}"
 

@@ -55,9 +55,9 @@ class Progress:
         self._bar.update()
         if fault is not None:
             self.warns(fault)
-        told = "failed" if fault else f"done in {_duration(took)}" if took else "done"
+        outcome = "failed" if fault else f"done in {_duration(took)}" if took else "done"
         count = f"{len(self._seconds) - len(self._open)}/{len(self._seconds)}"
-        self._say(f"[{count}] {folder.cell.title}: {told}{self._rest()}")
+        self._say(f"[{count}] {folder.cell.title}: {outcome}{self._rest()}")
 
     def warns(self, text: str) -> None:
         """Prints to the standard error output, above the bar."""

@@ -14,12 +14,12 @@ from hcot_lmeval.store import read_json
 
 @dataclass
 class Reader:
-    """Reads runs as `read_runs` does, and gives them names; `said` is what the user should know of their choice."""
+    """Reads runs as `read_runs` does, and gives them names; `remarks` are what the user should know of their choice."""
 
     tasks: Sequence[str] | None = None
     metric: str | None = None
     filter_name: str | None = None
-    said: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def read(self, words: Sequence[str]) -> list[Run]:
         """Returns the runs of ``DIR`` and ``NAME=DIR``.
@@ -58,7 +58,7 @@ class Reader:
             newest[key] = run
         for name, task, seed in sorted(older, key=str):
             taken = newest[name, task, seed].path
-            self.said.append(f"{path} holds several runs of {name!r} ({task}); the newest is taken, {taken.name}")
+            self.remarks.append(f"{path} holds several runs of {name!r} ({task}); the newest is taken, {taken.name}")
         return list(newest.values())
 
     def _runs(self, path: Path) -> list[Run]:
@@ -70,7 +70,7 @@ class Reader:
         if not done:
             raise ResultsError(f"no cell of the grid in {out} is finished; go on with the command that started it")
         if len(done) < len(cells):
-            self.said.append(f"{len(cells) - len(done)} of {len(cells)} cells in {out} are not finished")
+            self.remarks.append(f"{len(cells) - len(done)} of {len(cells)} cells in {out} are not finished")
         for path in done:
             if not self.tasks or any(any(path.rglob(f"samples_{task}_*.jsonl")) for task in self.tasks):
                 yield from self.cell(path)
@@ -82,12 +82,12 @@ class Reader:
             Incomparable: the results in it were made with other model arguments than the cell was to have.
             ResultsError: it has no description, or no complete results.
         """
-        said = described(path)
-        if said is None:
+        cell = described(path)
+        if cell is None:
             raise ResultsError(f"{path} has no cell.json; remove the folder and run the grid again")
-        runs = [run.named(said["name"]) for run in self._runs(path / "results")]
+        runs = [run.named(cell["name"]) for run in self._runs(path / "results")]
         for run in runs:
-            check_settings(run, said["model_args"])
+            check_settings(run, cell["model_args"])
         return runs
 
 

@@ -136,9 +136,9 @@ class Run:
         made = self.checkpoint
         if len({facts.get("name"), Path(made.peft or made.name).name} - {None, ""}) > 1:
             return False
-        told = {"pruning": self.policy, "max_context": self.max_context, "ablation": self.setting("ablation")}
-        told |= {field.name: self.controls.get(field.name) for field in fields(ControlOptions)}
-        return facts.get("pruning") is None or all(facts.get(name) == value for name, value in told.items())
+        settings = {"pruning": self.policy, "max_context": self.max_context, "ablation": self.setting("ablation")}
+        settings |= {field.name: self.controls.get(field.name) for field in fields(ControlOptions)}
+        return facts.get("pruning") is None or all(facts.get(name) == value for name, value in settings.items())
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -255,9 +255,9 @@ def read_runs(
     """
     found = [run for path in sorted(directory.rglob("results_*.json"), key=_stamp) for run in runs_of_file(path, tasks)]
     if not found:
-        wanted = f" of {', '.join(tasks)}" if tasks else ""
+        of_tasks = f" of {', '.join(tasks)}" if tasks else ""
         advice = f"run lm_eval with --log_samples --output_path {directory}"
-        raise ResultsError(f"no run{wanted} below {directory}; {advice}")
+        raise ResultsError(f"no run{of_tasks} below {directory}; {advice}")
     return [_finished(run, metric, filter_name) for run in found]
 
 
@@ -307,19 +307,19 @@ def _finished(run: Run, metric: str | None, filter_name: str | None) -> Run:
     return replace(run, samples=ordered, metric=_metric(run, ordered, metric))
 
 
-def _metric(run: Run, samples: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+def _metric(run: Run, samples: Sequence[Mapping[str, Any]], named: str | None) -> str:
     numbers = [key for key, value in samples[0].items() if isinstance(value, (int, float))]
     known = [key for prefix in PREFERRED for key in numbers if key in samples[0]["metrics"] and key.startswith(prefix)]
-    if wanted is None and known:
+    if named is None and known:
         return known[0]
-    if wanted in numbers:
-        return wanted
+    if named in numbers:
+        return named
     have = ", ".join(samples[0]["metrics"])
     if "bypass" in samples[0]["metrics"]:
         raise ResultsError(
             f"{run.path}: task {run.task} was run with --predict_only, so nothing is graded; leave it out"
         )
-    raise ResultsError(f"{run.path}: task {run.task} has no metric {wanted or 'for the accuracy'!r}; it has {have}")
+    raise ResultsError(f"{run.path}: task {run.task} has no metric {named or 'for the accuracy'!r}; it has {have}")
 
 
 def _stamp(path: Path) -> str:

@@ -36,7 +36,7 @@ class Failure:
     reason: str
     log: str
 
-    def told(self, earlier: Sequence[Failure]) -> str:
+    def message(self, earlier: Sequence[Failure]) -> str:
         """Returns the reason and the log; of a failure that is like an earlier one, that."""
         title = self.folder.cell.title
         for other in earlier:
@@ -72,7 +72,7 @@ def run_cells(
                     busy.append(folder)
                     continue
                 failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, file)
-            progress.ends(folder, failure.told(failures) if failure else None)
+            progress.ends(folder, failure.message(failures) if failure else None)
             if failure is None:
                 after(folder)
             else:

@@ -194,6 +194,6 @@ def tests_table(tests: Sequence[Test]) -> Table:
     found = [test.paired for test in tests]
     notes = [honest_sentence(found[0].problems, found)]
     if any((r.low > 0 or r.high < 0) and r.p >= LEVEL for r in found):
-        told = "where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow"
-        notes.insert(0, told)
+        warning = "where an interval leaves 0 out though p is 0.05 or more, believe p: few problems make it too narrow"
+        notes.insert(0, warning)
     return Table("tests", "Paired tests on the same problems", heads, tuple(rows), tuple(notes))

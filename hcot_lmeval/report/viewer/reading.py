@@ -152,8 +152,8 @@ def _sources_of(path: Path) -> list[Source]:
 def _named(sources: Sequence[Source]) -> list[Source]:
     """Gives sources names that tell them apart: by model, policy and window where that does, else with a number."""
     facts = ("name", "pruning", "ablation", "max_context")
-    told = [[str(source.run[key]) for key in facts if source.run.get(key) is not None] for source in sources]
-    labels = [", ".join(words) or source.name for words, source in zip(told, sources, strict=True)]
+    words = [[str(source.run[key]) for key in facts if source.run.get(key) is not None] for source in sources]
+    labels = [", ".join(parts) or source.name for parts, source in zip(words, sources, strict=True)]
     if len(set(labels)) < len(labels):
         labels = [f"{label} ({source.name})" for label, source in zip(labels, sources, strict=True)]
     taken: list[str] = []
@@ -240,8 +240,8 @@ class Columns:
 
     def find(self, row: Mapping[str, Any], role: str) -> str | None:
         """Returns the name of the column for `role` in this row, or None."""
-        wanted = getattr(self, role)
-        names = (wanted,) if wanted else USUAL[role]
+        given = getattr(self, role)
+        names = (given,) if given else USUAL[role]
         return next((name for name in names if row.get(name) is not None), None)
 
 
@@ -285,9 +285,9 @@ def plain_traces(
     for path, number, row in ((file, *pair) for file in source.paths for pair in enumerate(rows(file))):
         column, prompt, gold = (columns.find(row, role) for role in ("text", "prompt", "gold"))
         if column is None or not isinstance(row[column], str):
-            wanted = columns.text or " or ".join(USUAL["text"])
+            expected = columns.text or " or ".join(USUAL["text"])
             raise ViewerError(
-                f"{path}, row {number + 1}: no column {wanted}, only {', '.join(row)}; choose with --text-column"
+                f"{path}, row {number + 1}: no column {expected}, only {', '.join(row)}; choose with --text-column"
             )
         tokens = cut_at_markers(row[column], markup, cut or pieces)
         prompt_text = str(row[prompt]) if prompt else ""

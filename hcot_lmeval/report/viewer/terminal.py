@@ -39,8 +39,8 @@ class Style:
     @classmethod
     def of(cls, file: TextIO, width: int | None = None, color: str = "auto") -> Style:
         """Returns the style that fits a terminal, a pipe, ``NO_COLOR`` and what the user asked for."""
-        wanted = color == "always" or (color == "auto" and file.isatty() and not os.environ.get("NO_COLOR"))
-        return cls(file, width or shutil.get_terminal_size((100, 24)).columns, wanted)
+        colored = color == "always" or (color == "auto" and file.isatty() and not os.environ.get("NO_COLOR"))
+        return cls(file, width or shutil.get_terminal_size((100, 24)).columns, colored)
 
     def paint(self, text: str, color: str) -> str:
         return f"\x1b[{COLORS[color]}m{text}\x1b[0m" if self.colors and text else text
@@ -64,9 +64,14 @@ def _head(trace: Trace, outline: Outline, verdict: Verdict, style: Style) -> Non
     marks = {None: ("", "dim"), 1.0: ("right", "green"), 0.0: ("wrong", "red")}
     mark, color = marks.get(verdict.score, (f"{verdict.score or 0:.0%} of the responses right", "yellow"))
     name = f"{trace.task} · problem {trace.doc_id} · response {trace.repeat} · {trace.source.name}"
-    told = [style.paint(mark, color), verdict.level or "", f"gold {verdict.gold}" if verdict.gold else "", trace.finish]
+    parts = [
+        style.paint(mark, color),
+        verdict.level or "",
+        f"gold {verdict.gold}" if verdict.gold else "",
+        trace.finish,
+    ]
     style.line(style.paint(visible(name), "bold"))
-    style.line(" · ".join(visible(text) if text != told[0] else text for text in told if text))
+    style.line(" · ".join(visible(text) if text != parts[0] else text for text in parts if text))
     count = outline.statistics
     style.line(
         f"prompt {count.prompt_tokens} · generated {count.generated_tokens} · pruned {count.pruned_tokens} · "
@@ -78,8 +83,8 @@ def _head(trace: Trace, outline: Outline, verdict: Verdict, style: Style) -> Non
         style.line(style.paint(f"malformed: {faults}", "red"))
     changed = count.forced | ({"loops": count.loops} if count.loops else {})
     if changed:
-        told_of = ", ".join(f"{kind} × {number}" for kind, number in changed.items())
-        style.line(style.paint(f"changed by the decoder: {told_of}", "yellow"))
+        counts = ", ".join(f"{kind} × {number}" for kind, number in changed.items())
+        style.line(style.paint(f"changed by the decoder: {counts}", "yellow"))
     for line in _wrapped(trace.prompt, style.width - 2):
         style.line(f"  {style.paint(line, 'dim')}")
 
@@ -115,14 +120,14 @@ def _body(trace: Trace, outline: Outline, style: Style, expand: bool) -> None:
 def _opened(block: Block, segments: Sequence[Segment], unit: str, style: Style, folded: bool) -> None:
     start, close = segments[block.open].start, block.close
     solution = "no solution" if block.split is None else f"solution {plural(block.solution, unit)}"
-    told = f"{'▸' if folded else '▾'} thought {plural(block.thought, unit)} → {solution}"
+    text = f"{'▸' if folded else '▾'} thought {plural(block.thought, unit)} → {solution}"
     fate = "unclosed" if close is None else "kept"
     if close is not None and block.pruned:
         inner, end = segments[block.open + 1 : close], segments[close].start
         before = sum(segment.count for segment in inner if segment.gone is not None and segment.gone < end)
         fate = f"pruned {block.pruned}" + (f" ({before} before, with blocks within)" if before else "")
     rest = f"  depth {block.depth}, from {start}, {fate}"
-    style.line(_indent(block.depth - 1) + style.paint(told, "magenta") + style.paint(rest, "dim"))
+    style.line(_indent(block.depth - 1) + style.paint(text, "magenta") + style.paint(rest, "dim"))
 
 
 def _line(segment: Segment, text: str, style: Style) -> None:

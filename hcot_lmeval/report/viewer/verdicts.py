@@ -105,16 +105,16 @@ def read_verdicts(sources: Sequence[Source], folders: Sequence[Path]) -> Verdict
 
 
 def _unfitting(what: str) -> ViewerError:
-    told = f"--samples holds no evaluation with the {what} of the notes"
-    return ViewerError(f"{told}; give the --output_path of the run that wrote them")
+    fault = f"--samples holds no evaluation with the {what} of the notes"
+    return ViewerError(f"{fault}; give the --output_path of the run that wrote them")
 
 
 def _check_same(trace: Trace, sample: dict[str, Any], generated: int) -> None:
     requests = sample.get("requests")
-    told = requests[trace.repeat]["generated_tokens"] if requests and trace.repeat < len(requests) else generated
-    if told != generated:
+    recorded = requests[trace.repeat]["generated_tokens"] if requests and trace.repeat < len(requests) else generated
+    if recorded != generated:
         raise ViewerError(
-            f"{trace.name} generated {generated} tokens, but the samples tell of {told}; "
+            f"{trace.name} generated {generated} tokens, but the samples tell of {recorded}; "
             "they are of another run: give the --output_path of the run that wrote the notes"
         )
 
