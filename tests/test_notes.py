@@ -7,59 +7,47 @@ import json
 import pytest
 from hypothesis import given
 
-from hcot_lmeval.events import Close, Fault, Finish, Open, Prefill, Prune, Recorder, Split, Tokens, statistics
+from hcot_lmeval.events import Close, Fault, Finish, Open, Prefill, Prune, Split, Tokens
 from hcot_lmeval.notes import SCHEMA, Note, NoteTaker, read_notes
 from hcot_lmeval.trace import LiveContext
 from tests.reference import MARKERS
 from tests.strategies import cases
+from tests.viewer_files import note_of
 
 HCOT = MARKERS["hcot"]
 
 
-def record(ids: list[int], prompt_len: int, markers, policy: str) -> tuple[Recorder, LiveContext]:
-    """What the engine tells the recorder about one row."""
-    context, ticks = LiveContext(markers, policy), iter(range(10_000))
-    recorder = Recorder(clock=lambda: float(next(ticks)))
-    for token in ids[:prompt_len]:
-        context.push_inert(token)
-    recorder.prefill(prompt_len, len(context.live), 0)
-    for index, token in enumerate(ids[prompt_len:], prompt_len):
-        recorder.step(index, token, context.push(token), len(context.live))
-    recorder.finish("length", None, context.depth)
-    return recorder, context
-
-
 def note(ids: list[int], prompt_len: int, policy: str = "recompute") -> Note:
-    recorder, _ = record(ids, prompt_len, HCOT, policy)
-    return Note("r", 0, tuple(ids[:prompt_len]), tuple(ids[prompt_len:]), tuple(recorder.events), {"task": "t"})
+    ticks = iter(range(10_000))
+    return note_of(ids, prompt_len, LiveContext(HCOT, policy), clock=lambda: float(next(ticks)))
 
 
 def test_one_event_for_each_thing_that_happens():
     o, s, c = HCOT.open, HCOT.split, HCOT.close
     ids = [90, 91, o, 92, 93, s, 94, c, 95, c]
-    recorder, _ = record(ids, 2, HCOT, "recompute")
-    kinds = [type(event) for event in recorder.events]
+    events = note(ids, 2).events
+    kinds = [type(event) for event in events]
     assert kinds == [Prefill, Open, Tokens, Split, Tokens, Prune, Tokens, Fault, Tokens, Finish]
-    prune = recorder.events[5]
+    prune = events[5]
     assert (prune.index, prune.depth, prune.pruned, prune.reforwarded, prune.live) == (7, 0, (3, 4, 5), 1, 5)
-    assert recorder.events[2].ids == (92, 93)
-    assert recorder.events[7].kind == "stray_close"
+    assert events[2].ids == (92, 93)
+    assert events[7].kind == "stray_close"
 
 
 def test_a_block_closed_without_a_prune_is_a_close():
     o, s, c = HCOT.open, HCOT.split, HCOT.close
     for policy, ids in (("off", [90, o, 91, s, 92, c]), ("recompute", [90, o, 91, c])):
-        recorder, _ = record(ids, 1, HCOT, policy)
-        assert isinstance(recorder.events[-2], Close)
-        found = statistics(recorder.events)
+        found = note(ids, 1, policy)
+        assert isinstance(found.events[-2], Close)
+        found = found.statistics
         assert (found.blocks, found.prune_events, found.pruned_tokens) == (1, 0, 0)
 
 
 @given(cases())
 def test_counts_equal_the_live_context_after_every_token(case):
     ids, prompt_len, markers, policy = case
-    recorder, context = record(ids, prompt_len, markers, policy)
-    found = statistics(recorder.events)
+    context = LiveContext(markers, policy)
+    found = note_of(ids, prompt_len, context).statistics
     assert found.prompt_tokens == prompt_len
     assert found.generated_tokens == len(ids) - prompt_len
     assert found.live_tokens == len(context.live)
@@ -78,9 +66,8 @@ def test_counts_equal_the_live_context_after_every_token(case):
 @given(cases())
 def test_the_events_hold_the_whole_trace(case):
     ids, prompt_len, markers, policy = case
-    recorder, _ = record(ids, prompt_len, markers, policy)
     rebuilt = []
-    for event in recorder.events:
+    for event in note_of(ids, prompt_len, LiveContext(markers, policy)).events:
         if isinstance(event, Tokens):
             rebuilt += event.ids
         elif isinstance(event, (Open, Split, Close, Prune)):

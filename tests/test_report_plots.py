@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from hcot_lmeval.events import Recorder
 from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.plots import (
-    _styles,
     budget_curve,
     closed_blocks,
     live_context,
@@ -25,39 +23,33 @@ from hcot_lmeval.report.plots import (
     notes_of,
     plot_task,
     roomiest,
+    styles,
 )
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.report.viewer.tree import live_curve
-from hcot_lmeval.trace import LiveContext, Policy
+from hcot_lmeval.trace import LiveContext
 from tests.random_traces import random_trace
 from tests.reference import MARKERS, POLICIES, rewrite
 from tests.result_files import build_run
+from tests.viewer_files import note_of
+
+HCOT = MARKERS["hcot"]
 
 
-def noted(seed: int, policy: str, doc_id: int = 0) -> tuple[Note, list[int], list[int], int]:
-    """A note as the engine writes it, live tokens after the prompt and each token, the trace, its prompt's length."""
-    markers = MARKERS["hcot"]
-    ids, inert = random_trace(seed, markers, 60)
-    context, recorder = LiveContext(markers, Policy(policy)), Recorder()
-    for token in ids[:inert]:
-        context.push_inert(token)
-    recorder.prefill(inert, inert, 0)
-    live = [inert]
-    for token in ids[inert:]:
-        index = context.length
-        step = context.push(token)
-        recorder.step(index, token, step, len(context.live))
-        live.append(len(context.live))
-    recorder.finish("eos", None, context.depth)
-    meta = {"task": "toy", "doc_id": doc_id}
-    return Note("1", 0, tuple(ids[:inert]), tuple(ids[inert:]), tuple(recorder.events), meta), live, ids, inert
+def noted(seed: int, policy: str, doc_id: int = 0) -> Note:
+    """A note of a random trace."""
+    return note_of(*random_trace(seed, HCOT, 60), LiveContext(HCOT, policy), doc_id=doc_id)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
     falls = 0
     for seed in range(40):
-        note, live, _, _ = noted(seed, policy)
+        note, context = noted(seed, policy), LiveContext(HCOT, policy)
+        live = [len([context.push_inert(token) for token in note.prompt_ids])]
+        for token in note.token_ids:
+            context.push(token)
+            live.append(len(context.live))
         assert live_curve(note.events) == live
         falls += any(b < a for a, b in itertools.pairwise(live))
     assert (falls > 10) == (policy != "off")
@@ -67,9 +59,8 @@ def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
 def test_lengths_are_those_of_the_rewritten_trace(policy: str) -> None:
     seen = 0
     for seed in range(60):
-        note, _, ids, inert = noted(seed, policy)
-        found = list(closed_blocks(note))
-        blocks = rewrite(ids, inert, MARKERS["hcot"]).blocks
+        found = closed_blocks(noted(seed, policy))
+        blocks = rewrite(*random_trace(seed, HCOT, 60), HCOT).blocks
         assert sorted(b.thought for b in found) == sorted(b.split - b.open - 1 for b in blocks)
         assert sorted(b.solution for b in found) == sorted(b.close - b.split - 1 for b in blocks)
         assert len(found) == len(blocks) and min((b.depth for b in found), default=1) >= 1
@@ -102,12 +93,12 @@ def test_the_roomiest_of_a_family_stands_for_it(tmp_path: Path) -> None:
 
 
 def test_twenty_runs_look_different() -> None:
-    looks = [tuple(sorted(look.items())) for look in itertools.islice(_styles(), 29)]
+    looks = [tuple(sorted(look.items())) for look in itertools.islice(styles(), 29)]
     assert len(set(looks[:28])) == 28 and looks[28] == looks[0]
 
 
 def test_the_saw_tooth_shows_the_rule_and_not_an_ablation(tmp_path: Path) -> None:
-    notes = [noted(seed, "recompute", doc_id=seed)[0] for seed in range(20)]
+    notes = [noted(seed, "recompute", doc_id=seed) for seed in range(20)]
     *rule, ablated = sorted(notes, key=lambda note: note.statistics.prune_events)
     most = rule[-1].statistics.prune_events
     assert ablated.statistics.prune_events > most > 0
@@ -146,26 +137,20 @@ def write_run(folder: Path, notes: list[Note], statistics: dict[str, Any], **set
 EMPTY = {"generated_tokens": 0, "peak_live_tokens": 20, "finish_reason": "context"}
 
 
-def empty_note(doc_id: int) -> Note:
-    recorder = Recorder()
-    recorder.prefill(1, 1, 0)
-    recorder.finish("context", None, 0)
-    return Note(str(doc_id), 0, (1,), (), tuple(recorder.events), {"task": "toy", "doc_id": doc_id})
-
-
 def test_prompts_that_all_fill_the_window_leave_tables_and_the_plots_that_can_be_drawn(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", [empty_note(0), empty_note(1)], EMPTY)
+    empty = [note_of([1], 1, LiveContext(HCOT), doc_id=doc_id, finish="context") for doc_id in range(2)]
+    write_run(tmp_path / "a", empty, EMPTY)
     written = {path.name for path in compare(read_runs(tmp_path / "a")).write(tmp_path / "out")}
     assert {"comparison.md", "toy-costs.csv"} <= written
     drawn = {name for name in written if name.endswith(".png")}
     assert drawn == {f"toy-{name}.png" for name in ("accuracy", "completion", "accuracy-live")}
-    write_run(tmp_path / "b", [noted(1, "off")[0]] * 2, {}, policy="off")  # one run that can be drawn brings them back
+    write_run(tmp_path / "b", [noted(1, "off")] * 2, {}, policy="off")  # one run that can be drawn brings them back
     both = {path.name for path in compare(read_runs(tmp_path)).write(tmp_path / "out")}
     assert {"toy-accuracy-generated.png", "toy-live-context.png"} <= both
 
 
 def test_runs_that_coincide_both_show(tmp_path: Path) -> None:
-    note = noted(1, "off")[0]
+    note = noted(1, "off")
     axes = live_context({"one": [note], "other": [note]}, 0).axes[0]
     one, other = axes.lines
     assert list(one.get_ydata()) == list(other.get_ydata())
@@ -176,7 +161,7 @@ def test_runs_that_coincide_both_show(tmp_path: Path) -> None:
 def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:
     with NoteTaker(tmp_path / "notes" / "n.jsonl") as taker:
         for doc_id in range(3):
-            taker.add(noted(doc_id + 1, "recompute", doc_id=doc_id)[0])
+            taker.add(noted(doc_id + 1, "recompute", doc_id=doc_id))
     build_run(tmp_path / "out", [1, 0, 1], model_args={"notes": str(tmp_path / "notes")})
     drawn = {path.name: path for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)}
     assert {"toy-live-context.png", "toy-live-context.svg", "toy-blocks.png"} <= drawn.keys()
@@ -191,7 +176,8 @@ def test_notes_of_another_run_in_the_same_folder_are_left_out(tmp_path: Path) ->
     for policy in ("off", "recompute"):
         with NoteTaker(tmp_path / "notes" / f"{policy}.jsonl", run={"pruning": policy, "max_context": 1024}) as taker:
             for seed in (0, 1, 1):
-                taker.add(replace(noted(seed, policy, doc_id=seed)[0], request=str(seed)))
+                taker.add(replace(noted(seed, policy, doc_id=seed), request=str(seed)))
+    (tmp_path / "notes" / "old.jsonl").write_text('{"schema": "hcot-notes/1", "run": {"pruning": "off"}}\n')
     build_run(tmp_path / "out", [1, 0], policy="off", model_args={"notes": str(tmp_path / "notes")})
     [entry] = entries_of(read_runs(tmp_path / "out"))
     found = notes_of(entry)

@@ -6,7 +6,7 @@ import base64
 import gzip
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -48,21 +48,31 @@ def write_notes(
     with NoteTaker(path, text if decode == "words" else decode, facts) as taker:
         for number, (ids, prompt_len) in enumerate(traces):
             made = context(prompt_len) if context else LiveContext(markers, policy)
-            taker.add(_note(number, ids, prompt_len, made, prompt_acts))
+            taker.add(note_of(ids, prompt_len, made, doc_id=number, prompt_acts=prompt_acts))
     return path
 
 
-def _note(number: int, ids: Sequence[int], prompt_len: int, context: LiveContext, prompt_acts: bool) -> Note:
-    recorder = Recorder()
+def note_of(
+    ids: Sequence[int],
+    prompt_len: int,
+    context: LiveContext,
+    *,
+    doc_id: int = 0,
+    finish: str = "eos",
+    prompt_acts: bool = False,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> Note:
+    """The note that the engine makes of a trace, which it pushes through a fresh live context."""
+    recorder = Recorder(clock)
     for token in ids[:prompt_len]:
         _ = context.push(token) if prompt_acts else context.push_inert(token)
     recorder.prefill(prompt_len, len(context.live), 0)
     for index, token in enumerate(ids[prompt_len:], prompt_len):
         recorder.step(index, token, context.push(token), len(context.live))
-    recorder.finish("eos", None, context.depth)
-    meta = {"task": "toy", "doc_id": number, "repeat": 0, "seed": 0}
+    recorder.finish(finish, None, context.depth)
+    meta = {"task": "toy", "doc_id": doc_id, "repeat": 0, "seed": 0}
     prompt, generated = tuple(ids[:prompt_len]), tuple(ids[prompt_len:])
-    return Note(f"toy/{number}/0/0", 0, prompt, generated, tuple(recorder.events), meta)
+    return Note(f"toy/{doc_id}/0/0", 0, prompt, generated, tuple(recorder.events), meta)
 
 
 def nested_ids(seed: int, length: int, markers: MarkerIds = MARKERS["hcot"]) -> list[int]:

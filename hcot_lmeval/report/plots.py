@@ -81,7 +81,7 @@ def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Ma
     figure, axes = _figure("context window (most live tokens)", f"{label}, % of problems")
     windows = sorted({entry.window for entry in entries if entry.window})
     families = list(dict.fromkeys(entry.family for entry in entries))
-    for i, (style, family) in enumerate(zip(_styles(marked=True), families, strict=False)):
+    for i, (style, family) in enumerate(zip(styles(marked=True), families, strict=False)):
         mine = [entry for entry in entries if entry.family == family and values(entry)]
         if not mine:
             continue
@@ -104,7 +104,7 @@ def within(entries: Sequence[Entry], statistic: str, label: str) -> Figure:
     figure, axes = _figure(label, "answered right, % of problems")
     curves = {entry.name: budget_curve(entry, statistic) for entry in entries}
     start, end = min(x[0] for x, _ in curves.values()), max(x[-1] for x, _ in curves.values())
-    for style, (name, (x, y)) in zip(_styles(), curves.items(), strict=False):
+    for style, (name, (x, y)) in zip(styles(), curves.items(), strict=False):
         whole = np.concatenate([[start], x, [end]]), np.concatenate([[0.0], 100 * y, [100 * y[-1]]])
         axes.step(*whole, where="post", label=name, **style)
     axes.set_xscale("log", base=2)
@@ -157,7 +157,7 @@ def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     """
     figure, axes = _figure("generated tokens", "live tokens")
     straight = itertools.cycle(LINES)
-    for style, (name, run) in zip(_styles(), notes.items(), strict=False):
+    for style, (name, run) in zip(styles(), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
             line = {} if note.statistics.prune_events else {"linestyle": next(straight)}
             axes.plot(live_curve(note.events), label=name, **style | line, linewidth=1.2)
@@ -188,7 +188,7 @@ def blocks(closed: Mapping[str, Sequence[Block]]) -> Figure:
     """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
     titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
-    for style, (name, found) in zip(_styles(), closed.items(), strict=False):
+    for style, (name, found) in zip(styles(), closed.items(), strict=False):
         lengths = ((block.thought, block.solution, block.depth) for block in found)
         for axes, values in zip(panels, zip(*lengths, strict=True), strict=False):  # of no blocks there are no values
             x = np.sort(values)
@@ -227,7 +227,7 @@ def _dress(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _styles(*, marked: bool = False) -> Iterator[dict[str, Any]]:
+def styles(*, marked: bool = False) -> Iterator[dict[str, Any]]:
     """Endless; the first seven runs differ in colour, the next seven have the same colours and other lines."""
     looks = itertools.product(LINES, zip(COLOURS, MARKS, strict=True))
     return itertools.cycle(
