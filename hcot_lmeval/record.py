@@ -121,15 +121,15 @@ def read_record(source: Any, revision: str | None = None) -> TrainingRecord | No
     if isinstance(source, (str, Path)):
         data = _beside(str(source), FILE_NAME, revision)
         if data is None:
-            data = read_config(source, revision).get(KEY)
+            data = (read_config(source, revision) or {}).get(KEY)
     else:
         data = getattr(getattr(source, "config", source), KEY, None)
     return None if data is None else TrainingRecord.from_dict(data)
 
 
-def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Returns the config of a model, a directory or an id on the hub; empty if there is none."""
-    return _beside(str(source), CONFIG_NAME, revision) or {}
+def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """Returns the config of a model, a directory or an id on the hub; None if there is none within reach."""
+    return _beside(str(source), CONFIG_NAME, revision)
 
 
 def _beside(source: str, name: str, revision: str | None) -> Any:

@@ -216,7 +216,7 @@ def windows_of(grid: GridConfig, model: ModelConfig) -> list[int]:
     if named:
         return list(dict.fromkeys(named))
     given = {**grid.model_args, **model.model_args}
-    config = read_config(resolve(model.pretrained), given.get("revision")) if model.pretrained else {}
+    config = (read_config(resolve(model.pretrained), given.get("revision")) if model.pretrained else None) or {}
     most = (config.get("text_config") or config).get("max_position_embeddings") or max(USUAL_WINDOWS)
     return [window for window in USUAL_WINDOWS if window <= most] or [most]
 

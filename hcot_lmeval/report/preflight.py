@@ -35,7 +35,7 @@ def _checkpoint_faults(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         args = cell.model_args
         known = cell.model.model not in FROM_TRANSFORMERS or "gguf_file" in args or "pretrained" not in args
-        if not known and not read_config(resolve(args["pretrained"]), args.get("revision")):
+        if not known and read_config(resolve(args["pretrained"]), args.get("revision")) is None:
             name = args["pretrained"]
             yield (
                 f"{name} is neither a directory with a {CONFIG_NAME}, nor a bundled checkpoint ({', '.join(BUNDLED)}), "
