@@ -35,7 +35,7 @@ def options_for(server: ScriptedTeacher, provider: str = "openai", **more: Any) 
 
 def make_task(options: TeacherOptions, said: str = "u", **more: Any) -> Task:
     messages = (Message("system", "sys"), Message("user", said))
-    return Task.make("test", "row", messages, Number, options.identity, **more)
+    return Task("test", messages, Number, options.identity, **more)
 
 
 def ask_all(options: TeacherOptions, tasks: list[Task], path: Path) -> dict[str, Reply]:

@@ -252,7 +252,7 @@ def test_segment_shows_the_numbers_and_says_what_is_wanted():
     assert "At most 3 blocks" in system and "222 tokens" in system
     assert "What is x?" in user and "[0] Sentence 0 is about x = 0.\n[1] Sentence 1" in user
     assert "Sentences 0 to 39 of a chain of thought of 40 sentences" in user and "{{" not in system + user
-    assert task.kind == "segment" and task.row_id == "r" and task.repair
+    assert task.kind == "segment" and task.repair
     assert segment(AskingOptions(ask_again=False)).questions(ROW)[0].repair is None
     told = protocol.made_by
     assert told["prompt"] == load_prompt("segment").label and told["teacher"] == MODELS["openai"]

@@ -52,7 +52,7 @@ def test_questions_are_asked_in_the_protocol_of_the_server(tmp_path, provider):
     with ScriptedTeacher([Say(GOOD, usage=(1000, 200))]) as server:
         options = options_for(server, provider, output_tokens=77)
         messages = (Message("system", "s"), Message("user", "u"), Message("assistant", "v"), Message("user", "w"))
-        task = Task.make("test", "row", messages, Number, {})
+        task = Task("test", messages, Number, {})
         reply = ask_all(options, [task], tmp_path)[task.key]
     assert (reply.text, reply.value, reply.failure, reply.spent.requests) == (GOOD, Number(a=1), None, 1)
     assert (reply.spent.input_tokens, reply.spent.output_tokens) == (1000, 200)

@@ -133,11 +133,10 @@ def test_the_key_of_a_question_is_all_that_the_reply_depends_on():
         make_task(TeacherOptions(teacher="openai:gpt-5")),
         make_task(TeacherOptions(teacher=MODELS["openai"], temperature=0.5)),
         make_task(TeacherOptions(teacher=MODELS["openai"], base_url="http://localhost/v1")),
-        Task.make("else", "row", one.messages, one.form, options.identity),
-        Task.make("test", "row", one.messages, None, options.identity),
+        Task("else", one.messages, one.form, options.identity),
+        Task("test", one.messages, None, options.identity),
     ]
     assert len({task.key for task in others} | {one.key}) == 7
-    assert Task.make("test", "another", one.messages, one.form, options.identity).key == one.key
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit,
     rng = random.Random(seed)
 
     async def one(budget, gate, size, share_in, share_out):
-        task = Task.make("t", "r", (Message("user", "x" * size),), None, {})
+        task = Task("t", (Message("user", "x" * size),), None, {})
         async with gate:
             reserved = await budget.reserve(task)
             if isinstance(reserved, str):

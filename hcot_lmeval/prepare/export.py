@@ -94,11 +94,11 @@ def export(
     """Writes rows as one file, which is there as a whole or not at all, with a manifest beside it.
 
     Args:
-        rows: what is exported.
+        rows: read as they are needed.
         path: the file.
         options: the form.
         tick: is called after each row.
-        inputs: where the rows are from.
+        inputs: where the rows are from, for the manifest, as is
         history: manifests of the steps that made them.
 
     Returns:
@@ -200,10 +200,7 @@ def _table(row: Mapping[str, Any], schema: Any, number: int) -> Any:
 def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]]) -> str:
     """Pushes an exported file to the hub and returns where it is. The token is that of `huggingface_hub`.
 
-    Args:
-        path: the file.
-        options: where to.
-        history: manifests of the steps that made the rows; they go on the card.
+    The manifests of the steps that made the rows, `history`, go on the card.
 
     Raises:
         ValueError: the hub refuses; the message never holds the token.

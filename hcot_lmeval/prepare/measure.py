@@ -163,13 +163,7 @@ def block_sizes(stretches: Sequence[Stretch], markup: Markup) -> list[BlockSize]
 
 
 def costs(stretches: Sequence[Stretch], prompt: int, markup: Markup) -> dict[Policy, Cost]:
-    """Returns what a trace costs under each policy.
-
-    Args:
-        stretches: the trace.
-        prompt: tokens before it, at least 1.
-        markup: its notation.
-    """
+    """Returns what a trace costs under each policy behind a prompt of so many tokens, at least 1."""
     ids, grammar = _grammar(markup)
     found = {}
     for policy in Policy:

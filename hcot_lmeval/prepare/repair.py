@@ -28,8 +28,8 @@ def check_and_repair(
     """Checks a row and repairs what can be repaired.
 
     Args:
-        row: the row.
-        check: what is allowed.
+        row: as it came.
+        check: tells the faults.
         judged: faults that were found elsewhere, of the row as it is.
 
     Returns:

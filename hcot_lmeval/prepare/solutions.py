@@ -83,11 +83,7 @@ class Material:
 def trailing_result(material: Material, start: int, stop: int, limit: float) -> int | None:
     """Returns where the results begin that end a span, or None where it does not end in one.
 
-    Args:
-        material: the trace.
-        start: of the span.
-        stop: of the span.
-        limit: tokens that several results may have together; the last one counts however long it is.
+    Several results have at most `limit` tokens together; the last one counts however long it is.
     """
     split = None
     for unit in reversed(material.units(start, stop)):
@@ -101,13 +97,7 @@ def trailing_result(material: Material, start: int, stop: int, limit: float) -> 
 def quote(material: Material, units: Sequence[Span], limit: float, single: float) -> list[Span]:
     """Returns the units that say best what came out of a thought, in their order.
 
-    Where all are longer than `single`, that is the shortest one.
-
-    Args:
-        material: the trace.
-        units: those to choose from.
-        limit: tokens that several may have together.
-        single: tokens that one may have alone.
+    One has at most `single` tokens, several have at most `limit` together. Where all are longer, that is the shortest.
     """
     last = max(1, len(units) - 1)
     worths = {unit: material.worth(unit) + _RECENT * index / last for index, unit in enumerate(units)}

@@ -192,14 +192,7 @@ def gather(
     workers: int = 1,
     tick: Callable[[], Any] = lambda: None,
 ) -> Stats:
-    """Measures rows.
-
-    Args:
-        rows: of any number; read as they are needed.
-        options: how to count.
-        workers: processes.
-        tick: is called after each row.
-    """
+    """Measures rows, read as they are needed, in so many processes; `tick` is called after each."""
     stats = Stats(options)
     for row, found in in_order(rows, partial(_make_measure, options), workers):
         stats.add(row, found)

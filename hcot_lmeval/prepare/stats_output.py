@@ -35,13 +35,7 @@ SHOWN = {"before": ("original", Policy.OFF), "after": ("hierarchical_cot", Polic
 
 
 def write_stats(stats: Stats, path: Path, rows: Sequence[PreparedRow] = ()) -> list[Path]:
-    """Writes tables, plots and the page below `path` and returns the files.
-
-    Args:
-        stats: of all rows.
-        path: the folder; it is made.
-        rows: those for the page; none: no page.
-    """
+    """Writes tables, plots and, if there are `rows` for one, the page into a folder, and returns the files."""
     path.mkdir(parents=True, exist_ok=True)
     tables = make_tables(stats)
     texts = {"stats.md": "\n".join(render.markdown(table) for table in tables)}

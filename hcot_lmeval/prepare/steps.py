@@ -257,12 +257,7 @@ class FormOptions(CountOptions, title="form"):
 
 @dataclass(frozen=True)
 class MakeSegment:
-    """Makes the function that segments a row without a teacher.
-
-    Attributes:
-        options: of the segmenter.
-        form: notation, tokenizer, model.
-    """
+    """Makes the function that segments a row without a teacher."""
 
     options: SegmenterOptions
     form: FormOptions
@@ -312,12 +307,7 @@ class SegmentOutcome(Outcome):
 
 @dataclass(frozen=True)
 class MakeCheck:
-    """Makes the function that checks and repairs a row.
-
-    Attributes:
-        options: what is allowed.
-        problems: those that `options.against` names.
-    """
+    """Makes the function that checks and repairs a row; `problems` are those that `options.against` names."""
 
     options: CheckOptions
     problems: Sequence[tuple[str, str]]

@@ -37,16 +37,7 @@ def run_asking(
     work: WorkOptions,
     outcome: Outcome,
 ) -> Counter[str]:
-    """Asks about all rows that are not done; goes on where an earlier run stopped.
-
-    Args:
-        folder: of the step, open.
-        rows: all of them, read as they are needed.
-        count: tells how many there are, as far as that is known.
-        protocol: what is asked, and what is made of it.
-        teacher: who is asked.
-        work: how.
-        outcome: what becomes of an entry.
+    """Asks a teacher about all rows that are not done, as `run_rows` works on them.
 
     Returns:
         Why rows are still open, code -> rows; nothing where the step is finished.

@@ -83,13 +83,7 @@ class AskingOptions(Section, title="questions"):
 
 @dataclass(frozen=True)
 class Asking:
-    """Puts the questions of a protocol together.
-
-    Attributes:
-        prompt: the words.
-        teacher: who is asked.
-        options: how.
-    """
+    """Puts the questions of a protocol together."""
 
     prompt: Prompt
     teacher: TeacherOptions
@@ -107,29 +101,18 @@ class Asking:
 
     def task(
         self,
-        row_id: str,
         form: type[Form] | None,
         accept: Callable[[Any], object],
         system: Mapping[str, object],
         user: Mapping[str, object],
         share: float,
     ) -> Task:
-        """Returns a question.
-
-        Args:
-            row_id: of the row.
-            form: of the reply; None for plain text.
-            accept: see `Task`.
-            system: what is filled into the section of that name.
-            user: the same.
-            share: output tokens to be expected, over those of the input.
-        """
+        """Returns a question; `system` and `user` are filled into the sections of that name. See `Task`."""
         messages = [Message("system", self.prompt.render("system", **system))]
         messages.append(Message("user", self.prompt.render("user", **user)))
         depends = {"prompt": self.prompt.label, **self.teacher.identity}
         repair = self.prompt.sections["repair"] if self.options.ask_again else None
-        kind = self.prompt.name
-        return Task.make(kind, row_id, messages, form, depends, accept=accept, repair=repair, share=share)
+        return Task(self.prompt.name, messages, form, depends, accept, repair, share)
 
 
 def numbered(pieces: Sequence[str], window: Window) -> dict[str, object]:

@@ -54,7 +54,6 @@ class Judge:
     """The protocol; a row is a `PreparedRow`.
 
     Attributes:
-        asking: the words and the teacher.
         check: what a row has to pass before it is judged.
     """
 
@@ -93,7 +92,7 @@ class Judge:
             "following": self._following(rest, row),
             "blocks": ", ".join(map(str, blocks)),
         }
-        return self.asking.task(row.source.id, VerdictsForm, partial(_accept, blocks=blocks), {}, user, share=0.15)
+        return self.asking.task(VerdictsForm, partial(_accept, blocks=blocks), {}, user, share=0.15)
 
     def _following(self, rest: Sequence[Part], row: PreparedRow) -> str:
         """The beginning of what follows, which shows what is used later."""

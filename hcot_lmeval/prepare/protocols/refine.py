@@ -44,12 +44,7 @@ class RefineOptions(Section, title="blocks"):
 
 @dataclass(frozen=True)
 class Refine:
-    """The protocol; a row is a `PreparedRow`, and one without an outline gets no question.
-
-    Attributes:
-        asking: the words and the teacher.
-        options: notation, depth.
-    """
+    """The protocol; a row is a `PreparedRow`, and one without an outline gets no question."""
 
     asking: Asking
     options: RefineOptions = field(default_factory=RefineOptions)
@@ -72,7 +67,7 @@ class Refine:
         accept = partial(self._accept, outline=outline, window=window)
         user = {"question": row.source.question.strip(), **numbered(pieces, window), "blocks": _listed(outline, window)}
         system = {"max_depth": self.options.max_depth}
-        return self.asking.task(row.source.id, BacktracksForm, accept, system, user, share=0.05)
+        return self.asking.task(BacktracksForm, accept, system, user, share=0.05)
 
     def _accept(self, form: BacktracksForm, outline: Outline, window: Window) -> list[Block]:
         try:

@@ -40,9 +40,6 @@ class Rewrite:
     """The protocol; a row is a `SourceRow`.
 
     Attributes:
-        asking: the words and the teacher.
-        markup: the notation that the teacher writes.
-        max_depth: blocks within each other.
         max_changed: share of the words that may be changed; never a number or formula.
     """
 
@@ -73,7 +70,7 @@ class Rewrite:
         marks = {"open": markup.open, "split": markup.split + (markup.lead or ""), "close": markup.close}
         user = {"question": row.question.strip(), "part": part, "parts": parts, "text": text.strip()}
         accept = partial(self._accept, text=text)
-        return self.asking.task(row.id, None, accept, {**marks, "max_depth": self._depth}, user, share=0.8)
+        return self.asking.task(None, accept, {**marks, "max_depth": self._depth}, user, share=0.8)
 
     @property
     def _depth(self) -> int:

@@ -42,13 +42,7 @@ PROMPTED = ("max_depth", "target_tokens", "min_tokens", "max_tokens")
 
 @dataclass(frozen=True)
 class Segment:
-    """The protocol; a row is a `SourceRow`.
-
-    Attributes:
-        asking: the words and the teacher.
-        markup: the notation of the traces.
-        blocks: how long blocks are to be, and how deep.
-    """
+    """The protocol; a row is a `SourceRow`."""
 
     asking: Asking
     markup: Markup
@@ -71,7 +65,7 @@ class Segment:
     def _task(self, row: SourceRow, pieces: Sequence[str], window: Window) -> Task:
         accept = partial(self._accept, window=window)
         user = {"question": row.question.strip(), **numbered(pieces, window)}
-        return self.asking.task(row.id, BlocksForm, accept, self._prompted, user, share=0.2)
+        return self.asking.task(BlocksForm, accept, self._prompted, user, share=0.2)
 
     def _accept(self, form: BlocksForm, window: Window) -> tuple[Block, ...]:
         try:

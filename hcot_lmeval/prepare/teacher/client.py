@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -227,7 +227,7 @@ def _takes_schema(model: Model, options: TeacherOptions) -> bool:
     return bool(model.profile.get("supports_json_schema_output"))
 
 
-def _messages(messages: tuple[Message, ...]) -> list[ModelMessage]:
+def _messages(messages: Sequence[Message]) -> list[ModelMessage]:
     from pydantic_ai.messages import ModelRequest, ModelResponse, SystemPromptPart, TextPart, UserPromptPart
 
     made: list[ModelMessage] = []

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -175,10 +175,9 @@ class Task:
 
     Attributes:
         kind: the protocol.
-        row_id: the row it is about, for messages; not part of the key.
         messages: the conversation so far.
         form: of the reply; None for plain text.
-        key: a digest of everything that the reply depends on.
+        depends: what the reply depends on besides: the model, its settings, the version of the prompt.
         accept: makes something of a reply, given as its form or text; raises `Unusable` for one of no use. Not part of
             the key: a stored reply is read anew each time.
         repair: what is said when a reply cannot be used, with ``{{fault}}`` where the fault is to stand; None: nothing.
@@ -186,36 +185,18 @@ class Task:
     """
 
     kind: str
-    row_id: str
-    messages: tuple[Message, ...]
+    messages: Sequence[Message]
     form: type[Form] | None
-    key: str
+    depends: Mapping[str, Any]
     accept: Callable[[Any], Any] = lambda value: value
     repair: str | None = None
     share: float = 0.2
 
-    @classmethod
-    def make(
-        cls,
-        kind: str,
-        row_id: str,
-        messages: Sequence[Message],
-        form: type[Form] | None,
-        depends: Mapping[str, Any],
-        **more: Any,
-    ) -> Task:
-        """Returns a question with its key.
-
-        Args:
-            kind: see `Task`, as all that is not named here.
-            row_id: the row.
-            messages: the conversation.
-            form: of the reply.
-            depends: what the reply depends on besides: the model, its settings, the version of the prompt.
-            more: accept, repair, share.
-        """
-        key = _digest(kind, list(messages), form and schema_of(form), depends)
-        return cls(kind, row_id, tuple(messages), form, key, **more)
+    @cached_property
+    def key(self) -> str:
+        """A digest of everything that the reply depends on."""
+        parts = (self.kind, list(self.messages), self.form and schema_of(self.form), dict(self.depends))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def again(self, reply: Reply) -> Task | None:
         """Returns the question that tells the fault of a reply and asks for a better one; None if there is none."""
@@ -223,7 +204,7 @@ class Task:
             return None
         request = self.repair.replace("{{fault}}", f"{reply.failure.code}: {reply.failure.detail}")
         messages = (*self.messages, Message("assistant", reply.text), Message("user", request))
-        return replace(self, key=_digest(self.key, messages), messages=messages, repair=None)
+        return replace(self, messages=messages, repair=None)
 
     def read(self, reply: Reply) -> Reply:
         """Returns a reply with its value, or with the failure that makes it useless."""
@@ -239,10 +220,6 @@ class Task:
         """Bytes of all messages and of the schema."""
         schema = 0 if self.form is None else len(json.dumps(schema_of(self.form)))
         return schema + sum(len(message.text.encode("utf-8", "surrogatepass")) for message in self.messages)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _parsed(text: str, form: type[Form] | None) -> Any:

@@ -253,13 +253,7 @@ class Estimate:
 
 
 def estimate(tasks: Iterable[Task], options: TeacherOptions, known: Container[str] = ()) -> Estimate:
-    """Counts without asking; needs no key and no network.
-
-    Args:
-        tasks: questions.
-        options: the teacher.
-        known: keys that the store answers.
-    """
+    """Counts without asking what the store does not answer, which has the keys `known`; needs no key and no network."""
     expected, most, seen, stored = Spent(), Spent(), set[str](), 0
     for task in tasks:
         if task.key in seen or task.key in known:
