@@ -265,10 +265,10 @@ def test_ctrl_c_while_workers_map_ends_this_process_alone() -> None:
     """In a process of its own: the data's libraries may have threads, which a fork does not like."""
     source = """
         import os, signal
-        from hcot_lmeval.training.data.sources import _interrupted_as_one
+        from hcot_lmeval.training.data.sources import interrupted_as_one
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with _interrupted_as_one():
+            with interrupted_as_one():
                 worker = os.fork()
                 try:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -280,7 +280,7 @@ def test_ctrl_c_while_workers_map_ends_this_process_alone() -> None:
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             print("interrupted")
         try:
-            with _interrupted_as_one():
+            with interrupted_as_one():
                 raise TimeoutError
         except TimeoutError:
             print("timed out")

@@ -129,14 +129,14 @@ def cached_map(
     name = hashlib.sha256(repr((rows._fingerprint, *identity)).encode()).hexdigest()[:32]
     workers = min(workers, len(rows))
     options |= {"remove_columns": rows.column_names, "num_proc": workers if workers > 1 else None}
-    with _interrupted_as_one():
+    with interrupted_as_one():
         result = rows.map(function, features=features, new_fingerprint=name, **options)
     result._fingerprint = name  # a result from the cache has another one, and what is mapped from it would be anew
     return result
 
 
 @contextmanager
-def _interrupted_as_one() -> Iterator[None]:
+def interrupted_as_one() -> Iterator[None]:
     """Lets Ctrl-C, which reaches the workers that are started meanwhile too, be the business of this process alone.
 
     `datasets` then waits a moment for its workers, and raises that it waited in vain.
