@@ -38,6 +38,21 @@ def read(tmp_path, *rows, columns=None):
 # --- where reasoning and response stand -------------------------------------------------------------------------------
 
 FORMS = {
+    "OpenMathReasoning": {"problem": "Q?", "generated_solution": BOTH, "pass_rate_72b_tir": "0.9"},
+    "OpenThoughts": {
+        "system": "Your role...",
+        "conversations": [
+            {"from": "user", "value": "Q?"},
+            {
+                "from": "assistant",
+                "value": f"<|begin_of_thought|>{R}<|end_of_thought|>\n\n<|begin_of_solution|>{A}<|end_of_solution|>",
+            },
+        ],
+    },
+    "OpenThoughts, metadata": {"problem": "Q?", "deepseek_reasoning": R, "deepseek_solution": A},
+    "R1, prompt as messages": {"prompt": [USER], "response": BOTH},
+    "R1, API": {"question": "Q?", "reasoning_content": R, "content": A},
+    "the beginning is in the prompt": {"question": "Q?", "response": BOTH.removeprefix("<think>")},
     "thinking beside the content": chat(thinking=R),
     "reasoning_content": chat(reasoning_content=R),
     "reasoning": chat(reasoning=R),

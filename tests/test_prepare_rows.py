@@ -14,40 +14,12 @@ from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
 from hcot_lmeval.prepare.reading import read_prepared, read_rows, split_thinking
-from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable, row_id
+from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable
 
 SAID = "<think>\nFirst.\nThen 2.\n</think>\nIt is \\boxed{2}."
 REASONING, RESPONSE = "\nFirst.\nThen 2.\n", "\nIt is \\boxed{2}."
-TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "Q?"}, {"role": "assistant", "content": SAID}]
-
-FORMS = {
-    "OpenMathReasoning": {
-        "problem": "Q?",
-        "generated_solution": SAID,
-        "expected_answer": "2",
-        "pass_rate_72b_tir": "0.9",
-    },
-    "the real traces": {"question": "Q?", "generated_solution": SAID, "expected_answer": "2"},
-    "OpenThoughts": {
-        "system": "Your role...",
-        "conversations": [
-            {"from": "user", "value": "Q?"},
-            {
-                "from": "assistant",
-                "value": f"<|begin_of_thought|>{REASONING}<|end_of_thought|>\n\n<|begin_of_solution|>{RESPONSE}"
-                "<|end_of_solution|>",
-            },
-        ],
-    },
-    "OpenThoughts, metadata": {"problem": "Q?", "deepseek_reasoning": REASONING, "deepseek_solution": RESPONSE},
-    "R1": {"prompt": "Q?", "response": SAID},
-    "R1, prompt as messages": {"prompt": [{"role": "user", "content": "Q?"}], "response": SAID},
-    "R1, API": {"question": "Q?", "reasoning_content": REASONING, "content": RESPONSE},
-    "R1, reasoning and response": {"question": "Q?", "reasoning": REASONING, "response": RESPONSE},
-    "messages": {"messages": TURNS},
-    "OpenR1-Math": {"problem": "Q?", "solution": "short", "answer": 2, "generations": [SAID], "messages": TURNS},
-    "the beginning is in the prompt": {"question": "Q?", "response": SAID.removeprefix("<think>")},
-}
+R1 = {"prompt": "Q?", "response": SAID}
+OPEN_MATH = {"id": "1", "problem": "Q?", "generated_solution": SAID, "expected_answer": "2", "pass_rate": "0.9"}
 
 
 def write(path, rows):
@@ -57,16 +29,6 @@ def write(path, rows):
 
 def read(path, columns=None, limit=None):
     return list(read_rows(find_inputs([path]), columns, limit))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_are_recognised(tmp_path, form):
-    (row,) = read(write(tmp_path / "rows.jsonl", [FORMS[form]]))
-    assert isinstance(row, SourceRow), row
-    assert (row.question, row.reasoning) == ("Q?", REASONING)
-    assert row.response.strip() == RESPONSE.strip()
-    assert row.id == row_id("Q?", REASONING)
-    assert row.answer == ("2" if {"expected_answer", "answer"} & FORMS[form].keys() else None)
 
 
 def test_columns_can_be_named(tmp_path):
@@ -100,7 +62,7 @@ FAULTS = {
 
 
 def test_broken_rows_are_data_with_a_code_and_the_rest_is_read(tmp_path):
-    rows = [FORMS["R1"], *FAULTS.values(), FORMS["R1"]]
+    rows = [R1, *FAULTS.values(), R1]
     path = write(tmp_path / "rows.jsonl", rows)
     path.write_text(path.read_text() + '{"question": "to\n[1]\n\n', encoding="utf-8")
     found = read(path)
@@ -122,7 +84,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{**FORMS["the real traces"], "id": str(i)} for i in range(200)]
+    rows = [{**OPEN_MATH, "id": str(i)} for i in range(200)]
     plain = write(tmp_path / "rows.jsonl", rows)
     with gzip.open(tmp_path / "zipped.jsonl.gz", "wb") as file:
         file.write(plain.read_bytes())
@@ -141,7 +103,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
 
 def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n")
-    write(tmp_path / "rows.jsonl", [FORMS["R1"]])
+    write(tmp_path / "rows.jsonl", [R1])
     for name, told in (("none.jsonl", "no file matches"), ("*.parquet", "no file matches"), ("word", "owner/name")):
         with pytest.raises(FileNotFoundError, match=told):
             find_inputs([name if name == "word" else tmp_path / name])
@@ -159,7 +121,7 @@ def test_the_hub_is_streamed_at_the_commit_that_was_found(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return iter([FORMS["OpenMathReasoning"]] * 3)
+        return iter([OPEN_MATH] * 3)
 
     info = lambda self, name, revision: SimpleNamespace(sha="abc")  # noqa: E731
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -226,7 +188,7 @@ def test_broken_prepared_rows_are_data(tmp_path):
     path = write(tmp_path / "rows.jsonl", [good, *bad.values()])
     found = list(read_prepared(find_inputs([path])))
     assert [row.code for row in found[1:]] == list(bad)
-    flat = write(tmp_path / "flat.jsonl", [FORMS["R1"]])
+    flat = write(tmp_path / "flat.jsonl", [R1])
     with pytest.raises(ValueError, match=r"present: prompt, response. Flat traces go through `segment` first"):
         list(read_prepared(find_inputs([flat])))
 
