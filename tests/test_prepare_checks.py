@@ -70,6 +70,11 @@ FAULTS = [
     ("malformed", bare("a[RETURN]b[SOLUTION]"), {}),
     ("malformed", bare("[THOUGHT]a b[SOLUTION]c[RETURN]<think>"), {}),
     ("words_changed", replace(row(), trace=row().trace.replace("done", "finished")), {}),
+    (
+        "words_changed",
+        replace(row(), trace=f"{PIECES[0]}[THOUGHT]" + row().trace.removeprefix(f"[THOUGHT]{PIECES[0]}")),
+        {},
+    ),
     ("words_changed", replace(row(), pieces=("Other. ", *PIECES[1:])), {}),
     ("words_changed", bare(row().trace + " More words.", original="".join(PIECES)), {}),
     ("words_changed", bare(row().trace.replace("need to", ""), original="".join(PIECES)), {}),

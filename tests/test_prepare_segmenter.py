@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.discourse import Cues, guess_language, read_sentences
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble, strip_additions
+from hcot_lmeval.prepare.measure import cut, make_counter
+from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble
 from hcot_lmeval.prepare.segmenter import SegmenterOptions, best_cuts, count_tokens, segment
 from hcot_lmeval.prepare.sentences import split_sentences
 from hcot_lmeval.prepare.solutions import Material, quotation, quote, trailing_result
 from hcot_lmeval.prepare.surprise import model_surprise
+from hcot_lmeval.prepare.words import compare
 from hcot_lmeval.settings import parse_settings
 from hcot_lmeval.trace import LiveContext, push_all
 from tests.reference import FIRST_TEXT, MARKERS
@@ -63,7 +65,7 @@ def is_quoted(solution: str, sentences: list[str]) -> bool:
 def check(pieces: list[str], outline: Outline, depth: int) -> str:
     """Everything that is promised of an outline; returns the trace."""
     trace = assemble(pieces, outline, MARKUP)
-    assert strip_additions(trace, outline, MARKUP) == "".join(pieces)
+    assert compare("".join(pieces), cut(trace, MARKUP, make_counter(None)), MARKUP).share == 0
     assert is_legal(trace, "hcot")
     assert outline.depth <= depth
     for block in outline.blocks:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import PRESETS, Markup
 from hcot_lmeval.prepare.discourse import read_sentences
-from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble, strip_additions
+from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble
 from hcot_lmeval.prepare.sentences import split_sentences, whole_spans
 from hcot_lmeval.prepare.spelled import spelled_markers
 from tests.reference import EOS, FIRST_TEXT, MARKERS
@@ -268,7 +268,6 @@ def test_there_and_back(case, notation):
         return
     trace = assemble(pieces, outline, markup)
     assert trace == written(pieces, outline.blocks, markup, 0, len(pieces))
-    assert strip_additions(trace, outline, markup) == "".join(pieces)
     assert is_legal(trace, notation)
     assert trace.count(markup.open) == len(outline.blocks)
 
@@ -355,24 +354,3 @@ def test_other_pieces_are_refused():
     with pytest.raises(OutlineError) as fault:
         assemble(["a"], Outline(2), PRESETS["hcot"])
     assert fault.value.code == "other_pieces"
-
-
-@pytest.mark.parametrize(
-    "trace",
-    [
-        "a[THOUGHT]b[SOLUTION]y[RETURN]c",  # another solution
-        "a[THOUGHT]b[RETURN]c",
-        "ab[SOLUTION]x[RETURN]c",
-        "a[THOUGHT]b[SOLUTION]x[SOLUTION]x[RETURN]c",
-        "a[THOUGHT]b[SOLUTION]x[RETURN]c[RETURN]",
-        "a[THOUGHT]b[SOLUTION]x",
-        "a[THOUGHT]b[SOLUTION]x[RETURN][THOUGHT]c[SOLUTION]x[RETURN]",
-        "abc",
-    ],
-)
-def test_a_trace_of_another_outline_is_refused(trace):
-    outline = Outline(3, (Block(1, 2, "x"),))
-    assert strip_additions("a[THOUGHT]b[SOLUTION]x[RETURN]c", outline, PRESETS["hcot"]) == "abc"
-    with pytest.raises(OutlineError) as fault:
-        strip_additions(trace, outline, PRESETS["hcot"])
-    assert fault.value.code == "not_assembled"

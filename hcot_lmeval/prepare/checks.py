@@ -30,7 +30,7 @@ from hcot_lmeval.prepare.measure import (
     is_legal,
     make_counter,
 )
-from hcot_lmeval.prepare.outline import OutlineError, strip_additions
+from hcot_lmeval.prepare.outline import OutlineError, assemble
 from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.spelled import find_control, spelled_markers
 from hcot_lmeval.prepare.words import compare
@@ -193,8 +193,8 @@ class Checker:
             return
         if row.outline is not None and row.pieces is not None:
             try:
-                kept = strip_additions(row.trace, row.outline, self.markup) == original == "".join(row.pieces)
-                why = "taken apart, the trace is another text"
+                kept = assemble(row.pieces, row.outline, self.markup) == row.trace and "".join(row.pieces) == original
+                why = "assembled again, the trace is another text"
             except OutlineError as error:
                 kept, why = False, error.detail
             if not kept:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from pydantic import Field
@@ -140,26 +141,46 @@ def faults_of(stretches: Sequence[Stretch], markup: Markup) -> Iterator[str]:
     yield from (Malformed.UNCLOSED.value for _ in range(context.depth))
 
 
+class Block(NamedTuple):
+    """The places of the markers of a block among the stretches of a trace; a lead stands right behind `split`."""
+
+    open: int
+    split: int
+    close: int
+
+
+def whole_blocks(stretches: Sequence[Stretch], markup: Markup) -> list[Block]:
+    """Returns the blocks of a trace in the order in which they open: one opens, the last split counts, one closes.
+
+    Of a well-formed trace these are all; in any other one the markers of no block are strays.
+    """
+    found: list[Block] = []
+    open_: list[list[int]] = []
+    for place, stretch in enumerate(stretches):
+        if stretch.mark == markup.open and (markup.nested or not open_):
+            open_.append([place])
+        elif stretch.mark == markup.split and open_:
+            if markup.lead is None or [each.mark for each in stretches[place + 1 : place + 2]] == [markup.lead]:
+                open_[-1][1:] = [place]
+        elif stretch.mark == markup.close and open_ and len(block := open_.pop()) > 1:
+            found.append(Block(block[0], block[1], place))
+    return sorted(found)
+
+
 def block_sizes(stretches: Sequence[Stretch], markup: Markup) -> list[BlockSize]:
     """Returns the sizes of the blocks of a well-formed trace, in the order in which they open."""
-    found: list[BlockSize | None] = []
-    open_: list[tuple[int, list[tuple[int, int]]]] = []  # of each open block its number, its start and its split
-    at = said = 0  # tokens, and stretches that are more than space
-    for mark, text, tokens in stretches:
-        at += tokens
-        said += mark == TEXT and not text.isspace()
-        if mark == markup.open:
-            open_.append((len(found), [(at, said)]))
-            found.append(None)
-        elif mark == markup.split:
-            open_[-1][1].append((at, said))
-        elif mark == markup.close:
-            number, [(begin, said_before), (split, said_then)] = open_.pop()
-            solution = at - 1 - split - (1 if markup.lead else 0)
-            found[number] = BlockSize(
-                len(open_) + 1, split - 1 - begin, solution, said_then > said_before, said > said_then
-            )
-    return [size for size in found if size is not None]
+    tokens = [0, *accumulate(stretch.tokens for stretch in stretches)]
+    words = [0, *accumulate(stretch.mark == TEXT and not stretch.text.isspace() for stretch in stretches)]
+    found, closing = list[BlockSize](), list[int]()
+    for begin, split, close in whole_blocks(stretches, markup):
+        while closing and closing[-1] < begin:
+            closing.pop()
+        closing.append(close)
+        behind = split + 1 + (markup.lead is not None)
+        thought, solution = tokens[split] - tokens[begin + 1], tokens[close] - tokens[behind]
+        thinks, solves = words[split] > words[begin], words[close] > words[split]
+        found.append(BlockSize(len(closing), thought, solution, thinks, solves))
+    return found
 
 
 def costs(stretches: Sequence[Stretch], prompt: int, markup: Markup) -> dict[Policy, Cost]:

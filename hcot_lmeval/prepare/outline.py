@@ -3,7 +3,7 @@
     pieces = split_sentences(text)                       # "".join(pieces) == text
     outline = Outline(len(pieces), (Block(1, 4, split=3), Block(4, 6, solution="So x = 3.")))
     trace = assemble(pieces, outline, markup)            # 0[THOUGHT]1 2[SOLUTION]3[RETURN][THOUGHT]4 5[SOLUTION]So x
-    assert strip_additions(trace, outline, markup) == text                                           # = 3.[RETURN]6
+                                                                                                     # = 3.[RETURN]6
 
 Whoever finds the blocks, a teacher or `prepare.segmenter`, only ever names numbers, so that the words cannot change.
 What is added is the markers and the solutions of those blocks that have none of their own in the text.
@@ -17,14 +17,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.prepare.spelled import spelled_markers
-
-T = TypeVar("T")
 
 KINDS = ("subproblem", "backtrack")
 """A part of the way; a dead end or redundant branch that was wrapped afterwards."""
@@ -41,7 +39,6 @@ CODES = {
     "marker_in_solution": "an added solution spells a marker",
     "marker_in_source": "the text spells a marker",
     "other_pieces": "the outline is for another number of sentences",
-    "not_assembled": "a trace was not assembled by this outline",
 }
 """Code of an `OutlineError` -> what it means."""
 
@@ -236,42 +233,6 @@ def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
     for block in outline.blocks:
         if found := spelled_markers(block.solution or "", markup):
             raise OutlineError("marker_in_solution", f"{', '.join(found)} in {block}")
-
-
-def strip_additions(trace: str, outline: Outline, markup: Markup) -> str:
-    """Returns the words of the source: the way back from `assemble`, from the trace alone.
-
-    Raises:
-        OutlineError: ``not_assembled``: the markers or the added solutions are not those of `outline`.
-    """
-    words: list[str] = []
-    blocks = iter(outline.blocks)
-    stack: list[tuple[Block, list[int]]] = []  # each with where its solution begins in `words`, once it has
-    for part in _parts(trace, markup):
-        if part == markup.open:
-            stack.append((_known(next(blocks, None), "a block is too many"), []))
-        elif part == _split(markup):
-            _known(stack and not stack[-1][1], f"a {part} comes where it cannot")
-            stack[-1][1].append(len(words))
-        elif part == markup.close:
-            _known(stack and stack[-1][1], f"a {part} comes where it cannot")
-            _strip_solution(words, *stack.pop())
-        else:
-            words.append(part)
-    _known(not stack and next(blocks, None) is None, "a block is missing or left open")
-    return "".join(words)
-
-
-def _strip_solution(words: list[str], block: Block, split: list[int]) -> None:
-    if block.solution is not None:
-        _known("".join(words[split[0] :]) == block.solution, f"{block} has another solution")
-        del words[split[0] :]
-
-
-def _known(found: T | None, otherwise: str) -> T:
-    if not found:
-        raise OutlineError("not_assembled", otherwise)
-    return found
 
 
 def _split(markup: Markup) -> str:

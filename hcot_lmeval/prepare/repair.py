@@ -6,12 +6,12 @@ out; what a dissolved block had as its solution stays in the trace, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.prepare.checks import Checker, Fault
-from hcot_lmeval.prepare.measure import Stretch, cut
+from hcot_lmeval.prepare.measure import Block, Stretch, cut, whole_blocks
 from hcot_lmeval.prepare.outline import Outline, OutlineError, assemble
 from hcot_lmeval.prepare.rows import PreparedRow
 
@@ -65,7 +65,8 @@ def _repair(row: PreparedRow, faults: Sequence[Fault], markup: Markup) -> tuple[
         return _without_strays(row, markup)
     if bad:
         trace = _cut(row.trace, markup)
-        return replace(row, trace=_joined(trace, _marks_of(trace, bad, markup))), _opened(bad)
+        blocks = (block for number, block in enumerate(whole_blocks(trace, markup)) if number in bad)
+        return replace(row, trace=_joined(trace, _marks(blocks, markup))), _opened(bad)
     return None
 
 
@@ -100,26 +101,10 @@ def _joined(trace: Sequence[Stretch], without: set[int]) -> str:
     return "".join(stretch.text for place, stretch in enumerate(trace) if place not in without)
 
 
-def _marks_of(trace: Sequence[Stretch], bad: dict[int, str], markup: Markup) -> set[int]:
-    """The places of the markers of some blocks of a well-formed trace."""
-    open_: list[int] = []
-    places: set[int] = set()
-    number = 0
-    for place, stretch in enumerate(trace):
-        if stretch.mark == markup.open:
-            open_.append(number)
-            number += 1
-        if stretch.mark in markup.markers and open_ and open_[-1] in bad:
-            places.add(place)
-        if stretch.mark == markup.close:
-            open_.pop()
-    return places
-
-
 def _without_strays(row: PreparedRow, markup: Markup) -> tuple[PreparedRow, list[str]] | None:
     """Takes out the markers that belong to no whole block, and thinking tokens."""
     trace = _cut(row.trace, markup)
-    whole = _whole_blocks(trace, markup)
+    whole = _marks(whole_blocks(trace, markup), markup)
     strays = {place for place, stretch in enumerate(trace) if stretch.mark and place not in whole}
     if not strays:
         return None
@@ -127,19 +112,7 @@ def _without_strays(row: PreparedRow, markup: Markup) -> tuple[PreparedRow, list
     return replace(row, trace=_joined(trace, strays)), repairs
 
 
-def _whole_blocks(trace: Sequence[Stretch], markup: Markup) -> set[int]:
-    """The places of markers that form whole blocks: one opens, the last split counts, one closes."""
-    whole: set[int] = set()
-    open_: list[list[int]] = []
-    for place, stretch in enumerate(trace):
-        if stretch.mark == markup.open and (markup.nested or not open_):
-            open_.append([place])
-        elif stretch.mark == markup.split and open_:
-            lead = place + 1 < len(trace) and trace[place + 1].mark == markup.lead
-            if markup.lead is None or lead:
-                open_[-1][1:] = [place, place + 1] if lead else [place]
-        elif stretch.mark == markup.close and open_:
-            block = open_.pop()
-            if len(block) > 1:
-                whole |= {*block, place}
-    return whole
+def _marks(blocks: Iterable[Block], markup: Markup) -> set[int]:
+    """The places of the markers of some blocks."""
+    lead = markup.lead is not None
+    return {place for begin, split, close in blocks for place in (begin, split, split + lead, close)}

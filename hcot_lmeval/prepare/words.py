@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.prepare.measure import TEXT, Stretch
+from hcot_lmeval.prepare.measure import TEXT, Stretch, whole_blocks
 
 WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d]+|[^\w\s]|_")
 """A number, a word, or a sign; a marker may stand between any two."""
@@ -73,17 +73,13 @@ def compare(original: str, stretches: Sequence[Stretch], markup: Markup) -> Chan
 
 def _parts(stretches: Sequence[Stretch], markup: Markup) -> list[tuple[str, bool]]:
     """The texts, and whether each is part of a solution."""
-    parts: list[tuple[str, bool]] = []
-    solving: list[bool] = []
-    for mark, text, _ in stretches:
-        if mark == markup.open:
-            solving.append(False)
-        elif mark == markup.split and solving:
-            solving[-1] = True
-        elif mark == markup.close and solving:
-            solving.pop()
-        elif mark == TEXT:
-            parts.append((text, any(solving)))
+    blocks = whole_blocks(stretches, markup)
+    begins, ends = {block.split for block in blocks}, {block.close for block in blocks}
+    parts, solutions = list[tuple[str, bool]](), 0
+    for place, stretch in enumerate(stretches):
+        solutions += (place in begins) - (place in ends)
+        if stretch.mark == TEXT:
+            parts.append((stretch.text, solutions > 0))
     return parts
 
 

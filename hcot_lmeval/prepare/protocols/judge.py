@@ -12,7 +12,7 @@ from typing import Any
 
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.prepare.checks import Checker, Fault
-from hcot_lmeval.prepare.measure import TEXT, Stretch, cut, is_legal, make_counter
+from hcot_lmeval.prepare.measure import TEXT, Stretch, cut, is_legal, make_counter, whole_blocks
 from hcot_lmeval.prepare.protocols.asking import Asking, cut_windows
 from hcot_lmeval.prepare.repair import check_and_repair
 from hcot_lmeval.prepare.rows import PreparedRow
@@ -148,20 +148,16 @@ def parts(trace: Sequence[Stretch], markup: Markup) -> Iterator[Part]:
     """Yields the parts of a well-formed trace in their order; of any other one nothing."""
     if not is_legal(trace, markup):
         return
-    part, open_, count = Part(), list[int](), 0
-    for mark, text, tokens in trace:
+    tags: dict[int, str] = {}
+    for number, (begin, split, close) in enumerate(blocks := whole_blocks(trace, markup)):
+        tags |= {begin: f"<block {number}>", split: f"<solution {number}>", close: f"</block {number}>"}
+    numbers, ends = {block.open: number for number, block in enumerate(blocks)}, {block.close for block in blocks}
+    part, depth = Part(), 0
+    for place, (mark, text, tokens) in enumerate(trace):
+        part.text += text if mark == TEXT else tags.get(place, "")
         part.tokens += tokens
-        if mark == markup.open:
-            open_.append(count)
-            part.blocks.append(count)
-            part.text += f"<block {count}>"
-            count += 1
-        elif mark == markup.split:
-            part.text += f"<solution {open_[-1]}>"
-        elif mark == markup.close:
-            part.text += f"</block {open_.pop()}>"
-        elif mark == TEXT:
-            part.text += text
-        if not open_:
+        part.blocks += [numbers[place]] if place in numbers else []
+        depth += (place in numbers) - (place in ends)
+        if not depth:
             yield part
             part = Part()
