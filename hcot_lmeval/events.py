@@ -126,6 +126,10 @@ class Loop(Event):
     index: int
 
 
+COMPLETE = frozenset({"eos", "stop"})
+"""The finish reasons with which a model ends by itself; the others are not its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finish(Event):
     """The row ended.

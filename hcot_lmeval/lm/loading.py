@@ -154,6 +154,12 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"{name}={place!r} is no directory; give that of a checkpoint, or an id on a hub")
         if isinstance(place, str) and (meant := near_name(place)):
             raise FileNotFoundError(f"{name}={place!r} is neither bundled nor a directory; did you mean {meant}?")
+    named = [place for place in (pretrained, *(arguments.get(name) for name in PLACES)) if isinstance(place, str)]
+    revision = arguments.get("revision", "main")  # lm-eval's default
+    if revision != "main" and all(Path(place).is_dir() for place in named):
+        raise ValueError(
+            f"revision={revision!r} is of checkpoints on a hub, and {', '.join(named)} is here; leave it out"
+        )
     adapter = arguments.get("peft")
     if adapter and Path(adapter).is_dir() and not (Path(adapter) / ADAPTER).is_file():
         raise FileNotFoundError(f"peft={adapter!r} holds no {ADAPTER}; give the directory of an adapter")

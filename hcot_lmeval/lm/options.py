@@ -39,6 +39,11 @@ REFUSED = {
     "mixed_precision_dtype": "keys and values are kept in the type of the weights; load those in the type with dtype=",
     "tp_plan": "tensor parallelism splits the heads that the KV pool holds together; use parallelize=True",
     "truncation": "prompts are never cut; raise max_context, or shorten the prompt",
+    **dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"),
+        "the checkpoint's tokenizer and generation config name these ids; change them there, or end responses at a "
+        "text with --gen_kwargs until=TEXT",
+    ),
 }
 """Arguments of lm-eval's ``hf`` that have no meaning here, and what to do instead."""
 
@@ -144,7 +149,7 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     options = Options.parse({name: value for name, value in args.items() if name in OPTION_NAMES})
     rest = {name: value for name, value in args.items() if name not in OPTION_NAMES}
     for name, advice in REFUSED.items():
-        if rest.get(name):
+        if rest.get(name) is not None and rest[name] is not False:
             raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
     for name in FLAGS & rest.keys():
         if isinstance(rest[name], str):  # any text would count as true

@@ -37,11 +37,10 @@ from statistics import fmean
 from typing import Any
 
 from hcot_lmeval import answers
+from hcot_lmeval.events import COMPLETE
 from hcot_lmeval.scoring.aggregate import majority, pass_at_k, pass_ks
 from hcot_lmeval.scoring.language import consistency
 
-COMPLETE = frozenset({"eos", "stop"})
-"""The finish reasons with which a model ends by itself; the others (length, context, loop) are not its own."""
 NO_LIST = (
     "process.sampled scores the k responses to a question together: it needs `repeats: k` and the filter "
     "`take_first_k`, as the class SampledTask writes them"

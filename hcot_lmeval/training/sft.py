@@ -21,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from hcot_lmeval.assets import resolve
 from hcot_lmeval.engine.decoder import Decoder
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
@@ -138,6 +139,8 @@ def check_settings(config: SftConfig) -> None:
             f"evaluation.metric={config.evaluation.metric} is measured by generation; set evaluation.problems, or "
             "metric=loss"
         )
+    if config.revision is not None and Path(resolve(config.model)).is_dir():
+        raise ValueError(f"revision={config.revision} is of models on a hub, and {config.model} is here; leave it out")
     attention_of(config)
     check_adapter(config)
     check_trackers(training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hcot_lmeval import answers
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.events import COMPLETE
 from hcot_lmeval.grammar import Grammar, TokenClass, is_legal_trace
 from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Malformed
@@ -35,9 +36,6 @@ from hcot_lmeval.vocabulary import leaves_open, read_vocabulary
 
 Problem = tuple[Sequence[int], str | None]
 """The token ids of a prompt and the expected answer; a problem without one is generated but not graded."""
-
-COMPLETE = frozenset({"eos", "stop"})
-"""The finish reasons with which a model ends by itself; the others (length, context) are exhausted budgets."""
 
 LOSSES = {
     "loss_text": TokenClass.TEXT,
