@@ -1,5 +1,6 @@
 """Files to traces, and traces to segments and blocks: what the viewer shows is what the rule did."""
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -234,6 +235,16 @@ def test_plain_traces_follow_the_rule(tmp_path):
     assert (block.thought, block.solution, block.pruned) == (3, 2, 4)  # the space before a marker is a piece
     assert (trace.unit, trace.gold, outline.statistics.prompt_tokens) == ("piece", "4", 2)
     assert outline.statistics.live_tokens == 2 + 1 + 1 + 1 + 2 + 1 + 1
+
+
+def test_rows_may_be_compressed_and_broken_ones_are_named(tmp_path):
+    path = tmp_path / "plain.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "x"}\n\n{"text": "y"}\n'))
+    (source,) = find_sources([path])
+    assert [trace.text for trace in plain_traces(source, PRESETS["hcot"], Policy.OFF, {})] == ["x", "y"]
+    path.write_bytes(b'{"text": "x"}\n[1]\n')
+    with pytest.raises(ViewerError, match=r"line 2 is no JSON object; give notes or rows"):
+        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, {}))
 
 
 def test_a_tokenizer_counts_real_tokens():

@@ -3,7 +3,7 @@
 Two kinds of files are read, told apart by their first line, and may stand side by side:
 
 * notes of the engine (`hcot_lmeval.notes`): exact tokens, and what was pruned when;
-* plain traces: JSONL rows with a text that some model wrote anywhere. Their markers are found in the text and their
+* plain traces: rows (`hcot_lmeval.files`) with a text that some model wrote. Their markers are found in it and their
   tokens are words and other pieces, unless a tokenizer is given.
 
 Traces are yielded one at a time, for a file of notes may be larger than memory.
@@ -21,6 +21,7 @@ from typing import Any
 
 from hcot_lmeval.columns import find_columns
 from hcot_lmeval.events import Event, Finish, Recorder
+from hcot_lmeval.files import Input
 from hcot_lmeval.markup import Markup, resolve_markers
 from hcot_lmeval.notes import SCHEMA, Note, NotesFile
 from hcot_lmeval.report.results import STAMP
@@ -164,23 +165,15 @@ def _named(sources: Sequence[Source]) -> list[Source]:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file.
+    """Yields the rows of a file.
 
     Raises:
-        ViewerError: a line, other than a last one without its end, is no JSON object.
+        ViewerError: a line is no JSON object.
     """
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif line.endswith("\n") or number == 1:
-                raise ViewerError(f"{path}:{number} is no JSON object; give notes or JSONL with a column of text")
+    for record in Input(str(path), path).records():
+        if record.data is None:
+            raise ViewerError(f"{record.where} is no JSON object; give notes or rows with a column of text")
+        yield record.data
 
 
 # --- notes of the engine ----------------------------------------------------------------------------------------------
