@@ -34,6 +34,18 @@ KERNELS = Path(os.environ["HCOT_LMEVAL_CACHE"]) / "kernels"
 KERNELS.mkdir(parents=True, exist_ok=True)
 
 
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of all kinds of teachers, and addresses in the environment that no question may go to."""
+    pytest.importorskip("pydantic_ai")
+    from tests.teacher_runs import CANARY, KEYS
+
+    for name in KEYS:
+        monkeypatch.setenv(name, CANARY)
+    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "GOOGLE_GEMINI_BASE_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/elsewhere")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Journals of a test never meet those of the user or of another test; compiled kernels serve all."""

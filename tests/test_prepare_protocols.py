@@ -34,7 +34,7 @@ from hcot_lmeval.prepare.steps import REASONS
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import Failure, Reply, Unusable
 from tests.scripted_teacher import Say, ScriptedTeacher
-from tests.teacher_runs import CANARY, KEYS, MODELS, ask_all, options_for
+from tests.teacher_runs import MODELS, ask_all, options_for
 
 HCOT = PRESETS["hcot"]
 TEACHER = TeacherOptions(teacher=MODELS["openai"])
@@ -311,13 +311,6 @@ def test_a_block_of_sentences_that_were_not_shown_is_refused(protocol, row, key,
     [reply] = read(protocol.questions(row or PREPARED)[-1:], {key: [found]})
     assert reply.failure.code == "out_of_range"
     assert reply.failure.detail.startswith("the block over sentences 0 to 1; shown were")
-
-
-@pytest.fixture
-def keys(monkeypatch):
-    pytest.importorskip("pydantic_ai")
-    for name in KEYS:
-        monkeypatch.setenv(name, CANARY)
 
 
 def teach(asked):

@@ -21,19 +21,11 @@ from hcot_lmeval.prepare.teacher.questions import Message, Reply, Task, schema_o
 from hcot_lmeval.prepare.teacher.runner import TeacherError
 from hcot_lmeval.settings import parse_settings
 from tests.scripted_teacher import Raw, Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, Number, ask_all, ask_one, make_task, options_for
+from tests.teacher_runs import CANARY, GOOD, MODELS, Number, ask_all, ask_one, make_task, options_for
 
-pytest.importorskip("pydantic_ai")
+pytestmark = pytest.mark.usefixtures("keys")
 ROOT = Path(__file__).resolve().parents[1]
 providers = pytest.mark.parametrize("provider", MODELS)
-
-
-@pytest.fixture(autouse=True)
-def keys(monkeypatch):
-    for name in KEYS:
-        monkeypatch.setenv(name, CANARY)
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "GOOGLE_GEMINI_BASE_URL"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9/elsewhere")  # the environment has no say in where questions go
 
 
 # --- the three protocols ----------------------------------------------------------------------------------------------

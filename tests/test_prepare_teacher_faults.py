@@ -13,16 +13,10 @@ from hcot_lmeval.prepare.teacher.options import TeacherOptions
 from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable
 from hcot_lmeval.prepare.teacher.runner import LONGEST, PATIENCE, REFUSALS, TeacherError, delay
 from tests.scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, Number, ask_all, ask_one, make_task, options_for
+from tests.teacher_runs import CANARY, GOOD, MODELS, Number, ask_all, ask_one, make_task, options_for
 
-pytest.importorskip("pydantic_ai")
+pytestmark = pytest.mark.usefixtures("keys")
 providers = pytest.mark.parametrize("provider", MODELS)
-
-
-@pytest.fixture(autouse=True)
-def keys(monkeypatch):
-    for name in KEYS:
-        monkeypatch.setenv(name, CANARY)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -17,15 +17,7 @@ from hcot_lmeval.prepare.teacher.runner import Teacher, ask, estimate
 from hcot_lmeval.prepare.teacher.store import AnswerStore
 from hcot_lmeval.store import StoreError
 from tests.scripted_teacher import Say, ScriptedTeacher, Status
-from tests.teacher_runs import CANARY, GOOD, KEYS, MODELS, ask_all, make_task, options_for
-
-
-@pytest.fixture
-def keys(monkeypatch):
-    pytest.importorskip("pydantic_ai")
-    for name in KEYS:
-        monkeypatch.setenv(name, CANARY)
-
+from tests.teacher_runs import GOOD, KEYS, MODELS, ask_all, make_task, options_for
 
 # --- the store --------------------------------------------------------------------------------------------------------
 

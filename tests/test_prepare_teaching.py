@@ -20,17 +20,11 @@ from hcot_lmeval.prepare.folder import read_manifest
 from tests.interrupts import heed_interrupts
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
 from tests.scripted_teacher import Asked, Raw, Say, ScriptedTeacher, Status
+from tests.teacher_runs import CANARY
 
-pytest.importorskip("pydantic_ai")
+pytestmark = pytest.mark.usefixtures("keys")
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
-CANARY = "canary-77-key"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "TEACHER_API_KEY"):
-        monkeypatch.setenv(name, CANARY)
 
 
 def number_of(asked: Asked) -> int:

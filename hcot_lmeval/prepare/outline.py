@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -204,27 +204,34 @@ def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
     if not markup.nested:
         outline.require_depth(1)
     _refuse_markers("".join(pieces), outline, markup)
+    split = markup.split + (markup.lead or "")
     out: list[str] = []
+    marks: set[int] = set()  # their places in `out`
     opening = list(reversed(outline.blocks))
     stack: list[Block] = []
+
+    def mark(text: str) -> None:
+        marks.add(len(out))
+        out.append(text)
+
     for index in range(len(pieces) + 1):
         while stack and stack[-1].stop == index:
-            out += _ending(stack.pop(), markup)
+            if (solution := stack.pop().solution) is not None:
+                mark(split)
+                out.append(solution)
+            mark(markup.close)
         if stack and stack[-1].split == index:
-            out.append(_split(markup))
+            mark(split)
         while opening and opening[-1].start == index:
             stack.append(opening.pop())
-            out.append(markup.open)
+            mark(markup.open)
         out += pieces[index : index + 1]
-    if _parts("".join(out), markup) != _joined(out, markup):  # what text and marker spell together
+    trace, starts = "".join(out), accumulate(map(len, out), initial=0)
+    pattern = "|".join(map(re.escape, sorted((markup.open, split, markup.close), key=len, reverse=True)))
+    found = [mark.start() for mark in re.finditer(pattern, trace)]
+    if found != [start for place, start in enumerate(starts) if place in marks]:  # what text and marker spell together
         raise OutlineError("marker_in_source", "where a marker meets the words around it")
-    return "".join(out)
-
-
-def _ending(block: Block, markup: Markup) -> tuple[str, ...]:
-    if block.solution is None:
-        return (markup.close,)
-    return _split(markup), block.solution, markup.close
+    return trace
 
 
 def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
@@ -233,20 +240,3 @@ def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
     for block in outline.blocks:
         if found := spelled_markers(block.solution or "", markup):
             raise OutlineError("marker_in_solution", f"{', '.join(found)} in {block}")
-
-
-def _split(markup: Markup) -> str:
-    return markup.split + (markup.lead or "")
-
-
-def _joined(parts: Sequence[str], markup: Markup) -> list[str]:
-    """Parts of a trace, none of which spells a marker, with the text between two markers as one."""
-    marks = (markup.open, _split(markup), markup.close)
-    groups = groupby(filter(None, parts), key=lambda part: part in marks)
-    return [part for is_mark, group in groups for part in (group if is_mark else ["".join(group)])]
-
-
-def _parts(trace: str, markup: Markup) -> list[str]:
-    """Markers and the text between them."""
-    marks = sorted((markup.open, _split(markup), markup.close), key=len, reverse=True)
-    return [part for part in re.split(f"({'|'.join(map(re.escape, marks))})", trace) if part]
