@@ -129,6 +129,10 @@ def test_options_come_from_a_file_and_the_command_line_comes_first(tmp_path, cap
     assert run("segment", flat, "--out", out, "--config", tmp_path / "options.yaml", "--limit", 3) == 0
     arguments = read_manifest(out / "segment")["identity"]["arguments"]
     assert (arguments["limit"], arguments["options"]["target_tokens"]) == (3, 60)
+    (tmp_path / "options.yaml").write_text("check: {answers: off, repair: false, against: []}\n")
+    assert run("check", out, "--config", tmp_path / "options.yaml", "--repair", "--tolerate", "too_deep") == 0
+    arguments = read_manifest(out / "check")["identity"]["arguments"]
+    assert (arguments["answers"], arguments["repair"], arguments["tolerate"]) == ("off", True, ["too_deep"])
     for text, told in (
         ("segment: {target: 60}", "segment.target is unknown; did you mean target_tokens?"),
         ("segmnet: {}", "segmnet is unknown; did you mean segment?"),

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from hcot_lmeval.assets import resolve
 from hcot_lmeval.record import TrainingRecord, read_config, read_record
-from hcot_lmeval.settings import Section
+from hcot_lmeval.settings import Section, read_off
 from hcot_lmeval.trace import Policy
 
 OURS = "hcot"
@@ -43,11 +43,7 @@ MODEL_SPEC = re.compile(r"^(?:(?P<name>[^=]+)=)?(?:(?P<model>[a-z][\w-]*):)?(?P<
 """A model in one word: ``[NAME=][TYPE:]CHECKPOINT``."""
 
 
-def _word_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads a bare `off` as false
-
-
-PolicyName = Annotated[Literal["off", "trained", "recompute", "evict"], BeforeValidator(_word_off)]
+PolicyName = Annotated[Literal["off", "trained", "recompute", "evict"], read_off]
 
 
 class ModelConfig(Section):
