@@ -9,16 +9,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hcot_lmeval.assets import resolve
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.errors import run_command
 from hcot_lmeval.notes import NoteTaker
@@ -87,35 +83,30 @@ class Chat:
     """A conversation.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        console: where replies are shown.
-        policy: what a return does; None: what the model was trained for.
-        window: most live tokens; None: what the model allows.
+        engine: which writes the replies.
+        console: where they are shown.
         max_gen_toks: generated tokens of a reply, pruned ones included.
         temperature: of the sampling; 0 takes the most likely token.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        engine: Engine,
         console: Console,
         *,
-        policy: str | None = None,
-        window: int | None = None,
         max_gen_toks: int = 32768,
         temperature: float = 0.0,
     ) -> None:
-        self.model, self.tokenizer, self.console = model, tokenizer, console
+        self.engine, self.console = engine, console
+        self.tokenizer = engine.tokenizer
         self.max_gen_toks, self.temperature = max_gen_toks, temperature
         self.messages: list[dict[str, str]] = []
         self.notes: NoteTaker | None = None
         self._replies = 0
-        self.engine = self._make(policy, window)
 
-    def _make(self, policy: str | None, window: int | None) -> Engine:
-        return Engine(self.model, self.tokenizer, policy=policy, max_context=window, any_policy=True, max_slots=1)
+    def _change(self, policy: str, window: int) -> None:
+        model = self.engine.decoder.model
+        self.engine = Engine(model, self.tokenizer, policy=policy, max_context=window, any_policy=True, max_slots=1)
 
     def run(self, ask: Callable[[], str]) -> None:
         """Answers what `ask` returns, until it raises `EOFError` or the user leaves."""
@@ -138,11 +129,11 @@ class Chat:
             if name == "/policy":
                 if value not in list(Policy):
                     raise ValueError(f"policy {value!r} is not one of {', '.join(Policy)}")
-                self.engine = self._make(value, self.engine.limits.context)
+                self._change(value, self.engine.limits.context)
             elif name == "/window":
                 if not value.isdecimal():
                     raise ValueError(f"window {value!r} is no number of tokens")
-                self.engine = self._make(self.engine.policy.value, int(value))
+                self._change(self.engine.policy.value, int(value))
             elif name == "/save":
                 facts = {"pruning": self.engine.policy.value, "markup": self.engine.markup.name}
                 self.notes = NoteTaker(Path(value), self.engine.decode, facts)
@@ -223,12 +214,17 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: the model cannot be loaded, or an option is not allowed.
     """
     console = Console()
-    place, options = resolve(args.model), {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).to(args.device)
-    given = {"window": args.window, "max_gen_toks": args.max_gen_toks, "temperature": args.temperature}
-    chat = Chat(model, tokenizer, console, policy=args.policy, **given)
+    engine = Engine.from_pretrained(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        policy=args.policy,
+        max_context=args.window,
+        any_policy=True,
+        max_slots=1,
+    )
+    chat = Chat(engine, console, max_gen_toks=args.max_gen_toks, temperature=args.temperature)
     policy, window = chat.engine.policy.value, chat.engine.limits.context
     console.print(GREETING.format(name=args.model, policy=policy, window=window), highlight=False)
     if args.model == "tiny-hcot":

@@ -9,11 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from hcot_lmeval import Engine, Request, SamplingParams
-from hcot_lmeval.assets import resolve
-from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.trace import LiveContext
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,10 +37,8 @@ class Written(NamedTuple):
 
 def write_trace() -> Written:
     """Has the bundled model solve the problem, and follows its trace by the rule."""
-    checkpoint = resolve("tiny-hcot")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    engine = Engine(model, tokenizer)
-    prompt_ids = tuple(encode_prompt(tokenizer, PROBLEM))
+    engine = Engine.from_pretrained("tiny-hcot")
+    prompt_ids = engine.encode(PROBLEM)
     [done] = engine.generate([Request("1", prompt_ids, SamplingParams(max_gen_toks=1000))])
     context = LiveContext(engine.markers, engine.policy)
     for token in prompt_ids:
@@ -55,7 +49,7 @@ def write_trace() -> Written:
         live.append(len(context.live))
     kept = set(context.source)
     return Written(
-        [tokenizer.decode([token]) for token in done.token_ids],
+        [engine.tokenizer.decode([token]) for token in done.token_ids],
         [index + len(prompt_ids) in kept for index in range(len(done.token_ids))],
         live,
     )

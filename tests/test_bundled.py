@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import picture
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.assets import BUNDLED, ROOT, resolve
@@ -70,3 +72,23 @@ def test_the_other_policy_is_refused() -> None:
 
 def test_the_picture_of_a_trace_is_what_the_bundled_model_writes() -> None:
     assert picture.PICTURE.read_text(encoding="utf-8") == picture.draw(picture.write_trace()), "run scripts/picture.py"
+
+
+def test_an_engine_loads_a_checkpoint_by_name() -> None:
+    engine = Engine.from_pretrained("tiny-hcot", dtype="float64", max_context=99)
+    assert (engine.policy.value, engine.limits.context, engine.decoder.model.dtype) == ("recompute", 99, torch.float64)
+    prompt = "a=[THOUGHT];a?"
+    assert engine.encode(prompt) == tuple(encode_prompt(engine.tokenizer, prompt))
+    assert engine.markers is not None and engine.markers.open not in engine.encode(prompt)
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (picture.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_the_readme_runs_as_it_stands(snippet: str) -> None:
+    """With a bundled model and its problems, which need no download."""
+    code = snippet.replace("MODEL", resolve("tiny-hcot")).replace(
+        'tasks=["aime24_boxed"]', 'tasks=["hcot_arith"], limit=1'
+    )
+    exec(code, {})

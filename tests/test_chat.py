@@ -24,7 +24,7 @@ def loaded():
 def talk(loaded, *lines: str, **options) -> tuple[Chat, str]:
     model, tokenizer = loaded
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
-    chat = Chat(model, tokenizer, console, **options)
+    chat = Chat(Engine(model, tokenizer), console, **options)
     waiting = iter(lines)
 
     def ask() -> str:

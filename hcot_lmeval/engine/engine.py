@@ -1,7 +1,8 @@
 """The engine: requests in, completions out, thoughts pruned on the way.
 
-    engine = Engine(model, tokenizer, policy="recompute", max_context=4096)
-    for completion in engine.stream([Request("1", tuple(prompt_ids), SamplingParams(max_gen_toks=32768))]):
+    engine = Engine.from_pretrained("tiny-hcot", max_context=4096)
+    prompt_ids = engine.encode("c=4*7;a=b-c;b=c+c;a?")
+    for completion in engine.stream([Request("1", prompt_ids, SamplingParams(max_gen_toks=32768))]):
         print(completion.text, completion.statistics)
 
 One step forwards the waiting tokens of all rows, samples for every row that is up to date, tells the rule, and tells
@@ -18,8 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.ablation import Ablation
+from hcot_lmeval.assets import resolve
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
@@ -40,6 +43,7 @@ from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
 from hcot_lmeval.rotary import rotary_limit
+from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.trace import LiveContext, Policy, Step
 from hcot_lmeval.vocabulary import check_rows, end_ids, marker_ids, read_vocabulary
 
@@ -113,6 +117,34 @@ class Engine:
         self.limits = self._find_limits()
         self.live = Progress()
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Loads a model and its tokenizer.
+
+        Args:
+            name: directory, id on the hub, or name of a bundled checkpoint.
+            device: where the model computes.
+            dtype: of the weights; ``auto`` is the checkpoint's.
+            revision: of the checkpoint on the hub.
+            trust_remote_code: run code that comes with the checkpoint.
+            options: see `EngineOptions`.
+
+        Raises:
+            OSError: there is no such checkpoint.
+        """
+        place, loading = resolve(name), {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **loading).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(place, **loading), **options)
+
     # --- what users call ----------------------------------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request], notes: NoteTaker | None = None) -> list[Completion]:
@@ -156,6 +188,10 @@ class Engine:
                 if notes is not None:
                     notes.add(completion.note)
                 yield completion
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Returns the token ids of a prompt, chat template applied; text in it that spells a marker stays text."""
+        return tuple(encode_prompt(self.tokenizer, prompt, self.markup))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; markers and thinking tokens stay, other special tokens are left out."""
