@@ -154,7 +154,7 @@ class NotesFile:
     """A file of notes opened for reading, one note at a time.
 
     Args:
-        path: the file. A torn last line, left by a run that was killed, is skipped.
+        path: the file. A torn line, left by a run that was killed, is skipped.
 
     Attributes:
         run: the facts in the header.
@@ -168,9 +168,9 @@ class NotesFile:
         self.run: dict[str, Any] = check_schema(self.path, SCHEMA)["run"]
 
     def __iter__(self) -> Iterator[Note]:
-        records = scan(self.path)
-        next(records)
-        for _, record in records:
+        for _, record in scan(self.path, damaged=True):  # as two runs leave it that wrote at once
+            if "schema" in record:
+                continue
             try:
                 yield _note(record)
             except (KeyError, TypeError, ValueError) as error:

@@ -86,7 +86,21 @@ def test_written_and_read_back(tmp_path):
     assert header == {"schema": SCHEMA, "run": {"model": "m"}}
     assert first["statistics"] == notes[0].statistics.as_dict()
     prune = next(event for event in first["events"] if event["type"] == "Prune")
-    assert prune["pruned_text"] == f"91 {HCOT.split}"
+    assert (prune["pruned"], prune["pruned_text"]) == ([2, 3], f"91 {HCOT.split}")
+    text, offsets = first["text"], dict(map(tuple, first["offsets"]))
+    assert {index: text[at:].split()[0] for index, at in offsets.items()} == {
+        1: f"{HCOT.open}", 2: "91", 3: f"{HCOT.split}", 4: "92", 5: f"{HCOT.close}", 6: "93",
+    }  # fmt: skip
+
+
+def test_two_runs_that_write_at_once_leave_what_can_be_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    notes = [note([90, 91], 1), note([90, 92], 1)]
+    for one in notes:
+        NoteTaker(tmp_path / f"{one.token_ids}.jsonl").add(one)
+    first, second = ((tmp_path / f"{one.token_ids}.jsonl").read_text() for one in notes)
+    path.write_text(first + '{"request": "half' + "\n" + second)
+    assert read_notes(path) == notes
 
 
 def test_other_files_are_refused(tmp_path):
