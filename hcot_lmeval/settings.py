@@ -85,15 +85,15 @@ def add_options(parser: Any, kind: type[Section]) -> None:
         annotation = _not_none(field.annotation)
         if annotation is bool:
             options["action"] = BooleanOptionalAction if field.default else "store_true"
-        elif get_origin(annotation) is tuple:
+        elif get_origin(annotation) in (tuple, list, dict):
             options["nargs"], annotation = "+", get_args(annotation)[0]
         if get_origin(annotation) is Literal:
             options["choices"] = get_args(annotation)
         elif annotation is not bool:
             options["metavar"] = field.title or {int: "N", float: "X"}.get(annotation, "NAME")
-        if field.default not in (None, (), "", False, True):
-            shown = " ".join(field.default) if isinstance(field.default, tuple) else _short(field.default)
-            told += f" ({shown})"
+        if field.default and field.default is not True and not field.is_required():
+            many = isinstance(field.default, (tuple, list))
+            told += f" ({' '.join(map(str, field.default)) if many else _short(field.default)})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=told, **options)
 
 

@@ -62,10 +62,14 @@ EXAMPLE_LINE = "models: [tiny-hcot]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
+    return run_command(lambda: _run_command_line(argv), extra="report")
+
+
+def _run_command_line(argv: Sequence[str] | None) -> int:
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:  # said with the usage of the command, not of the whole
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return run_command(lambda: args.action(args), extra="report")
+    return int(args.action(args))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -91,26 +95,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
+    from hcot_lmeval.report.grid import GridConfig
+    from hcot_lmeval.settings import add_options
+
     parser.add_argument("grid", nargs="?", metavar="GRID.yaml", help="file with the grid; options take precedence")
     grid = parser.add_argument_group("the grid (keys of the file have the same names)")
-    summary = "[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm"
-    grid.add_argument("--models", "--model", nargs="+", metavar="MODEL", help=summary)
-    grid.add_argument("--policies", nargs="+", metavar="POLICY", help="off, recompute, evict, trained (off trained)")
-    summary = "most live tokens (1024 2048 4096 8192, as far as the model goes)"
-    grid.add_argument("--windows", nargs="+", metavar="N", help=summary)
-    grid.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval")
-    grid.add_argument("--seeds", nargs="+", metavar="N", help="of sampling (0)")
-    grid.add_argument("--limit", metavar="N", help="documents of a task (all)")
-    grid.add_argument("--batch-size", metavar="N", help="rows side by side (auto)")
-    grid.add_argument("--device", help="cpu, cuda:0, ...")
-    grid.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="of every model, as in dtype=bfloat16")
-    grid.add_argument("--gen-kwargs", nargs="+", metavar="KEY=VALUE", help="generation arguments, over the tasks'")
-    grid.add_argument("--include-path", metavar="DIR", help="folder of further tasks")
-    grid.add_argument("--apply-chat-template", action="store_const", const=True, help="lm-eval's option of this name")
-    grid.add_argument(
-        "--no-notes", dest="notes", action="store_const", const=False, help="keep no notes for the viewer"
-    )
-    grid.add_argument("--lm-eval-args", metavar="ARGS", help="further arguments of lm_eval, in one string")
+    add_options(grid, GridConfig)
+    # as a short form it would stand for two options
+    grid.add_argument("--model", dest="models", nargs="+", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--dry-run", action="store_true", help="list the cells, done and to do, with commands; run nothing"
     )
@@ -177,22 +169,15 @@ def plan(args: argparse.Namespace) -> list[CellFolder]:
 
 def _given(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """The keys of a grid that stand on the command line."""
-    import yaml
-
-    given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in keys if hasattr(args, key)}
     for key, words in given.items():
         option = f"--{key.replace('_', '-')}"
         for file in (word for word in words if word.endswith((".yaml", ".yml"))) if isinstance(words, list) else ():
             raise ValueError(
                 f"{file} stands among the values of {option}; name the grid first: run {file} {option} ..."
             )
-        if key in ("model_args", "gen_kwargs"):
-            for word in (word for word in words if "=" not in word):
-                raise ValueError(f"{option} {word}: expected KEY=VALUE")
-            pairs = (word.split("=", 1) for word in words)
-            given[key] = {name: yaml.safe_load(value) for name, value in pairs}
     if "lm_eval_args" in given:
-        given["lm_eval_args"] = shlex.split(given["lm_eval_args"])
+        given["lm_eval_args"] = shlex.split(" ".join(given["lm_eval_args"]))
     return given
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+import yaml
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from hcot_lmeval.assets import resolve
 from hcot_lmeval.record import TrainingRecord, read_config, read_record
@@ -44,6 +45,18 @@ MODEL_SPEC = re.compile(r"^(?:(?P<name>[^=]+)=)?(?:(?P<model>[a-z][\w-]*):)?(?P<
 
 
 PolicyName = Annotated[Literal["off", "trained", "recompute", "evict"], read_off]
+
+
+def _read_pairs(value: Any) -> Any:
+    """Reads the words ``KEY=VALUE`` of a command line; values are YAML."""
+    if not isinstance(value, list):
+        return value
+    for word in (word for word in value if "=" not in str(word)):
+        raise ValueError(f"expected KEY=VALUE, not {word}")
+    return {name: yaml.safe_load(text) for name, _, text in (word.partition("=") for word in value)}
+
+
+KeyValues = Annotated[dict[str, Any], BeforeValidator(_read_pairs)]
 
 
 class ModelConfig(Section):
@@ -103,29 +116,39 @@ def _from_word(word: str) -> dict[str, str]:
 class GridConfig(Section):
     """What to evaluate."""
 
-    models: list[ModelConfig] = Field(min_length=1, description="the models")
+    models: list[ModelConfig] = Field(
+        min_length=1, title="MODEL", description="[NAME=][TYPE:]CHECKPOINT; TYPE: hcot (default), hf, vllm, ..."
+    )
     policies: list[PolicyName] = Field(
-        ["off", "trained"], min_length=1, description="off, recompute, evict, or trained: as the checkpoint says it was"
+        ["off", "trained"],
+        min_length=1,
+        title="POLICY",
+        description="off, recompute, evict, or trained: as the checkpoint says it was",
     )
     windows: list[PositiveInt] | None = Field(
         None,
         min_length=1,
+        title="N",
         description="max_context: most live tokens of a request; none: 1024, 2048, 4096 and 8192, as far as the model "
         "has positions",
     )
-    tasks: list[str] = Field(min_length=1, description="lm-eval tasks or groups")
-    seeds: list[int] = Field([0], min_length=1, description="of sampling")
-    limit: Annotated[float, Field(gt=0)] | None = Field(None, description="documents of a task; none: all")
-    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="rows side by side; auto: as many as fit")
+    tasks: list[str] = Field(min_length=1, title="TASK", description="lm-eval tasks or groups")
+    seeds: list[int] = Field([0], min_length=1, title="N", description="of sampling")
+    limit: Annotated[float, Field(gt=0)] | None = Field(None, title="N", description="documents of a task; none: all")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", title="N", description="rows side by side; auto: as many as fit"
+    )
     device: str | None = Field(None, description="cpu, cuda:0, ...; none: lm-eval chooses")
-    model_args: dict[str, Any] = Field({}, description="arguments of every model, such as dtype")
-    gen_kwargs: dict[str, Any] = Field({}, description="generation arguments, over those of the tasks")
-    include_path: Path | None = Field(None, description="folder of further tasks")
+    model_args: KeyValues = Field({}, title="KEY=VALUE", description="arguments of every model, as in dtype=bfloat16")
+    gen_kwargs: KeyValues = Field({}, title="KEY=VALUE", description="generation arguments, over those of the tasks")
+    include_path: Path | None = Field(None, title="DIR", description="folder of further tasks")
     apply_chat_template: bool | str = Field(
         False, description="lm-eval's option; hcot by itself applies the template of a tokenizer that has one"
     )
     notes: bool = Field(True, description="keep what was generated and pruned, for the viewer (hcot alone)")
-    lm_eval_args: list[str] = Field([], description="further arguments of lm_eval, as in [--num_fewshot, 4]")
+    lm_eval_args: list[str] = Field(
+        [], title="ARGS", description="further arguments of lm_eval, on a command line in one string"
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> GridConfig:
