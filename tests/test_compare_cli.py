@@ -27,6 +27,12 @@ tasks: [toy]
 """
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """Folders that are made by default are made there."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def compared(monkeypatch) -> list[SimpleNamespace]:
     """What reached `compare`, which is tested elsewhere."""
@@ -56,7 +62,6 @@ def fake(tmp_path, monkeypatch) -> Callable[[], int]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "starts").touch()
     (tmp_path / "grid.yaml").write_text(GRID)
-    monkeypatch.chdir(tmp_path)
     return lambda: len((tmp_path / "starts").read_text().splitlines())
 
 
@@ -246,8 +251,7 @@ def test_swapped_results_of_cells_are_refused(fake, compared, capsys):
         ("run --model a --tasks b --windows x", "windows.0: Input should be a valid integer"),
     ],
 )
-def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, told):
-    monkeypatch.chdir(tmp_path)
+def test_errors_are_one_line(capsys, argv, told):
     error = fails(capsys, *argv.split())
     assert told in error
     assert error.count("\n") == 1
