@@ -139,72 +139,62 @@ def codes(found: Measurements, kind: Kind | None = None) -> list[str]:
     return [finding.code.value for finding in find_all(found) if kind in (None, finding.kind)]
 
 
-def test_nothing_is_found_in_a_model_without_fault() -> None:
-    assert find_all(measured()) == []
+def scores(off: float, recompute: float, evict: float, **due: float) -> dict[Policy, list[Scored]]:
+    return dict(zip(Policy, (traces(nats, **due) for nats in (off, recompute, evict)), strict=True))
+
+
+NEAR = scores(0.11, 0.1, 0.12)
+NOISY = scores(1.0, 0.35, 2.0) | {Policy.OFF: [trace(0.4 + 0.3 * (-1) ** n) for n in range(12)]}
+OPEN_ENDED = scores(1.5, 0.1, 1.2) | {Policy.OFF: traces(1.5, end=0.001)}
+TEMPLATES = beginnings(as_rendered=0.5, one_more_newline=0.1, one_newline_less=0.4)
+MARKERS_TOLD = {"open": "[THOUGHT]", "split": "[SOLUTION]", "close": "[RETURN]", "end": "</think>"}
+VERDICTS: dict[str, tuple[dict[str, Any], list[Code], str]] = {
+    "no fault": ({}, [], ""),
+    "policy": ({"intended": Policy.EVICT}, [Code.WRONG_POLICY], "Run it with pruning=recompute"),
+    "record": (
+        {"intended": Policy.EVICT, "recorded": Policy.EVICT},
+        [Code.WRONG_POLICY, Code.WRONG_RECORD],
+        "Correct the entry hcot",
+    ),
+    "small difference": ({"intended": Policy.OFF, "recorded": None, "scores": NEAR}, [], ""),
+    "uncertain difference": ({"intended": Policy.OFF, "recorded": None, "scores": NOISY}, [], ""),
+    **{
+        name: (
+            {"scores": scores(1.5, 1.2, 2.0, **{name: 1e-5})},
+            [Code.NEVER_LEARNED],
+            f"{text} has probability 1.0e-05",
+        )
+        for name, text in MARKERS_TOLD.items()
+    },
+    "opening is a choice": ({"scores": scores(1.5, 0.6, 2.0, open=0.01)}, [], ""),
+    "end": ({"scores": scores(2.5, 1.5, 3.0, eos=1e-6)}, [Code.END_NEVER_LEARNED], "<eos>"),
+    "end in context": ({"scores": OPEN_ENDED}, [Code.END_NEEDS_CONTEXT], "With pruning=off the model goes on"),
+    "prompts": ({"prompts": 1.5}, [Code.PROMPT_IN_LOSS], "mask the prompts"),
+    "no prompts": ({"prompts": math.nan}, [], ""),
+    "template": ({"beginnings": TEMPLATES}, [Code.TEMPLATE], "with one more newline (0.105 nats per token)"),
+    "one template": ({"beginnings": beginnings(as_rendered=0.5)}, [], ""),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected", "text"), VERDICTS.values(), ids=VERDICTS)
+def test_verdicts(changes: dict[str, Any], expected: list[Code], text: str) -> None:
+    found = find_all(measured(**changes))
+    causes_alone = Code.WRONG_POLICY in expected  # which brings symptoms
+    assert [one.code for one in found if one.kind is Kind.CAUSE or not causes_alone] == expected
+    assert text in " ".join(finding.text for finding in found)
+
+
+def test_the_same_finding_is_a_note_or_a_symptom() -> None:
+    found = measured(scores=OPEN_ENDED)
+    assert codes(found, Kind.NOTE) == [Code.END_NEEDS_CONTEXT] and verdict(find_all(found)).startswith("Nothing is")
+    assert codes(measured(scores=OPEN_ENDED, intended=Policy.OFF), Kind.SYMPTOM) == [Code.END_NEEDS_CONTEXT]
+    assert trained_policy(measured(intended=Policy.OFF, scores=NEAR)) is Policy.OFF
     assert verdict([]).startswith("Nothing is wrong")
 
 
-def test_another_policy_than_the_training() -> None:
-    found = measured(intended=Policy.EVICT)
-    assert codes(found, Kind.CAUSE) == [Code.WRONG_POLICY]
-    assert "Run it with pruning=recompute" in find_all(found)[0].text
-    found = measured(intended=Policy.EVICT, recorded=Policy.EVICT)
-    assert codes(found, Kind.CAUSE) == [Code.WRONG_POLICY, Code.WRONG_RECORD]
-
-
-def test_a_small_or_uncertain_difference_says_nothing_about_the_policy() -> None:
-    near = {Policy.OFF: traces(0.11), Policy.RECOMPUTE: traces(0.1), Policy.EVICT: traces(0.12)}
-    assert codes(measured(intended=Policy.OFF, recorded=None, scores=near)) == []
-    assert trained_policy(measured(intended=Policy.OFF, scores=near)) is Policy.OFF
-    uncertain = [trace(0.4 + 0.3 * (-1) ** n) for n in range(12)]
-    noisy = near | {Policy.RECOMPUTE: traces(0.35), Policy.OFF: uncertain, Policy.EVICT: traces(2.0)}
-    assert codes(measured(intended=Policy.OFF, recorded=None, scores=noisy)) == []
-
-
-@pytest.mark.parametrize("name", ["open", "split", "close", "end"])
-def test_a_marker_that_was_never_learned(name: str) -> None:
-    scores = {policy: traces(nats, **{name: 1e-5}) for policy, nats in zip(Policy, (1.5, 1.2, 2.0), strict=True)}
-    found = measured(scores=scores)
-    assert codes(found) == [Code.NEVER_LEARNED]
-    token = {"open": "[THOUGHT]", "split": "[SOLUTION]", "close": "[RETURN]", "end": "</think>"}[name]
-    assert f"{token} has probability 1.0e-05" in find_all(found)[0].text
-
-
-def test_opening_a_block_is_a_choice() -> None:
-    scores = {policy: traces(nats, open=0.01) for policy, nats in zip(Policy, (1.5, 0.6, 2.0), strict=True)}
-    assert codes(measured(scores=scores)) == []
-
-
-def test_an_end_that_was_never_learned() -> None:
-    scores = {policy: traces(nats, eos=1e-6) for policy, nats in zip(Policy, (2.5, 1.5, 3.0), strict=True)}
-    assert codes(measured(scores=scores)) == [Code.END_NEVER_LEARNED]
-
-
-def test_an_end_that_needs_the_pruned_context() -> None:
-    scores = measured().scores | {Policy.OFF: traces(1.5, end=0.001)}
-    found = measured(scores=scores)
-    assert codes(found, Kind.NOTE) == codes(found) == [Code.END_NEEDS_CONTEXT]
-    assert codes(measured(scores=scores, intended=Policy.OFF), Kind.SYMPTOM) == [Code.END_NEEDS_CONTEXT]
-    assert verdict(find_all(found)).startswith("Nothing is wrong")
-
-
-def test_prompts_that_were_in_the_loss() -> None:
-    assert codes(measured(prompts=1.5)) == [Code.PROMPT_IN_LOSS]
-    assert codes(measured(prompts=math.nan)) == []
-
-
-def test_another_template_than_that_of_the_training() -> None:
-    better = beginnings(as_rendered=0.5, one_more_newline=0.1, one_newline_less=0.4)
-    found = measured(beginnings=better)
-    assert codes(found) == [Code.TEMPLATE]
-    assert "with one more newline (0.105 nats per token)" in find_all(found)[0].text
-    assert codes(measured(beginnings=beginnings(as_rendered=0.5))) == []
-
-
 def test_a_marker_that_the_wrong_template_suppresses_was_learned() -> None:
-    scores = {policy: traces(nats, split=0.001) for policy, nats in zip(Policy, (1.5, 1.2, 2.0), strict=True)}
     behind = {AS_RENDERED: [trace(1, split=0.001)] * 3, "one more newline": [trace(0.9, split=0.9)] * 3}
-    assert codes(measured(scores=scores, beginnings=behind)) == [Code.TEMPLATE]
+    assert codes(measured(scores=scores(1.5, 1.2, 2.0, split=0.001), beginnings=behind)) == [Code.TEMPLATE]
 
 
 def test_symptoms() -> None:
