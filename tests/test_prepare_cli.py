@@ -260,6 +260,8 @@ def test_a_journal_keeps_what_was_added_and_forgets_a_torn_line(tmp_path):
             journal.add(number, {"row": {"text": f"{number} é \ud800"}})
         with pytest.raises(ValueError, match="row 2 is in the journal already"):
             journal.add(2, {})
+        with pytest.raises(ValueError, match="is in use by another run"):
+            Journal(path)
     for torn in (b'{"n": 1, "ro', b"\x00\xff\n"):
         with path.open("ab") as file:
             file.write(torn)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.measure import Cost, Stretch, block_sizes, costs, cut, is_legal, make_counter
+from hcot_lmeval.prepare.measure import Cost, Stretch, block_sizes, costs, cut, is_legal, make_counter, whole_blocks
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather
 from hcot_lmeval.prepare.stats_output import page_rows, write_stats
@@ -76,6 +76,14 @@ def test_sizes_of_blocks_in_the_order_of_opening():
     outer, inner = block_sizes(trace, PRESETS["hcot"])
     assert outer == (1, 10, 0, True, False)  # a b, the block within with three markers, g
     assert inner == (2, 3, 1, True, True)
+
+
+def test_a_lead_belongs_to_no_size_and_has_to_be_there():
+    text = "<|block_start|>a b c<|block_end|><|summary_start|>d e<|summary_end|>f"
+    trace = cut(text, PRESETS["memento"], make_counter(None))
+    assert block_sizes(trace, PRESETS["memento"]) == [(1, 3, 2, True, True)]
+    without = cut(text.replace("<|summary_start|>", ""), PRESETS["memento"], make_counter(None))
+    assert whole_blocks(without, PRESETS["memento"]) == []
 
 
 def test_a_tokenizer_counts_as_it_encodes(tmp_path):

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hcot_lmeval.prepare.teacher.client import Client
@@ -175,6 +175,10 @@ values = st.recursive(
 
 
 @given(values)
+@example({"a": True})
+@example({"a": "1"})
+@example({"a": None, "b": None})
+@example({})
 def test_forms_are_closed(data):
     good = isinstance(data, dict) and set(data) == {"a"} and (data["a"] is None or type(data["a"]) is int)
     assert (read(json.dumps(data)).failure is None) == good
