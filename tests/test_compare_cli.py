@@ -114,25 +114,29 @@ def test_commands_of_the_package(capsys, monkeypatch):
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def test_grid_of_a_file(fake, compared, capsys):
+def test_grid_of_a_file_is_run_once(fake, compared, capsys, monkeypatch):
+    assert main(["run", "grid.yaml", "--out", "out", "--windows", "64", "--no-plots"]) == 0
+    assert (fake(), compared[0].plots) == (3, False)
+    assert "cells are done" not in capsys.readouterr().out
+    assert main(["run", "grid.yaml", "--out", "out", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    states = [line.partition("  ")[0] for line in lines if line.startswith(("done", "to do"))]
+    assert states == ["done", "to do"] * 3
+    commands = [line.split() for line in lines if line.startswith("       lm_eval")]
+    assert len(commands) == 3 and all("max_context=128" in command[4] for command in commands)
+    assert (fake(), len(compared)) == (3, 1)
     assert main(["run", "grid.yaml", "--out", "out", "--baseline", "tiny-flat, off, 64", "--by", "depth"]) == 0
-    [call] = compared
-    assert call.names == [
-        f"{kind}, {n}" for kind in ("tiny-flat, off", "tiny-hcot, off", "tiny-hcot, recompute") for n in (64, 128)
-    ]
-    assert (call.baseline, call.by, call.out, call.plots) == ("tiny-flat, off, 64", "depth", Path("out"), True)
     shown = capsys.readouterr().out
-    assert "the table" in shown
-    assert "written to out: comparison.md" in shown
-    assert fake() == 6
-
-
-def test_second_start_runs_nothing(fake, compared):
-    for _ in range(2):
-        assert main(["run", "grid.yaml", "--out", "out", "--no-plots"]) == 0
-    assert fake() == 6
-    assert [run.path for run in compared[0].runs] == [run.path for run in compared[1].runs]
-    assert compared[1].plots is False
+    assert shown.splitlines()[0] == "3 of 6 cells are done; about 38 s left"
+    assert "the table" in shown and "written to out: comparison.md" in shown
+    call = compared[1]
+    kinds = ("tiny-flat, off", "tiny-hcot, off", "tiny-hcot, recompute")
+    assert call.names == [f"{kind}, {n}" for kind in kinds for n in (64, 128)]
+    assert (call.baseline, call.by, call.out, call.plots) == ("tiny-flat, off, 64", "depth", Path("out"), True)
+    monkeypatch.setattr(preflight, "known_tasks", lambda folders, usual: set())  # what is done is not checked again
+    assert main(["run", "grid.yaml", "--out", "out"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "6 of 6 cells are done"
+    assert fake() == 6 and [run.path for run in compared[2].runs] == [run.path for run in call.runs]
 
 
 def test_options_take_precedence_over_the_file(fake, compared):
@@ -148,20 +152,6 @@ def test_options_alone(fake, compared):
     assert compared[0].names == ["a, off, 64", "a, recompute, 64", "tiny-flat"]
     assert compared[0].runs[0].config["model_args"]["dtype"] == "float32"
     assert "notes" not in compared[0].runs[0].config["model_args"]
-
-
-def test_dry_run_lists_done_and_to_do(fake, compared, capsys):
-    main(["run", "grid.yaml", "--out", "out", "--windows", "64"])
-    capsys.readouterr()
-    assert main(["run", "grid.yaml", "--out", "out", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    states = [line.partition("  ")[0] for line in lines if line.startswith(("done", "to do"))]
-    assert states == ["done ".strip(), "to do"] * 3
-    commands = [line.split() for line in lines if line.startswith("       lm_eval")]
-    assert len(commands) == 3
-    assert all("max_context=128" in command[4] for command in commands)
-    assert fake() == 3
-    assert len(compared) == 1
 
 
 def test_failing_cell(fake, compared, capsys, monkeypatch):
@@ -192,16 +182,6 @@ def test_a_grid_that_cannot_run_starts_no_cell(fake, compared, capsys):
     assert "no task toi; did you mean toy?" in err
     assert (out, fake(), Path("out").exists()) == ("", 0, False)
     assert main([*argv, "--dry-run"]) == 0
-
-
-def test_what_is_done_is_neither_checked_nor_run_again(fake, compared, capsys, monkeypatch):
-    main(["run", "grid.yaml", "--out", "out", "--windows", "64"])
-    assert "cells are done" not in capsys.readouterr().out
-    main(["run", "grid.yaml", "--out", "out"])
-    assert capsys.readouterr().out.splitlines()[0] == "3 of 6 cells are done; about 38 s left"
-    monkeypatch.setattr(preflight, "known_tasks", lambda folders, usual: set())
-    assert main(["run", "grid.yaml", "--out", "out"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "6 of 6 cells are done"
 
 
 def test_cell_that_cannot_be_compared_is_told_when_it_ends(fake, compared, capsys, monkeypatch):
