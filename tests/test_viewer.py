@@ -1,4 +1,4 @@
-"""The viewer without a browser: replays, texts, formulas, verdicts, the page's parts, the terminal, the command."""
+"""The viewer without a browser: verdicts, the parts of the page, the terminal, the command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hcot_lmeval.report.viewer import mathml as math_module
 from hcot_lmeval.report.viewer.cli import main
 from hcot_lmeval.report.viewer.page import write_page
-from hcot_lmeval.report.viewer.payload import _units, shorten_titles
+from hcot_lmeval.report.viewer.payload import shorten_titles, utf16_units
 from hcot_lmeval.report.viewer.reading import ViewerError, find_sources, note_traces
 from hcot_lmeval.report.viewer.terminal import Style, curve, print_trace, visible
 from hcot_lmeval.report.viewer.tree import outline_of
@@ -169,7 +169,7 @@ def test_a_failure_leaves_the_old_page(tmp_path):
 @given(st.text(max_size=30), st.data())
 def test_indices_are_counted_as_javascript_does(text, data):
     indices = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-    assert _units(text, indices) == [len(text[:i].encode("utf-16-le", "surrogatepass")) // 2 for i in indices]
+    assert utf16_units(text, indices) == [len(text[:i].encode("utf-16-le", "surrogatepass")) // 2 for i in indices]
 
 
 def test_titles_leave_out_the_lines_that_all_prompts_share():

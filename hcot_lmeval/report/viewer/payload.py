@@ -112,7 +112,7 @@ def spark(outline: Outline) -> str:
 
 
 def _segments(trace: Trace, segments: Sequence[Segment]) -> list[list[Any]]:
-    widths = (stop - start for start, stop in pairwise(_units(trace.text, borders(trace, segments))))
+    widths = (stop - start for start, stop in pairwise(utf16_units(trace.text, borders(trace, segments))))
     return [
         [s.kind.value[0], s.count, width, s.depth, s.gone or 0, s.fault.value if s.fault else 0]
         for s, width in zip(segments, widths, strict=True)
@@ -128,11 +128,11 @@ def _formulas(text: str, edges: Sequence[int], trees: dict[str, int]) -> list[li
             if tree is not None:
                 number = trees.setdefault(json.dumps(tree), len(trees))
                 found.append((begin + formula.start, begin + formula.stop, number))
-    flat = _units(text, [at for start, stop, _ in found for at in (start, stop)])
+    flat = utf16_units(text, [at for start, stop, _ in found for at in (start, stop)])
     return [[flat[2 * i], flat[2 * i + 1], tree] for i, (_, _, tree) in enumerate(found)]
 
 
-def _units(text: str, indices: Sequence[int]) -> list[int]:
+def utf16_units(text: str, indices: Sequence[int]) -> list[int]:
     """Maps indices of characters, ascending, to UTF-16 units: a character beyond U+FFFF counts twice."""
     if not text or max(text) <= "\uffff":
         return list(indices)
