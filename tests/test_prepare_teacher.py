@@ -96,31 +96,22 @@ def test_a_setting_that_would_be_dropped_is_an_error(tmp_path):
     assert server.requests == []
 
 
+def completion(message, model="m"):
+    """What a server with OpenAI's protocol replies that does not count tokens."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": model, "choices": [choice]}
+
+
 def test_the_model_that_answers_is_kept(tmp_path):
-    body = {
-        "id": "c",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "gpt-5-mini-2026-08-07",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": GOOD}, "finish_reason": "stop"}],
-    }
+    body = completion({"content": GOOD}, "gpt-5-mini-2026-08-07")
     with ScriptedTeacher([Raw(json.dumps(body).encode())]) as server:
         reply = ask_one(server, tmp_path)
     assert reply.model == "gpt-5-mini-2026-08-07"
-    assert (
-        reply.spent.input_tokens > 60 and reply.spent.output_tokens == 3 and reply.spent.usd > 0
-    )  # estimated: none told
+    assert reply.spent.input_tokens > 60 and reply.spent.output_tokens == 3 and reply.spent.usd > 0  # estimated
 
 
 def test_a_refusal_is_one_however_it_is_told(tmp_path):
-    message = {"role": "assistant", "content": None, "refusal": "I will not"}
-    openai = {
-        "id": "c",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-    }
+    openai = completion({"content": None, "refusal": "I will not"})
     gemini = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 5}}
     for provider, body in (("openai", openai), ("gemini", gemini)):
         with ScriptedTeacher([Raw(json.dumps(body).encode())]) as server:
