@@ -5,6 +5,7 @@ python scripts/picture.py            writes the picture; a test fails where it i
 
 from __future__ import annotations
 
+import argparse
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -117,5 +118,6 @@ def label(x: int, y: int, text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PICTURE.write_text(draw(write_trace()), encoding="utf-8")
     print(f"wrote {PICTURE.relative_to(ROOT)}")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
         path.relative_to(ROOT / "scripts").as_posix()
         for folder in (".", "studies")
         for path in sorted((ROOT / "scripts" / folder).glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8")
     ],
 )
 def test_help(script) -> None:

@@ -35,14 +35,15 @@ STEPS = (75, 150)
 """Optimiser steps of the trainings that were stopped early; the bundled models took 4,000."""
 SAMPLING = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 1.0}}
 TASK, WINDOW, BUDGET = "hcot_arith_d3", 192, 300
-DEPTHS = [1, 2, 3]
 
 
 def main() -> int:
     args = parse_args()
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
         os.environ.setdefault(name, value)
-    trained = {f"{steps} steps": train(steps, args) for steps in STEPS}
+    from tiny_runs import train
+
+    trained = {f"{steps} steps": train(args.out / "runs" / f"{steps}-steps", steps) for steps in STEPS}
     from hcot_lmeval.report.cli import main as compare
 
     parts = []
@@ -63,34 +64,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("study_control"), help="directory of models and results")
     parser.add_argument("--limit", type=int, default=100, help="problems of each cell")
     return parser.parse_args()
-
-
-def train(steps: int, args: argparse.Namespace) -> Path:
-    """Trains a model for so many steps, unless an earlier call did."""
-    output = args.out / "runs" / f"{steps}-steps"
-    if not (output / "model" / "config.json").is_file():
-        from hcot_lmeval.training.config_file import parse_config
-        from hcot_lmeval.training.sft import train as run
-
-        run(parse_config(settings(output, steps)))
-    return output / "model"
-
-
-def settings(output: Path, steps: int) -> dict[str, Any]:
-    arith = {"path": "synthetic:arith"}
-    return {
-        "model": "tiny",
-        "tiny": {"start": "induction"},
-        "output": str(output),
-        "data": {
-            "train": [{**arith, "options": {"size": 20000, "depths": DEPTHS}}],
-            "held_out": [{**arith, "split": "validation", "options": {"size": 200, "depths": DEPTHS}}],
-            "row_length": 512,
-        },
-        "phases": [{"policy": "recompute", "steps": steps}],
-        "evaluation": {"every": steps, "problems": 0},
-        "trainer": {"learning_rate": 3e-3, "warmup_steps": 50, "save_only_model": True},
-    }
 
 
 def write_grid(path: Path, trained: dict[str, Path], gen_kwargs: dict[str, Any], args: argparse.Namespace) -> None:

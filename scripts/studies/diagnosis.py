@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-DEPTHS = [1, 2, 3]
-DATA = {"path": "synthetic:arith", "split": "validation", "options": {"size": 200, "depths": DEPTHS}}
+import tiny_runs
+
+DATA = tiny_runs.arith(200, "validation")
 
 
 def main() -> None:
@@ -78,15 +79,9 @@ TRAINED: dict[str, Callable[..., Any] | None] = {
 def train(mistake: str, args: argparse.Namespace) -> None:
     """Trains a model with a mistake, unless an earlier call did."""
     output = place(mistake, args)
-    if (output / "model" / "config.json").is_file():
-        return
-    from hcot_lmeval.training.config_file import parse_config
-    from hcot_lmeval.training.sft import train as run
-
-    print(f"\nmistake: {mistake}", flush=True)
     with planted(mistake):
         start = with_template(output) if mistake == "with a template" else {}
-        run(parse_config(settings(output, args.steps) | start))
+        tiny_runs.train(output, args.steps, **start)
 
 
 @contextmanager
@@ -110,24 +105,11 @@ def planted(mistake: str) -> Iterator[None]:
         preparation.compile_document, dataset.preparation_code = compiled, code
 
 
-def settings(output: Path, steps: int) -> dict[str, Any]:
-    return {
-        "model": "tiny",
-        "tiny": {"start": "induction"},
-        "output": str(output),
-        "data": {
-            "train": [{"path": "synthetic:arith", "options": {"size": 20000, "depths": DEPTHS}}],
-            "held_out": [DATA],
-            "row_length": 512,
-        },
-        "phases": [{"policy": "recompute", "steps": steps}],
-        "evaluation": {"every": steps, "problems": 0},
-        "trainer": {"learning_rate": 3e-3, "warmup_steps": 50, "save_only_model": True},
-    }
-
-
 def with_template(output: Path) -> dict[str, Any]:
-    """Makes a new model whose template ends prompts with a newline, which its tokenizer knows."""
+    """Makes a new model, unless there is one, whose template ends prompts with a newline, which its tokenizer knows."""
+    start = {"model": str(output / "start"), "tiny": {}}
+    if (output / "start").is_dir():
+        return start
     from hcot_lmeval.training.induction import start_from_induction
     from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
 
@@ -138,7 +120,7 @@ def with_template(output: Path) -> dict[str, Any]:
     start_from_induction(model)
     for part in (tokenizer, model):
         part.save_pretrained(output / "start")
-    return {"model": str(output / "start"), "tiny": {}}
+    return start
 
 
 NEWLINE = r"{{ '\n' }}"
@@ -214,8 +196,8 @@ def markdown(rows: list[tuple[str, dict[str, Any]]]) -> str:
         written = found["policies"][found["intended_policy"]]["written"]
         shares = [f"{100 * written[name]:.0f} %" for name in ("accuracy", "completed", "illegal", "looped")]
         right = "yes" if set(kinds["cause"]) == CASES[case][3] else "NO"
-        told = [", ".join(dict.fromkeys(codes)) or "none" for codes in kinds.values()]
-        lines.append(f"| {case} | {told[0]} | {right} | {told[1]} | {' | '.join(shares)} |")
+        lists = [", ".join(dict.fromkeys(codes)) or "none" for codes in kinds.values()]
+        lines.append(f"| {case} | {lists[0]} | {right} | {lists[1]} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiny_runs
+
 LOSSES: dict[str, dict[str, Any]] = {
     "none": {"structure": "none"},
     "mass 1": {"structure": "mass", "weight": 1.0},
@@ -27,7 +29,6 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 """What is compared: the section ``loss`` of the settings."""
 COLUMNS = ("held-out loss", "illegal", "accuracy", "completed", "illegal at T=1", "accuracy at T=1")
-DEPTHS = [1, 2, 3]
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
 def described(args: argparse.Namespace) -> dict[str, Any]:
     from hcot_lmeval.provenance import hardware, versions
 
-    settings = {"steps": args.steps, "seeds": args.seeds, "problems": args.problems, "depths": DEPTHS}
+    settings = {"steps": args.steps, "seeds": args.seeds, "problems": args.problems, "depths": tiny_runs.DEPTHS}
     return {**settings, "hardware": hardware(), "versions": versions()}
 
 
@@ -65,32 +66,10 @@ def one_run(loss: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     output = args.out / "runs" / f"{loss.replace(' ', '-')}-seed{seed}"
     file = output / "measured.json"
     if not file.is_file():
-        from hcot_lmeval.training.config_file import parse_config
-        from hcot_lmeval.training.sft import train
-
         print(f"\n{loss}, seed {seed}", flush=True)
-        train(parse_config(settings(loss, seed, args, output)))
+        tiny_runs.train(output, args.steps, held_out=400, seed=seed, loss=LOSSES[loss])
         file.write_text(json.dumps(measure(output, args.problems)))
     return json.loads(file.read_text())
-
-
-def settings(loss: str, seed: int, args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    problems = {"depths": DEPTHS, "seed": 0}
-    return {
-        "model": "tiny",
-        "tiny": {"start": "induction"},
-        "output": str(output),
-        "seed": seed,
-        "data": {
-            "train": [{"path": "synthetic:arith", "options": {**problems, "size": 20000}}],
-            "held_out": [{"path": "synthetic:arith", "split": "validation", "options": {**problems, "size": 400}}],
-            "row_length": 512,
-        },
-        "phases": [{"policy": "recompute", "steps": args.steps}],
-        "loss": LOSSES[loss],
-        "evaluation": {"every": args.steps, "problems": 0},
-        "trainer": {"learning_rate": 3e-3, "warmup_steps": 50, "save_only_model": True},
-    }
 
 
 def measure(output: Path, count: int) -> dict[str, float]:
@@ -106,7 +85,7 @@ def measure(output: Path, count: int) -> dict[str, float]:
 
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")
-    chosen = itertools.islice(problems("test", DEPTHS), count)
+    chosen = itertools.islice(problems("test", tiny_runs.DEPTHS), count)
     asked = [(encode_prompt(tokenizer, problem.prompt), problem.answer) for problem in chosen]
     limits: dict[str, Any] = {"max_context": 256, "max_gen_toks": 400, "batch_size": 50}
     runs = [
