@@ -10,8 +10,6 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from tests.result_files import STATISTICS
-
 LANGUAGES = "ar bn de en es fr id it ja ko ms pt ru sw te th vi zh".split()
 LEVELS = ("low", "medium", "high", "top")
 ROWS = 2
@@ -86,4 +84,23 @@ class Scripted(LM):
 
 def statistics(**changes: Any) -> dict[str, Any]:
     """The statistics of a generation of 100 tokens, 40 of them pruned."""
-    return STATISTICS | {"pruned_tokens": 40, "peak_live_tokens": 80} | changes
+    return {
+        "prompt_tokens": 10,
+        "generated_tokens": 100,
+        "pruned_tokens": 40,
+        "reforwarded_tokens": 12,
+        "live_tokens": 70,
+        "peak_live_tokens": 80,
+        "live_token_steps": 5000,
+        "prune_events": 2,
+        "blocks": 2,
+        "max_depth": 1,
+        "malformed": {},
+        "illegal_tokens": 0,
+        "forced": {},
+        "loops": 0,
+        "finish_reason": "eos",
+        "wall_seconds": 2.0,
+        "tokens_per_second": 50.0,
+        **changes,
+    }

@@ -109,12 +109,6 @@ def test_who_else_used_the_processors_is_said(monkeypatch):
     assert found.warning().startswith("warning: others used 1.2 of 2 cores meanwhile")
 
 
-def test_a_machine_of_ones_own_is_not_worth_a_word(monkeypatch):
-    found = machine.OtherLoad()
-    monkeypatch.setattr(machine.OtherLoad, "cores", lambda _: 0.01)
-    assert found.warning() == ""
-
-
 @pytest.mark.parametrize("line", ["--engines vlllm", "--option backend", "--shape 7B", "fast"])
 def test_what_is_unknown_is_refused(line, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -77,7 +77,7 @@ def test_a_kernel_that_is_wrong_or_breaks_fails(monkeypatch, capsys):
 
 def test_a_step_that_cannot_be_captured_fails(monkeypatch):
     monkeypatch.setattr(steps, "skipped", lambda level, device: "")
-    monkeypatch.setattr(Runner, "_captured", lambda self, rows: (_ for _ in ()).throw(RuntimeError("a wait")))
+    monkeypatch.setattr(Runner, "record", lambda self, rows: (_ for _ in ()).throw(RuntimeError("a wait")))
     monkeypatch.setitem(steps.READ_BYTES, "cpu", 2**20)
     (l0, l1) = steps.time_levels(make_model("tiny"), ["L0", "L1"], [2], [20], steps=2)
     assert l0.ms and l0.of_floor and not l0.failed

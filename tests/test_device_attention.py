@@ -94,7 +94,7 @@ def test_triton_compiles_for_gpus(need, monkeypatch):
 
     from hcot_lmeval.engine.device import triton_decode
 
-    kernels = {name: getattr(triton_decode, name) for name in ("_attend_part", "_combine")}
+    kernels = {name: getattr(triton_decode, name) for name in ("attend_part", "combine_parts")}
     launches = {name: Launches() for name in kernels}
     for name, recorder in launches.items():
         monkeypatch.setattr(triton_decode, name, recorder)

@@ -24,7 +24,6 @@ from hcot_lmeval.trace import Policy
 from tests.full import FULL, only_in_full
 from tests.random_traces import VOCAB_SIZE
 from tests.reference import EOS, MARKERS, POLICIES
-from tests.test_device_state import reads
 from tests.test_engine_exact import make_model
 
 CPU = torch.device("cpu")
@@ -60,13 +59,24 @@ def without_values(model: torch.nn.Module, device: torch.device) -> None:
 def everything(program: Program) -> list[torch.Tensor]:
     """What a step may change, NaN as a number."""
     state, pool = program.state, program.pool
-    kept = [state.states, state.ids, state._opens, state._splits, program.log.emitted, program.log.tick]
+    kept = [state.states, state.ids, state.opens, state.splits, program.log.emitted, program.log.tick]
     return [t.nan_to_num(-7.0) for t in (*kept, *pool.keys.values(), *pool.values.values())]
+
+
+def reads(traced, *inputs: list[int]) -> set[str]:
+    """Operations whose result, or its shape, depends on values that the host would have to wait for."""
+    graph = traced(*map(torch.tensor, inputs)).graph
+    names = {node.target._opname for node in graph.nodes if hasattr(node.target, "_opname")}
+    assert len(graph.nodes) > 3
+    return names & {"_local_scalar_dense", "nonzero", "unique", "masked_select"}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
 def test_a_step_reads_nothing_back(kind, policy):
+    """Traced with tensors that have no values: a branch or a shape that depends on one would raise."""
+    careless = make_fx(lambda rows: rows.masked_select(rows > 5) + rows[0].item(), tracing_mode="fake")
+    assert reads(careless, [0, 1, 4]) == {"_local_scalar_dense", "masked_select"}
     program = make_program(kind, policy)
     with program.attached():
         traced = make_fx(lambda rows: program.step(rows), tracing_mode="fake", _allow_non_fake_inputs=True)
@@ -266,11 +276,11 @@ def test_a_batch_that_empties_is_captured_at_every_halving(monkeypatch):
     for rows in range(100, 0, -1):
         runner.load([1] * rows)
         runner.run()
-        assert rows <= runner._size <= max(2 * rows + 16, 1)
+        assert rows <= runner.size <= max(2 * rows + 16, 1)
     assert runner.captured == (112, 48, 16, 8, 4, 2, 1)
     runner.load([1] * 90)
     runner.run()
-    assert runner._size == 112 and len(sizes) == 7 * 4
+    assert runner.size == 112 and len(sizes) == 7 * 4
 
 
 def test_warming_up_moves_no_row(monkeypatch):
@@ -285,11 +295,11 @@ def test_warming_up_moves_no_row(monkeypatch):
             program.step(rows)
         raise RuntimeError("nothing to capture on")
 
-    monkeypatch.setattr(runner, "_captured", warm_up)
+    monkeypatch.setattr(runner, "record", warm_up)
     before = everything(program)
     with program.attached():
         runner.load([0, 1, 2])
-        runner._try_to_capture()
+        runner.capture()
     assert warmed == [[3] * 4]
     places = [t[:, :-1] if t.dim() == 4 else t[:3] if t.dim() == 2 else t for t in everything(program)]
     expected = [t[:, :-1] if t.dim() == 4 else t[:3] if t.dim() == 2 else t for t in before]

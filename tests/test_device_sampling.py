@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hcot_lmeval.engine.device.sampling import Sampler
+from hcot_lmeval.engine.device.sampling import Sampler, derived_seeds
 from hcot_lmeval.engine.device.state import Rule, State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import (
     Draw,
     SamplingParams,
     derive_seed,
-    derived_seeds,
     hash_places,
     hashed_noise,
     sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.models.gptj import modeling_gptj
 
 from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError
-from hcot_lmeval.rotary import rotary_limit
+from hcot_lmeval.rotary import FALLBACK_CONTEXT, position_limits, rotary_limit
 from hcot_lmeval.training.forward import install, token_logprobs
 from hcot_lmeval.vocabulary import marker_ids
 from tests.tiny import favour, tiny_model, tiny_tokenizer
@@ -106,8 +107,8 @@ def test_the_self_check_outgrows_the_window(kind: str, monkeypatch: pytest.Monke
     model = build(kind, torch.float32, **BY_MASK[kind])
     decoder = Decoder(model)
     assert decoder.self_check() < 1e-5
-    length = decoder._check_length()
-    monkeypatch.setattr(decoder, "_check_length", lambda: length)
+    length = decoder.check_length()
+    monkeypatch.setattr(decoder, "check_length", lambda: length)
     decoder.windows = dict.fromkeys(decoder.windows)
     with pytest.raises(UnsupportedModelError, match="failed the self-check"):
         decoder.self_check()
@@ -124,7 +125,7 @@ def test_the_self_check_covers_the_neighbour_and_the_pruned_row(monkeypatch: pyt
     decoder = Decoder(build("phi3", **LONGROPE, max_position_embeddings=1024))
     with monkeypatch.context() as patch:
         patch.setattr("hcot_lmeval.engine.decoder.rotary_limit", lambda config: None)
-        patch.setattr("hcot_lmeval.engine.decoder.Decoder._check_length", lambda self: 40)
+        patch.setattr("hcot_lmeval.engine.decoder.Decoder.check_length", lambda self: 40)
         with pytest.raises(UnsupportedModelError, match="failed the self-check"):
             decoder.self_check()
     decoder = Decoder(build("qwen2"), compute="torch")
@@ -160,9 +161,9 @@ def test_longer_rows_than_angles_allow_are_refused(kind: str, rope: dict[str, An
     window = {"sliding_window": None, "head_dim": 8} if kind == "mistral" else {}
     model = build(kind, **rope, **window)
     assert rotary_limit(model.config) == (rope["rope_parameters"]["rope_type"], limit)
-    with pytest.raises(UnsupportedModelError, match=rf"max_context={limit + 1} .*set max_context={limit}"):
+    with pytest.raises(ValueError, match=rf"max_context={limit + 1} .*set max_context={limit}"):
         make(model, max_context=limit + 1)
-    with pytest.raises(UnsupportedModelError, match=rf"max_position={limit + 1} .*set max_position={limit}"):
+    with pytest.raises(ValueError, match=rf"max_position={limit + 1} .*set max_position={limit}"):
         make(model, policy="evict", max_context=limit, max_position=limit + 1)
     assert make(model, policy="evict", max_context=limit).limits.position == limit
     if kind != "qwen2":
@@ -375,3 +376,9 @@ def test_threads_do_not_meet(compute: str, shared: bool) -> None:
         thread.join()
     assert found == {(k, turn): alone[k] for k in range(3) for turn in range(4)}
     assert model.config._attn_implementation == before
+
+
+def test_a_model_without_a_context_limit_gets_the_fallback() -> None:
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
+    model = SimpleNamespace(config=config, named_buffers=lambda: [])
+    assert position_limits(model, "it", None, None, evict=True) == (FALLBACK_CONTEXT, FALLBACK_CONTEXT)

@@ -5,12 +5,11 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hcot_lmeval.engine import Engine
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import NativeStep
+from hcot_lmeval.engine.native.step import NativeStep
 from hcot_lmeval.engine.slots import KV_DTYPES, KVPool, round_to
 from tests.native_cases import STEPS
-from tests.reference import MARKERS, POLICIES
+from tests.reference import POLICIES
 from tests.test_engine_exact import FP64, check_all, make_engine, make_model, random_requests, run
 from tests.tiny import tiny_model
 
@@ -88,8 +87,3 @@ def test_what_is_too_coarse_for_a_model_is_said(monkeypatch):
     monkeypatch.setattr("hcot_lmeval.engine.decoder.CHECK_TOLERANCE", {torch.float8_e4m3fn: 1e-9})
     with pytest.raises(UnsupportedModelError, match="kv_dtype='float8_e4m3fn' is too coarse"):
         Decoder(tiny_model("qwen2"), kv_dtype="float8_e4m3fn")
-
-
-def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="kv_dtype='int4' is unknown; choose one of auto, bfloat16"):
-        Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], kv_dtype="int4")

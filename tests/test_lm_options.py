@@ -68,7 +68,7 @@ class TestModelArguments:
             ({"compute": "cuda"}, "compute='cuda' is unknown; choose one of auto, native, torch"),
             ({"weights": "int8"}, "weights='int8' is unknown; choose one of auto, plain, packed"),
             ({"graphs": "yes"}, "graphs='yes' is neither true nor false"),
-            ({"run_ahead": 0}, "run_ahead=0 is not allowed; give a number of steps from 1 up"),
+            ({"run_ahead": 0}, "run_ahead=0 is not allowed; give a whole number from 1 up"),
             ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is unknown; choose one of auto, bfloat16, float16, float8_e4m3fn"),
             ({"max_context": 0}, "max_context=0 is too small: it has to be 1 or more"),
             ({"max_context": -4.0}, "max_context=-4 is too small: it has to be 1 or more"),  # as lm-eval reads -4

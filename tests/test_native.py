@@ -17,9 +17,11 @@ from peft import LoraConfig, get_peft_model
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import KernelUnavailableError, NativeStep, UnreadableModelError, build, reading, step
-from hcot_lmeval.engine.native.reading import DISTANCES, Reading
-from hcot_lmeval.engine.native.structures import Packing
+from hcot_lmeval.engine.native import build, packing, step
+from hcot_lmeval.engine.native.build import KernelUnavailableError
+from hcot_lmeval.engine.native.packing import DISTANCES, Reading
+from hcot_lmeval.engine.native.step import NativeStep
+from hcot_lmeval.engine.native.weights import Packing, UnreadableModelError
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.native_cases import LESS, SHAPES, STEPS, chunk
 from tests.reference import EOS, MARKERS
@@ -281,7 +283,7 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
         build.load_kernel(torch.float32, torch.float32)
         (kept,) = (tmp_path / "kernels").glob("*.so")
         build.load_kernel.cache_clear()
-        monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+        monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
         build.load_kernel(torch.float32, torch.float32)
         assert list((tmp_path / "kernels").glob("*.so")) == [kept]
     finally:
@@ -292,7 +294,7 @@ def test_flags_that_are_asked_for_are_taken_or_an_error(compiled_with):
     model, found = tiny_model("qwen2", torch.float32), Packing()
     for width in (32, 64):
         compiled_with(f"-DVECTOR_BYTES={width}")
-        NativeStep(model)._kernel.packing(ctypes.byref(found))
+        NativeStep(model).kernel.packing(ctypes.byref(found))
         assert found.numbers == 8 * width // 4
     compiled_with("-DVECTOR_BYTES=48")
     with pytest.raises(
@@ -349,25 +351,20 @@ def test_a_wrong_kernel_is_noticed_when_a_model_is_loaded(monkeypatch, caplog, t
         build.load_kernel.cache_clear()
 
 
-def test_an_unknown_value_is_an_error():
-    with pytest.raises(ValueError, match="compute='cuda' is unknown; choose one of auto, native, torch"):
-        Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], compute="cuda")
-
-
 def test_the_way_to_read_weights_changes_nothing_but_the_time(monkeypatch):
     """It is tried where the model is large; whichever is taken, the bits are the same."""
     model = tiny_model("qwen2", torch.float32, **SHAPES["long"])
     decoder = Decoder(model, check=False, compute="torch")
     assert NativeStep(model).reading == Reading(False, DISTANCES[0])
     tried = []
-    seconds = NativeStep._product_seconds
-    monkeypatch.setattr(reading, "LEAST_BYTES", 1000)
+    seconds = NativeStep.product_seconds
+    monkeypatch.setattr(packing, "LEAST_BYTES", 1000)
     monkeypatch.setattr(step, "TRIED_BYTES", 1000)
-    monkeypatch.setattr(NativeStep, "_product_seconds", lambda self: tried.append(self.reading) or seconds(self))
+    monkeypatch.setattr(NativeStep, "product_seconds", lambda self: tried.append(self.reading) or seconds(self))
     logits = []
     for distance in DISTANCES:
         fastest = Reading(False, distance)
-        monkeypatch.setattr(reading, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
+        monkeypatch.setattr(packing, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
         native = NativeStep(model)
         assert native.reading == fastest and {way.distance for way in tried} == set(DISTANCES)
         logits.append(native.forward(KVPool(decoder.layers, 1, 8), [Chunk(0, 0, [9], range(1))]))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import NativeStep, NoCopyError, WeightForm, build, packing, reading
-from hcot_lmeval.engine.native.reading import DISTANCES, PACKED_DISTANCES, Reading, choose_reading
-from hcot_lmeval.engine.native.structures import Matrix, Packing
+from hcot_lmeval.engine.native import build, packing
+from hcot_lmeval.engine.native.packing import DISTANCES, PACKED_DISTANCES, NoCopyError, Reading, choose_reading
+from hcot_lmeval.engine.native.step import NativeStep
+from hcot_lmeval.engine.native.weights import Matrix, Packing
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.native_cases import LESS, SHAPES
 from tests.reference import EOS, MARKERS
@@ -52,7 +53,7 @@ def make(shape="long", *, narrow=False, kind="qwen2"):
 
 
 def logits_of(native, tokens=1):
-    pool = KVPool(Decoder(native._hf_model, check=False, compute="torch").layers, tokens, 8, poison=True)
+    pool = KVPool(Decoder(native.owner, check=False, compute="torch").layers, tokens, 8, poison=True)
     return native.forward(pool, [Chunk(slot, 0, [9 + slot], range(1)) for slot in range(tokens)])
 
 
@@ -122,7 +123,7 @@ def test_logits_are_the_same_bit_for_bit(narrow, shape, kind, flag, compiled_wit
     compiled_with(*flag.split())
     model = make(shape, narrow=narrow, kind=kind)
     packed, plain = NativeStep(model, weights="packed"), NativeStep(model)
-    assert packed.reading.copied and packed._reader.copy.narrow == narrow and not plain.reading.copied
+    assert packed.reading.copied and packed.reader.copy.narrow == narrow and not plain.reading.copied
     for tokens in (1, 2, 3, 4, 5, 7):
         assert torch.equal(logits_of(packed, tokens), logits_of(plain, tokens))
 
@@ -133,8 +134,8 @@ def test_the_copy_is_what_is_read(narrow, served):
     model = make(narrow=narrow)
     native, served = NativeStep(model, weights="packed"), served or few()
     before = [logits_of(native, tokens) for tokens in (1, served, served + 1)]
-    bases = 0 if narrow else sum(native._kernel.blocks(ctypes.byref(matrix)) for matrix in native._model.matrices)
-    numbers = native._reader.copy.memory[: native._reader.copy.memory.numel() - bases]
+    bases = 0 if narrow else sum(native.kernel.blocks(ctypes.byref(matrix)) for matrix in native.model.matrices)
+    numbers = native.reader.copy.memory[: native.reader.copy.memory.numel() - bases]
     numbers.view(torch.int32).bitwise_xor_(1 << 22)
     one, most, more = (torch.equal(logits_of(native, len(logits)), logits) for logits in before)
     assert (one, most, more) == (False, False, True)
@@ -142,8 +143,8 @@ def test_the_copy_is_what_is_read(narrow, served):
 
 def test_some_blocks_are_marked_and_most_are_not():
     native = NativeStep(make(), weights="packed")
-    blocks = sum(native._kernel.blocks(ctypes.byref(matrix)) for matrix in native._model.matrices)
-    marked = int((native._reader.copy.memory[-blocks:] == 255).sum())
+    blocks = sum(native.kernel.blocks(ctypes.byref(matrix)) for matrix in native.model.matrices)
+    marked = int((native.reader.copy.memory[-blocks:] == 255).sum())
     assert 0 < marked < packing.MOST_MARKED * blocks
 
 
@@ -173,8 +174,8 @@ def test_the_engine_writes_the_same_with_few_rows_and_many(narrow):
 def test_engines_of_a_model_share_the_copy_and_it_goes_with_the_last():
     model = make()
     first, second = NativeStep(model, weights="packed"), NativeStep(model, weights="packed")
-    assert first._reader.copy is second._reader.copy
-    held = weakref.ref(first._reader.copy)
+    assert first.reader.copy is second.reader.copy
+    held = weakref.ref(first.reader.copy)
     del first
     gc.collect()
     assert held() is not None
@@ -186,13 +187,13 @@ def test_engines_of_a_model_share_the_copy_and_it_goes_with_the_last():
 @pytest.fixture
 def large(monkeypatch):
     """Has every model count as large, every way be tried, and the copy be found the fastest."""
-    monkeypatch.setattr(reading, "LEAST_BYTES", 1)
-    monkeypatch.setattr(NativeStep, "_product_seconds", lambda self: 2.0 - self.reading.copied)
+    monkeypatch.setattr(packing, "LEAST_BYTES", 1)
+    monkeypatch.setattr(NativeStep, "product_seconds", lambda self: 2.0 - self.reading.copied)
 
 
 def test_changed_weights_are_never_read_from_an_old_copy(large):
     model = make()
-    steps = {form: NativeStep(model, weights=form) for form in WeightForm}
+    steps = {form: NativeStep(model, weights=form) for form in ("auto", "plain", "packed")}
     assert [native.reading.copied for native in steps.values()] == [True, False, True]
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -209,7 +210,7 @@ def test_weights_that_are_no_more_of_bfloat16_are_packed_instead():
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
     native.refresh()
-    assert native.reading == Reading(True, PACKED_DISTANCES[0]) and not native._reader.copy.narrow
+    assert native.reading == Reading(True, PACKED_DISTANCES[0]) and not native.reader.copy.narrow
     assert torch.equal(logits_of(native), logits_of(NativeStep(model)))
 
 
@@ -238,15 +239,15 @@ def test_a_copy_is_made_for_few_rows_alone(large):
 
 
 def test_a_copy_that_is_not_faster_is_dropped(large, monkeypatch):
-    monkeypatch.setattr(NativeStep, "_product_seconds", lambda self: 1.0)
+    monkeypatch.setattr(NativeStep, "product_seconds", lambda self: 1.0)
     native = NativeStep(make(), weights="auto")
-    assert native._reader.copy is None and native.reading == Reading(False, DISTANCES[0])
-    assert torch.equal(logits_of(native), logits_of(NativeStep(native._hf_model)))
+    assert native.reader.copy is None and native.reading == Reading(False, DISTANCES[0])
+    assert torch.equal(logits_of(native), logits_of(NativeStep(native.owner)))
 
 
 def test_small_models_are_read_as_they_are():
     native = NativeStep(make(), weights="auto")
-    assert native._reader.copy is None and native.reading == Reading(False, DISTANCES[0])
+    assert native.reader.copy is None and native.reading == Reading(False, DISTANCES[0])
 
 
 def test_the_fastest_way_is_chosen_if_it_is_worth_it():
@@ -262,7 +263,7 @@ def test_the_fastest_way_is_chosen_if_it_is_worth_it():
 
 
 def test_every_way_is_tried_by_turns_and_its_best_time_counts(monkeypatch):
-    monkeypatch.setattr(reading, "TRIALS", 3)
+    monkeypatch.setattr(packing, "TRIALS", 3)
     ways, seen = [Reading(False, 512), Reading(False, 0)], []
     times = iter([1.0, 2.0, 9.0, 0.5, 1.0, 2.0])
     assert choose_reading(ways, [], lambda way: seen.append(way) or next(times)) == ways[1]

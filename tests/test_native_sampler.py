@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.native import KernelUnavailableError, build, sampler, sampler_for
-from hcot_lmeval.engine.native.sampler import NativeSampler
+from hcot_lmeval.engine.native import build, sampler
+from hcot_lmeval.engine.native.build import KernelUnavailableError
+from hcot_lmeval.engine.native.sampler import NativeSampler, sampler_for
 from hcot_lmeval.engine.sampling import Draw, choose, sample
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
@@ -93,7 +94,7 @@ def test_illegal_tokens_are_left_to_the_other_one():
     draws[4] = draws[4]._replace(forced=9)
     slow, fast = sample(scores.clone(), draws), sample(scores, draws, sampler_for(torch.float64))
     assert fast == slow
-    assert any(choice.token != choice.wanted for choice in fast)
+    assert any(choice.token != choice.preferred for choice in fast)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from hcot_lmeval.engine import Engine, Request, SamplingParams, pages, slots
-from hcot_lmeval.engine.pages import PAGE, allocate, move_to_huge_pages
+from hcot_lmeval.engine import Engine, Request, SamplingParams, slots
+from hcot_lmeval.engine.native import pages
+from hcot_lmeval.engine.native.pages import PAGE, allocate, move_to_huge_pages
 from hcot_lmeval.engine.slots import KVPool, LayerSpec
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is a
 @pytest.fixture(autouse=True)
 def offered(monkeypatch):
     """Whatever this machine's switch says, and however small the model."""
-    monkeypatch.setattr(pages, "_offered", lambda: True)
+    monkeypatch.setattr(pages, "offered", lambda: True)
     monkeypatch.setattr(pages, "LEAST_BYTES", 1)
 
 
@@ -77,7 +78,7 @@ def test_memory_that_others_use_stays_where_it_is():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("_offered", lambda: False), ("LEAST_BYTES", 2**40), ("psutil.virtual_memory", None)],
+    [("offered", lambda: False), ("LEAST_BYTES", 2**40), ("psutil.virtual_memory", None)],
     ids=["switched off", "too small", "no memory"],
 )
 def test_nothing_is_moved_where_it_does_not_pay_or_fit(name, value, monkeypatch):
@@ -97,7 +98,7 @@ def test_the_switch_of_the_system_is_read(switch, monkeypatch, tmp_path):
     if switch is not None:
         file.write_text(switch + "\n")
     monkeypatch.setattr(pages, "SWITCH", file)
-    assert pages._offered() is (switch is not None and "[never]" not in switch)
+    assert pages.offered() is (switch is not None and "[never]" not in switch)
 
 
 def test_the_engine_moves_weights_unless_it_is_told_not_to():
@@ -136,8 +137,3 @@ def test_the_engine_has_its_slots_there_unless_it_is_told_not_to(huge, monkeypat
     engine = Engine(tiny_model("qwen2", torch.float32), markers=MARKERS["hcot"], eos_ids=(EOS,), huge_pages=huge)
     engine.generate([Request("1", (8, 9), SamplingParams(max_gen_toks=4))])
     assert sum(asked) == (engine.live.kv_bytes if huge else 0)
-
-
-def test_the_switch_of_the_engine_is_true_or_false():
-    with pytest.raises(ValueError, match="huge_pages='yes' is neither true nor false"):
-        Engine(tiny_model("qwen2", torch.float32), huge_pages="yes")

@@ -14,16 +14,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hcot_lmeval.engine.native import sampler_for
+from hcot_lmeval.engine.native.sampler import sampler_for
 from hcot_lmeval.engine.sampling import (
     LEAST,
     Draw,
     SamplingParams,
-    _penalised,
-    _truncated,
     derive_seed,
     gumbel,
+    penalised,
     sample,
+    truncated,
 )
 
 CPU = torch.device("cpu")
@@ -50,16 +50,16 @@ def test_what_may_be_sampled_is_what_transformers_allows(params):
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         if name in params:
             expected = warper(params[name])(None, expected)
-    found = _truncated(scores(), [SamplingParams(temperature=1, **params)] * 6)
+    found = truncated(scores(), [SamplingParams(temperature=1, **params)] * 6)
     assert torch.equal(found.isfinite(), expected.isfinite())
     assert torch.equal(found[found.isfinite()], expected[expected.isfinite()])
 
 
 def test_rows_with_different_settings_do_not_mix():
     settings = [SamplingParams(temperature=1, top_k=k, top_p=p) for k, p in ((1, 1.0), (0, 1.0), (3, 0.5))]
-    together = _truncated(scores(3), settings)
+    together = truncated(scores(3), settings)
     for row, params in enumerate(settings):
-        assert torch.equal(together[row], _truncated(scores(3)[row : row + 1], [params])[0])
+        assert torch.equal(together[row], truncated(scores(3)[row : row + 1], [params])[0])
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -142,7 +142,7 @@ def test_forced_tokens_get_the_models_logprob():
 def test_the_least_that_is_allowed_takes_the_largest(chooser, params):
     logits = scores().float() * 1000
     draws = [Draw(SamplingParams(**params, logprobs=True), 5, 2, seen=[1])] * 6
-    expected = _penalised(logits, draws).argmax(-1).tolist()
+    expected = penalised(logits, draws).argmax(-1).tolist()
     choices = sample(logits, draws, chooser)
     assert [choice.token for choice in choices] == expected
     assert params.get("temperature") == 1 or [choice.logprob for choice in choices] == [0.0] * 6

@@ -77,11 +77,13 @@ def test_it_compiles_for_gpus(scores, truncates, top_k):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hcot_lmeval.engine.device.triton_sample import BLOCK, WARPS, _choose
+    from hcot_lmeval.engine.device.triton_sample import BLOCK, WARPS, choose_rows
 
     types = [*[scores] * 4, "*i64", scores, "*i64", "*i64", "i32", *["constexpr"] * 3]
     constants = {(len(types) - 3 + i,): value for i, value in enumerate((truncates, top_k, BLOCK))}
-    source = ASTSource(fn=_choose, signature=dict(zip(_choose.arg_names, types, strict=True)), constexprs=constants)
+    source = ASTSource(
+        fn=choose_rows, signature=dict(zip(choose_rows.arg_names, types, strict=True)), constexprs=constants
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
     assert compiled.asm["cubin"]
 

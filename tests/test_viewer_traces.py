@@ -17,6 +17,7 @@ from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.report.viewer.cli import main
 from hcot_lmeval.report.viewer.reading import (
+    Columns,
     ViewerError,
     cut_at_markers,
     find_sources,
@@ -229,7 +230,7 @@ def test_pieces_joined_are_the_text(text):
 def test_plain_traces_follow_the_rule(tmp_path):
     row = {"id": "a", "question": "two words", "text": "so [THOUGHT] one two [SOLUTION] x [RETURN] y", "answer": 4}
     (source,) = find_sources([write_rows(tmp_path / "plain.jsonl", [row])])
-    (trace,) = plain_traces(source, PRESETS["hcot"], Policy.RECOMPUTE, {})
+    (trace,) = plain_traces(source, PRESETS["hcot"], Policy.RECOMPUTE, Columns())
     outline = outline_of(trace.prompt_tokens, trace.events)
     (block,) = outline.blocks
     assert (block.thought, block.solution, block.pruned) == (3, 2, 4)  # the space before a marker is a piece
@@ -257,7 +258,7 @@ def test_missing_columns_and_files_are_named(tmp_path):
     path = write_rows(tmp_path / "plain.jsonl", [{"words": "x"}])
     (source,) = find_sources([path])
     with pytest.raises(ViewerError, match=r"row 1: no column hierarchical_cot or .*, only words; .*--text-column"):
-        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, {}))
+        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns()))
     with pytest.raises(ViewerError, match="does not exist"):
         find_sources([tmp_path / "no"])
     with pytest.raises(ViewerError, match="given twice"):

@@ -12,7 +12,8 @@ and `torch.compile` cannot trace a context variable.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,43 +102,24 @@ ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention)
 
 
 class Segments:
-    """Chunks as they lie in a packed sequence, one behind the other.
+    """Chunks as they lie in a packed sequence, one behind the other, in slots of `length` places.
 
     Tensors are made when they are asked for, once for each device: the layers of a model may lie on several.
-
-    Args:
-        chunks: in order.
-        length: places of a slot.
     """
 
     def __init__(self, chunks: Sequence[Chunk], length: int) -> None:
         self.chunks, self.length = chunks, length
         self._made: dict[tuple[object, ...], Tensor] = {}
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest chunk."""
-        return max(len(chunk.ids) for chunk in self.chunks)
-
     def rows(self, device: torch.device) -> Tensor:
         """For each packed token its row in the pool, flattened over slots: int64 [tokens]."""
         flat = (c.slot * self.length + place for c in self.chunks for place in range(c.start, c.stop))
-        return self._tensor("rows", flat, torch.int64, device)
+        return self.tensor("rows", flat, torch.int64, device)
 
-    def slots(self, device: torch.device) -> Tensor:
-        """The slot of each chunk: int32 [chunks]."""
-        return self._tensor("slots", (c.slot for c in self.chunks), torch.int32, device)
-
-    def offsets(self, device: torch.device) -> Tensor:
-        """Where each chunk begins among the packed tokens, and their number: int32 [chunks + 1]."""
-        offsets = [0]
-        for chunk in self.chunks:
-            offsets.append(offsets[-1] + len(chunk.ids))
-        return self._tensor("offsets", offsets, torch.int32, device)
-
-    def lengths(self, device: torch.device) -> Tensor:
-        """Live tokens of each slot, the chunk included: int32 [chunks]."""
-        return self._tensor("lengths", (c.stop for c in self.chunks), torch.int32, device)
+    def last(self, device: torch.device) -> Tensor:
+        """Where the last token of each chunk lies among the packed ones: int64 [chunks]."""
+        counts = itertools.accumulate(len(chunk.ids) for chunk in self.chunks)
+        return self.tensor("last", (count - 1 for count in counts), torch.int64, device)
 
     def mask(self, index: int, window: int | None, device: torch.device) -> Tensor | None:
         """Which places from `first_in_sight` on the queries of a chunk see: bool [count, places]; None for all."""
@@ -154,7 +136,8 @@ class Segments:
             self._made[key] = mask
         return self._made[key]
 
-    def _tensor(self, name: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def tensor(self, name: str, values: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The values, or what the name stood for before."""
         if (name, device) not in self._made:
             self._made[name, device] = upload(list(values), dtype, device)
         return self._made[name, device]

@@ -16,14 +16,9 @@ from transformers import PreTrainedModel
 
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine.attention import IMPLEMENTATION, RUNNING, Packed, Running, Segments, attend_segments
-from hcot_lmeval.engine.native import (
-    Compute,
-    KernelUnavailableError,
-    NativeStep,
-    NoCopyError,
-    UnreadableModelError,
-    WeightForm,
-)
+from hcot_lmeval.engine.native.step import UNAVAILABLE, NativeStep, refusal
+from hcot_lmeval.engine.native.weights import UnreadableModelError
+from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.engine.probe import NEITHER, PROBE, Probe
 from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerSpec, upload
 from hcot_lmeval.rotary import rotary_limit
@@ -36,7 +31,7 @@ REWINDABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention
 CHECK_CHUNKS = (11, 1, 6, 1, 1, 4)
 """Tokens a step of a row in the self-check: chunks and single tokens, 24 in all. The first grows past short windows."""
 BESIDE = (3, 1, 2)
-"""The same of a short row beside it."""
+"""Tokens a step of a short row beside it."""
 KEPT, AGAIN = 6, (5, 1)
 """Tokens of the first row that stay when it is pruned, and those that are read again behind them."""
 LONGEST_CHECK = 280
@@ -66,21 +61,14 @@ class Decoder:
     Args:
         model: a `transformers` causal language model, or a PEFT model around one.
         check: run the self-check.
-        compute: who computes a step: ``torch``, the modules of the model with the attention of this package; or
-            ``native``, compiled code for models of the Llama kind on the CPU. ``auto`` takes the latter where it can,
-            in float32 and bfloat16.
-        kv_dtype: dtype of keys and values in the slots, a name of `KV_DTYPES`, or ``auto`` for the model's own.
-        weights: how compiled code reads them: ``plain``, as the model has them; ``packed``, from a copy in fewer bits
-            that has the same values; or ``auto``, whichever is faster for so many rows, if memory is free.
         rows: that run at the same time at most.
-        huge_pages: let compiled code move the weights to pages of 2 MiB.
+        options: fields of `ComputeOptions`; those of the device's loop do not matter here.
 
     Attributes:
         layers: layer index to what the layer computes and stores.
         windows: layer index to the sliding window through which the layer sees, None for none.
         vocabulary: length of the logits.
         known_ids: token ids below it have a row in the embedding, and logits.
-        kv_dtype: what the argument said.
         native: the compiled step, or None where PyTorch computes.
         running: what the layers carry while the decoder is attached.
 
@@ -89,27 +77,14 @@ class Decoder:
             computes something else on slots than in a plain forward, or cannot have the compute that was asked for.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        check: bool = True,
-        compute: Compute | str = Compute.AUTO,
-        kv_dtype: str = "auto",
-        weights: WeightForm | str = WeightForm.PLAIN,
-        rows: int = 1,
-        huge_pages: bool = True,
-    ) -> None:
+    def __init__(self, model: Any, *, check: bool = True, rows: int = 1, **options: Any) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
         refuse_recurrent(self.config, self.name)
+        self.options, self._rows = ComputeOptions(**options), rows
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.compute, self.weights = Compute(compute), WeightForm(weights)
-        self.native: NativeStep | None = None
         self._lock, self.running = _lock_of(self.model), Running()
-        self.kv_dtype = kv_dtype
-        self._reading = {"weights": self.weights, "rows": rows, "huge_pages": huge_pages}
         self._prepare()
         if check:
             self._check()
@@ -117,49 +92,38 @@ class Decoder:
     def _prepare(self) -> None:
         """Looks at the model in the type in which it is now, which its slots and the compiled step have to follow."""
         self._dtype, self.native = self.model.dtype, None
-        stored = KV_DTYPES.get(self.kv_dtype)
+        stored = KV_DTYPES.get(self.options.kv_dtype)
         self.layers = {index: layer._replace(stored=stored) for index, layer in self._probe().items()}
         self.windows = {index: layer.window for index, layer in self.layers.items()}
         self.known_ids = min(self.vocabulary, rows_of(self.model))
-        self.native = self._compiled(**self._reading)
+        self.native = self._compiled()
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the input embedding, to which token ids go."""
         return self.model.get_input_embeddings().weight.device
 
-    def _compiled(self, **reading: Any) -> NativeStep | None:
-        """The compiled step, if the compute allows it and there is one for this model."""
-        if self.compute is Compute.TORCH:
-            return None
-        if self.compute is Compute.AUTO and self.model.dtype == torch.float64:
-            self._leave_to_torch("double precision is for comparisons with the model's own modules")
+    def _compiled(self) -> NativeStep | None:
+        """The compiled step, or None where PyTorch computes, which the log explains."""
+        options = self.options
+        if options.compute == "torch":
             return None
         try:
-            step = NativeStep(self.model, self.layers[0].kv_dtype, **reading)
-        except NoCopyError as error:
-            raise self._no_copy(error) from None
-        except (KernelUnavailableError, UnreadableModelError) as error:
-            self._leave_to_torch(str(error))
+            if options.compute == "auto" and self.model.dtype == torch.float64:
+                raise UnreadableModelError("double precision is for comparisons with the model's own modules")
+            how: dict[str, Any] = {"weights": options.weights, "huge_pages": options.huge_pages}
+            step = NativeStep(self.model, self.layers[0].kv_dtype, rows=self._rows, **how)
+        except UNAVAILABLE as error:
+            self._leave_to_torch(error)
             return None
         logger.info("%s: compiled steps, %d threads", self.name, torch.get_num_threads())
         return step
 
-    def _no_copy(self, error: NoCopyError) -> UnsupportedModelError:
-        return UnsupportedModelError(f"weights='packed': {self.name} has no packed copy, since {error}.")
-
-    def _leave_to_torch(self, reason: str) -> None:
-        """Says why PyTorch computes the steps, or raises if that was not wanted."""
-        if self.compute is Compute.NATIVE:
-            raise UnsupportedModelError(
-                f"compute='native' cannot run {self.name}: {reason}. Use compute='auto', which leaves it to PyTorch."
-            )
-        if self.weights is WeightForm.PACKED:
-            raise UnsupportedModelError(
-                f"weights='packed': {self.name} is left to PyTorch, which has no packed weights: {reason}. "
-                "Use weights='auto'."
-            )
-        logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), reason)
+    def _leave_to_torch(self, error: Exception) -> None:
+        """Says why PyTorch computes the steps, or raises if somebody else was asked for."""
+        if message := refusal(error, self.name, self.options):
+            raise UnsupportedModelError(message) from None
+        logger.info("%s: steps by PyTorch, %d threads: %s", self.name, torch.get_num_threads(), error)
 
     @contextmanager
     def attached(self, implementation: str = IMPLEMENTATION) -> Iterator[None]:
@@ -182,7 +146,7 @@ class Decoder:
                     delattr(layer, RUNNING)
 
     def refresh(self) -> None:
-        """To be called before a run: since the last, weights may have changed, or adapters been put around layers."""
+        """Has to be called before a run: since the last, weights may have changed, or adapters come around layers."""
         with self._lock:
             if self.model.dtype != self._dtype:
                 self._prepare()
@@ -190,29 +154,31 @@ class Decoder:
             elif self.native is not None:
                 try:
                     self.native.refresh()
-                except NoCopyError as error:
-                    raise self._no_copy(error) from None
-                except UnreadableModelError as error:
-                    self._leave_to_torch(str(error))
+                except UNAVAILABLE as error:
+                    self._leave_to_torch(error)
                     self.native = None
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype of what `forward` returns."""
+        return torch.promote_types(self.model.dtype, torch.float32)
 
     @property
     def compute_name(self) -> str:
         """Who computes the steps now."""
-        return (Compute.TORCH if self.native is None else Compute.NATIVE).value
+        return "torch" if self.native is None else "native"
 
     @property
     def weights_name(self) -> str:
         """How the weights are read now: plain, or packed."""
         copied = self.native is not None and self.native.reading.copied
-        return (WeightForm.PACKED if copied else WeightForm.PLAIN).value
+        return "packed" if copied else "plain"
 
     @property
     def token_bytes(self) -> int:
         """Bytes that the keys and values of one live token take, in all layers."""
         return sum(shape.token_bytes for shape in self.layers.values())
 
-    @torch.no_grad()
     def forward(
         self, pool: KVPool, chunks: Sequence[Chunk], attend: Callable[..., torch.Tensor] | None = None
     ) -> torch.Tensor:
@@ -232,8 +198,9 @@ class Decoder:
         ids = upload([token for chunk in chunks for token in chunk.ids], torch.int64, device)
         positions = upload([p for chunk in chunks for p in chunk.positions[chunk.start :]], torch.int64, device)
         self.running.step = Packed(pool, segments, self.windows, attend or attend_segments)
-        return self.call(ids[None], positions[None], segments.offsets(device)[1:].long() - 1)[0]
+        return self.call(ids[None], positions[None], segments.last(device))[0]
 
+    @torch.no_grad()
     def call(
         self,
         ids: torch.Tensor,
@@ -246,7 +213,7 @@ class Decoder:
         Args:
             ids: int64 [rows, tokens].
             positions: likewise.
-            last: the tokens whose logits are wanted, int64; None for all.
+            last: tokens whose logits are returned, int64; None for all.
             mask: nearly always None.
 
         Returns:
@@ -285,7 +252,8 @@ class Decoder:
         try:
             self.self_check()
         except UnsupportedModelError as error:
-            if self.native is None or self.compute is Compute.NATIVE or self.weights is WeightForm.PACKED:
+            asked = self.options.compute == "native" or self.options.weights == "packed"
+            if self.native is None or asked:
                 raise
             logger.warning("the compiled step is not used: %s", error)
             self.native = None
@@ -303,14 +271,15 @@ class Decoder:
         Raises:
             UnsupportedModelError: the difference is beyond the tolerance of the model's dtype, or not a number.
         """
-        chunks = (self._check_length() - sum(CHECK_CHUNKS[1:]), *CHECK_CHUNKS[1:])
+        chunks = (self.check_length() - sum(CHECK_CHUNKS[1:]), *CHECK_CHUNKS[1:])
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.known_ids, (sum(chunks) + sum(BESIDE),), generator=generator).tolist()
         long, short = ids[: sum(chunks)], ids[sum(chunks) :]
         rest = (*long[:KEPT], *long[-sum(AGAIN) :])
-        plain = [self._plain_logits(*row) for row in ((long, chunks), (short, BESIDE), (rest, (KEPT, *AGAIN)))]
-        expected = torch.cat([plain[0], plain[1], plain[2][1:]])
-        actual = self._slot_logits((long, chunks), (short, BESIDE), (rest, AGAIN))
+        reads = [_chunks(1, 0, long, chunks), _chunks(0, 0, short, BESIDE), _chunks(1, KEPT, rest, AGAIN)]
+        rows = zip((long, short, rest), reads, strict=True)
+        expected = torch.cat([self._plain_logits(ids, [chunk.stop for chunk in read]) for ids, read in rows])
+        actual = self._slot_logits(*reads)
         scale = expected.abs().max().clamp_min(1e-6)
         difference = float((expected - actual).abs().max() / scale)
         tolerance = CHECK_TOLERANCE.get(self._coarsest_dtype(), 5e-2)
@@ -324,12 +293,12 @@ class Decoder:
         logger.debug("self-check of %s: largest relative logit difference %.1e", self.name, difference)
         return difference
 
-    def _check_length(self) -> int:
+    def check_length(self) -> int:
         """Tokens that outgrow the windows, as far as they are short and the model knows positions."""
-        wanted = max((window + 10 for window in self.windows.values() if window), default=0)
+        needed = max((window + 10 for window in self.windows.values() if window), default=0)
         limit, named = rotary_limit(self.config), getattr(self.config, "max_position_embeddings", None)
         most = min(LONGEST_CHECK, limit.positions if limit else LONGEST_CHECK, named or LONGEST_CHECK)
-        return max(sum(CHECK_CHUNKS), wanted) if wanted <= most else sum(CHECK_CHUNKS)
+        return max(sum(CHECK_CHUNKS), needed) if needed <= most else sum(CHECK_CHUNKS)
 
     def _cause_of_nan(self) -> str:
         bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
@@ -339,33 +308,31 @@ class Decoder:
         return f"in {dtype} a plain forward gives logits that are NaN or infinite; load it with dtype=float32."
 
     def _likely_cause(self) -> str:
-        if self.kv_dtype != "auto":
-            return f"Probably kv_dtype={self.kv_dtype!r} is too coarse for it; leave that out."
+        if self.options.kv_dtype != "auto":
+            return f"Probably kv_dtype={self.options.kv_dtype!r} is too coarse for it; leave that out."
         return "Its layers probably keep a state other than keys and values. Use lm-eval's hf model for it."
 
     @torch.inference_mode()
-    def _plain_logits(self, ids: Sequence[int], chunks: Sequence[int]) -> torch.Tensor:
-        """Logits at the end of each chunk by one ordinary forward of the whole sequence.
+    def _plain_logits(self, ids: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
+        """Logits of the token before each end by one ordinary forward of the whole sequence.
 
         With eager attention, which is the model's definition: some releases of transformers drop soft caps in others.
         """
-        ends = torch.tensor(chunks).cumsum(0) - 1
         with self.attached("eager"):
             output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
-        return output.logits[0][ends.to(output.logits.device)].double().cpu()
+        return output.logits[0, [end - 1 for end in ends]].double().cpu()
 
     def _slot_logits(self, long: _Read, short: _Read, rest: _Read) -> torch.Tensor:
         """The same on slots: the first two rows beside each other, then the rest, which begins in the first's slot."""
-        pool = KVPool(self.layers, slots=2, length=len(long[0]), poison=True)
-        rows = _chunks(1, 0, *long), _chunks(0, 0, *short)
-        logits: list[list[torch.Tensor]] = [[], []]
+        pool = KVPool(self.layers, slots=2, length=long[-1].stop, poison=True)
+        found: list[list[torch.Tensor]] = [[], [], []]
         with self.attached():
-            for step in itertools.zip_longest(*rows):
-                together = self.forward(pool, [chunk for chunk in step if chunk is not None])
-                for found, row in zip(logits, together, strict=False):
-                    found.append(row)
-            again = [self.forward(pool, [chunk])[0] for chunk in _chunks(1, KEPT, *rest)]
-        return torch.stack([*logits[0], *logits[1], *again]).double().cpu()
+            for step in (*itertools.zip_longest(long, short), *((None, None, chunk) for chunk in rest)):
+                present = [(row, chunk) for row, chunk in enumerate(step) if chunk is not None]
+                logits = self.forward(pool, [chunk for _, chunk in present])
+                for (row, _), last in zip(present, logits, strict=True):
+                    found[row].append(last)
+        return torch.stack([last for row in found for last in row]).double().cpu()
 
     def _coarsest_dtype(self) -> torch.dtype:
         """The dtype with the largest rounding error among what the layers store and the model computes in."""
@@ -373,15 +340,14 @@ class Decoder:
         return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-_Read = tuple[Sequence[int], Sequence[int]]
-"""Tokens of a row, and how many are read in each step."""
+_Read = Sequence[Chunk]
+"""What the steps of a row read."""
 
 
-def _chunks(slot: int, start: int, ids: Sequence[int], counts: Sequence[int]) -> Iterator[Chunk]:
-    """The steps of a row whose slot holds `start` of its tokens."""
-    for count in counts:
-        yield Chunk(slot, start, ids[start : start + count], range(start + count))
-        start += count
+def _chunks(slot: int, start: int, ids: Sequence[int], counts: Sequence[int]) -> _Read:
+    """So many tokens a step of a row whose slot holds `start` of them."""
+    ends = list(itertools.accumulate(counts, initial=start))
+    return [Chunk(slot, begin, ids[begin:end], range(end)) for begin, end in itertools.pairwise(ends)]
 
 
 @contextmanager

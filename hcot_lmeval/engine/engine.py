@@ -29,20 +29,19 @@ from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
 from hcot_lmeval.engine.device.program import ScratchPool
 from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
 from hcot_lmeval.engine.device.state import Rule
-from hcot_lmeval.engine.native import Compute, sampler_for
+from hcot_lmeval.engine.native.sampler import sampler_for
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.engine.stopping import StopStrings
-from hcot_lmeval.events import statistics
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle
-from hcot_lmeval.rotary import rotary_limit
+from hcot_lmeval.rotary import position_limits
 from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.trace import LiveContext, Policy, Step
 from hcot_lmeval.vocabulary import check_rows, end_ids, marker_ids, read_vocabulary
@@ -51,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 """Prompt tokens forwarded in one step; more would only delay the rows that decode, and cost activation memory."""
-
-FALLBACK_CONTEXT = 2048
-"""Live context of a model whose config names none (lm-eval's value)."""
 
 OnLogits = Callable[[Request, int, int, torch.Tensor], None]
 """Called with (request, sample, tokens generated so far, logits [vocabulary]) before each token is sampled."""
@@ -104,18 +100,11 @@ class Engine:
         self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
         self._check_controls()
-        self.decoder = Decoder(
-            model,
-            check=given.self_check,
-            compute=given.compute,
-            kv_dtype=given.kv_dtype,
-            weights=given.weights,
-            rows=given.max_slots if given.slots == "auto" else given.slots,
-            huge_pages=given.huge_pages,
-        )
+        self.decoder = Decoder(model, check=given.self_check, rows=self._most_rows, **given.computing)
         self._check_vocabulary()
         self.limits = self._find_limits()
         self.live = Progress()
+        self._chooser(self.decoder.logits_dtype, self.decoder.device)  # compiled now, not within the first generation
 
     @classmethod
     def from_pretrained(
@@ -184,7 +173,7 @@ class Engine:
         loop = self._device_loop(requests, scheduler) if on_device else None
         while scheduler.has_work:
             for row in self._run_until_finished(scheduler, on_logits, loop):
-                completion = self._completion(row)
+                completion = row.completion(self.decode)
                 if notes is not None:
                     notes.add(completion.note)
                 yield completion
@@ -229,7 +218,8 @@ class Engine:
         planned = scheduler.plan()
         logits = self.decoder.forward(scheduler.pool, [chunk for _, chunk in planned])
         for row, chunk in planned:
-            _drop(scheduler.pool, row, row.forwarded(len(chunk.ids)))
+            if spans := row.forwarded(len(chunk.ids)):
+                scheduler.pool.drop(row.slot, spans, chunk.stop)
         ready = [(i, row) for i, (row, _) in enumerate(planned) if row.needs_token]
         if ready:
             everyone = len(ready) == len(planned)  # as nearly always; a copy of the logits would take its time
@@ -247,16 +237,16 @@ class Engine:
                 f"{self.decoder.name} gives logits that are NaN; its weights have changed for it"
             )
         draws = [row.draw() for row in rows]
-        for row, choice in zip(rows, sample(logits, draws, self._chooser(logits)), strict=True):
+        for row, choice in zip(rows, sample(logits, draws, self._chooser(logits.dtype, logits.device)), strict=True):
             self._accept(row, choice)
 
-    def _chooser(self, logits: torch.Tensor) -> Chooser | None:
-        """A kernel that chooses tokens, if there is one for these logits and the options allow it."""
-        if self.decoder.compute is Compute.TORCH:
+    def _chooser(self, dtype: torch.dtype, device: torch.device) -> Chooser | None:
+        """A kernel that chooses tokens, if there is one for such logits and the options allow it."""
+        if self.options.compute == "torch":
             return None
-        if logits.device.type == "cpu":
-            return sampler_for(logits.dtype)
-        kernel = kernel_for(logits.device)
+        if device.type == "cpu":
+            return sampler_for(dtype)
+        kernel = kernel_for(device)
         return None if kernel is None else partial(choose_by, kernel)
 
     def _accept(self, row: Row, choice: Choice) -> Step | None:
@@ -282,16 +272,19 @@ class Engine:
     def _make_pool(self, requests: Sequence[Request], kind: type[KVPool]) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
         length = min(self.limits.context, longest)
-        most = self.options.max_slots if self.options.slots == "auto" else self.options.slots
-        wanted = min(most, sum(r.params.n for r in requests))
-        slots = plan_slots(self.decoder.layers, length, wanted)
-        if slots < wanted and self.options.slots != "auto":
-            logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, wanted)
+        useful = min(self._most_rows, sum(r.params.n for r in requests))
+        slots = plan_slots(self.decoder.layers, length, useful)
+        if slots < useful and self.options.slots != "auto":
+            logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, useful)
         options = {"poison": self.options.poison, "huge_pages": self.options.huge_pages}
         pool = kind(self.decoder.layers, slots, length, **options)
         self.live.kv_bytes = pool.bytes
         logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
         return pool
+
+    @property
+    def _most_rows(self) -> int:
+        return self.options.max_slots if self.options.slots == "auto" else self.options.slots
 
     def _make_row(self, request: Request, number: int, slot: int, *, on_token: OnToken | None) -> Row:
         stops = None
@@ -332,8 +325,8 @@ class Engine:
     def _check_controls(self) -> None:
         """What cannot be done is refused here, not at the first request."""
         if self.options.steers and self.markers is None:
-            wanted = ", ".join(f"{name}={value}" for name, value in self.options.controls.items())
-            raise ValueError(f"{wanted} needs the markers, which the tokenizer lacks; leave it out, or add the markers")
+            asked = ", ".join(f"{name}={value}" for name, value in self.options.controls.items())
+            raise ValueError(f"{asked} needs the markers, which the tokenizer lacks; leave it out, or add the markers")
         if self.options.force_answer and self.think not in (None, self.markup.think) and self._think_ids[1] is None:
             raise ValueError(
                 f"force_answer={self.options.force_answer} has to write {self.think[1]!r}, which is not a single token "
@@ -352,40 +345,19 @@ class Engine:
         self.options.check_room(self.limits.context)
         for request in requests:
             params = request.params
-            for name, ids in (("prompt_ids", request.prompt_ids), ("forced_ids", request.forced_ids)):
+            given = {"prompt_ids": request.prompt_ids, "forced_ids": request.forced_ids, "stop_ids": params.stop_ids}
+            for name, ids in given.items():
                 if ids and not (min(ids) >= 0 and max(ids) < known):
                     wrong = min(ids) if min(ids) < 0 else max(ids)
                     raise ValueError(
                         f"request {request.id!r}: {name} has the id {wrong}; the model knows the ids 0..{known - 1}. "
-                        "Encode it with the model's own tokenizer"
+                        "Take those of the model's own tokenizer"
                     )
-            if not all(0 <= i < known for i in params.stop_ids):
-                raise ValueError(
-                    f"request {request.id!r}: stop_ids={params.stop_ids} are not all within 0..{known - 1}"
-                )
             if reserve >= params.max_gen_toks:
                 raise ValueError(
                     f"request {request.id!r}: force_answer={reserve} keeps all of max_gen_toks={params.max_gen_toks} "
                     "for the answer; lower it, or raise max_gen_toks"
                 )
-
-    def _completion(self, row: Row) -> Completion:
-        note = row.note()
-        cut = row.stop_at is not None and row.stops is not None
-        asked = row.request.params.logprobs
-        return Completion(
-            request=row.request,
-            sample=row.sample,
-            token_ids=tuple(row.generated),
-            live_ids=tuple(row.context.live),
-            finish_reason=row.finished,
-            stop=row.stop,
-            text=row.stops.text[: row.stop_at] if cut else self.decode(row.generated),  # type: ignore[union-attr]
-            logprobs=tuple(c.logprob for c in row.choices) if asked else None,
-            legal_logprobs=tuple(c.legal_logprob for c in row.choices) if asked else None,
-            note=note,
-            statistics=statistics(note.events),
-        )
 
     def _find_markers(self) -> MarkerIds | None:
         if self.options.markers is not None:
@@ -418,44 +390,10 @@ class Engine:
             self.think, self._think_ids = found.think, given.think_ids or found.think_ids
 
     def _find_limits(self) -> Limits:
-        given, model_limit = self.options, _model_context(self.decoder.config)
-        rotary = rotary_limit(self.decoder.config)
-        context = given.max_context or model_limit
-        position = given.max_position or max(model_limit if rotary is None else rotary.positions, context)
-        needed = {"max_context": context} | ({"max_position": position} if self.policy is Policy.EVICT else {})
-        for name, value in needed.items():
-            if rotary is not None and value > rotary.positions:
-                raise UnsupportedModelError(
-                    f"{name}={value} is too much for {self.decoder.name}: its rotary embeddings ({rotary.kind}) turn "
-                    f"by other angles in sequences of more than {rotary.positions} tokens, so that a row would depend "
-                    f"on those beside it and on what was pruned; set {name}={rotary.positions}"
-                )
-            if value > model_limit and not _computes_positions(self.decoder.model):
-                raise ValueError(
-                    f"{name}={value} is beyond the {model_limit} positions that {self.decoder.name} has learned; set "
-                    f"{name}={model_limit}"
-                )
-        if context > model_limit:
-            logger.warning("max_context=%d is beyond the %d positions of the model's config", context, model_limit)
-        config = getattr(self.decoder.model, "generation_config", None)
+        given, model = self.options, self.decoder.model
+        limits = position_limits(
+            model, self.decoder.name, given.max_context, given.max_position, evict=self.policy is Policy.EVICT
+        )
+        config = getattr(model, "generation_config", None)
         found = end_ids(config, self.tokenizer) if given.eos_ids is None else given.eos_ids
-        return Limits(context, position, frozenset(i for i in found if 0 <= i < self.decoder.known_ids))
-
-
-def _drop(pool: KVPool, row: Row, spans: Sequence[tuple[int, int]]) -> None:
-    for start, stop in reversed(spans):
-        pool.drop(row.slot, start, stop, len(row.positions))
-        del row.positions[start:stop]
-
-
-def _model_context(config: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    return FALLBACK_CONTEXT
-
-
-def _computes_positions(model: Any) -> bool:
-    """Whether positions are angles, of which there are as many as one likes, and no rows of a table."""
-    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+        return Limits(*limits, frozenset(i for i in found if 0 <= i < self.decoder.known_ids))

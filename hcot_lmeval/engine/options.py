@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
-from hcot_lmeval.engine.native import Compute, WeightForm
 from hcot_lmeval.engine.slots import KV_DTYPES
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
@@ -22,6 +21,19 @@ SPEED_ALONE = ("weights", "huge_pages")
 """Options that change no bit of a result."""
 ATTENTION = (AUTO, "flash-attn", "flash", "triton", "sdpa")
 """Who may attend in the device's loop; see `hcot_lmeval.engine.device.choice`."""
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "compute": (AUTO, "native", "torch"),
+    "kv_dtype": (AUTO, *KV_DTYPES),
+    "weights": (AUTO, "plain", "packed"),
+    "loop": (AUTO, "host", "device"),
+    "attention": ATTENTION,
+    "reforward": (AUTO, "chunk", "replay"),
+}
+"""Options that have names, and the names."""
+FLAGS = ("huge_pages", "graphs", "compiled", "any_policy", "prompt_acts", "self_check", "poison")
+COUNTS = ("run_ahead", "max_context", "max_position", "max_slots", "step_tokens")
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,8 @@ class ComputeOptions:
             a copy in fewer bits that has the same values (`hcot_lmeval.engine.native.packing`) and serves a single
             row, or some of a checkpoint in bfloat16; or ``auto``, the latter where no more run at a time, it is faster
             and takes at most half of the free memory.
-        huge_pages: on the CPU, keys and values lie on pages of 2 MiB where Linux has them (`hcot_lmeval.engine.pages`),
-            and compiled code copies the weights there; they stay the model's parameters.
+        huge_pages: on the CPU, keys and values lie on pages of 2 MiB where Linux has them, and compiled code copies the
+            weights there (`hcot_lmeval.engine.native.pages`); they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host
             (see `hcot_lmeval.engine.device`); or ``auto``, the latter on CUDA for requests that it can serve.
         attention: who attends in the device's loop, one of `ATTENTION`; ``auto``: the first that can and is right.
@@ -53,7 +65,7 @@ class ComputeOptions:
         ValueError: a value is not allowed.
     """
 
-    compute: Compute | str = Compute.AUTO
+    compute: str = AUTO
     kv_dtype: str = AUTO
     weights: str = AUTO
     huge_pages: bool = True
@@ -68,33 +80,22 @@ class ComputeOptions:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in ("huge_pages", "graphs", "compiled"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of them")
-        if self.weights == WeightForm.PACKED and self.compute == Compute.TORCH:
+        for name in FLAGS:
+            if not isinstance(value := getattr(self, name, False), bool):
+                raise ValueError(f"{name}={value!r} is neither true nor false; give one of them")
+        for name in COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r} is not allowed; give a whole number from 1 up, or leave it out")
+        if self.weights == "packed" and self.compute == "torch":
             raise ValueError(
                 "weights='packed' is for compiled steps, and compute='torch' switches them off; leave out one"
             )
-        ahead = self.run_ahead
-        if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1):
-            raise ValueError(f"run_ahead={ahead!r} is not allowed; give a number of steps from 1 up, or leave it out")
 
     @property
     def computing(self) -> dict[str, Any]:
-        """All these options by name, as plain values."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(ComputeOptions)}
-        return found | {"compute": str(self.compute)}
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "compute": tuple(Compute),
-    "kv_dtype": (AUTO, *KV_DTYPES),
-    "weights": tuple(WeightForm),
-    "loop": (AUTO, "host", "device"),
-    "attention": ATTENTION,
-    "reforward": (AUTO, "chunk", "replay"),
-}
-"""Options that have names, and the names."""
+        """All these options by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ComputeOptions)}
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,6 @@ class EngineOptions(ControlOptions, ComputeOptions):
             raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
         if self.slots != "auto" and (type(self.slots) is not int or self.slots < 1):
             raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
-        for name in ("max_context", "max_position", "max_slots", "step_tokens"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} is not allowed; it has to be a whole number, at least 1")
-        for name in ("any_policy", "prompt_acts", "self_check", "poison"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

@@ -9,9 +9,9 @@ from typing import Any
 
 from hcot_lmeval.control import FREE, Budget, Controller
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
-from hcot_lmeval.engine.slots import Chunk
-from hcot_lmeval.engine.stopping import StopStrings
-from hcot_lmeval.events import Recorder, Statistics
+from hcot_lmeval.engine.slots import Chunk, Span
+from hcot_lmeval.engine.stopping import Decode, StopStrings
+from hcot_lmeval.events import Recorder, Statistics, statistics
 from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.notes import Note
 from hcot_lmeval.trace import LiveContext, Policy, Step
@@ -191,17 +191,19 @@ class Row:
         self.positions += step.positions[self._done : stop]
         return Chunk(self.slot, start, step.forward[self._done : stop], self.positions)
 
-    def forwarded(self, tokens: int) -> tuple[tuple[int, int], ...]:
+    def forwarded(self, tokens: int) -> tuple[Span, ...]:
         """Takes note that `tokens` of the current step are in the pool.
 
         Returns:
-            The row spans that the pool has to drop now, ascending.
+            The spans that the pool has to drop now, ascending.
         """
         self._done += tokens
         if self._done < len(self._steps[0].forward):
             return ()
-        self._done = 0
-        return self._steps.popleft().drop
+        self._done, spans = 0, self._steps.popleft().drop
+        for start, stop in reversed(spans):
+            del self.positions[start:stop]
+        return spans
 
     def draw(self) -> Draw:
         """Returns what the sampler has to know."""
@@ -247,10 +249,14 @@ class Row:
         """Tells the controller of the token, and the recorder of what the controller did or found."""
         if self.controller is None:
             return
-        token, wanted, directive = choice.token, choice.wanted, self._directive
-        if wanted is not None and wanted != token and token not in self.request.forced_ids[len(self.generated) :][:1]:
-            cause = directive.cause or self.controller.cause(wanted)
-            self.recorder.forced(index, token, cause.value, wanted)
+        token, preferred, directive = choice.token, choice.preferred, self._directive
+        if (
+            preferred is not None
+            and preferred != token
+            and token not in self.request.forced_ids[len(self.generated) :][:1]
+        ):
+            cause = directive.cause or self.controller.cause(preferred)
+            self.recorder.forced(index, token, cause.value, preferred)
         state = self.controller.cursor.state
         if not self.controller.push(token):
             self.recorder.illegal(index, token, state.name.lower())
@@ -301,15 +307,23 @@ class Row:
         self.finished = reason
         self.recorder.finish(reason, self.stop, self.context.depth)
 
-    def note(self) -> Note:
-        """Returns the record of the row."""
-        return Note(
-            self.request.id,
-            self.sample,
-            self.request.prompt_ids,
-            tuple(self.generated),
-            tuple(self.recorder.events),
-            self.request.meta,
+    def completion(self, decode: Decode) -> Completion:
+        """What became of the row, which has finished; `decode` gives its text where no stop string cut it."""
+        request, tokens, events = self.request, tuple(self.generated), tuple(self.recorder.events)
+        choices = self.choices if request.params.logprobs else None
+        cut = self.stops is not None and self.stop_at is not None
+        return Completion(
+            request=request,
+            sample=self.sample,
+            token_ids=tokens,
+            live_ids=tuple(self.context.live),
+            finish_reason=self.finished,
+            stop=self.stop,
+            text=self.stops.text[: self.stop_at] if cut else decode(tokens),  # type: ignore[union-attr]
+            logprobs=None if choices is None else tuple(choice.logprob for choice in choices),
+            legal_logprobs=None if choices is None else tuple(choice.legal_logprob for choice in choices),
+            note=Note(request.id, self.sample, request.prompt_ids, tokens, events, request.meta),
+            statistics=statistics(events),
         )
 
 

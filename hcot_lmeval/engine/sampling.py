@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 """Shifts and factors of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
 _MASK = 2**64 - 1
@@ -62,36 +62,37 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind, allowed in _KINDS:
+        for name, (kind, least, most, words) in _NUMBERS.items():
             value = getattr(self, name)
-            values = value if allowed.startswith("a list") else (value,)
-            if isinstance(values, str) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
-                raise ValueError(f"{name}={value!r} is not allowed; it has to be {allowed}")
-        checks = {
-            "max_gen_toks": (self.max_gen_toks >= 1, "at least 1"),
-            "min_gen_toks": (0 <= self.min_gen_toks <= self.max_gen_toks, "within 0..max_gen_toks"),
-            "temperature": (
-                self.temperature == 0 or LEAST <= self.temperature <= 1 / LEAST,
-                f"0 (greedy), or within [{LEAST:g}, {1 / LEAST:g}]",
-            ),
-            "top_k": (0 <= self.top_k < 2**63, "within 0..2^63 - 1 (0 is off)"),
-            "top_p": (LEAST <= self.top_p <= 1, f"within [{LEAST:g}, 1] (1 is off)"),
-            "min_p": (0 <= self.min_p <= 1, "within [0, 1] (0 is off)"),
-            "repetition_penalty": (1e-6 <= self.repetition_penalty <= 1e6, "within [1e-06, 1e+06] (1 is off)"),
-            "stop_strings": (all(self.stop_strings), "without empty strings"),
-            "n": (self.n >= 1, "at least 1"),
-        }
-        for name, (good, allowed) in checks.items():
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be {allowed}")
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            greedy = name == "temperature" and value == 0
+            if not (number and (greedy or least <= value <= most)):
+                raise ValueError(f"{name}={value!r} is not allowed; it has to be {words}")
+        if self.min_gen_toks > self.max_gen_toks:
+            limit = f"max_gen_toks={self.max_gen_toks}"
+            raise ValueError(f"min_gen_toks={self.min_gen_toks} is not allowed; it has to be within 0..{limit}")
+        for name, (kind, words) in _LISTS.items():
+            values = getattr(self, name)
+            if isinstance(values, str) or not all(isinstance(v, kind) and v != "" for v in values):
+                raise ValueError(f"{name}={values!r} is not allowed; it has to be {words}")
 
 
-_KINDS: tuple[tuple[str, Any, str], ...] = (
-    *((name, Integral, "a whole number") for name in ("max_gen_toks", "min_gen_toks", "top_k", "seed", "n")),
-    *((name, Real, "a number") for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
-    ("stop_strings", str, "a list of strings"),
-    ("stop_ids", Integral, "a list of token ids"),
-)
+_NUMBERS: dict[str, tuple[type, float, float, str]] = {
+    "max_gen_toks": (Integral, 1, math.inf, "a whole number, at least 1"),
+    "min_gen_toks": (Integral, 0, math.inf, "a whole number, at least 0"),
+    "temperature": (Real, LEAST, 1 / LEAST, f"a number: 0 (greedy), or within [{LEAST:g}, {1 / LEAST:g}]"),
+    "top_k": (Integral, 0, 2**63 - 1, "a whole number within 0..2^63 - 1 (0 is off)"),
+    "top_p": (Real, LEAST, 1, f"a number within [{LEAST:g}, 1] (1 is off)"),
+    "min_p": (Real, 0, 1, "a number within [0, 1] (0 is off)"),
+    "repetition_penalty": (Real, 1e-6, 1e6, "a number within [1e-06, 1e+06] (1 is off)"),
+    "seed": (Integral, -math.inf, math.inf, "a whole number"),
+    "n": (Integral, 1, math.inf, "a whole number, at least 1"),
+}
+"""Fields of `SamplingParams`: kind, the least and the most, and all that in words."""
+_LISTS: dict[str, tuple[type, str]] = {
+    "stop_strings": (str, "a list of strings, none of them empty"),
+    "stop_ids": (Integral, "a list of token ids"),
+}
 
 
 class Choice(NamedTuple):
@@ -101,13 +102,13 @@ class Choice(NamedTuple):
         token: its id.
         logprob: its log-probability (see `SamplingParams.logprobs`; NaN when not asked for).
         legal_logprob: the same, given that no illegal token may come: 0 where only this one may.
-        wanted: the token that would have come had all been legal and none forced.
+        preferred: the token that would have come had all been legal and none forced.
     """
 
     token: int
     logprob: float = math.nan
     legal_logprob: float = math.nan
-    wanted: int | None = None
+    preferred: int | None = None
 
 
 class Draw(NamedTuple):
@@ -134,17 +135,6 @@ class Draw(NamedTuple):
     only: int | None = None
 
 
-TRIALS = (
-    SamplingParams(),
-    SamplingParams(temperature=1.0),
-    SamplingParams(temperature=0.6, top_p=0.9),
-    SamplingParams(temperature=1.5, top_p=0.7, top_k=40, min_p=0.01),
-    SamplingParams(temperature=0.8, min_p=0.05),
-    SamplingParams(temperature=3.0, top_p=0.3, top_k=20),
-)
-TRIAL_SIZE = 5003
-"""Settings, and size of the vocabulary, on which a chooser is tried."""
-
 Chooser = Callable[[torch.Tensor, Sequence[Draw]], list[int]]
 """A faster `choose` for draws without illegal tokens: from logits [rows, vocabulary] and draws to tokens."""
 
@@ -158,41 +148,33 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None 
     Args:
         logits: [rows, vocabulary], float32 or float64.
         draws: one for each row.
-        chooser: takes the place of `choose` where nothing illegal is wanted.
+        chooser: takes the place of `choose` where the free choice is legal.
     """
-    scores = _penalised(logits, draws)
-    tokens, wanted = choose(scores, draws) if chooser is None else _chosen_by(chooser, scores, draws)
+    scores = penalised(logits, draws)
+    tokens, preferred = choose(scores, draws) if chooser is None else _chosen_by(chooser, scores, draws)
     for row, draw in enumerate(draws):
         if draw.forced is not None or draw.only is not None:
             tokens[row] = draw.only if draw.forced is None else draw.forced  # type: ignore[assignment]
     if not any(draw.params.logprobs for draw in draws):
-        return [Choice(token, wanted=free) for token, free in zip(tokens, wanted, strict=True)]
-    scaled = _cooled(scores, draws)
+        return [Choice(token, preferred=free) for token, free in zip(tokens, preferred, strict=True)]
+    scaled = _over_temperature(scores, draws)
     logprobs = zip(_logprobs(scaled, tokens), _legal_logprobs(scaled, tokens, draws), strict=True)
-    return [Choice(token, *pair, free) for token, pair, free in zip(tokens, logprobs, wanted, strict=True)]
+    return [Choice(token, *pair, free) for token, pair, free in zip(tokens, logprobs, preferred, strict=True)]
 
 
 def _chosen_by(chooser: Chooser, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
     """What `choose` returns; rows where the chooser takes an illegal token are left to it."""
-    wanted = chooser(logits, draws)
-    tokens = list(wanted)
-    astray = [row for row, draw in enumerate(draws) if tokens[row] in draw.illegal]
-    if astray:
-        again, _ = choose(logits[astray], [draws[row] for row in astray])
-        for row, token in zip(astray, again, strict=True):
+    preferred = chooser(logits, draws)
+    tokens = list(preferred)
+    again = [row for row, draw in enumerate(draws) if tokens[row] in draw.illegal]
+    if again:
+        found, _ = choose(logits[again], [draws[row] for row in again])
+        for row, token in zip(again, found, strict=True):
             tokens[row] = token
-    return tokens, wanted
+    return tokens, preferred
 
 
-def passes_trials(chooser: Chooser, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a chooser takes the tokens that `choose` takes, on trial: compilers may be at fault."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(len(TRIALS), TRIAL_SIZE, generator=generator, dtype=dtype).to(device)
-    draws = [Draw(params, seed, 1) for seed, params in enumerate(TRIALS)]
-    return chooser(logits, draws) == choose(logits, draws)[0]
-
-
-def _cooled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _over_temperature(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Divides by the temperatures, 0 counting as 1; no copy is made if all are 1."""
     temperatures = [draw.params.temperature or 1.0 for draw in draws]
     if all(temperature == 1 for temperature in temperatures):
@@ -207,60 +189,29 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list
         logits: [rows, vocabulary], with penalties and bans.
         draws: one for each row.
     """
-    scaled = _cooled(logits, draws)
-    tokens, wanted = _best(scaled, [() if d.params.temperature > 0 else d.illegal for d in draws])
-    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
-    if sampled:
-        chosen = [draws[row] for row in sampled]
-        some = scaled[torch.tensor(sampled, device=scaled.device)]
-        noise = gumbel([d.seed for d in chosen], [d.generated for d in chosen], some.shape[-1], some.device)
-        illegal = [d.illegal for d in chosen]
-        found = _best(_truncated(some, [d.params for d in chosen]) + noise, illegal, lambda rows: (some + noise)[rows])
-        for row, token, free in zip(sampled, *found, strict=True):
-            tokens[row], wanted[row] = token, free
-    return tokens, wanted
+    scaled, tokens, preferred = _over_temperature(logits, draws), [0] * len(draws), [0] * len(draws)
+    for sampled in (False, True):
+        rows = [row for row, draw in enumerate(draws) if (draw.params.temperature > 0) == sampled]
+        if not rows:
+            continue
+        kept = scores = scaled[rows] if len(rows) < len(draws) else scaled
+        chosen = [draws[row] for row in rows]
+        if sampled:
+            noise = gumbel([d.seed for d in chosen], [d.generated for d in chosen], scores.shape[-1], scores.device)
+            kept, scores = truncated(scores, [d.params for d in chosen]) + noise, scores + noise
+        for index, (row, free) in enumerate(zip(rows, kept.argmax(-1).tolist(), strict=True)):
+            preferred[row] = tokens[row] = free
+            if free in draws[row].illegal:
+                tokens[row] = _best_legal(kept[index], scores[index], draws[row].illegal)
+    return tokens, preferred
 
 
-Untruncated = Callable[[list[int]], torch.Tensor]
-
-
-def _best(
-    scores: torch.Tensor, illegal: Sequence[Collection[int]], untruncated: Untruncated | None = None
-) -> tuple[list[int], list[int]]:
-    """Returns for each row the index of the highest score, without its illegal ids and with them.
-
-    Args:
-        scores: [rows, vocabulary]; removed entries are -inf. They are changed, and put back before this returns: a copy
-            would cost as much as all the rest.
-        illegal: ids of each row.
-        untruncated: returns the scores of some rows with nothing removed, for rows where only illegal ids are left.
-    """
-    if not any(illegal):
-        tokens = scores.argmax(-1).tolist()
-        return tokens, list(tokens)
-    rows, ids = _places(illegal, scores.device)
-    before = scores[rows, ids]
-    scores[rows, ids] = -math.inf
-    found = scores.argmax(-1)
-    highest = scores.gather(1, found[:, None])[:, 0].tolist()
-    scores[rows, ids] = before
-    tokens, wanted, top = found.tolist(), found.tolist(), list(highest)
-    for row, token, score in zip(rows.tolist(), ids.tolist(), before.tolist(), strict=True):
-        if score > top[row]:
-            top[row], wanted[row] = score, token
-    stuck = [row for row, score in enumerate(highest) if score == -math.inf]
-    if stuck and untruncated is not None:
-        again, _ = _best(untruncated(stuck), [illegal[row] for row in stuck])
-        for row, token in zip(stuck, again, strict=True):
-            tokens[row] = token
-    return tokens, wanted
-
-
-def _places(ids: Sequence[Collection[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every id of every row."""
-    rows = [row for row, some in enumerate(ids) for _ in some]
-    columns = [i for some in ids for i in some]
-    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+def _best_legal(kept: torch.Tensor, scores: torch.Tensor, illegal: Collection[int]) -> int:
+    """The best of the tokens that truncation keeps; if none of them is legal, of all: both [vocabulary]."""
+    ids = torch.tensor(list(illegal), device=kept.device)
+    legal = kept.index_fill(0, ids, -math.inf)
+    token = int(legal.argmax())
+    return token if legal[token] > -math.inf else int(scores.index_fill(0, ids, -math.inf).argmax())
 
 
 def _logprobs(scaled: torch.Tensor, tokens: Sequence[int]) -> list[float]:
@@ -271,7 +222,9 @@ def _logprobs(scaled: torch.Tensor, tokens: Sequence[int]) -> list[float]:
 def _legal_logprobs(scaled: torch.Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[float]:
     """Log-probabilities under the distribution without the illegal tokens."""
     if any(draw.illegal for draw in draws):
-        scaled = scaled.index_put(_places([d.illegal for d in draws], scaled.device), scaled.new_tensor(-math.inf))
+        scaled = scaled.clone()
+        for row, draw in enumerate(draws):
+            scaled[row, list(draw.illegal)] = -math.inf
     found = _logprobs(scaled, tokens)
     for row, (token, draw) in enumerate(zip(tokens, draws, strict=True)):
         if draw.only is not None:
@@ -279,7 +232,7 @@ def _legal_logprobs(scaled: torch.Tensor, tokens: Sequence[int], draws: Sequence
     return found
 
 
-def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Applies repetition penalties and bans; a copy is made only if there are any."""
     if not any(draw.banned or draw.params.repetition_penalty != 1 for draw in draws):
         return logits
@@ -295,7 +248,7 @@ def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return logits
 
 
-def _truncated(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def truncated(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Top-k, then top-p, then min-p, the order of transformers: [rows, vocabulary], removed entries are -inf."""
     if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
         return scores
@@ -347,22 +300,18 @@ def hash_places(size: int, device: torch.device) -> torch.Tensor:
     To be made outside of compiled code: `torch.compile` takes the product of an index for another index, which does not
     overflow. Its C++ then never leaves the loop; its Triton code has 32 bits for it and is refused (torch 2.11, 2.13).
     """
-    return torch.arange(1, size + 1, device=device) * signed(_GOLDEN)
+    return torch.arange(1, size + 1, device=device) * signed(GOLDEN)
 
 
 def hashed_noise(starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise of rows whose hashes start at `starts`, int64 [rows]: float64 [rows, len(places)]."""
     bits = starts[:, None] + places
-    uniform = (_shifted(_mixed(bits), 11).double() + 0.5) * 2.0**-53
+    uniform = (_shifted(mixed(bits), 11).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
 
 
-def derived_seeds(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`derive_seed` on a device, for indices from 1 up: the int64 with the bits of each derived seed, [rows]."""
-    return _mixed(_mixed(seeds + indices * signed(_GOLDEN)))
-
-
-def _mixed(bits: torch.Tensor) -> torch.Tensor:
+def mixed(bits: torch.Tensor) -> torch.Tensor:
+    """The second half of SplitMix64, on int64."""
     for shift, factor in _MIX:
         bits = (bits ^ _shifted(bits, shift)) * signed(factor)
     return bits
@@ -372,7 +321,7 @@ def derive_seed(seed: int, index: int) -> int:
     """Returns the `index`-th seed of the stream of `seed`, 64 bits; index 0 is `seed` itself."""
     if index == 0:
         return seed
-    bits = (seed + index * _GOLDEN) & _MASK
+    bits = (seed + index * GOLDEN) & _MASK
     for _ in range(2):  # twice, since neighbouring seeds share their increments
         for shift, factor in _MIX:
             bits = ((bits ^ (bits >> shift)) * factor) & _MASK

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import ne
 
 from hcot_lmeval.engine.rows import Request, Row
 from hcot_lmeval.engine.slots import Chunk, KVPool
@@ -127,13 +128,7 @@ class Scheduler:
         for slot, resident in enumerate(self._residents):
             limit = min(resident.tokens, len(prompt_ids) - 1)
             if limit > best[1]:
-                shared = common_prefix(resident.prompt_ids, prompt_ids, limit)
+                differ = map(ne, resident.prompt_ids[:limit], prompt_ids)
+                shared = next((place for place, differs in enumerate(differ) if differs), limit)
                 best = max(best, (slot, shared), key=lambda pair: pair[1])
         return best
-
-
-def common_prefix(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:
-    """Returns the length of the common prefix of `a` and `b`, at most `limit`."""
-    if a[:limit] == b[:limit]:
-        return limit
-    return next(i for i in range(limit) if a[i] != b[i])

@@ -7,6 +7,7 @@ garbage (NaN when `poison` is set, so that a test notices if it is read).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from hcot_lmeval.engine.pages import allocate
+from hcot_lmeval.engine.native.pages import allocate
 
 MEMORY_SHARE = 0.9
 """Part of the free memory that the pool may take; the rest is left to activations and logits."""
@@ -22,6 +23,10 @@ KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8_e4m3f
 """What keys and values may be stored in instead of the dtype in which the model computes them."""
 NARROW = (torch.float16, torch.float8_e4m3fn)
 """Dtypes whose range (65504 and 448) outliers among the keys may leave."""
+
+
+Span = tuple[int, int]
+"""The first token that leaves, and the first behind it that stays."""
 
 
 class LayerSpec(NamedTuple):
@@ -88,7 +93,7 @@ class KVPool:
     """Keys and values of `slots` rows of at most `length` live tokens.
 
     Args:
-        layers: layer index to shape.
+        layers: layer index to what it stores.
         slots: rows held at the same time.
         length: live tokens a slot can hold.
         poison: fill with NaN, for tests.
@@ -97,6 +102,7 @@ class KVPool:
     Attributes:
         keys: layer index to a tensor [slots, length, heads, key_dim].
         values: layer index to a tensor [slots, length, heads, value_dim].
+        bytes: memory taken.
     """
 
     def __init__(
@@ -109,22 +115,18 @@ class KVPool:
         huge_pages: bool = False,
     ) -> None:
         self.slots, self.length, self._huge_pages = slots, length, huge_pages
-        self.keys = {i: self._empty(shape, shape.key_dim) for i, shape in layers.items()}
-        self.values = {i: self._empty(shape, shape.value_dim) for i, shape in layers.items()}
-        if poison:
-            for tensor in (*self.keys.values(), *self.values.values()):
-                tensor.fill_(float("nan"))
+        self.keys = {i: self._empty(layer, layer.key_dim) for i, layer in layers.items()}
+        self.values = {i: self._empty(layer, layer.value_dim) for i, layer in layers.items()}
+        self._tensors = [*self.keys.values(), *self.values.values()]
+        self.bytes = sum(tensor.nbytes for tensor in self._tensors)
+        for tensor in self._tensors if poison else ():
+            tensor.fill_(float("nan"))
 
-    def _empty(self, shape: LayerSpec, dim: int) -> torch.Tensor:
-        size = (self.slots, self.length, shape.heads, dim)
-        if self._huge_pages and shape.device.type == "cpu":
-            return allocate(math.prod(size) * shape.kv_dtype.itemsize).view(shape.kv_dtype).view(size)
-        return torch.empty(size, dtype=shape.kv_dtype, device=shape.device)
-
-    @property
-    def bytes(self) -> int:
-        """Memory taken."""
-        return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
+    def _empty(self, layer: LayerSpec, dim: int) -> torch.Tensor:
+        size = (self.slots, self.length, layer.heads, dim)
+        if self._huge_pages and layer.device.type == "cpu":
+            return allocate(math.prod(size) * layer.kv_dtype.itemsize).view(layer.kv_dtype).view(size)
+        return torch.empty(size, dtype=layer.kv_dtype, device=layer.device)
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores the keys and values of some tokens, rounded to the dtype of the pool.
@@ -138,17 +140,22 @@ class KVPool:
         write_rows(self.keys[layer], rows, key)
         write_rows(self.values[layer], rows, value)
 
-    def drop(self, slot: int, start: int, stop: int, length: int) -> None:
-        """Removes the tokens [start, stop) of a slot that holds `length`; what lies behind them moves down."""
-        for tensors in (self.keys, self.values):
-            for tensor in tensors.values():
-                tensor[slot, start : start + length - stop] = tensor[slot, stop:length].clone()
+    def drop(self, slot: int, spans: Sequence[Span], length: int) -> None:
+        """Removes spans of tokens of a slot that holds `length`; what lies behind them moves down."""
+        for tensor in self._tensors:
+            drop_spans(tensor[slot], spans, length)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one slot to another."""
-        for tensors in (self.keys, self.values):
-            for tensor in tensors.values():
-                tensor[target, :length] = tensor[source, :length]
+        for tensor in self._tensors:
+            tensor[target, :length] = tensor[source, :length]
+
+
+def drop_spans(tensor: torch.Tensor, spans: Sequence[Span], length: int) -> None:
+    """Removes spans, ascending, from the first `length` entries of a tensor; what lies behind them moves down."""
+    for start, stop in reversed(spans):
+        tensor[start : start + length - stop] = tensor[stop:length].clone()
+        length -= stop - start
 
 
 def write_rows(slots: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
@@ -172,14 +179,6 @@ def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: 
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def slots_that_fit(layers: Mapping[int, LayerSpec], length: int) -> int:
-    """Returns how many slots of `length` tokens the free memory of every device involved can hold."""
-    per_device: dict[torch.device, int] = {}
-    for shape in layers.values():
-        per_device[shape.device] = per_device.get(shape.device, 0) + shape.token_bytes * length
-    return min(int(MEMORY_SHARE * free_bytes(device)) // need for device, need in per_device.items())
-
-
 def free_bytes(device: torch.device) -> int:
     """Returns the memory that can be allocated on `device` now."""
     if device.type == "cuda":
@@ -189,17 +188,20 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def plan_slots(layers: Mapping[int, LayerSpec], length: int, wanted: int) -> int:
-    """Returns how many of the `wanted` slots fit.
+def plan_slots(layers: Mapping[int, LayerSpec], length: int, most: int) -> int:
+    """Returns how many slots of `length` tokens the free memory of every device involved can hold, at most `most`.
 
     Raises:
         MemoryError: not even one slot fits; the message says which option to lower.
     """
-    fit = slots_that_fit(layers, length)
+    need: Counter[torch.device] = Counter()
+    for layer in layers.values():
+        need[layer.device] += layer.token_bytes * length
+    fit = min(int(MEMORY_SHARE * free_bytes(device)) // size for device, size in need.items())
     if fit < 1:
-        need = sum(shape.token_bytes for shape in layers.values()) * length
         raise MemoryError(
-            f"one row of {length} live tokens needs {need / 2**20:,.0f} MiB of keys and values, which is more than the "
-            "free memory; lower max_context (or max_gen_toks, if no prompt is that long), or choose a smaller dtype"
+            f"one row of {length} live tokens needs {need.total() / 2**20:,.0f} MiB of keys and values, which is more "
+            "than the free memory; lower max_context (or max_gen_toks, if no prompt is that long), or choose a smaller "
+            "dtype"
         )
-    return min(wanted, fit)
+    return min(most, fit)

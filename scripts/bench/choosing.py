@@ -13,7 +13,7 @@ from bench.output import Report
 from bench.timing import seconds
 from bench.work import Sampling
 from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
-from hcot_lmeval.engine.native import sampler_for
+from hcot_lmeval.engine.native.sampler import sampler_for
 from hcot_lmeval.engine.sampling import Draw, SamplingParams, choose
 
 SPREAD = 3.0

@@ -77,16 +77,16 @@ class Floor:
     def __init__(self, model: Any, batch: int, kv_bytes: int) -> None:
         self._device = model.device
         matrices = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        self._bits = [m.view(torch.float32) for m in matrices]  # the sum of narrower types would be work
-        self._inputs = [torch.randn(batch, m.shape[1]).to(m.device, m.dtype) for m in matrices]
+        self.bits = [m.view(torch.float32) for m in matrices]  # the sum of narrower types would be work
+        self.inputs = [torch.randn(batch, m.shape[1]).to(m.device, m.dtype) for m in matrices]
         taken = max(4, min(kv_bytes, KV_BYTES))
-        self._kv = torch.randn(taken // 4, device=self._device)  # as float32, whose sum is no work
-        self._kv_scale = kv_bytes / taken
-        self._kinds: dict[str, list[Product]] = {"linear": [_linear(m) for m in matrices]}
-        if self._device.type == "cpu" and _packs(model.dtype):
-            self._kinds["packed"] = [_packed(m, batch) for m in matrices]
-        self._work = {kind: self._graph(partial(self._stream, made)) for kind, made in self._kinds.items()}
-        self._read_kv, self._read_weights = self._graph(self._kv.sum), self._graph(self._read)
+        self.kv = torch.randn(taken // 4, device=self._device)  # as float32, whose sum is no work
+        self.kv_scale = kv_bytes / taken
+        self.kinds: dict[str, list[Product]] = {"linear": [_linear(m) for m in matrices]}
+        if self._device.type == "cpu" and packs(model.dtype):
+            self.kinds["packed"] = [_packed(m, batch) for m in matrices]
+        self._work = {kind: self._graph(partial(self._stream, made)) for kind, made in self.kinds.items()}
+        self._read_kv, self._read_weights = self._graph(self.kv.sum), self._graph(self._read)
         self._drop_slow_kinds()
 
     def _graph(self, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -95,7 +95,7 @@ class Floor:
     def run(self) -> FloorTime:
         """Times some steps of every kind."""
         weights = {kind: self._median(work) for kind, work in self._work.items()}
-        return FloorTime(weights, self._median(self._read_kv) * self._kv_scale, self._median(self._read_weights))
+        return FloorTime(weights, self._median(self._read_kv) * self.kv_scale, self._median(self._read_weights))
 
     def _drop_slow_kinds(self) -> None:
         """Frees the copies of weights that will not win."""
@@ -103,17 +103,17 @@ class Floor:
         weights = self.run().weights
         best = min(weights.values())
         kept = [kind for kind, taken in weights.items() if taken <= KEEP_WITHIN * best]
-        self._kinds = {kind: self._kinds[kind] for kind in kept}
+        self.kinds = {kind: self.kinds[kind] for kind in kept}
         self._work = {kind: self._work[kind] for kind in kept}
 
     @torch.inference_mode()
     def _stream(self, products: list[Product]) -> None:
-        for product, rows in zip(products, self._inputs, strict=True):
+        for product, rows in zip(products, self.inputs, strict=True):
             product(rows)
 
     @torch.inference_mode()
     def _read(self) -> None:
-        for weight in self._bits:
+        for weight in self.bits:
             weight.sum()
 
     def _median(self, work: Callable[[], Any]) -> float:
@@ -124,7 +124,7 @@ def _linear(weight: torch.Tensor) -> Product:
     return lambda rows: F.linear(rows, weight)
 
 
-def _packs(dtype: torch.dtype) -> bool:
+def packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN can bring weights of this type into its own order here."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -39,7 +39,7 @@ def make_model(
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from hcot_lmeval.engine.pages import move_to_huge_pages
+    from hcot_lmeval.engine.native.pages import move_to_huge_pages
 
     if threads is not None:
         torch.set_num_threads(threads)

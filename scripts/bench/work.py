@@ -78,7 +78,7 @@ class Sampling:
             raise ValueError(f"{self!r}: at temperature 0 top-p and top-k do nothing; set a temperature")
 
     @property
-    def warm(self) -> bool:
+    def samples(self) -> bool:
         """Whether tokens are sampled."""
         return self.temperature > 0
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest error allowed, relative to the largest entry."""
 COARSE_TOLERANCE = 2e-2
-"""The same in coarser types."""
+"""Largest error allowed in coarser types."""
 PROBE_LENGTH = 300
 PROBE_ROWS = ((3, 0, 1), (0, 0, 300), (4, 0, 77), (1, 0, 130))
 """Slot, first place in sight and length of the probe's rows."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hcot_lmeval.engine.attention import Scores, Segments
@@ -53,14 +53,31 @@ class TorchFlash(Sdpa):
         return out
 
     def chunk(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
-        device, length, window = keys.device, keys.shape[1], scores.window
-        starts = F.pad((segments.slots(device) * length).int(), (0, 1))  # one more, which nobody reads
-        flat, sizes = (query.contiguous(), keys.flatten(0, 1), values.flatten(0, 1)), (segments.longest, length)
-        how: dict[str, Any] = {"scale": scores.scaling, "seqused_k": segments.lengths(device)}
+        device, chunks, window = keys.device, segments.chunks, scores.window
+        starts = [*(chunk.slot * segments.length for chunk in chunks), 0]  # one more, which nobody reads
+        offsets = [0, *itertools.accumulate(len(chunk.ids) for chunk in chunks)]
+        how: dict[str, Any] = {"scale": scores.scaling, "seqused_k": _lengths(segments, device)}
         if window is not None:
             how |= {"window_size_left": window - 1, "window_size_right": 0}
-        out: Tensor = self._kernel(*flat, segments.offsets(device), starts, *sizes, 0.0, True, False, **how)[0]
+        out: Tensor = self._kernel(
+            query.contiguous(),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            segments.tensor("offsets", offsets, torch.int32, device),
+            segments.tensor("starts", starts, torch.int32, device),
+            max(len(chunk.ids) for chunk in chunks),
+            segments.length,
+            0.0,  # dropout
+            True,  # causal
+            False,  # debugging
+            **how,
+        )[0]
         return out
+
+
+def _lengths(segments: Segments, device: torch.device) -> Tensor:
+    """Live tokens of the slot of each chunk, the chunk included: int32 [chunks]."""
+    return segments.tensor("lengths", (chunk.stop for chunk in segments.chunks), torch.int32, device)
 
 
 class FlashAttn(Sdpa):
@@ -81,10 +98,11 @@ class FlashAttn(Sdpa):
 
     def chunk(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
         """Chunk by chunk."""
-        out, device = [], keys.device
+        out, lengths = [], _lengths(segments, keys.device)
+        indices = segments.tensor("slots", (chunk.slot for chunk in segments.chunks), torch.int32, keys.device)
         for index, piece in enumerate(query.split([len(chunk.ids) for chunk in segments.chunks])):
             one = slice(index, index + 1)
-            slots = {"cache_seqlens": segments.lengths(device)[one], "cache_batch_idx": segments.slots(device)[one]}
+            slots = {"cache_seqlens": lengths[one], "cache_batch_idx": indices[one]}
             out.append(self._kernel(piece[None], keys, values, **slots, causal=True, **_names(scores))[0])
         return torch.cat(out)
 

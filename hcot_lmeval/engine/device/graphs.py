@@ -59,7 +59,7 @@ class Runner:
     ) -> None:
         self._step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if compiled else step
         self._rows = torch.full((bucket(most),), padding, dtype=torch.int64, device=device)
-        self._padding, self._size, self._capture, self._counter = padding, 0, graphs, counter
+        self._padding, self.size, self._capture, self._counter = padding, 0, graphs, counter
         self._compiled = compiled
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # what the graphs share
@@ -72,21 +72,21 @@ class Runner:
 
     def load(self, rows: Sequence[int]) -> None:
         """The next runs are over `rows`; takes effect in the order of the stream."""
-        self._size = self._choose(bucket(len(rows)))
-        padded = [*rows, *[self._padding] * (self._size - len(rows))]
-        self._rows[: self._size].copy_(upload(padded, torch.int64, self._rows.device), non_blocking=True)
+        self.size = self._choose(bucket(len(rows)))
+        padded = [*rows, *[self._padding] * (self.size - len(rows))]
+        self._rows[: self.size].copy_(upload(padded, torch.int64, self._rows.device), non_blocking=True)
 
     def _choose(self, size: int) -> int:
         return min((known for known in self._graphs if size <= known < 2 * size), default=size)
 
     def run(self) -> None:
         """One step."""
-        if self._capture and self._size not in self._graphs:
-            self._try_to_capture()
+        if self._capture and self.size not in self._graphs:
+            self.capture()
         if self._capture:
-            self._graphs[self._size].replay()
+            self._graphs[self.size].replay()
         else:
-            self._call(self._rows[: self._size])
+            self._call(self._rows[: self.size])
 
     def _call(self, rows: torch.Tensor) -> None:
         """The step, kernel by kernel."""
@@ -98,21 +98,23 @@ class Runner:
         with config.patch(recompile_limit=PROGRAMS):  # beyond the 8 of PyTorch a step in one piece would be refused
             self._step(rows)
 
-    def _try_to_capture(self) -> None:
-        rows = self._rows[: self._size]
+    def capture(self) -> None:
+        """Captures a graph for the size of the batch; if that fails, steps run kernel by kernel from now on."""
+        rows = self._rows[: self.size]
         loaded, count = rows.clone(), self._counter.clone()
         try:
             rows.fill_(self._padding)  # warming up and capturing must not move a row
-            self._graphs[self._size] = self._captured(rows)
+            self._graphs[self.size] = self.record(rows)
         except Exception as error:  # of any library that takes part
-            logger.warning("no CUDA graphs, steps run one kernel at a time: a batch of %d: %s", self._size, error)
+            logger.warning("no CUDA graphs, steps run one kernel at a time: a batch of %d: %s", self.size, error)
             self._capture = False
             self._graphs.clear()
         finally:
             rows.copy_(loaded)
             self._counter.copy_(count)
 
-    def _captured(self, rows: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def record(self, rows: torch.Tensor) -> torch.cuda.CUDAGraph:
+        """Returns a graph of the step over these rows, after some runs to warm up."""
         self._aside = self._aside or torch.cuda.Stream(rows.device)
         with beside(self._aside):
             for _ in range(WARM_UP - 1):

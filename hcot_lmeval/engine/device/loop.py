@@ -175,11 +175,8 @@ class DeviceLoop:
         for slot in self._slots if self._policy is Policy.EVICT else ():
             if slot.prunes and slot.queued > slot.prunes[0].at:
                 prune, at = slot.prunes.pop(0), slot.row.slot
-                length = prune.length
-                for start, stop in reversed(prune.step.drop):
-                    self.program.pool.drop(at, start, stop, length)
-                    self.program.state.drop(at, start, stop, length)
-                    length -= stop - start
+                self.program.pool.drop(at, prune.step.drop, prune.length)
+                self.program.state.drop(at, prune.step.drop, prune.length)
                 self.program.state.release(at)
                 for later in slot.prunes:
                     later.at = slot.queued

@@ -114,7 +114,7 @@ class Program:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """To be open while it runs."""
+        """Has to be open while the program runs."""
         with on(self.state.device), self.decoder.attached():
             yield
 

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 from hcot_lmeval.engine.device.state import RowLimits, RowState, SamplingRows, State, on
+from hcot_lmeval.engine.native.sampler import passes_trials
 from hcot_lmeval.engine.rows import Request
-from hcot_lmeval.engine.sampling import (
-    Draw,
-    derived_seeds,
-    hash_places,
-    hashed_noise,
-    noise_start,
-    passes_trials,
-    truncate,
-)
+from hcot_lmeval.engine.sampling import GOLDEN, Draw, hash_places, hashed_noise, mixed, noise_start, signed, truncate
 from hcot_lmeval.engine.slots import upload
 
 logger = logging.getLogger(__name__)
@@ -111,6 +104,11 @@ class Sampler:
     def _forced(self, tokens: Tensor, forced: Tensor, row: RowState, limits: RowLimits) -> Tensor:
         at = row.generated.clamp_max(forced.shape[1] - 1)
         return torch.where(row.generated < limits.forced, forced.gather(1, at[:, None])[:, 0], tokens)
+
+
+def derived_seeds(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`derive_seed` on a device, for indices from 1 up: the int64 with the bits of each derived seed, [rows]."""
+    return mixed(mixed(seeds + indices * signed(GOLDEN)))
 
 
 def _over_temperature(logits: Tensor, settings: SamplingRows) -> Tensor:

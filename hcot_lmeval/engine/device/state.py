@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import derive_seed, signed
-from hcot_lmeval.engine.slots import upload
+from hcot_lmeval.engine.slots import Span, drop_spans, upload
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.trace import Policy
 
@@ -199,7 +199,7 @@ class State:
         self.limits = self._zeros(len(RowLimits._fields))
         self.sampling = self._zeros(len(SamplingRows._fields)).double()
         self.ends, self.forced = self._zeros(ends) - 1, self._zeros(forced)
-        self._opens, self._splits = self._zeros(length + 1), self._zeros(length + 1)
+        self.opens, self.splits = self._zeros(length + 1), self._zeros(length + 1)
 
     def _zeros(self, columns: int) -> Tensor:
         return torch.zeros(self.scratch + 1, columns, dtype=torch.int64, device=self.device)
@@ -237,11 +237,11 @@ class State:
         self._write(self.ids[slot], length, ids)
         self._write(self.states[slot], 0, [last, 1, 0, ids[-1]])
 
-    def drop(self, slot: int, start: int, stop: int, length: int) -> None:
-        """Removes the places [start, stop) of a slot that holds `length` tokens."""
+    def drop(self, slot: int, spans: Sequence[Span], length: int) -> None:
+        """Removes spans of tokens of a slot that holds `length`."""
         for tensor in (self.ids, self.positions):
             if tensor is not None:
-                tensor[slot, start : start + length - stop] = tensor[slot, stop:length].clone()
+                drop_spans(tensor[slot], spans, length)
 
     def release(self, slot: int) -> None:
         """Lets a row go on that waited for its keys and values."""
@@ -305,25 +305,25 @@ class State:
         fits = live < self.rule.context
         if self.rule.policy is Policy.OFF:
             return after, fits
-        found = self._follow(rows, tokens, live, row, writes)
+        found = self.follow(rows, tokens, live, row, writes)
         after = after._replace(depth=found.depth)
         if self.rule.policy is Policy.EVICT:
             fits &= constants.prompt + row.generated < self.rule.position
             return after._replace(cut=torch.where(found.prunes, found.stop - found.start + found.vanishes, zero)), fits
         return self._rewound(rows, tokens, live, after, found, writes), fits | found.prunes
 
-    def _follow(self, rows: Tensor, tokens: Tensor, live: Tensor, row: RowState, writes: Tensor) -> Closing:
+    def follow(self, rows: Tensor, tokens: Tensor, live: Tensor, row: RowState, writes: Tensor) -> Closing:
         """Pushes, sets or pops the stack of open blocks, as `LiveContext.push` does."""
         marks = self._marks
         top = (row.depth - 1).clamp_min(0)
-        opened, split = self._opens[rows, top], self._splits[rows, top]
+        opened, split = self.opens[rows, top], self.splits[rows, top]
         inside = row.depth > 0
         opens = (tokens == marks.open) & (marks.nested | ~inside)
         splits, closes = (tokens == marks.split) & inside, (tokens == marks.close) & inside
         place = torch.where(opens, row.depth, top)
-        self._opens[rows, place] = torch.where(opens & writes, live, self._opens[rows, place])
+        self.opens[rows, place] = torch.where(opens & writes, live, self.opens[rows, place])
         new = torch.where(opens, NOTHING, torch.where(splits, live, split))
-        self._splits[rows, place] = torch.where(writes, new, self._splits[rows, place])
+        self.splits[rows, place] = torch.where(writes, new, self.splits[rows, place])
         start, stop = opened + ("open" in marks.keep), split + ("split" not in marks.keep)
         empty = (start == stop) & ("close" in marks.keep)
         depth = row.depth + opens.long() - closes.long()

@@ -24,13 +24,13 @@ PROGRAMS_EACH = 2
 PROCESSORS = 8
 """Assumed where nobody says how many there are (the interpreter)."""
 LEAST_SIZE = 16
-"""Of what `tl.dot` takes."""
+"""The least size that `tl.dot` takes."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attend_part(  # type: ignore[no-untyped-def]
+def attend_part(  # type: ignore[no-untyped-def]
     query, keys, values, sums, peaks, totals, slots, first, lengths, places, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_SIZE: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_SIZE: tl.constexpr, CAPPED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,7 +91,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _combine(  # type: ignore[no-untyped-def]
+def combine_parts(  # type: ignore[no-untyped-def]
     sums, peaks, totals, sinks, out,
     VALUE_DIM: tl.constexpr, VALUE_SIZE: tl.constexpr, SINKS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ class TritonDecode(Sdpa):
         peaks, totals = (query.new_empty(rows, query_heads, splits, dtype=torch.float32) for _ in range(2))
         out = query.new_empty(rows, query_heads, value_dim)
         value_size = max(LEAST_SIZE, triton.next_power_of_2(value_dim))
-        _attend_part[(rows, heads, splits)](
+        attend_part[(rows, heads, splits)](
             query, keys, values, sums, peaks, totals, at.slots, at.first, at.lengths,
             places, scores.scaling, scores.softcap or 1.0,
             HEADS=heads, GROUP=group, GROUP_SIZE=max(LEAST_SIZE, triton.next_power_of_2(group)),
@@ -147,7 +147,7 @@ class TritonDecode(Sdpa):
             VALUE_DIM=value_dim, VALUE_SIZE=value_size,
             CAPPED=scores.softcap is not None, SPLITS=splits, BLOCK=BLOCK if query.dtype.itemsize <= 2 else BLOCK // 2,
         )  # fmt: skip
-        _combine[(rows, query_heads)](
+        combine_parts[(rows, query_heads)](
             sums, peaks, totals, totals if sinks is None else sinks, out,
             VALUE_DIM=value_dim, VALUE_SIZE=value_size, SINKS=sinks is not None, SPLITS=splits,
         )  # fmt: skip
@@ -155,5 +155,5 @@ class TritonDecode(Sdpa):
 
     def _splits(self, pairs: int, length: int) -> int:
         """Parts of the keys of each row and key head: a power of two, the same whatever the lengths are."""
-        wanted = min(-(-PROGRAMS_EACH * self._processors // pairs), -(-length // BLOCK), MOST_SPLITS)
-        return 1 << (wanted - 1).bit_length()
+        useful = min(-(-PROGRAMS_EACH * self._processors // pairs), -(-length // BLOCK), MOST_SPLITS)
+        return 1 << (useful - 1).bit_length()

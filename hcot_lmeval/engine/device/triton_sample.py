@@ -1,7 +1,7 @@
 """A Triton kernel that chooses a token of each row: no sort, and no noise for tokens that cannot win.
 
 A sample is the largest sum of score and Gumbel noise. How the search for it leaves out sorting and nearly all of the
-noise is told at the top of ``native/kernel/sample.cpp``, which does the same on CPUs. Two things differ here: the
+noise is explained at the top of ``native/kernel/sample.cpp``, which does the same on CPUs. Two things differ here: the
 logarithms of noise are computed for whole blocks in which a token can win, and PyTorch finds the k-th score.
 """
 
@@ -18,7 +18,7 @@ GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST_FACTOR = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND_FACTOR = tl.constexpr(0x94D049BB133111EB)
 STEPS = tl.constexpr(2**53)
-"""Of the hash as a number."""
+"""How many values the hash has, as a number."""
 STEP = tl.constexpr(2.0**-53)
 MARGIN = tl.constexpr(1.0001)
 """Beyond the rounding of what is compared in float32."""
@@ -104,20 +104,20 @@ def _behind(row, size, score, count, BLOCK: tl.constexpr):  # type: ignore[no-un
     for start in range(0, size, BLOCK):
         ids = start + lanes
         above += (tl.load(row + ids, mask=ids < size, other=-INFINITY) > score).to(tl.int32)
-    wanted = count.to(tl.int32) - tl.sum(above, 0)
-    seen = wanted * 0
-    last = wanted * 0
+    left = count.to(tl.int32) - tl.sum(above, 0)
+    seen = left * 0
+    last = left * 0
     for start in range(0, size, BLOCK):
         ids = start + lanes
         ties = (tl.load(row + ids, mask=ids < size, other=-INFINITY) == score) & (ids < size)
         order = seen + tl.cumsum(ties.to(tl.int32), 0)
-        last = tl.maximum(last, tl.max(tl.where(ties & (order == wanted), ids, 0), 0))
+        last = tl.maximum(last, tl.max(tl.where(ties & (order == left), ids, 0), 0))
         seen += tl.sum(ties.to(tl.int32), 0)
     return last + 1
 
 
 @triton.jit
-def _choose(  # type: ignore[no-untyped-def]
+def choose_rows(  # type: ignore[no-untyped-def]
     scores, temperatures, top_ps, min_ps, top_ks, kths, starts, tokens, size,
     TRUNCATES: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -140,13 +140,13 @@ def _choose(  # type: ignore[no-untyped-def]
         if TRUNCATES:
             share = tl.load(top_ps + at).to(tl.float64)
             least = tl.load(min_ps + at).to(tl.float64)
-            wanted = _mass_in_front(row, size, edge, edge_id, top, BLOCK) * share
+            enough = _mass_in_front(row, size, edge, edge_id, top, BLOCK) * share
             kept = winner == first
             while not kept:
                 score = tl.load(row + winner)
                 kept = tl.exp((score - top).to(tl.float64)) >= least
                 if kept & (share < 1):
-                    kept = _mass_in_front(row, size, score, winner, top, BLOCK) < wanted
+                    kept = _mass_in_front(row, size, score, winner, top, BLOCK) < enough
                 if not kept:
                     winner = _strongest(row, size, hash_start, score, winner, first, BLOCK)
                     kept = winner == first
@@ -185,7 +185,7 @@ def choose(
     if most:
         highest = scores.topk(min(most, size)).values
         kths = highest.gather(1, (top_k - 1).clamp(0, highest.shape[1] - 1)[:, None])
-    _choose[(rows,)](
+    choose_rows[(rows,)](
         scores, *settings, kths, starts.contiguous(), tokens, size,
         TRUNCATES=truncates, TOP_K=most > 0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

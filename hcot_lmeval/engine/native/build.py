@@ -80,7 +80,7 @@ def _load(source: str, **types: str) -> ctypes.CDLL:
     """
     compiler = find_compiler()
     name = f"{'-'.join((source, *types.values()))}-{_fingerprint(compiler)}"
-    path = _kept(name) or _compile(compiler, source, types, name)
+    path = _kept(name) or compile_kernel(compiler, source, types, name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -136,8 +136,7 @@ def _processor() -> str:
     """What -march=native looks at, so that homes shared between machines do not mix their kernels."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = {line for line in lines if line.startswith(wanted)}
+    found = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
     return "\n".join(sorted(found)) or f"{platform.machine()} {platform.processor()}"
 
 
@@ -157,7 +156,7 @@ def _kept(name: str) -> Path | None:
     return None
 
 
-def _compile(compiler: str, source: str, types: Mapping[str, str], name: str) -> Path:
+def compile_kernel(compiler: str, source: str, types: Mapping[str, str], name: str) -> Path:
     """Compiles beside the target and renames, so that of several processes each finds a whole file or none."""
     try:
         home = kernel_folder()

@@ -11,9 +11,21 @@ from collections.abc import Sequence
 import torch
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError, load_sampler
-from hcot_lmeval.engine.sampling import Draw, noise_start, passes_trials
+from hcot_lmeval.engine.sampling import Chooser, Draw, SamplingParams, choose, noise_start
 
 logger = logging.getLogger(__name__)
+
+
+TRIALS = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.6, top_p=0.9),
+    SamplingParams(temperature=1.5, top_p=0.7, top_k=40, min_p=0.01),
+    SamplingParams(temperature=0.8, min_p=0.05),
+    SamplingParams(temperature=3.0, top_p=0.3, top_k=20),
+)
+TRIAL_SIZE = 5003
+"""Settings, and size of the vocabulary, on which a chooser is tried."""
 
 
 class _Rows(ctypes.Structure):
@@ -77,6 +89,14 @@ def sampler_for(dtype: torch.dtype) -> NativeSampler | None:
         logger.warning("tokens are chosen by PyTorch: the compiled sampler chooses others on trial logits")
         return None
     return sampler
+
+
+def passes_trials(chooser: Chooser, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a chooser takes the tokens that `choose` takes, on trial: compilers may be at fault."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(len(TRIALS), TRIAL_SIZE, generator=generator, dtype=dtype).to(device)
+    draws = [Draw(params, seed, 1) for seed, params in enumerate(TRIALS)]
+    return chooser(logits, draws) == choose(logits, draws)[0]
 
 
 def _start(draw: Draw) -> int:

@@ -5,27 +5,49 @@ from __future__ import annotations
 import ctypes
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hcot_lmeval.engine.native.build import load_kernel
-from hcot_lmeval.engine.native.packing import Source
-from hcot_lmeval.engine.native.reading import Reading, WeightForm, WeightReader
-from hcot_lmeval.engine.native.structures import MATRICES, Layer, Matrix, Model, Step
-from hcot_lmeval.engine.native.weights import LayerWeights, Linear, ModelWeights, read_weights
-from hcot_lmeval.engine.pages import move_to_huge_pages
+from hcot_lmeval.engine.native.build import KernelUnavailableError, load_kernel
+from hcot_lmeval.engine.native.packing import NoCopyError, Reading, Source, WeightReader
+from hcot_lmeval.engine.native.pages import move_to_huge_pages
+from hcot_lmeval.engine.native.weights import (
+    MATRICES,
+    NORMS,
+    Layer,
+    Matrix,
+    Model,
+    ModelWeights,
+    Step,
+    UnreadableModelError,
+    read_weights,
+)
+from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.engine.slots import Chunk, KVPool
 
 logger = logging.getLogger(__name__)
 
 ANGLES = 4096
 """Positions by which the table of rotary angles grows."""
-FAULTS = ("", "a token id is", "a position is", "a place in the pool is", "the place of a wanted output is")
+FAULTS = ("", "a token id is", "a position is", "a place in the pool is", "the place of an output is")
 """What the kernel refuses, by the numbers that it returns."""
 TRIED_BYTES = 2**28
 """Weights that are read to time a way of reading them."""
+UNAVAILABLE = (KernelUnavailableError, UnreadableModelError, NoCopyError)
+"""Why there may be no compiled step."""
+
+
+def refusal(error: Exception, name: str, options: ComputeOptions) -> str:
+    """What to say to somebody who asked for compiled steps, or packed weights, of a model; empty if nobody did."""
+    if isinstance(error, NoCopyError):
+        return f"weights='packed': {name} has no packed copy, since {error}."
+    if options.compute == "native":
+        return f"compute='native' cannot run {name}: {error}. Use compute='auto', which leaves it to PyTorch."
+    if options.weights == "packed":
+        return f"weights='packed': {name} is left to PyTorch, which has no packed weights: {error}. Use weights='auto'."
+    return ""
 
 
 class NativeStep:
@@ -42,6 +64,13 @@ class NativeStep:
         rows: that run at the same time at most; a copy serves few.
         huge_pages: move the model's weights to such pages, if there are any (`move_to_huge_pages`).
 
+    Attributes:
+        owner: the model of transformers.
+        model: the same as the kernel has it.
+        kernel: the library.
+        reader: chooses how weights are read.
+        dtype: of logits.
+
     Raises:
         KernelUnavailableError: the kernel cannot be compiled here.
         UnreadableModelError: the model is not of the kind the kernel knows.
@@ -53,16 +82,16 @@ class NativeStep:
         model: Any,
         cache: torch.dtype | None = None,
         *,
-        weights: WeightForm | str = WeightForm.PLAIN,
+        weights: str = "plain",
         rows: int = 1,
         huge_pages: bool = False,
     ) -> None:
-        self._hf_model = model
+        self.owner = model
         weight = next(model.parameters()).dtype
-        self._kernel = load_kernel(weight, cache or weight)
+        self.kernel = load_kernel(weight, cache or weight)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_sizes = (0, 0, 0)
-        self._reader = WeightReader(weights, rows)
+        self.reader = WeightReader(weights, rows)
         found = read_weights(model)
         if huge_pages and (done := move_to_huge_pages(model)):
             logger.info("%s", done)
@@ -72,7 +101,7 @@ class NativeStep:
     @property
     def reading(self) -> Reading:
         """How weights are read now."""
-        return self._reader.reading
+        return self.reader.reading
 
     def refresh(self) -> None:
         """Reads the model again if it has changed, be it through ``.data``, which PyTorch does not count as a change.
@@ -83,9 +112,9 @@ class NativeStep:
             UnreadableModelError: it has become one that the kernel does not know.
             NoCopyError: a copy was asked for, and can no more be had.
         """
-        weights = read_weights(self._hf_model)
+        weights = read_weights(self.owner)
         moved = any(not torch.equal(own.to(self.dtype), copy) for own, copy in self._copied)
-        if moved or weights.state != self._state or self._reader.is_outdated():
+        if moved or weights.state != self._state or self.reader.is_outdated():
             self._read(weights)
 
     def _read(self, weights: ModelWeights) -> None:
@@ -94,11 +123,11 @@ class NativeStep:
         self._vectors: list[torch.Tensor] = []  # what the kernel's structures point to and nobody else holds
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []  # vectors of the model, and those of another type
         self._layers = (Layer * len(self._weights.layers))(*map(self._layer, self._weights.layers))
-        self._model = self._describe(self._weights)
+        self.model = self._describe(self._weights)
         self._pool: KVPool | None = None
         self._angles = torch.empty(2, 0)
         self._angle_addresses = (0, 0)
-        self._reader.open(Source(self._hf_model, weights, self._kernel, self._model), self._product_seconds)
+        self.reader.open(Source(self.owner, weights, self.kernel, self.model), self.product_seconds)
         self._state = weights.state  # last, so that what failed is tried again
 
     def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -115,7 +144,7 @@ class NativeStep:
         positions: list[int] = []
         first: list[int] = []
         rows: list[int] = []
-        wanted: list[int] = []
+        last: list[int] = []
         seen = 0
         for chunk in chunks:
             count, start = len(chunk.ids), chunk.slot * pool.length
@@ -124,32 +153,32 @@ class NativeStep:
             positions += chunk.positions[chunk.start :]
             first += [start] * count
             rows += range(start + chunk.start, start + end)
-            wanted.append(len(ids) - 1)
+            last.append(len(ids) - 1)
             seen = max(seen, end)
         cosine, sine = self._angles_up_to(max(positions))
-        numbers = array("q", [*ids, *positions, *first, *rows, *wanted])  # making an array takes longer than filling it
-        return self._run(numbers, len(ids), len(wanted), seen, cosine, sine)
+        numbers = array("q", [*ids, *positions, *first, *rows, *last])  # making an array takes longer than filling it
+        return self._run(numbers, len(ids), len(last), seen, cosine, sine)
 
     def _run(self, numbers: array[int], tokens: int, outputs: int, seen: int, cosine: int, sine: int) -> torch.Tensor:
         threads = torch.get_num_threads()
-        logits = torch.empty(outputs, self._model.head.out, dtype=self.dtype)
+        logits = torch.empty(outputs, self.model.head.out, dtype=self.dtype)
         address, _ = numbers.buffer_info()
         lists = (address + i * tokens * numbers.itemsize for i in range(5))
         scratch = self._scratch_for(tokens, seen, threads)
         bounds = self._angles.shape[1], self._places
         step = Step(tokens, outputs, threads, *bounds, *lists, cosine, sine, logits.data_ptr(), scratch)
-        fault = self._kernel.decode(ctypes.byref(self._model), ctypes.byref(step))
+        fault = self.kernel.decode(ctypes.byref(self.model), ctypes.byref(step))
         if fault:
             raise IndexError(f"the step was not computed: {FAULTS[fault]} out of range")
         return logits
 
-    def _product_seconds(self) -> float:
+    def product_seconds(self) -> float:
         """Seconds of products of a single token, weights being read as they are now."""
         threads = torch.get_num_threads()
         step = Step(tokens=1, threads=threads, scratch=self._scratch_for(1, 1, threads))
         self._scratch.zero_()
-        model = ctypes.byref(self._model)
-        return float(self._kernel.time_products(model, ctypes.byref(step), ctypes.c_size_t(TRIED_BYTES)))
+        model = ctypes.byref(self.model)
+        return float(self.kernel.time_products(model, ctypes.byref(step), ctypes.c_size_t(TRIED_BYTES)))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +187,7 @@ class NativeStep:
         held = self._scratch_sizes
         if tokens > held[0] or seen > held[1] or threads > held[2]:
             sizes = max(tokens, held[0]), max(2 * seen, held[1]), max(threads, held[2])
-            size = self._kernel.scratch_bytes(ctypes.byref(self._model), *sizes)
+            size = self.kernel.scratch_bytes(ctypes.byref(self.model), *sizes)
             self._scratch, self._scratch_sizes = torch.empty(size, dtype=torch.uint8), sizes
         return self._scratch.data_ptr()
 
@@ -182,38 +211,35 @@ class NativeStep:
     # --- the kernel's structures --------------------------------------------------------------------------------------
 
     def _describe(self, weights: ModelWeights) -> Model:
-        inner, hidden = weights.layers[0].gate.weight.shape
+        inner, hidden = weights.layers[0]["gate"].weight.shape
         return Model(
-            self._layers,
-            weights.embedding.data_ptr(),
-            self._vector(weights.norm),
-            self._matrix(weights.head),
-            len(weights.layers),
-            hidden,
-            inner,
-            weights.heads,
-            weights.kv_heads,
-            weights.dim,
-            0,  # which the reader sets
-            len(weights.embedding),
-            weights.eps,
-            weights.scaling,
+            layers=self._layers,
+            embedding=weights.embedding.data_ptr(),
+            norm=self._vector(weights.norm.weight),
+            head=self._matrix(weights.head),
+            count=len(weights.layers),
+            hidden=hidden,
+            inner=inner,
+            heads=weights.heads,
+            kv_heads=weights.kv_heads,
+            dim=weights.dim,
+            known=len(weights.embedding),
+            eps=weights.eps,
+            scaling=weights.scaling,
         )
 
-    def _layer(self, layer: LayerWeights) -> Layer:
-        vectors = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
-        return Layer(
-            *(self._matrix(getattr(layer, name)) for name in MATRICES), *map(self._vector, vectors), None, None
-        )
+    def _layer(self, parts: Mapping[str, Any]) -> Layer:
+        matrices = {name: self._matrix(parts[name]) for name in MATRICES}
+        norms = {name: parts[name] and self._vector(parts[name].weight) for name in NORMS}
+        return Layer(**matrices, **norms)
 
-    def _matrix(self, linear: Linear) -> Matrix:
+    def _matrix(self, linear: torch.nn.Linear) -> Matrix:
         out, size = linear.weight.shape
-        return Matrix(linear.weight.data_ptr(), self._vector(linear.bias), out, size)
+        bias = None if linear.bias is None else self._vector(linear.bias)
+        return Matrix(rows=linear.weight.data_ptr(), bias=bias, out=out, columns=size)
 
-    def _vector(self, vector: torch.Tensor | None) -> int | None:
-        """The address of a vector in the type of sums, or None."""
-        if vector is None:
-            return None
+    def _vector(self, vector: torch.Tensor) -> int:
+        """The address of a vector in the type of sums."""
         self._vectors.append(vector.detach().to(self.dtype).contiguous())
         if vector.dtype != self.dtype:
             self._copied.append((vector.detach(), self._vectors[-1]))

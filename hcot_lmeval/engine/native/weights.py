@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model of the Llama kind: which of its tensors play which part.
+"""A Hugging Face model of the Llama kind as the kernel sees it: which of its tensors play which part.
 
 Nothing is copied. The reading is by structure, and a model whose structure says more than is read here is refused; that
 the reading is right is shown when the engine compares logits at load time.
@@ -6,6 +6,8 @@ the reading is right is shown when the engine compares logits at load time.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,53 +18,108 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures made of RMS norms, rotary embeddings, grouped-query attention and a gated SiLU, and of nothing else."""
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose angles depend on the position alone; others change with the length of the context."""
+MATRICES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+}
+"""Fields of the kernel's `Layer`, in its order -> modules of a layer in transformers; not all norm queries and keys."""
 
 
 class UnreadableModelError(ValueError):
     """The kernel cannot run the model; the message says which part of it stands in the way."""
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A product with `weight` [out, in] and a `bias` [out] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+# --- the kernel's structures, field by field as in kernel/step.cpp and kernel/products.hpp ----------------------------
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """The tensors of one layer; `query_norm` and `key_norm` [dim] are None where heads are not normed."""
+def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names.split())
 
-    attention_norm: torch.Tensor
-    query: Linear
-    key: Linear
-    value: Linear
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
-    output: Linear
-    mlp_norm: torch.Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
+
+class Matrix(ctypes.Structure):
+    """Rows of weights, a bias or null, and copies of the rows or null."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "rows bias"),
+        *_fields(ctypes.c_int, "out columns"),
+        *_fields(ctypes.c_void_p, "narrow blocks bases"),
+    )
+
+
+class Layer(ctypes.Structure):
+    """One layer, and its keys and values in the pool."""
+
+    _fields_ = (
+        *((name, Matrix) for name in MATRICES),
+        *((name, ctypes.c_void_p) for name in (*NORMS, "keys", "values")),
+    )
+
+
+class Model(ctypes.Structure):
+    """A whole model, and how its weights are read."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        *_fields(ctypes.c_void_p, "embedding norm"),
+        ("head", Matrix),
+        *_fields(ctypes.c_int, "count hidden inner heads kv_heads dim far known"),
+        *_fields(ctypes.c_double, "eps scaling"),
+    )
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Layer by layer, and the head."""
+        layers = [self.layers[index] for index in range(self.count)]
+        return [*(getattr(layer, name) for layer in layers for name in MATRICES), self.head]
+
+
+class Step(ctypes.Structure):
+    """Tokens of a step, and where its results and its scratch go."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int, "tokens outputs threads angles places"),
+        *_fields(ctypes.c_void_p, "ids positions first row last cosine sine logits scratch"),
+    )
+
+
+class Packing(ctypes.Structure):
+    """Numbers in a block of packed rows, the words it takes, and the tokens that rows in bfloat16 serve."""
+
+    _fields_ = _fields(ctypes.c_int, "numbers words few")
+
+
+# --- models of transformers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """A whole model.
+    """The parts of a model.
 
     Attributes:
+        layers: of each layer its modules, by the keys of `MATRICES` and `NORMS`; None where it has no such norm.
         embedding: [vocabulary, hidden].
+        norm: before the head.
         head: of the logits.
         rotary: the module that makes cosines and sines.
         eps: of all norms.
         scaling: of the scores.
     """
 
+    layers: tuple[Mapping[str, Any], ...]
     embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor
-    head: Linear
+    norm: Any
+    head: nn.Linear
     rotary: nn.Module
     heads: int
     kv_heads: int
@@ -73,8 +130,19 @@ class ModelWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, keys and values."""
+        """The dtype of weights, keys and values."""
         return self.embedding.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken."""
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """What `Model.matrices` has, [out, in] each."""
+        linears = [layer[name] for layer in self.layers for name in MATRICES]
+        return [linear.weight.detach() for linear in (*linears, self.head)]
 
     @property
     def state(self) -> tuple[tuple[int, int], ...]:
@@ -94,13 +162,14 @@ def read_weights(model: Any) -> ModelWeights:
         raise UnreadableModelError(f"{type(model).__name__} is not a class of transformers")
     _check_config(config)
     _check_modules(model)
-    base = model.get_decoder()
-    attention = base.layers[0].self_attn
-    parameters = tuple(model.parameters())
+    base, parameters = model.get_decoder(), tuple(model.parameters())
     _check_tensors(parameters)
+    if type(base.embed_tokens) is not nn.Embedding:
+        raise UnreadableModelError(f"its embedding is a {type(base.embed_tokens).__name__}")
+    attention = base.layers[0].self_attn
     return ModelWeights(
-        embedding=_embedding(base.embed_tokens),
         layers=tuple(_read_layer(layer) for layer in base.layers),
+        embedding=base.embed_tokens.weight,
         norm=_norm(base.norm),
         head=_linear(model.get_output_embeddings()),
         rotary=base.rotary_emb,
@@ -143,36 +212,19 @@ def _check_tensors(parameters: tuple[torch.Tensor, ...]) -> None:
         raise UnreadableModelError("some of its parameters are not contiguous")
 
 
-def _read_layer(layer: Any) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    return LayerWeights(
-        attention_norm=_norm(layer.input_layernorm),
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        output=_linear(attention.o_proj),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate=_linear(mlp.gate_proj),
-        up=_linear(mlp.up_proj),
-        down=_linear(mlp.down_proj),
-    )
+def _read_layer(layer: nn.Module) -> dict[str, Any]:
+    parts = {name: _linear(layer.get_submodule(path)) for name, path in MATRICES.items()}
+    modules = dict(layer.named_modules())
+    return parts | {name: _norm(modules[path]) if path in modules else None for name, path in NORMS.items()}
 
 
-def _norm(module: Any) -> torch.Tensor:
+def _norm(module: nn.Module) -> nn.Module:
     if not type(module).__name__.endswith("RMSNorm"):
         raise UnreadableModelError(f"one of its norms is a {type(module).__name__}")
-    return module.weight
+    return module
 
 
-def _embedding(module: Any) -> torch.Tensor:
-    if type(module) is not nn.Embedding:
-        raise UnreadableModelError(f"its embedding is a {type(module).__name__}")
-    return module.weight
-
-
-def _linear(module: Any) -> Linear:
+def _linear(module: Any) -> nn.Linear:
     if type(module) is not nn.Linear:
         raise UnreadableModelError(f"one of its products is a {type(module).__name__}, not a plain linear layer")
-    return Linear(module.weight, module.bias)
+    return module

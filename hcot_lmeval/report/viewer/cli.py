@@ -22,6 +22,7 @@ from hcot_lmeval.errors import run_command
 from hcot_lmeval.markup import PRESETS, get_markup
 from hcot_lmeval.report.viewer.page import write_page
 from hcot_lmeval.report.viewer.reading import (
+    Columns,
     Cut,
     Source,
     Trace,
@@ -110,8 +111,7 @@ def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
 def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator[Trace]:
     if source.is_notes:
         return note_traces(source)
-    named = {"text": args.text_column, "question": args.prompt_column, "answer": args.gold_column}
-    columns = {role: name for role, name in named.items() if name}
+    columns = Columns(args.text_column, args.prompt_column, args.gold_column)
     return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
 
 

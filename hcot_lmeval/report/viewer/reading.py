@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.columns import find_columns
+from hcot_lmeval.columns import ROLES
 from hcot_lmeval.events import Event, Finish, Recorder
 from hcot_lmeval.files import Input
 from hcot_lmeval.markup import Markup, resolve_markers
@@ -215,15 +215,27 @@ def doc_name(value: Any) -> int | str:
 # --- texts that any model wrote ---------------------------------------------------------------------------------------
 
 
-TEXTS = ("hierarchical_cot", "generated_solution", "text")
-"""Columns in which traces are, before those in which texts are that any model wrote (`hcot_lmeval.columns`)."""
+USUAL = {
+    "text": ("hierarchical_cot", "generated_solution", "text", *ROLES["text"]),
+    "prompt": ROLES["question"],
+    "gold": ROLES["answer"],
+}
+"""Columns in which data sets keep these, the preferred first."""
 
 
-def columns_of(row: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
-    """Returns role -> column of a plain trace, for the roles text, question and answer; `given` come first."""
-    present = [name for name, value in row.items() if value is not None]
-    usual = [("text", name) for name in TEXTS if name in present][:1]
-    return find_columns(present, dict(usual) | dict(given))
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of plain traces hold what; None: the first of `USUAL` that a row has."""
+
+    text: str | None = None
+    prompt: str | None = None
+    gold: str | None = None
+
+    def find(self, row: Mapping[str, Any], role: str) -> str | None:
+        """Returns the name of the column for `role` in this row, or None."""
+        given = getattr(self, role)
+        names = (given,) if given else USUAL[role]
+        return next((name for name in names if row.get(name) is not None), None)
 
 
 Cut = Callable[[str], list[str]]
@@ -254,16 +266,9 @@ def tokenizer_cut(name: str) -> Cut:
 
 
 def plain_traces(
-    source: Source, markup: Markup, policy: Policy, columns: Mapping[str, str], cut: Cut | None = None
+    source: Source, markup: Markup, policy: Policy, columns: Columns, cut: Cut | None = None
 ) -> Iterator[Trace]:
-    """Yields the rows of plain files as traces, as if a return had acted as `policy` says.
-
-    Args:
-        source: the files.
-        markup: the notation of their blocks.
-        policy: what a return would have done.
-        columns: role -> column, where they are not the usual ones.
-        cut: into tokens; None: into `pieces`.
+    """Yields the rows of plain files as traces, as if a return had acted as `policy` says; the usual cut is `pieces`.
 
     Raises:
         ViewerError: a row has no text.
@@ -271,15 +276,14 @@ def plain_traces(
     vocabulary: dict[str, int] = {marker: i for i, marker in enumerate(markup.markers)}
     markers = resolve_markers(markup, vocabulary.get)
     for path, number, row in ((file, *pair) for file in source.paths for pair in enumerate(rows(file))):
-        names = columns_of(row, columns)
-        text, prompt, gold = (row.get(names.get(role, "")) for role in ("text", "question", "answer"))
-        if not isinstance(text, str):
-            expected = columns.get("text") or " or ".join(TEXTS)
+        column, prompt, gold = (columns.find(row, role) for role in ("text", "prompt", "gold"))
+        if column is None or not isinstance(row[column], str):
+            expected = columns.text or " or ".join(USUAL["text"])
             raise ViewerError(
                 f"{path}, row {number + 1}: no column {expected}, only {', '.join(row)}; choose with --text-column"
             )
-        tokens = cut_at_markers(text, markup, cut or pieces)
-        prompt_text = "" if prompt is None else str(prompt)
+        tokens = cut_at_markers(row[column], markup, cut or pieces)
+        prompt_text = str(row[prompt]) if prompt else ""
         prompt_tokens = len((cut or pieces)(prompt_text))
         ids = [vocabulary.get(token, len(vocabulary)) for token in tokens]
         yield Trace(
@@ -288,13 +292,13 @@ def plain_traces(
             doc_id=number if row.get("id") is None else doc_name(row["id"]),
             repeat=0,
             prompt=prompt_text,
-            text=text,
+            text=row[column],
             prompt_tokens=prompt_tokens,
             events=replay(LiveContext(markers, policy), [len(vocabulary)] * prompt_tokens, ids),
             offsets=dict(enumerate(accumulate(map(len, tokens[:-1]), initial=0), start=prompt_tokens)),
             policy=policy.value,
             unit="token" if cut else "piece",
-            gold=None if gold is None else str(gold),
+            gold=str(row[gold]) if gold else None,
         )
 
 

@@ -47,13 +47,13 @@ def decode(
     setting: Setting, ids: torch.Tensor, mask: torch.Tensor, forced: Forced, *, steps: int, stop: int | None
 ) -> Any:
     """Calls `model.generate` and returns what it wrote: [rows, at most `steps`], padded once a row has stopped."""
-    warm = asdict(setting.sampling) if setting.sampling.warm else {}
+    how = asdict(setting.sampling) if setting.sampling.samples else {}
     out = setting.model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=steps,
-        do_sample=bool(warm),
-        **warm,
+        do_sample=bool(how),
+        **how,
         eos_token_id=stop,
         pad_token_id=PAD,
         logits_processor=LogitsProcessorList([forced]),
@@ -149,7 +149,7 @@ class Continuous(Contender):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         work = setting.work
-        if setting.sampling.warm:
+        if setting.sampling.samples:
             raise UnavailableError("its tokens can be forced only if it decodes greedily")
         if not work.aligned:
             raise UnavailableError("its tokens can be forced only if all rows generate the same trace")

@@ -54,7 +54,7 @@ class Llama(Contender):
         self._memory = self._lib.llama_get_memory(self._context)
         self._vocabulary = setting.model.config.vocab_size
         self._batch = self._lib.llama_batch_init(self._room, 0, 1)
-        self._sampler = self._make_sampler() if setting.sampling.warm else None
+        self.sampler = self._make_sampler() if setting.sampling.samples else None
 
     @property
     def _room(self) -> int:
@@ -69,11 +69,11 @@ class Llama(Contender):
         lib.llama_memory_clear(self._memory, False)
         peak, choices = work.prompt, []
         start = time.perf_counter()
-        steps = [_whole(context.live) for context in contexts]
+        steps = [whole(context.live) for context in contexts]
         for generated in range(work.tokens):
-            logits = self._decode(steps)
+            logits = self.decode(steps)
             clock.tick(range(work.batch), generated)
-            choices.append(self._choose(logits))  # a decoder would take these
+            choices.append(self.choose(logits))  # a decoder would take these
             for row, scores in enumerate(logits):
                 self.setting.show(row, generated, scores)
             steps = [c.push(trace[generated]) for c, trace in zip(contexts, work.traces, strict=True)]
@@ -81,13 +81,13 @@ class Llama(Contender):
         seconds = time.perf_counter() - start
         return Timing(seconds, work.traces, peak, clock.steps())
 
-    def _choose(self, logits: np.ndarray) -> list[int]:
-        if self._sampler is None:
+    def choose(self, logits: np.ndarray) -> list[int]:
+        if self.sampler is None:
             return logits.argmax(1).tolist()
         sample = self._lib.llama_sampler_sample
-        return [sample(self._sampler, self._context, row - len(logits)) for row in range(len(logits))]
+        return [sample(self.sampler, self._context, row - len(logits)) for row in range(len(logits))]
 
-    def _decode(self, steps: Sequence[Step]) -> np.ndarray:
+    def decode(self, steps: Sequence[Step]) -> np.ndarray:
         """Carries the steps of all rows out; returns the logits behind each: [rows, vocabulary], valid until next."""
         batch, count = self._batch, 0
         for row, step in enumerate(steps):
@@ -144,14 +144,14 @@ class Llama(Contender):
         return chain
 
     def close(self) -> None:
-        if self._sampler is not None:
-            self._lib.llama_sampler_free(self._sampler)
+        if self.sampler is not None:
+            self._lib.llama_sampler_free(self.sampler)
         self._lib.llama_batch_free(self._batch)
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
 
-def _whole(ids: Sequence[int]) -> Step:
+def whole(ids: Sequence[int]) -> Step:
     """The step that reads a prompt."""
     numbers = tuple(range(len(ids)))
     return Step(None, None, 0, 0, tuple(ids), numbers, numbers)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class Ours(Contender):
         fixed["max_context"] = work.peak_live(policy)
         self._engine = Engine(setting.model, policy=policy, **{**fixed, **options})
         params = SamplingParams(max_gen_toks=work.tokens, **asdict(setting.sampling))
-        self._requests = [
+        self.requests = [
             Request(str(row), prompt, params, forced_ids=trace)
             for row, (prompt, trace) in enumerate(zip(work.prompts, work.traces, strict=True))
         ]
@@ -52,15 +52,15 @@ class Ours(Contender):
             clock.tick([int(request.id)], generated)
             self.setting.show(int(request.id), generated, logits)
 
-        seconds, done = self._generate(self._requests, on_logits if self._watched else None)
+        seconds, done = self._generate(self.requests, on_logits if self._watched else None)
         peak = max(completion.statistics.peak_live_tokens for completion in done)
         tokens = tuple(completion.token_ids for completion in done)
         return Timing(seconds, tokens, peak, clock.steps(), None if self._watched else self._mean_step(seconds))
 
     def _mean_step(self, seconds: float) -> float:
         """What a step took, of a run that took so long: reading the prompts is timed once more, and taken off."""
-        params = replace(self._requests[0].params, max_gen_toks=1)
-        prompts = [replace(request, params=params, forced_ids=request.forced_ids[:1]) for request in self._requests]
+        params = replace(self.requests[0].params, max_gen_toks=1)
+        prompts = [replace(request, params=params, forced_ids=request.forced_ids[:1]) for request in self.requests]
         return (seconds - self._generate(prompts, None)[0]) / (self.setting.work.tokens - 1)
 
     def _generate(self, requests: Sequence[Request], on_logits: OnLogits | None) -> tuple[float, list[Completion]]:

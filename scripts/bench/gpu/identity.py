@@ -57,7 +57,7 @@ class Identity:
 
 
 def ways(device: torch.device, *, compiled: bool = False) -> list[dict[str, Any]]:
-    """Returns the ways to run that are compared, compiled steps among them if they are wanted."""
+    """Returns the ways to run that are compared, compiled steps among them if asked for."""
     backends = ("triton", "sdpa") if device.type == "cuda" else ("sdpa",)
     found: list[dict[str, Any]] = [{"attention": name, "reforward": "replay"} for name in backends]
     found.append({"attention": "auto", "reforward": "chunk", "run_ahead": 2})

@@ -78,7 +78,7 @@ struct Step {
     int angles, places;              // positions that have angles, rows of the pool
     const int64_t *ids, *positions;  // [tokens]
     const int64_t *first, *row;      // [tokens]: first row of the token's slot in the pool, and the token's own
-    const int64_t* wanted;           // [outputs]: tokens whose logits are asked for
+    const int64_t* last;           // [outputs]: tokens whose logits are asked for
     const real *cosine, *sine;       // [positions, dim]
     real* logits;                    // [outputs, vocabulary]
     char* scratch;                   // scratch_bytes
@@ -86,7 +86,7 @@ struct Step {
 
 // Bytes of scratch for steps of up to `tokens` tokens that see up to `seen` keys.
 size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
-// Returns 0; or which of the step's lists would be read, or would read, out of bounds: 1 ids, 2 positions, 3 rows, 4 wanted.
+// Returns 0; or which of the step's lists would be read, or would read, out of bounds: 1 ids, 2 positions, 3 rows, 4 last.
 int decode(const Model* model, const Step* step);
 // Seconds that a single token takes through products of the layers, of which at least `bytes` are read if there are.
 double time_products(const Model* model, const Step* step, size_t bytes);
@@ -271,7 +271,7 @@ void run(Team& team, const Model& m, const Step& step, const Scratch& s, int lon
     team.together();
     for (int i = 0; i < m.count; i++) run_layer(team, m, m.layers[i], step, s, longest);
     team.share(step.outputs, 1, [&](int t, int) {
-        rms_norm(s.hidden + (size_t)step.wanted[t] * m.hidden, m.norm, m.hidden, (real)m.eps,
+        rms_norm(s.hidden + (size_t)step.last[t] * m.hidden, m.norm, m.hidden, (real)m.eps,
                  s.input + (size_t)t * m.hidden);
     });
     team.together();
@@ -298,7 +298,7 @@ int fault_of(const Model& m, const Step& step) {
         if (step.first[t] < 0 || step.row[t] < step.first[t] || step.row[t] >= step.places) return 3;
     }
     for (int i = 0; i < step.outputs; i++)
-        if (step.wanted[i] < 0 || step.wanted[i] >= step.tokens) return 4;
+        if (step.last[i] < 0 || step.last[i] >= step.tokens) return 4;
     return 0;
 }
 

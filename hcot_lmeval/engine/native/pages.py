@@ -45,7 +45,7 @@ def move_to_huge_pages(model: Any) -> str:
     """
     found = [p for p in _movable(model) if not _moved(p)]
     total = sum(_room(p) for p in found)
-    if total < LEAST_BYTES or not _offered() or psutil.virtual_memory().available < 1.2 * total:
+    if total < LEAST_BYTES or not offered() or psutil.virtual_memory().available < 1.2 * total:
         return ""
     start, memory, at = time.perf_counter(), _allocate(total), 0
     for parameter in found:
@@ -56,13 +56,13 @@ def move_to_huge_pages(model: Any) -> str:
 
 def allocate(size: int) -> torch.Tensor:
     """Returns so many bytes of memory, uint8, on such pages where Linux offers them and one of them is filled."""
-    if size < PAGE or not _offered():
+    if size < PAGE or not offered():
         return torch.empty(size, dtype=torch.uint8)
     memory = _allocate(size)
     return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=memory.first - _address(memory))
 
 
-def _offered() -> bool:
+def offered() -> bool:
     """Whether the system gives huge pages to those who ask."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
