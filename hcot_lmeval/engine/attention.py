@@ -54,7 +54,7 @@ class LayerCall(NamedTuple):
         query: [rows, query_heads, tokens, key_dim], rotated.
         key: [rows, heads, tokens, key_dim], rotated.
         value: [rows, heads, tokens, value_dim].
-        scores: how it scores; the window is the one that the model hands down, which not all do.
+        scores: how it scores.
         mask: what the model made in place of a mask.
     """
 
@@ -68,9 +68,15 @@ class LayerCall(NamedTuple):
 
 @dataclass
 class Running:
-    """What the layers carry: the running step, which maps a call to [rows, tokens, query_heads, value_dim]."""
+    """What the layers carry.
+
+    Attributes:
+        step: the running step, which maps a call to [rows, tokens, query_heads, value_dim].
+        windows: what each layer sees, by its index; empty for what the model hands down.
+    """
 
     step: Callable[[LayerCall], Tensor] | None = None
+    windows: Mapping[int, int | None] = field(default_factory=dict)
 
 
 def attention(
@@ -93,9 +99,11 @@ def attention(
     """
     running: Running = getattr(module, RUNNING)
     assert running.step is not None, "a model is called within a step"
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
-    call = LayerCall(module.layer_idx, query, key, value, scores, attention_mask)  # type: ignore[arg-type]
-    return running.step(call).to(query.dtype).contiguous(), None  # some models view it
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    window = running.windows[layer] if running.windows else sliding_window
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, window)
+    out = running.step(LayerCall(layer, query, key, value, scores, attention_mask))
+    return out.to(query.dtype).contiguous(), None  # some models view it
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention)
@@ -164,14 +172,15 @@ def attend_segments(query: Tensor, keys: Tensor, values: Tensor, segments: Segme
     Returns:
         [tokens, query_heads, value_dim].
     """
-    out, first = [], 0
-    for index, chunk in enumerate(segments.chunks):
-        seen, count = slice(first_in_sight(chunk, scores.window), chunk.stop), len(chunk.ids)
-        key, value = (slots[None, chunk.slot, seen].transpose(1, 2).to(query.dtype) for slots in (keys, values))
-        mask = segments.mask(index, scores.window, query.device)
-        out.append(attend(query[None, first : first + count].transpose(1, 2), key, value, mask, scores)[0])
-        first += count
-    return torch.cat(out, dim=1).transpose(0, 1)
+    out, window, chunks = [], scores.window, segments.chunks
+    pieces = query.transpose(0, 1)[None].split_with_sizes([len(chunk.ids) for chunk in chunks], 2)
+    for index, (chunk, piece) in enumerate(zip(chunks, pieces, strict=True)):
+        seen = slice(first_in_sight(chunk, window), chunk.stop)
+        key = keys[None, chunk.slot, seen].transpose(1, 2).to(query.dtype)
+        value = values[None, chunk.slot, seen].transpose(1, 2).to(query.dtype)
+        mask = segments.mask(index, window, query.device)
+        out.append(attend(piece, key, value, mask, scores))
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
 @dataclass
@@ -181,22 +190,19 @@ class Packed:
     Attributes:
         pool: the keys and values.
         segments: the chunks.
-        windows: what each layer sees, by its index.
         attend: who attends.
     """
 
     pool: KVPool
     segments: Segments
-    windows: Mapping[int, int | None]
     attend: Callable[[Tensor, Tensor, Tensor, Segments, Scores], Tensor] = field(default=attend_segments)
 
     def __call__(self, call: LayerCall) -> Tensor:
         """Query, key and value are [1, heads, tokens, dim]; returns [1, tokens, query_heads, value_dim]."""
-        query, key, value = (part[0].transpose(0, 1) for part in (call.query, call.key, call.value))
-        self.pool.write(call.layer, self.segments.rows(key.device), key, value)
-        keys, values = self.pool.keys[call.layer], self.pool.values[call.layer]
-        scores = call.scores._replace(window=self.windows[call.layer])
-        return self.attend(query, keys, values, self.segments, scores)[None]
+        layer, query, key, value, scores, _ = call
+        rows, keys, values = self.segments.rows(key.device), self.pool.keys[layer], self.pool.values[layer]
+        self.pool.write(layer, rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return self.attend(query[0].transpose(0, 1), keys, values, self.segments, scores)[None]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:

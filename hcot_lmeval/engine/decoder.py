@@ -135,15 +135,16 @@ class Decoder:
             self.model.set_attn_implementation(implementation)
             if self.model.training:
                 self.model.eval()
-            layers = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
+            layers = [module for module in self.model.modules() if "layer_idx" in vars(module)]
+            self.running.windows = {} if implementation == PROBE else self.windows
             for layer in layers:
-                setattr(layer, RUNNING, self.running)
+                vars(layer)[RUNNING] = self.running  # in a tenth of the time of setattr
             try:
                 yield
             finally:
                 self.running.step = None  # which holds keys and values
                 for layer in layers:
-                    delattr(layer, RUNNING)
+                    del vars(layer)[RUNNING]
 
     def refresh(self) -> None:
         """Has to be called before a run: since the last, weights may have changed, or adapters come around layers."""
@@ -197,7 +198,7 @@ class Decoder:
         segments, device = Segments(chunks, pool.length), self.device
         ids = upload([token for chunk in chunks for token in chunk.ids], torch.int64, device)
         positions = upload([p for chunk in chunks for p in chunk.positions[chunk.start :]], torch.int64, device)
-        self.running.step = Packed(pool, segments, self.windows, attend or attend_segments)
+        self.running.step = Packed(pool, segments, attend or attend_segments)
         return self.call(ids[None], positions[None], segments.last(device))[0]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ and values in place, from slots in any order, and touch nothing outside the give
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -101,7 +101,6 @@ class Decode:
     Attributes:
         feed: where its keys and values go.
         pool: the slots.
-        windows: what each layer sees, by its index.
         backend: who attends; its `handle_of`.
         positions: position ids of all places of all rows, int64 [rows, places], where windows are measured in them;
             None where the position of a token is its place.
@@ -109,7 +108,6 @@ class Decode:
 
     feed: Feed
     pool: KVPool
-    windows: Mapping[int, int | None]
     backend: str
     positions: Tensor | None = None
     _ragged: dict[int | None, Ragged] = field(default_factory=dict)
@@ -118,7 +116,7 @@ class Decode:
         """Query, key and value are [rows, heads, 1, dim]; returns [rows, 1, query_heads, value_dim]."""
         query, key, value = (part[:, :, 0] for part in (call.query, call.key, call.value))
         keys, values = self.pool.keys[call.layer], self.pool.values[call.layer]
-        rows, at = self.feed.slots * self.pool.length + self.feed.places, self.ragged(self.windows[call.layer])
+        rows, at = self.feed.slots * self.pool.length + self.feed.places, self.ragged(call.scores.window)
         scaling, softcap, sinks, _ = call.scores
         write_and_attend = decode_as_one if torch.compiler.is_compiling() else decode
         return write_and_attend(query, key, value, keys, values, rows, at, sinks, scaling, softcap, self.backend)[

@@ -126,7 +126,7 @@ class Program:
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Forwards one token of each of `rows` and returns what predicts the next: [n, vocabulary]."""
         feed, decoder = self.state.feed(rows), self.decoder
-        decoder.running.step = Decode(feed, self.pool, decoder.windows, self._handle, self.state.positions)
+        decoder.running.step = Decode(feed, self.pool, self._handle, self.state.positions)
         return decoder.call(feed.tokens[:, None], feed.positions[:, None])[:, 0]
 
     def offer(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
