@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -21,7 +22,7 @@ FORBIDDEN = {
     "training": {"lm_eval"},
 }
 """Part of the package -> libraries that it may import nowhere, not even within a function."""
-LONGEST_PAGE = 150
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_PAGE = 500, 60, 150
 """Lines."""
 
 
@@ -91,14 +92,41 @@ def test_nobody_goes_through_the_public_names(path):
 
 
 def test_imports_have_no_circle():
-    """Between modules and between the parts of the package taken as wholes."""
-    graph = {module_name(path): ours(imported(path)) - {module_name(path)} for path in FILES}
+    """Between modules, imports for type checkers included, and between the parts of the package taken as wholes."""
+    graph = {module_name(path): ours(imported(path, typing=True)) - {module_name(path)} for path in FILES}
     tuple(TopologicalSorter(graph).static_order())
     tuple(TopologicalSorter(graph_of_parts()).static_order())
 
 
 def test_the_picture_shows_the_imports_as_they_are():
     assert PICTURE.read_text(encoding="utf-8") == draw(), "run python scripts/architecture.py"
+
+
+# Sizes
+
+
+def checked_in(*suffixes: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("sizes are counted in a clone with git")
+    names = [name for name in listed.stdout.splitlines() if name.endswith(suffixes) and not name.startswith("docs/")]
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def test_no_file_is_long():
+    lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in checked_in(".py", ".cpp", ".hpp", ".js")}
+    assert {str(path): lines for path, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+def test_no_function_is_long():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = ((path, node) for path in checked_in(".py") for node in ast.walk(ast.parse(path.read_text("utf-8"))))
+    lengths = {
+        f"{path}:{node.lineno} {node.name}": 1 + (node.end_lineno or 0) - node.lineno
+        for path, node in nodes
+        if isinstance(node, functions)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
 
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tasks/**/*.md")])
