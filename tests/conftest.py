@@ -20,6 +20,7 @@ SHARED = Path(os.environ[CACHES])
 for variable in ("HF_HOME", "HCOT_LMEVAL_CACHE", "MPLCONFIGDIR"):
     os.environ.setdefault(variable, str(SHARED / variable.lower()))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -29,6 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not FULL:
     os.environ.setdefault("HCOT_LMEVAL_CXXFLAGS", "-O1")  # compiled in a fifth of the time
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 KERNELS = Path(os.environ["HCOT_LMEVAL_CACHE"]) / "kernels"
 KERNELS.mkdir(parents=True, exist_ok=True)

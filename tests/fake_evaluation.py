@@ -11,7 +11,7 @@ The environment says what it does:
                   version     evaluates another version of the task
                   start, results, torn results, samples, torn samples, end
                               kills its parent and itself: at the start, with the results alone written, ...
-                  orphan      kills its parent alone and ends a second later
+                  orphan      kills its parent alone and ends five seconds later
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def before(fault: str) -> None:
         die()
     if fault == "orphan":
         os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(1)
+        time.sleep(5)
 
 
 def after(args: argparse.Namespace, fault: str) -> None:

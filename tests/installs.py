@@ -48,7 +48,7 @@ class Install:
             env=inherited | {"HF_HUB_OFFLINE": "1", "PATH": path} | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     def python_says(self, code: str, **environment: str) -> str:

@@ -87,7 +87,7 @@ def follow(context: LiveContext, ids: Sequence[int], inert: int) -> list[list[in
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "random"])
 @pytest.mark.parametrize("notation", MARKERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), length=st.integers(5, 90))
 def test_what_is_alive(notation: str, variant: str, seed: int, length: int) -> None:
     markers = MARKERS[notation]
@@ -109,7 +109,7 @@ def test_keep_last_0_is_the_rule_step_by_step() -> None:
                     assert getattr(rule, push)(token) == getattr(variant, push)(token), (notation, policy, seed, index)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 10**6), length=st.integers(20, 90))
 def test_random_removes_as_much_as_the_rule_at_the_same_moments(seed: int, length: int) -> None:
     markers = MARKERS["hcot"]

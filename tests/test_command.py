@@ -91,5 +91,5 @@ def test_usage_names_every_subcommand(line, status, capsys):
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "hcot_lmeval"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "hcot_lmeval"], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("usage: hcot COMMAND")

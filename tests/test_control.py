@@ -192,7 +192,7 @@ def sizes(ids: Sequence[int]) -> tuple[int, int | None]:
     return block.split - block.open - 1, len(context.live) - block.split - 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(strategies.well_formed(MARKERS["hcot"]))
 def test_sizes_are_those_after_pruning(ids: list[int]) -> None:
     controller = Controller(ControlOptions(), GRAMMARS["hcot"])

@@ -104,7 +104,7 @@ def make_state(notation: str, policy: str, context: int, slots: int = 1, positio
     return State(slots, context, rule, CPU, ends=2, forced=1, positions=True)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.data(), notations, policies, st.booleans())
 def test_rows_follow_the_rule(data, notation, policy, tight):
     """Well-formed, broken and random traces side by side, in slots in any order, in ample and in scarce contexts."""

@@ -158,7 +158,7 @@ def test_a_finished_trace_has_no_block_open(trace, legal, so_far) -> None:
 
 
 @given(traces(), strategies.texts)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_trace_is_legal_where_the_twin_says_so(case, prompt) -> None:
     ids, grammar = case
     for finished in (False, True):
@@ -167,7 +167,7 @@ def test_a_trace_is_legal_where_the_twin_says_so(case, prompt) -> None:
 
 
 @given(traces())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_first_illegal_token_is_where_no_well_formed_trace_goes_on(case) -> None:
     ids, grammar = case
     labels = label_tokens(ids, 0, grammar)
@@ -177,7 +177,7 @@ def test_the_first_illegal_token_is_where_no_well_formed_trace_goes_on(case) -> 
 
 
 @given(traces(markers_alone=True), strategies.texts)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_rule_and_the_grammar_find_the_same_faults(case, prompt) -> None:
     """Without thinking tokens and ends the two differ in leads alone, of which the rule sees those of closed blocks."""
     ids, grammar = case
@@ -212,7 +212,7 @@ def fault_of(token: int, state: State, markers: MarkerIds) -> str:
 
 
 @given(traces())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_state_and_depth_are_those_of_the_live_context(case) -> None:
     """The cursor tells its context of markers alone; here one is told of everything."""
     ids, grammar = case
@@ -229,7 +229,7 @@ def test_state_and_depth_are_those_of_the_live_context(case) -> None:
 
 
 @given(st.data(), st.sampled_from(sorted(GRAMMARS)), st.integers(0, 30))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_decoder_that_forbids_illegal_ids_writes_legal_traces(data, notation, length) -> None:
     """Any of the other tokens may come, and every beginning can be finished."""
     grammar = GRAMMARS[notation]
@@ -252,7 +252,7 @@ def test_a_decoder_that_forbids_illegal_ids_writes_legal_traces(data, notation, 
 
 
 @given(traces())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_classes_follow_from_token_and_state(case) -> None:
     ids, grammar = case
     of_text = {SOLUTION: TokenClass.SOLUTION, AT_LEAD: TokenClass.SOLUTION, ANSWER: TokenClass.ANSWER}

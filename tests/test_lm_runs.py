@@ -31,7 +31,7 @@ def run(checkpoint, out, *arguments, launcher=()):
     command = [sys.executable, *launcher, str(SCRIPT), checkpoint, str(out), *arguments]
     paths = [str(SCRIPT.parent), str(SCRIPT.parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return process.returncode, process.stderr
 
 

@@ -35,7 +35,7 @@ def is_periodic(ids: list[int], tokens: int) -> bool:
     return False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_repeated_lap_is_found_at_the_token_that_makes_it_a_loop(data: st.DataObject) -> None:
     """Laps of few different tokens, of runs of one token, and of text; behind text that looks like them."""
@@ -49,7 +49,7 @@ def test_a_repeated_lap_is_found_at_the_token_that_makes_it_a_loop(data: st.Data
     assert first_alarm(ids, tokens) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(8, 9), max_size=200), st.integers(4, 40))
 def test_no_alarm_without_a_repetition(ids: list[int], tokens: int) -> None:
     found = first_alarm(ids, tokens)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import CONFIG_MAPPING
@@ -55,7 +55,6 @@ def row_of(*plans: Plan, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 @given(st.lists(traces, min_size=1, max_size=4), policies, st.integers(0, 5))
-@settings(deadline=None)
 def test_mask_is_the_visibility_of_each_plan(documents: list[list[int]], policy: Policy, padding: int) -> None:
     """Documents in one row do not see each other, and padding sees itself."""
     plans = [compile_trace(ids, 1, MARKS, policy) for ids in documents]
@@ -65,7 +64,6 @@ def test_mask_is_the_visibility_of_each_plan(documents: list[list[int]], policy:
 
 
 @given(rows(), st.integers(1, 20))
-@settings(deadline=None)
 def test_window_is_measured_in_positions(row: tuple[torch.Tensor, torch.Tensor], window: int) -> None:
     death, positions = row
     mask = dense_mask(death, positions, window)
@@ -75,7 +73,6 @@ def test_window_is_measured_in_positions(row: tuple[torch.Tensor, torch.Tensor],
 
 
 @given(rows(), st.sampled_from([2, 4, 8, 16, 128]))
-@settings(deadline=None)
 def test_block_mask_is_what_trying_all_pairs_finds(row: tuple[torch.Tensor, torch.Tensor], block: int) -> None:
     death, (batch, tokens) = row[0], row[0].shape
     ours = block_mask(death, block=block)
@@ -88,7 +85,6 @@ def test_block_mask_is_what_trying_all_pairs_finds(row: tuple[torch.Tensor, torc
 
 
 @given(rows(), st.sampled_from([2, 4, 8, 16, 128]), st.none() | st.integers(1, 40))
-@settings(deadline=None)
 def test_kernel_that_trusts_the_blocks_sees_the_dense_mask(
     row: tuple[torch.Tensor, torch.Tensor], block: int, window: int | None
 ) -> None:

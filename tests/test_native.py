@@ -60,7 +60,7 @@ def test_sizes_and_types(kind, shape, dtype):
     assert compared(model, STEPS) <= TOLERANCE[dtype]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_schedule(data):
     """Rewinds to anywhere, chunks of any size, any slots: whatever the engine may ask for."""

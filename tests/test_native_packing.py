@@ -100,7 +100,7 @@ def pack(rows):
     return blocks, bases, kernel.pack(ctypes.byref(matrix), 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 255), st.integers(0, 18), st.integers(0, 2**32 - 1))
 def test_blocks_hold_every_bit(lowest, spread, seed):
     """Any exponents, those of zeros, denormals, infinities and NaN among them."""

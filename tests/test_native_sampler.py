@@ -46,7 +46,7 @@ def logits(draw, rows: int) -> torch.Tensor:
     return made
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_it_chooses_what_sorting_and_noise_for_all_choose(data):
     draws = data.draw(st.lists(DRAWS, min_size=1, max_size=4))

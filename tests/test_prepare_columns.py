@@ -367,7 +367,7 @@ class Given:
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), TRACES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_stands_in_a_column_is_read_or_rejected(flat, prepared):
     check = Checker(CheckOptions())
     for row in [*read_rows([Given(flat)]), *read_prepared([Given(prepared)])]:

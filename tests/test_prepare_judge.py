@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
@@ -64,7 +64,6 @@ def test_judge_has_nothing_to_say_without_whole_blocks(trace):
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_parts_hold_every_block_once(data):
     outline = Outline(40, tuple(data.draw(outlines(0, 40))))
     for markup in (HCOT, PRESETS["pencil"]):

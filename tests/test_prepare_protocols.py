@@ -384,7 +384,7 @@ def test_refine_needs_an_outline():
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_refined_outlines_keep_the_old_blocks(data):
     """Whatever windows reply, the old blocks stay and the new ones lie in them or around them."""
     old = Outline(40, tuple(data.draw(outlines(0, 40))))

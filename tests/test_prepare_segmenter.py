@@ -124,7 +124,7 @@ SENTENCES = st.sampled_from(
 
 
 @given(st.lists(SENTENCES, max_size=60), st.integers(0, 3), st.sampled_from([1, 8, 30, 120]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_gets_a_legal_trace(parts, depth, target):
     pieces = split_sentences("".join(parts))
     options = SegmenterOptions(

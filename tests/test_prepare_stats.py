@@ -50,7 +50,7 @@ def slowly(ids, prompt, markers, policy):
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), prompt=st.integers(1, 4))
 def test_costs_are_those_of_the_rule(name, data, prompt):
     markup, markers = PRESETS[name], MARKERS[name]

@@ -82,7 +82,7 @@ def test_what_may_pass_is_tried_again(tmp_path, provider, reply, code):
         return Say(GOOD) if asked[said] > (2 if said == "twice" else 3) else reply
 
     with ScriptedTeacher(say) as server:
-        options = options_for(server, provider, timeout=0.2 if code == "timeout" else 60.0)
+        options = options_for(server, provider, timeout=1.0 if code == "timeout" else 60.0)
         twice, ever = tasks = [make_task(options, "twice"), make_task(options, "ever")]
         found = ask_all(options, tasks, tmp_path)
         one, other = found[twice.key], found[ever.key]

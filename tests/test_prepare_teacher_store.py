@@ -32,7 +32,7 @@ replies = st.builds(
 
 
 @given(said=st.lists(replies, unique_by=lambda reply: reply.key), torn=st.binary(max_size=40), seed=st.integers())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_was_kept_is_there_again(tmp_path_factory, said, torn, seed):
     path = tmp_path_factory.mktemp("store") / "answers.jsonl"
     with AnswerStore(path) as store:
@@ -191,7 +191,7 @@ tasks_and_usage = st.lists(st.tuples(st.integers(0, 3000), st.floats(0, 1), st.f
 
 
 @given(tasks_and_usage, st.integers(0, 3000), st.integers(1, 8), st.integers())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit, width, seed):
     """The server may use any number of tokens up to what was asked for."""
     options = TeacherOptions(teacher=MODELS["openai"], output_tokens=100, max_teacher_tokens=limit)

@@ -108,7 +108,7 @@ MATHEMATICS = st.one_of(
 
 
 @given(st.lists(st.one_of(PROSE, MATHEMATICS.map(lambda text: text + " ")), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_mathematics_is_never_cut(parts):
     text, cuts = "".join(parts), set()
     pieces = split_sentences(text)
@@ -123,7 +123,7 @@ def test_mathematics_is_never_cut(parts):
 
 
 @given(st.text(alphabet="aB1.!?。 \n\r\\$()[]{}`|-*:,", max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_nothing_is_lost_of_any_text(text):
     pieces = split_sentences(text)
     assert "".join(pieces) == text
@@ -257,7 +257,7 @@ def is_legal(trace: str, notation: str) -> bool:
 
 
 @given(outlines(), st.sampled_from(sorted(PRESETS)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_there_and_back(case, notation):
     pieces, outline = case
     markup = PRESETS[notation]
@@ -273,7 +273,7 @@ def test_there_and_back(case, notation):
 
 
 @given(outlines())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_depth_counts_blocks_around_a_sentence(case):
     _, outline = case
     around = [sum(b.start <= i < b.stop for b in outline.blocks) for i in range(outline.sentences)]

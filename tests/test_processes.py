@@ -42,10 +42,10 @@ def test_threads_of_gloo_end_with_the_group(tmp_path):
     ranks = [context.Process(target=worker, args=(rank, str(tmp_path / "store"), counts)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    for before, after, grouped in [counts.get(timeout=300) for _ in ranks]:
+    for before, after, grouped in [counts.get(timeout=900) for _ in ranks]:
         assert before > 0 and after == 0 and not grouped
     for rank in ranks:
-        rank.join(timeout=300)
+        rank.join(timeout=900)
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 

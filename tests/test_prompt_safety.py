@@ -87,7 +87,7 @@ def test_careless_tokenizers_make_no_marker_either(form: str, normalizer: str) -
     assert dangerous or form not in ("as it is", "full width") or (form == "full width" and "K" not in normalizer)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.one_of(st.text(max_size=6), st.sampled_from([m for p in PRESETS.values() for m in p.markers]))))
 def test_no_text_becomes_a_marker(parts: list[str]) -> None:
     tokenizer, text = TOKENIZER, "".join(parts)

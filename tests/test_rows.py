@@ -54,7 +54,7 @@ def check_row(row, documents):
 
 
 @given(st.lists(cases(), min_size=1, max_size=5), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_documents_of_a_row_are_whole_and_apart(traces, seed):
     documents = [document(*case) for case in traces]
     rows = packed(documents, max(map(len, documents)) + 20, seed)

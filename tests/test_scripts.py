@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_help(script) -> None:
     command = [sys.executable, f"scripts/{script}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
 
 
 def test_training_is_compared_token_by_token_without_a_model() -> None:
     command = [sys.executable, "scripts/bench_training.py", "--counts-only", "--length", "512", "--blocks", "4"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "packed" in done.stdout and "cores" in done.stdout

@@ -31,7 +31,7 @@ def read(path):
     return [record for _, record in scan(path)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=3), max_size=5), st.booleans())
 def test_what_was_appended_is_there_again(tmp_path_factory, records, durable):
     path = tmp_path_factory.mktemp("store") / "deep" / "a.jsonl"

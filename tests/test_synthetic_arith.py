@@ -34,7 +34,7 @@ def solve(prompt: str) -> int:
 
 
 @seeded
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_gold_answer_is_right_by_an_independent_evaluation(depth: int, seed: int) -> None:
     problem = draw(depth, seed)
     assert problem.value == solve(problem.prompt)
@@ -42,7 +42,7 @@ def test_gold_answer_is_right_by_an_independent_evaluation(depth: int, seed: int
 
 
 @seeded
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_block_of_the_gold_trace_is_an_evaluation_with_the_right_value(depth: int, seed: int) -> None:
     problem = draw(depth, seed)
     env, stack = problem.prompt.rpartition(";")[0], []
@@ -58,7 +58,7 @@ def test_every_block_of_the_gold_trace_is_an_evaluation_with_the_right_value(dep
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
 @seeded
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gold_traces_are_legal_and_only_the_value_survives(policy: Policy, depth: int, seed: int) -> None:
     problem = draw(depth, seed)
     steps = check_legality(problem, policy)

@@ -40,7 +40,7 @@ def solve(prompt: str, path: str = "") -> bool:
 
 
 @seeded
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_answers_are_those_asked_for_by_full_enumeration(size: int, valid: bool, seed: int) -> None:
     problem = draw(size, valid, seed)
     assert solve(problem.prompt) == valid
@@ -55,7 +55,7 @@ def test_large_answers(size: int) -> None:
 
 
 @seeded
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shape(size: int, valid: bool, seed: int) -> None:
     prefix, clauses = parse(draw(size, valid, seed).prompt)
     names = {name for _, name in prefix}
@@ -70,7 +70,7 @@ def test_shape(size: int, valid: bool, seed: int) -> None:
 
 
 @seeded
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_block_has_the_value_of_its_branch(size: int, valid: bool, seed: int) -> None:
     prompt = draw(size, valid, seed).prompt
 
@@ -143,7 +143,7 @@ def leaf(clauses: list[str], path: str) -> str:
     return text
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(size=st.integers(3, 5), valid=st.booleans(), seed=st.integers(0, 10**6))
 def test_every_token_follows_from_the_live_context(size: int, valid: bool, seed: int) -> None:
     """No token needs what was pruned: a predictor that sees the live context alone writes the whole trace."""
@@ -173,7 +173,7 @@ def branch(live: list[str]) -> str:
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
 @seeded
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gold_traces_are_legal(policy: Policy, size: int, valid: bool, seed: int) -> None:
     steps = check_legality(draw(size, valid, seed), policy)
     assert max(step.depth for step in steps) == size + 1
@@ -199,7 +199,7 @@ def test_half_are_valid_at_every_size() -> None:
 
 
 @seeded
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_fingerprint_ignores_names_and_order(size: int, valid: bool, seed: int) -> None:
     problem, rng = draw(size, valid, seed), random.Random(seed)
     names = [name for _, name in problem.prefix]

@@ -37,7 +37,7 @@ def solve(prompt: str, assumed: str = "") -> bool:
 
 
 @seeded
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_answers_are_those_asked_for_by_full_enumeration(size: int, satisfiable: bool, seed: int) -> None:
     problem = draw(size, satisfiable, seed)
     assert solve(problem.prompt) == satisfiable
@@ -52,7 +52,7 @@ def test_large_answers(size: int) -> None:
 
 
 @seeded
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shape(size: int, satisfiable: bool, seed: int) -> None:
     problem = draw(size, satisfiable, seed)
     clauses = parse(problem.prompt)
@@ -104,7 +104,7 @@ def check_branch(block: Block, prompt: str, true: str) -> None:
 
 
 @seeded
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_step_of_the_search_is_justified(size: int, satisfiable: bool, seed: int) -> None:
     problem = draw(size, satisfiable, seed)
     check_branch(root_block(gold_trace(problem)), problem.prompt, "")
@@ -117,7 +117,7 @@ def test_values_of_a_clause() -> None:
 
 @pytest.mark.parametrize("policy", [Policy.RECOMPUTE, Policy.EVICT])
 @seeded
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_gold_traces_are_legal(policy: Policy, size: int, satisfiable: bool, seed: int) -> None:
     check_legality(draw(size, satisfiable, seed), policy)
 
@@ -137,7 +137,7 @@ def test_half_are_satisfiable_at_every_size() -> None:
 
 
 @seeded
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_fingerprint_ignores_names_and_order(size: int, satisfiable: bool, seed: int) -> None:
     problem, rng = draw(size, satisfiable, seed), random.Random(seed)
     other = dict(zip(problem.variables, rng.sample("abcdefghij", size), strict=True))

@@ -205,7 +205,7 @@ def test_a_prompt_that_prunes_itself_away_still_has_positions():
         assert [t for t in plan.targets if t != IGNORE] == ids[prompt_len:]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(strategies.cases())
 @example((*parse("p|[/]a"), MARKERS["memento"], "recompute"))
 @example((*parse("p|[/][a/]b"), MARKERS["pencil"], "recompute"))
@@ -213,13 +213,13 @@ def test_invariants(case):
     check_trace(*case)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(strategies.cases())
 def test_invariants_when_the_prompt_acts(case):
     check_trace(*case, prompt_acts=True)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     strategies.cases(notation="memento"),
     st.frozensets(st.sampled_from(["open", "split", "close"])),
@@ -232,7 +232,7 @@ def test_invariants_of_any_notation(case, keep, nested, lead):
     check_trace(ids, prompt_len, replace(markers, keep=keep, nested=nested, lead=lead), policy)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(-2, 12), max_size=30), strategies.notations, strategies.policies)
 def test_nothing_raises(ids, notation, policy):
     context = LiveContext(MARKERS[notation], policy)
@@ -243,7 +243,7 @@ def test_nothing_raises(ids, notation, policy):
     compile_trace([9, *ids], 1, MARKERS[notation], policy)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(strategies.cases())
 def test_prefixes_compile_to_prefixes(case):
     """What comes later never changes what an earlier token was forwarded as: incremental equals compiled."""

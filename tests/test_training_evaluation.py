@@ -311,9 +311,9 @@ def on_two_processes(path, task, *arguments) -> list:
     jobs = [context.Process(target=worker, args=(r, str(path / "store"), results, task, arguments)) for r in (0, 1)]
     for job in jobs:
         job.start()
-    found = dict(results.get(timeout=300) for _ in jobs)
+    found = dict(results.get(timeout=900) for _ in jobs)
     for job in jobs:
-        job.join(timeout=300)
+        job.join(timeout=900)
     assert [job.exitcode for job in jobs] == [0, 0]
     return [found[0], found[1]]
 

@@ -21,7 +21,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, s
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(SCRIPT), str(out)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     return {key: Result(*result) for key, result in torch.load(out).items()}
 
