@@ -106,7 +106,7 @@ class Bias(LogitsProcessor):
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_the_engine_does_not_do_is_refused_by_name(loaded, wish, name):
     model, tokenizer = loaded

@@ -66,7 +66,7 @@ PASSING = [
     (Status(500), "server_error"),
     (Reset(), "connection"),
     (Raw(b"<html>", "application/json"), "broken_response"),
-    (Say(GOOD, seconds=0.4), "timeout"),
+    (Say(GOOD, seconds=2.0), "timeout"),
 ]
 
 
