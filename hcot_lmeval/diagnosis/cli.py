@@ -1,9 +1,9 @@
 """Says why a checkpoint loops, breaks the notation or never ends, and whether it is run as it was trained.
 
-    python scripts/diagnose.py runs/first/model                    held-out traces of its own training run
-    python scripts/diagnose.py MODEL --data traces.jsonl           columns question, hierarchical_cot, expected_answer
-    python scripts/diagnose.py tiny-hcot --pruning evict           is this the policy that it was trained with?
-    python scripts/diagnose.py MODEL --data "{path: org/data, split: test}" --out report
+    hcot diagnose runs/first/model                    held-out traces of its own training run
+    hcot diagnose MODEL --data traces.jsonl           columns question, hierarchical_cot, expected_answer
+    hcot diagnose tiny-hcot --pruning evict           is this the policy that it was trained with?
+    hcot diagnose MODEL --data "{path: org/data, split: test}" --out report
 
 Gold traces are scored in the contexts of every policy (off, recompute, evict): the model finds them likeliest in those
 that it was trained on. Where a marker or an end is due it should be likely; one that never was a target is not. Prompts

@@ -119,7 +119,7 @@ class Options(ControlOptions, ComputeOptions):
         markup = None if values.get("markup") is None else str(values["markup"])
         if markup is not None:
             get_markup(markup)
-        return cls(
+        read = dict(
             pruning=_policy(values.get("pruning")),
             markup=markup,
             any_policy=_flag("any_policy", values.get("any_policy", False)),
@@ -135,6 +135,9 @@ class Options(ControlOptions, ComputeOptions):
             **_controls(values),
             **_computing(values),
         )
+        unread = sorted(values.keys() - read.keys())
+        assert not unread, f"a field that is not read here: {unread}"
+        return cls(**read)
 
 
 OPTION_NAMES = frozenset(field.name for field in fields(Options))

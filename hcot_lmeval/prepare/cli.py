@@ -1,4 +1,4 @@
-"""Prepares training data: flat chains of thought in, checked hierarchical traces out. ``scripts/prepare_data.py``."""
+"""Prepares training data: flat chains of thought in, checked hierarchical traces out: ``hcot prepare``."""
 
 from __future__ import annotations
 

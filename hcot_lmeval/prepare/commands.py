@@ -1,4 +1,4 @@
-"""What the commands of ``scripts/prepare_data.py`` do with their arguments; see `prepare.cli`."""
+"""What the commands of ``hcot prepare`` do with their arguments; see `prepare.cli`."""
 
 from __future__ import annotations
 

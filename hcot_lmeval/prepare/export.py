@@ -32,7 +32,7 @@ ANSWER = "\n\n\\boxed{{{}}}"
 CARD = """\
 
 {rows} chains of thought with blocks `[THOUGHT] thought [SOLUTION] solution [RETURN]`, made with
-`scripts/prepare_data.py` of hcot_lmeval. Columns: {columns}.
+`hcot prepare` of hcot_lmeval. Columns: {columns}.
 
 Steps, with their arguments and the digests of their inputs:
 

@@ -1,6 +1,6 @@
 """Compares language models with and without pruning: runs what is missing through lm-eval, and makes the tables.
 
-``scripts/compare.py`` and ``python -m hcot_lmeval compare``.
+``hcot compare``, which `scripts/compare.py` is too.
 """
 
 from __future__ import annotations

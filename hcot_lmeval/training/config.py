@@ -1,4 +1,4 @@
-"""What a training run is: every setting of ``scripts/train.py sft``, with its default and what it means.
+"""What a training run is: every setting of ``hcot train sft``, with its default and what it means.
 
 The YAML file has the structure of `SftConfig`; `training.config_file` reads it.
 """

@@ -1,4 +1,4 @@
-"""A supervised training run from its settings to the finished model: what ``scripts/train.py sft`` does.
+"""A supervised training run from its settings to the finished model: what ``hcot train sft`` does.
 
 Everything that can be wrong with the settings, the data, the tokenizer or the adapter is said before the first step.
 """

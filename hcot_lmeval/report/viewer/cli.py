@@ -1,10 +1,10 @@
 """Shows what was thought and what was thrown away: one HTML page of traces, or a tree in the terminal.
 
-    python scripts/view_traces.py NOTES --out page.html                      notes of one run (model argument notes=DIR)
-    python scripts/view_traces.py NOTES --samples RESULTS --out page.html    with right and wrong
-    python scripts/view_traces.py NOTES NOTES2 --out page.html               two runs side by side
-    python scripts/view_traces.py traces.jsonl --text-column response        texts of any model
-    python scripts/view_traces.py NOTES --terminal --doc 7                   no browser
+    hcot view NOTES --out page.html                      notes of one run (model argument notes=DIR)
+    hcot view NOTES --samples RESULTS --out page.html    with right and wrong
+    hcot view NOTES NOTES2 --out page.html               two runs side by side
+    hcot view traces.jsonl --text-column response        texts of any model
+    hcot view NOTES --terminal --doc 7                   no browser
 
 The page is one file that opens from disk and needs no network.
 """

@@ -56,7 +56,10 @@ def write_page(
             rows.append(index_row(trace, outline, verdict, numbers[trace.source.name]))
             blobs.write(pack(trace, outline) + "\n")
         if not rows:
-            raise ViewerError("there are no traces to show; see --task, --doc and --limit, or another folder")
+            raise ViewerError(
+                "there are no traces to show; see --task, --doc and --limit, or name another folder (requests that a "
+                "journal had leave no notes: run them with journal=off)"
+            )
         verdicts.check_used()
         shorten_titles(rows)
         blobs.seek(0)
