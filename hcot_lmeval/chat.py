@@ -38,15 +38,14 @@ class Screen:
 
     Args:
         engine: which writes it.
-        prompt_tokens: that it began with.
     """
 
-    def __init__(self, engine: Engine, prompt_tokens: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._marks = [*engine.markup.markers, *(engine.think or ())]
         self._ids: list[int] = []
         self._gone = ""
-        self.prompt, self.generated, self.pruned, self.peak = prompt_tokens, 0, 0, prompt_tokens
+        self.generated, self.pruned, self.peak = 0, 0, 0
         self.live: list[int] = []
 
     def push(self, token: int, step: Step, live: Sequence[int]) -> None:
@@ -100,11 +99,19 @@ class Chat:
         self.engine, self.console = engine, console
         self.tokenizer = engine.tokenizer
         self.max_gen_toks, self.temperature = max_gen_toks, temperature
+        self._params()  # what is not allowed is said now
         self.messages: list[dict[str, str]] = []
         self.notes: NoteTaker | None = None
         self._replies = 0
 
+    def _params(self, seed: int = 0) -> SamplingParams:
+        return SamplingParams(max_gen_toks=self.max_gen_toks, temperature=self.temperature, seed=seed)
+
     def _change(self, policy: str, window: int) -> None:
+        if self.notes is not None:
+            self.notes.close()
+            self.notes = None
+            self.console.print("the notes end here, for they are of one policy and window; /save begins others")
         model = self.engine.decoder.model
         self.engine = Engine(model, self.tokenizer, policy=policy, max_context=window, any_policy=True, max_slots=1)
 
@@ -120,11 +127,22 @@ class Chat:
             if line.startswith("/"):
                 self.command(line)
             elif line:
-                self.reply(line)
+                self._try_to_reply(line)
+
+    def _try_to_reply(self, line: str) -> None:
+        """A message that cannot be read ends no conversation."""
+        said = len(self.messages)
+        try:
+            line.encode()
+            self.reply(line)
+        except ValueError as error:  # of a text that is no Unicode, or of no token
+            del self.messages[said:]
+            self.console.print(f"error: {error}", style="red", markup=False)
 
     def command(self, line: str) -> None:
         """Carries out a command, or says why it cannot be."""
         name, _, value = line.partition(" ")
+        value = value.strip()
         try:
             if name == "/policy":
                 if value not in list(Policy):
@@ -135,8 +153,11 @@ class Chat:
                     raise ValueError(f"window {value!r} is no number of tokens")
                 self._change(self.engine.policy.value, int(value))
             elif name == "/save":
+                path = Path(value).expanduser()
+                if not value or path.exists():
+                    raise ValueError(f"{value or 'no name'}: name a new file for the notes")
                 facts = {"pruning": self.engine.policy.value, "markup": self.engine.markup.name}
-                self.notes = NoteTaker(Path(value), self.engine.decode, facts)
+                self.notes = NoteTaker(path, self.engine.decode, facts)
             elif name == "/new":
                 self.messages.clear()
             else:
@@ -151,7 +172,7 @@ class Chat:
         """Writes the reply to a message and returns it; None if it was stopped."""
         self.messages.append({"role": "user", "content": text})
         request = self._request(text)
-        screen = Screen(self.engine, len(request.prompt_ids))
+        screen = Screen(self.engine)
         done: Completion | None = None
         with Live(screen, console=self.console, refresh_per_second=12, transient=True) as live:
 
@@ -180,7 +201,7 @@ class Chat:
         own = not self.tokenizer.chat_template
         ids = encode_prompt(self.tokenizer, text, self.engine.markup, add_special_tokens=own)
         self._replies += 1
-        params = SamplingParams(max_gen_toks=self.max_gen_toks, temperature=self.temperature, seed=self._replies)
+        params = self._params(self._replies)
         return Request(str(self._replies), tuple(ids), params, thinking=leaves_open(text, self.engine.think))
 
 

@@ -58,7 +58,10 @@ TEXTS = ("text", "input_text", "output_text")
 """Types of the parts that are text."""
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
-VERDICTS = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
+VERDICTS = {
+    **dict.fromkeys(("true", "yes", "correct", "right", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "incorrect", "wrong", "0", "0.0"), False),
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 

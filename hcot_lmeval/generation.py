@@ -34,17 +34,18 @@ from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.vocabulary import leaves_open
 
-PROCESSORS = (
-    RepetitionPenaltyLogitsProcessor,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-)
-"""What the engine does itself, as the generation config says."""
-CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+TAKEN = {
+    RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
+    MinLengthLogitsProcessor: ("min_length", "min_length"),
+    MinNewTokensLengthLogitsProcessor: ("min_new_tokens", "min_new_tokens"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+    MaxLengthCriteria: ("max_length", "max_length"),
+}
+"""What the engine does itself, as the generation config says: class -> its attribute, and the field of the config. One
+that a caller made with another value is none of them."""
 BESIDE = frozenset("attention_mask position_ids token_type_ids logits_to_keep use_cache cache past_key_values".split())
 """What transformers prepares for a forward, and the engine has its own of."""
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -77,10 +78,11 @@ class PrunedGeneration:
         tokenizer: PreTrainedTokenizerBase,
         *,
         notes: NoteTaker | None = None,
-        stop_strings: Iterable[str] = (),
+        stop_strings: str | Iterable[str] = (),
         **options: Any,
     ) -> None:
-        self.tokenizer, self.notes, self.stop_strings = tokenizer, notes, tuple(stop_strings)
+        self.tokenizer, self.notes = tokenizer, notes
+        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         self.options = options
         self._engine: tuple[Any, frozenset[int], Engine] | None = None
 
@@ -151,20 +153,24 @@ def shaping(config: GenerationConfig) -> dict[str, Any]:
 def end_ids(config: GenerationConfig) -> frozenset[int]:
     """Returns the ids that end a row."""
     found = config.eos_token_id
-    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+    return frozenset() if found is None else frozenset(torch.as_tensor(found).flatten().tolist())
 
 
 def check_wishes(
     processors: Sequence[Any], criteria: Sequence[Any], config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
     """Raises `ValueError` for what the engine does not do; the message names it."""
-    strange = [type(item).__name__ for item in processors if not isinstance(item, PROCESSORS)]
-    strange += [type(item).__name__ for item in criteria if not isinstance(item, CRITERIA)]
+    strange = [type(item).__name__ for item in (*processors, *criteria) if not _is_taken(item, config)]
     strange += [name for name in OUTPUTS if getattr(config, name, None)]
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         strange.append(mode.value.replace("_", " "))
     strange += [name for name, value in model_kwargs.items() if name not in BESIDE and value is not None]
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        strange.append("attention_mask with other values than 0 and 1")
+    elif positions is not None and not _counts(positions, mask):
+        strange.append("position_ids that do not count the tokens of the mask")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     if cache is not None and cache.get_seq_length():
         strange.append("past_key_values with content")
@@ -173,3 +179,19 @@ def check_wishes(
             f"pruned generation has no {', '.join(strange)}; leave it out. There are greedy search, sampling with "
             "temperature, top_k, top_p, min_p and repetition_penalty, lengths, end tokens and stop strings"
         )
+
+
+def _is_taken(item: Any, config: GenerationConfig) -> bool:
+    """Whether a processor or criterion is what transformers makes of the config, which the engine follows."""
+    if type(item) is EosTokenCriteria:
+        return frozenset(item.eos_token_id.flatten().tolist()) == end_ids(config)
+    attribute, field = TAKEN.get(type(item), ("", ""))
+    return bool(field) and getattr(item, attribute) == getattr(config, field)
+
+
+def _counts(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the positions [rows or 1, tokens] are those that each token has among the tokens that are seen."""
+    if mask is None:
+        return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
+    counted = mask.long().cumsum(-1) - 1
+    return bool(((positions == counted) | (mask == 0)).all())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hcot_lmeval.markup import PRESETS, get_markup
 
@@ -22,6 +22,18 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot be changed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_is_a_number(cls, values: Any) -> Any:
+        """YAML reads `on` and `no` as true and false, which Python counts as 1 and 0."""
+        for name, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
+            given = values.get(name)
+            each = given if isinstance(given, (list, tuple)) else [given]
+            kinds = _kinds(field.annotation)
+            if kinds & {int, float} and bool not in kinds and any(isinstance(value, bool) for value in each):
+                raise ValueError(f"{name}={given!r} is not allowed; a number is needed")
+        return values
 
 
 S = TypeVar("S", bound=Section)
@@ -95,6 +107,12 @@ def add_options(parser: Any, kind: type[Section]) -> None:
             many = isinstance(field.default, (tuple, list))
             told += f" ({' '.join(map(str, field.default)) if many else _short(field.default)})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=told, **options)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types within a type: of ``list[int] | None``, list, int and None's."""
+    parts = get_args(annotation)
+    return {annotation}.union(*(_kinds(part) for part in parts)) if parts else {annotation}
 
 
 def _not_none(annotation: Any) -> Any:

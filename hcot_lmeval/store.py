@@ -14,6 +14,7 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -227,6 +228,8 @@ def _lock_windows(file: IO[bytes], wait: bool) -> bool:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a draft to be written, which takes the place of `path` at the end; an error leaves `path` as it was."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there already, and no file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     try:

@@ -207,6 +207,10 @@ COMMANDS = [
     Mistake(
         "train sft {root}/scripts/configs/first.yaml --override phases.0.policy=evct", ("phases.0.policy", "evict")
     ),
+    Mistake(
+        "train sft {root}/scripts/configs/first.yaml --override phases.0.steps=on",
+        ("steps=True is not allowed", "a number is needed"),
+    ),
     Mistake("train sft {root}/scripts/configs/first.yaml --override modle=x", ("modle", "did you mean model?")),
     Mistake("train sft {root}/scripts/configs/first.yaml --override phases", ("key=value",)),
     Mistake(
@@ -219,6 +223,15 @@ COMMANDS = [
     Mistake("view {files}/a_file --out {out}.html", ("a_file",)),
     Mistake("prepare segment {files}/nope.jsonl --out {out}", ("nope.jsonl",)),
     Mistake("prepare segment {files}/no_columns.jsonl --out {out}", ("question",)),
+    Mistake(
+        "prepare segment {files}/traces.jsonl --column answer=expected_anser --out {out}",
+        ("there is no column for answer=expected_anser",),
+    ),
+    Mistake(
+        "prepare export {files}/prepared.jsonl --out {out} --to {files}/prepared.jsonl",
+        ("prepared.jsonl is among what",),
+    ),
+    Mistake("view {files}/prepared.jsonl --out {files}/prepared.jsonl", ("prepared.jsonl is among the notes",)),
     Mistake("prepare check {files}/empty", ("empty",)),
     Mistake("prepare export {files}/empty --to {out}.jsonl", ("empty",)),
     Mistake("prepare segmnt x --out {out}", ("invalid choice", "segment"), code=2),
@@ -259,6 +272,10 @@ def write_files(folder: Path) -> Path:
     settings |= {"phases": [{"policy": "off", "steps": 1}], "trainer": {"learning_rat": 1}}
     (folder / "unknown.yaml").write_text(json.dumps(settings))
     (folder / "no_columns.jsonl").write_text('{"text": "nothing of use"}\n')
+    trace = {"question": "1 + 1?", "response": "<think>It is 2.</think>2", "expected_answer": "2"}
+    (folder / "traces.jsonl").write_text(json.dumps(trace) + "\n")
+    prepared = {"question": "1 + 1?", "hierarchical_cot": "[THOUGHT]a[SOLUTION]2[RETURN]", "expected_answer": "2"}
+    (folder / "prepared.jsonl").write_text(json.dumps(prepared) + "\n")
     _write_tasks(folder / "tasks")
     build_run(folder / "good", [1, 0])
     build_run(folder / "other_task", [1, 0], task="other")

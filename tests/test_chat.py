@@ -72,6 +72,8 @@ def test_commands_act_from_then_on(loaded, tmp_path):
     assert "thrown away 0" in shown and "(no answer: it ended with context)" in shown
     file = NotesFile(path)
     assert file.run["pruning"] == "off" and len(list(file)) == 1
+    chat, shown = talk(loaded, f"/save {tmp_path / 'two'}", "/policy off", PROBLEM, f"/save {path}")
+    assert "the notes end here" in shown and f"error: {path}: name a new file" in shown and chat.notes is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,20 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(loaded, monkeypatch):
     assert [message["content"] for message in chat.messages] == ["a=1+1;a?", "\\boxed{2}"]
 
 
-def test_what_cannot_be_loaded_is_one_line(capsys):
-    assert main(["tiny-hcot", "--window", "0"]) == 1
-    assert "error: max_context=0 is not allowed" in capsys.readouterr().err
+def test_a_message_that_is_no_text_ends_no_conversation(loaded):
+    _, shown = talk(loaded, "éé", "\udcff", "a=1+1;a?")
+    assert shown.count("error: ") == 2 and shown.rstrip().endswith("\\boxed{2}")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["tiny-hcot", "--window", "0"], "max_context=0 is not allowed"),
+        (["tiny-hcott"], "did you mean tiny-hcot?"),
+        (["tiny-hcot", "--dtype", "bf16"], "dtype='bf16' is not one of auto"),
+        (["tiny-hcot", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(capsys, line, told):
+    assert main(line) == 1
+    assert f"error: {told}" in capsys.readouterr().err.replace("'tiny-hcott' is neither bundled nor a directory; ", "")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, MaxTimeCriteria
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from hcot_lmeval import NoteTaker, PrunedGeneration
 from hcot_lmeval.engine import Engine, Request, SamplingParams
@@ -61,6 +70,7 @@ def test_tokens_are_those_of_the_engine_at_every_batch(loaded, tmp_path):
         {"max_new_tokens": 12, "min_new_tokens": 10},
         {"max_new_tokens": 12, "repetition_penalty": 1.3},
         {"max_new_tokens": 12, "eos_token_id": [1, 20, 21]},
+        {"max_new_tokens": 12, "eos_token_id": torch.tensor([3, 4])},
         {"max_new_tokens": 9, "num_return_sequences": 2, "do_sample": True, "top_k": 1},
     ],
     ids=str,
@@ -96,10 +106,21 @@ class Bias(LogitsProcessor):
     pass
 
 
+class Own(TemperatureLogitsWarper):
+    pass
+
+
 @pytest.mark.parametrize(
     ("wish", "name"),
     [
         ({"logits_processor": [Bias()]}, "Bias"),
+        ({"logits_processor": [Own(1.0)]}, "Own"),
+        ({"logits_processor": [RepetitionPenaltyLogitsProcessor(50.0)]}, "RepetitionPenaltyLogitsProcessor"),
+        ({"logits_processor": [TopKLogitsWarper(1)], "do_sample": True}, "TopKLogitsWarper"),
+        ({"stopping_criteria": [MaxLengthCriteria(21)]}, "MaxLengthCriteria"),
+        ({"stopping_criteria": [EosTokenCriteria(37)]}, "EosTokenCriteria"),
+        ({"position_ids": 3 * torch.arange(20)[None]}, "position_ids"),
+        ({"attention_mask": torch.arange(20)[None]}, "attention_mask"),
         ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "MaxTimeCriteria"),
         ({"num_beams": 3}, "beam search"),
         ({"typical_p": 0.5, "do_sample": True}, "TypicalLogitsWarper"),
@@ -112,13 +133,13 @@ def test_what_the_engine_does_not_do_is_refused_by_name(loaded, wish, name):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match=f"pruned generation has no .*{name}"):
         model.generate(
-            **inputs(tokenizer, PROBLEMS[:1]), **wish, custom_generate=PrunedGeneration(tokenizer), max_new_tokens=3
+            **{**inputs(tokenizer, PROBLEMS[:1]), **wish}, custom_generate=PrunedGeneration(tokenizer), max_new_tokens=3
         )
 
 
 def test_stop_strings_end_a_row_in_its_answer(loaded):
     model, tokenizer = loaded
-    pruned = PrunedGeneration(tokenizer, stop_strings=["boxed", "c+c"])
+    pruned = PrunedGeneration(tokenizer, stop_strings="boxed")
     config = GenerationConfig(max_new_tokens=100, return_dict_in_generate=True, eos_token_id=1, pad_token_id=0)
     found = model.generate(**inputs(tokenizer, PROBLEMS[:1]), generation_config=config, custom_generate=pruned)
     [done] = found.completions

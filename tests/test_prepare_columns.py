@@ -257,8 +257,8 @@ def test_a_response_never_becomes_the_expected_answer(tmp_path, response, value,
 
 def test_answers_and_verdicts_of_all_kinds():
     assert read_answer(Decimal("28.5")) == "28.5" and read_answer("Infinity") == "Infinity"
-    assert [read_verdict(value) for value in (True, "Yes", "no", [False], None, "", 3, "28")] == [
-        *(True, True, False, False),
+    assert [read_verdict(value) for value in (True, "Yes", "no", [False], 0, "1", "wrong", None, "", 3, "28")] == [
+        *(True, True, False, False, False, True, False),
         *(None, None, None, None),
     ]
     assert not is_prose("$P(x)=c(x^2+3)$ for any constant $c$")

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.ablation import Ablation
-from hcot_lmeval.assets import resolve
+from hcot_lmeval.assets import near_name, resolve
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
@@ -129,8 +130,16 @@ class Engine:
 
         Raises:
             OSError: there is no such checkpoint.
+            ValueError: the dtype is unknown, or a revision is asked of a directory.
         """
-        place, loading = resolve(name), {"revision": revision, "trust_remote_code": trust_remote_code}
+        if (near := near_name(name)) is not None:
+            raise FileNotFoundError(f"{name!r} is neither bundled nor a directory; did you mean {near}?")
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not one of auto, float32, float16, bfloat16, float64")
+        place = resolve(name)
+        if revision is not None and Path(place).is_dir():
+            raise ValueError(f"revision={revision!r} is of checkpoints on a hub, and {place} is here; leave it out")
+        loading = {"revision": revision, "trust_remote_code": trust_remote_code}
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **loading).to(device)
         return cls(model, AutoTokenizer.from_pretrained(place, **loading), **options)
 

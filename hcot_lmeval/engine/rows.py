@@ -102,8 +102,7 @@ class Limits:
 
 
 OnToken = Callable[[Request, int, int, Step, Sequence[int]], None]
-"""Called with (request, sample, token, what it did, live token ids afterwards) as each token is generated. The list of
-live ids is the row's own, and changes with the next token."""
+"""Called with (request, sample, token, what it did, live token ids afterwards) as each token is generated."""
 
 
 class Row:
@@ -237,7 +236,7 @@ class Row:
             self.choices.append(choice)
         self.recorder.step(index, choice.token, step, len(self.context.live))
         if self.on_token is not None:
-            self.on_token(self.request, self.sample, choice.token, step, self.context.live)
+            self.on_token(self.request, self.sample, choice.token, step, tuple(self.context.live))
         reason = self._reason_to_end(choice.token)
         if reason:
             self._end(reason)

@@ -111,6 +111,8 @@ def export(
     """
     if format_of(path) != options.format:
         raise ValueError(f"{path} is to be {options.format}; let its name end with .{options.format}")
+    if any(each.file is not None and path.exists() and path.samefile(each.file) for each in inputs):
+        raise ValueError(f"{path} is among what is exported; give another --to")
     count, unread = 0, list[Unreadable]()
 
     def records() -> Iterator[dict[str, Any]]:

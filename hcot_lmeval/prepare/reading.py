@@ -71,12 +71,21 @@ def read_rows(
     """
     given = check_roles(columns or {})
     for first, record in _limited(inputs, limit):
+        if first and record.data is not None:
+            _check_optional(record.data, record.where, given)
         try:
             yield from [_read(each, given) for each in alternatives(record, given)]
         except ReadingError as error:
             if error.code == "no_column" and first:
                 raise ValueError(f"{record.where}: {error.detail}") from None
             yield Unreadable(record.where, error.code, error.detail, record.data or {})
+
+
+def _check_optional(data: Mapping[str, Any], where: str, given: Mapping[str, str]) -> None:
+    """Raises `ValueError` if a column that was named for an optional role is not in the first row."""
+    for role in OPTIONAL & given.keys():
+        if given[role] and given[role] not in data:
+            raise ValueError(f"{where}: there is no column for {role}={given[role]}. Present: {', '.join(data)}")
 
 
 def _read(record: Record, columns: Mapping[str, str]) -> SourceRow | Unreadable:

@@ -48,6 +48,8 @@ def view(args: argparse.Namespace) -> None:
     """Writes the page, or prints the traces."""
     if not args.terminal:
         check_folder(args.out.parent, f"--out {args.out}", "name another file")
+        if any(args.out.absolute().is_relative_to(place.absolute()) and args.out.exists() for place in args.notes):
+            raise ViewerError(f"--out {args.out} is among the notes, and would take their place; name another file")
     sources = find_sources(args.notes)
     verdicts = _verdicts(args, sources)
     cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
