@@ -242,10 +242,10 @@ def test_rows_may_be_compressed_and_broken_ones_are_named(tmp_path):
     path = tmp_path / "plain.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "x"}\n\n{"text": "y"}\n'))
     (source,) = find_sources([path])
-    assert [trace.text for trace in plain_traces(source, PRESETS["hcot"], Policy.OFF, {})] == ["x", "y"]
+    assert [trace.text for trace in plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns())] == ["x", "y"]
     path.write_bytes(b'{"text": "x"}\n[1]\n')
     with pytest.raises(ViewerError, match=r"line 2 is no JSON object; give notes or rows"):
-        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, {}))
+        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns()))
 
 
 def test_a_tokenizer_counts_real_tokens():
