@@ -198,13 +198,21 @@ def _lines(path: Path) -> Iterator[Record]:
     for number, line in _raw_lines(path):
         where = f"{path}, line {number}"
         try:
-            data = json.loads(line.decode("utf-8-sig"), parse_int=_integer)
+            data = json.loads(line.decode("utf-8-sig"), parse_int=_integer, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError):
             data = None
         if isinstance(data, dict):
             yield Record(where, data)
         else:
             yield Record(where, None, line[:200].decode(errors="replace"))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; one that has a key twice says two things, and is none."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
 
 
 def _integer(digits: str) -> int | str:

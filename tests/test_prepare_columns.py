@@ -135,6 +135,7 @@ REJECTED = {
         chat(content=[{"type": "redacted_thinking", "data": "x"}, TEXT]),
         {"question": "Q?", "response": [{"a": 1}]},
         {"question": ["Q", 2], "response": BOTH},
+        {"question": ["Q?", "and R?"], "response": BOTH},
     ],
     "no_question": [
         {"question": "", "response": BOTH},
@@ -161,6 +162,14 @@ REJECTED = {
     "several_turns": [
         {"messages": [*chat(thinking=R)["messages"], *chat(thinking=R)["messages"]]},
         {"prompt": [USER, {**USER, "role": "assistant"}, USER], "completion": BOTH},
+        {
+            "messages": [
+                USER,
+                {**USER, "role": "assistant"},
+                {**USER, "role": "tool"},
+                chat(content=BOTH)["messages"][1],
+            ]
+        },
     ],
     "marked_wrong": [
         {"question": "Q?", "deepseek_thinking_trajectory": R, "deepseek_attempt": A, "deepseek_grade": "No"},
@@ -281,6 +290,7 @@ GOOD = json.dumps({"question": "Q?", "response": BOTH}).encode()
         ("empty.jsonl", b"", 0, 0),
         ("latin1.jsonl", GOOD + b"\n" + GOOD.replace(b"Q?", b"\xe9"), 1, 1),
         ("utf16.jsonl", GOOD.decode().encode("utf-16"), 0, 1),
+        ("twice.jsonl", GOOD + b"\n" + GOOD[:-1] + b', "question": "R?"}', 1, 1),
         ("array.jsonl", b"[" + GOOD + b"]", 0, 1),
         ("deep.jsonl", GOOD + b'\n{"question": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 1, 1),
         ("nested.jsonl", GOOD + b'\n{"question": "Q?", "a": ' + b"[" * 600 + b"]" * 600 + b"}", 1, 1),

@@ -225,6 +225,8 @@ def _question(data: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
     if is_conversation(value):  # some data sets keep the prompt as messages
         value = _asked(value)
     elif isinstance(value, (list, Mapping)):
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(part, str) for part in value):
+            raise ReadingError("not_text", f"a list of {len(value)} texts, where one question is needed")
         value = (read_message(value) if isinstance(value, Mapping) else read_content(value)).text
     if not isinstance(value, str) and "messages" in names:
         messages = data[names["messages"]]
@@ -256,8 +258,10 @@ def _said(data: Mapping[str, Any], names: Mapping[str, str]) -> Said:
 
 def _read_value(value: Any) -> Said:
     if is_conversation(value):
-        said = (message for message in reversed(value) if speaker(message) == "assistant")
-        return next(map(read_message, said), Said("", None))
+        said = [message for message in value if speaker(message) == "assistant"]
+        if len(said) > 1:  # calls of tools, for example: a row holds one
+            raise ReadingError("several_turns", f"{len(said)} messages of the assistant")
+        return read_message(said[0]) if said else Said("", None)
     if isinstance(value, Mapping):
         return read_message(value)
     return read_content(value) if isinstance(value, (str, list)) else Said("", None)
