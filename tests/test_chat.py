@@ -23,7 +23,7 @@ def loaded():
 
 def talk(loaded, *lines: str, **options) -> tuple[Chat, str]:
     model, tokenizer = loaded
-    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console = Console(file=io.StringIO(), width=300, force_terminal=False)
     chat = Chat(Engine(model, tokenizer), console, **options)
     waiting = iter(lines)
 
