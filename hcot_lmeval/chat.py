@@ -38,25 +38,26 @@ class Screen:
 
     Args:
         engine: which writes it.
+        prompt_ids: of its prompt, with which the trace begins.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, prompt_ids: Sequence[int]) -> None:
         self._engine = engine
         self._marks = [*engine.markup.markers, *(engine.think or ())]
-        self._ids: list[int] = []
+        self._trace = list(prompt_ids)
         self._gone = ""
         self.generated, self.pruned, self.peak = 0, 0, 0
         self.live: list[int] = []
 
     def push(self, token: int, step: Step, live: Sequence[int]) -> None:
         """Takes note of a token after which `live` is the context."""
-        before, self.live = self.live, list(live)
+        self._trace.append(token)
+        self.live = list(live)
         self.generated += 1
         self.peak = max(self.peak, len(live))
         if step.is_prune:
             self.pruned += len(step.pruned)
-            kept = step.rewind if step.rewind < len(live) else 0
-            self._gone = self._engine.decode(before[kept : kept + len(step.pruned)])
+            self._gone = self._engine.decode([self._trace[index] for index in step.pruned])
 
     def __rich__(self) -> Group:
         counts = f"generated {self.generated} · live {len(self.live)} · thrown away {self.pruned} · peak {self.peak}"
@@ -89,12 +90,7 @@ class Chat:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        console: Console,
-        *,
-        max_gen_toks: int = 32768,
-        temperature: float = 0.0,
+        self, engine: Engine, console: Console, *, max_gen_toks: int = 32768, temperature: float = 0.0
     ) -> None:
         self.engine, self.console = engine, console
         self.tokenizer = engine.tokenizer
@@ -172,7 +168,7 @@ class Chat:
         """Writes the reply to a message and returns it; None if it was stopped."""
         self.messages.append({"role": "user", "content": text})
         request = self._request(text)
-        screen = Screen(self.engine)
+        screen = Screen(self.engine, request.prompt_ids)
         done: Completion | None = None
         with Live(screen, console=self.console, refresh_per_second=12, transient=True) as live:
 

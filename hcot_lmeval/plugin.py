@@ -128,7 +128,7 @@ def wait_passively() -> None:
     """Sets ``OMP_WAIT_POLICY=PASSIVE``, unless it is set, if this is a command such as ``lm_eval --model hcot``.
 
     By default the threads of PyTorch compute while they wait for each other. A step of a small model lasts
-    milliseconds, so beside other work on the same cores it takes 5 to 20 times as long. OpenMP reads the variable once,
+    milliseconds, so beside other work on the same cores it takes several times as long. OpenMP reads the variable once,
     when PyTorch is loaded.
     """
     line = f" {' '.join(sys.argv[1:])} "

@@ -57,8 +57,9 @@ def test_each_token_is_told_of_as_it_comes_with_the_context_that_it_leaves(loade
         assert sum(pruned for _, pruned, _ in heard) == done[name].statistics.prune_events > 0
 
 
-def test_a_reply_shows_the_folded_context_and_what_it_cost(loaded):
-    _, shown = talk(loaded, PROBLEM, "/quit", "never read")
+@pytest.mark.parametrize("name", ["tiny-hcot", "tiny-evict"])
+def test_a_reply_shows_the_folded_context_and_what_it_cost(name):
+    _, shown = talk(load(name), PROBLEM, "/quit", "never read")
     assert "<think>[THOUGHT]8[RETURN]</think>\\boxed{8}" in shown
     assert "generated 57 · live 29 · thrown away 48 · peak 44" in shown
     assert "a=b-c[THOUGHT]6[RETURN][THOUGHT]8[RETURN]6-8[SOLUTION]" in shown  # the outer thought, as it stood
