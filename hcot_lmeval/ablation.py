@@ -87,7 +87,7 @@ class _VariantContext(LiveContext):
     """A live context in which a prune may lie anywhere: what is remembered by its place moves with it."""
 
     def push(self, token: int) -> Step:
-        spans = self._doomed(token)
+        spans = self._spans_to_prune(token)
         step = self._act(token, spans)
         before, after = self._thought(0, 0)  # what moves are the ends of the thought; a marker there may have gone
         for block in self._blocks:
@@ -124,13 +124,13 @@ class DeferredContext(_VariantContext):
         prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
         return prune(token, spans)._replace(kind=Kind.TEXT)
 
-    def _doomed(self, token: int) -> Spans:
+    def _spans_to_prune(self, token: int) -> Spans:
         leaving = self._queue(token)[: self._leaving(token)]
         return joined([span for thought in leaving for span in thought if span[1] <= len(self.live)])
 
     def _queue(self, token: int) -> list[Spans]:
         """The thoughts that wait, and last the one that `token` closes; with it its marker, if that is to vanish."""
-        closing = super()._doomed(token)
+        closing = super()._spans_to_prune(token)
         place = len(self.live)
         marker = () if "close" in self._marks.keep else ((place, place + 1),)
         return [*self._waiting, (*closing, *marker)] if closing else self._waiting
@@ -172,9 +172,9 @@ class MovedContext(_VariantContext):
         self._rule.push(token)
         return step
 
-    def _doomed(self, token: int) -> Spans:
+    def _spans_to_prune(self, token: int) -> Spans:
         first = bisect_left(self.source, self._prompt_len)
-        size = min(sum(stop - start for start, stop in self._rule._doomed(token)), len(self.live) - first)
+        size = min(sum(stop - start for start, stop in self._rule._spans_to_prune(token)), len(self.live) - first)
         if size <= 0:
             return ()
         start = first

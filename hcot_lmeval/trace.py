@@ -163,7 +163,7 @@ class LiveContext:
 
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
-        spans = self._doomed(token) if self.policy is Policy.RECOMPUTE else ()
+        spans = self._spans_to_prune(token) if self.policy is Policy.RECOMPUTE else ()
         if not spans:
             return len(self.live) + 1
         after = len(self.live) - _size(spans) + self._survives(token)
@@ -217,7 +217,7 @@ class LiveContext:
     def _close(self, token: int) -> Step:
         if not self._blocks:
             return self._append(token, Kind.TEXT, Malformed.STRAY_CLOSE)
-        spans = self._doomed(token)
+        spans = self._spans_to_prune(token)
         block = self._blocks.pop()
         if block.split is None:
             return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
@@ -233,7 +233,7 @@ class LiveContext:
             return None
         return Malformed.MISSING_LEAD
 
-    def _doomed(self, token: int) -> Spans:
+    def _spans_to_prune(self, token: int) -> Spans:
         """The live spans, ascending, that leave the context with `push(token)`; asking changes nothing."""
         block = self._blocks[-1] if self._blocks else None
         if self.policy is Policy.OFF or token != self._marks.close or block is None or block.split is None:
@@ -361,7 +361,7 @@ def compile_in(context: LiveContext, ids: Sequence[int], prompt_len: int, *, pro
 
 
 def _execute(step: Step, plan: Plan) -> None:
-    _bury(plan, step.rewind, len(plan.live))
+    _end_rows(plan, step.rewind, len(plan.live))
     for token, position, source in zip(step.forward, step.positions, step.source, strict=True):
         plan.live.append(len(plan.ids))
         plan.ids.append(token)
@@ -370,10 +370,10 @@ def _execute(step: Step, plan: Plan) -> None:
         plan.targets.append(IGNORE)
         plan.source.append(source)
     for start, stop in reversed(step.drop):
-        _bury(plan, start, stop)
+        _end_rows(plan, start, stop)
 
 
-def _bury(plan: Plan, start: int, stop: int) -> None:
+def _end_rows(plan: Plan, start: int, stop: int) -> None:
     """The live rows [start, stop) are seen by nobody from now on."""
     for row in plan.live[start:stop]:
         plan.death[row] = len(plan.ids)

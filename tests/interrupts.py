@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 
-def heed_interrupts() -> None:
+def accept_interrupts() -> None:
     """Undoes that SIGINT is ignored, as it is in what a shell without job control starts in the background.
 
     For ``preexec_fn``: a child inherits it, and Python then raises no KeyboardInterrupt.

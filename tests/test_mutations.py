@@ -161,5 +161,5 @@ def test_a_death_off_by_one_is_caught(shift, monkeypatch):
             plan.death[row] = len(plan.ids) + shift
         del plan.live[start:stop]
 
-    monkeypatch.setattr(trace, "_bury", bury)
+    monkeypatch.setattr(trace, "_end_rows", bury)
     assert failures()

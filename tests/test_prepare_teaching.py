@@ -17,7 +17,7 @@ import pytest
 
 from hcot_lmeval.prepare.cli import main
 from hcot_lmeval.prepare.folder import read_manifest
-from tests.interrupts import heed_interrupts
+from tests.interrupts import accept_interrupts
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
 from tests.scripted_teacher import Asked, Raw, Say, ScriptedTeacher, Status
 from tests.teacher_runs import CANARY
@@ -336,7 +336,7 @@ def test_an_interrupted_run_ends_at_once_and_quietly(tmp_path):
     with ScriptedTeacher(
         lambda asked: good(asked)._replace(seconds=0.05 if len(server.requests) < 9 else 30)
     ) as server:
-        process = started(server, flat, out, preexec_fn=heed_interrupts)
+        process = started(server, flat, out, preexec_fn=accept_interrupts)
         while len(server.requests) < 11:
             assert process.poll() is None
             time.sleep(0.01)

@@ -21,7 +21,7 @@ from hcot_lmeval.report.reading import Reader
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.report.runner import Failure, run_cells
 from tests.fake_evaluation import arguments_of
-from tests.interrupts import heed_interrupts
+from tests.interrupts import accept_interrupts
 from tests.result_files import build_run
 from tests.test_grid import ROOT, folders
 
@@ -153,7 +153,7 @@ def test_interrupt_ends_lm_eval_too(tmp_path, starts, monkeypatch):
     process = subprocess.Popen(
         driver(tmp_path / "out", (sys.executable, str(forever))),
         stderr=subprocess.DEVNULL,
-        preexec_fn=heed_interrupts,
+        preexec_fn=accept_interrupts,
     )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.05)

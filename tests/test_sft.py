@@ -33,7 +33,7 @@ from hcot_lmeval.training.config_file import parse_config
 from hcot_lmeval.training.monitor.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
 from tests.full import FULL, only_in_full
-from tests.interrupts import heed_interrupts
+from tests.interrupts import accept_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -71,7 +71,7 @@ def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=accept_interrupts,
     )
 
 

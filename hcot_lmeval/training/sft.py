@@ -100,7 +100,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     steering = Steering(config.trainer.get("save_steps"))
     trainer.add_callback(steering)
     try:
-        with steering.heed_sigterm():
+        with steering.stopping_on_sigterm():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if steering.terminated and trainer.state.global_step < trainer.state.max_steps:
             raise Terminated

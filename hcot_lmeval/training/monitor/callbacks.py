@@ -67,7 +67,7 @@ class Steering(TrainerCallback):
         self.terminated = False
 
     @contextmanager
-    def heed_sigterm(self) -> Iterator[None]:
+    def stopping_on_sigterm(self) -> Iterator[None]:
         """While it is open SIGTERM, once or again as torchrun sends it, stops training at the end of a step."""
         if threading.current_thread() is not threading.main_thread():
             yield
