@@ -11,14 +11,15 @@ This module imports the standard library alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.events import EVENTS, Event, Fault, Marker, Prune, Statistics, Tokens, statistics
+from hcot_lmeval.events import EVENTS, Event, Fault, Marker, Prefill, Prune, Statistics, Tokens, statistics
 from hcot_lmeval.store import JsonLines, StoreError, check_schema, scan
+from hcot_lmeval.trace import Malformed
 
 SCHEMA = "hcot-notes/2"
 
@@ -165,16 +166,69 @@ class NotesFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.run: dict[str, Any] = check_schema(self.path, SCHEMA)["run"]
+        run = check_schema(self.path, SCHEMA).get("run")
+        if not isinstance(run, dict):
+            raise StoreError(f"{self.path} tells no run in its first line ({run!r:.40}); was the file changed?")
+        self.run: dict[str, Any] = run
 
     def __iter__(self) -> Iterator[Note]:
-        for _, record in scan(self.path, damaged=True):  # as two runs leave it that wrote at once
-            if "schema" in record:
-                continue
-            try:
-                yield _note(record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise StoreError(f"{self.path}: a line is no note ({error!r}); was the file changed?") from error
+        for _, record in self.records():
+            yield self.note(record)
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the place and the content of every line but headers."""
+        for place, record in scan(self.path, damaged=True):  # as two runs leave it that wrote at once
+            if "schema" not in record:
+                yield place, record
+
+    def note(self, record: dict[str, Any]) -> Note:
+        """Returns the note in a line.
+
+        Raises:
+            StoreError: it is none, or contradicts itself.
+        """
+        try:
+            note = _note(record)
+            check_note(note)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            name = str(record.get("request", "a line"))
+            fault = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise StoreError(f"{self.path}: {name} is no note: {fault}; was the file changed?") from error
+        return note
+
+
+class RunNotes:
+    """The notes of one run, whose ranks have a file each, with every request once.
+
+    A run that was started again may have written a request a second time; the last one counts, as it does in the
+    results.
+
+    Args:
+        paths: the files.
+
+    Attributes:
+        repeated: notes that are left out since the request stands there again.
+
+    Raises:
+        StoreError: as `NotesFile`.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self._files = [NotesFile(path) for path in paths]
+        keys = {
+            (file.path, place): (str(record.get("request")), str(record.get("sample")))
+            for file in self._files
+            for place, record in file.records()
+        }
+        self._taken = {key: where for where, key in keys.items()}
+        self.repeated = len(keys) - len(self._taken)
+
+    def __iter__(self) -> Iterator[Note]:
+        taken = set(self._taken.values())
+        for file in self._files:
+            for place, record in file.records():
+                if (file.path, place) in taken:
+                    yield file.note(record)
 
 
 def read_notes(path: str | os.PathLike[str]) -> list[Note]:
@@ -184,6 +238,53 @@ def read_notes(path: str | os.PathLike[str]) -> list[Note]:
         StoreError: the file is not a file of notes of this schema, or a line is no note.
     """
     return list(NotesFile(path))
+
+
+def check_note(note: Note) -> None:
+    """Refuses a note that contradicts itself, as after a change by hand: what it tells would be drawn all the same.
+
+    Raises:
+        ValueError: the events are not those of its tokens, one after the other; a prune throws away what is not there;
+            or its text has no such places.
+    """
+    if not all(isinstance(text, str) for text in (note.request, note.prompt, note.text)):
+        raise ValueError("request, prompt and text have to be texts")
+    if not isinstance(note.meta, dict) or not isinstance(note.meta.get("repeat", note.sample), int):
+        raise ValueError("meta has to be an object, and repeat and sample numbers")
+    _check_events(note)
+    _ = note.statistics  # what they count has to be there
+    places = [place for _, place in sorted(note.offsets.items())]
+    if places != sorted(places) or not all(0 <= place <= len(note.text) for place in places):
+        raise ValueError("its offsets are no places of its text, in order")
+
+
+def _check_events(note: Note) -> None:
+    first, tokens, gone = len(note.prompt_ids), note.token_ids, set[int]()
+    if not note.events or not isinstance(start := note.events[0], Prefill):
+        raise ValueError("its events do not begin with the prompt")
+    if start.tokens != first or not 0 <= start.live <= first:
+        raise ValueError(f"a prompt of {first} tokens was read as {start}")
+    count, live = 0, start.live
+    for event in note.events:
+        if isinstance(event, (Tokens, Marker, Fault)) and event.index != first + count:
+            raise ValueError(f"an event at token {event.index} comes where that at {first + count} belongs")
+        if isinstance(event, Fault) and event.kind not in set(Malformed):
+            raise ValueError(f"{event.kind!r} is no fault")
+        if isinstance(event, (Tokens, Marker)):
+            ids = event.ids if isinstance(event, Tokens) else (event.id,)
+            if ids != tokens[count : count + len(ids)]:
+                raise ValueError(f"the event at token {event.index} tells of other tokens")
+            count, live = count + len(ids), live + len(ids)
+        if isinstance(event, Marker) and event.depth < 0:
+            raise ValueError(f"{event.depth} blocks are open at token {event.index}")
+        if isinstance(event, Prune):
+            lost, live = set(event.pruned), live - len(event.pruned)
+            known = len(lost) == len(event.pruned) and not lost & gone
+            if not known or event.live != live or not all(0 <= index <= event.index for index in lost):
+                raise ValueError(f"the prune at token {event.index} throws away tokens that are not there")
+            gone |= lost
+    if count != len(tokens):
+        raise ValueError(f"its events tell of {count} tokens, and there are {len(tokens)}")
 
 
 def _note(record: dict[str, Any]) -> Note:

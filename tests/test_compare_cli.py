@@ -181,7 +181,8 @@ def test_a_grid_that_cannot_run_starts_no_cell(fake, compared, capsys):
     assert err.startswith("error: the grid cannot be run:\n  tiny-hcot: policies=evict, but")
     assert "no task toi; did you mean toy?" in err
     assert (out, fake(), Path("out").exists()) == ("", 0, False)
-    assert main([*argv, "--dry-run"]) == 0
+    assert main([*argv, "--dry-run"]) == 1
+    assert capsys.readouterr() == ("", err)
 
 
 def test_cell_that_cannot_be_compared_is_told_when_it_ends(fake, compared, capsys, monkeypatch):
@@ -358,10 +359,11 @@ def test_from_two_folders_to_tables(tmp_path, capsys):
 
 def test_reader_that_has_seen_enough_is_no_error():
     """As in ``compare.py read ... | head -1``."""
-    tasks = [f"t{n}" for n in range(40)]
+    tasks, seeds = ["hcot_arith", "hcot_qbf", "hcot_sat"], map(str, range(20))
     command = [sys.executable, "scripts/compare.py", "run", "--models", "tiny-hcot", "--tasks", *tasks, "--dry-run"]
+    command += ["--windows", "64", "--seeds", *seeds]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
         assert shown.stdout is not None and shown.stderr is not None
-        assert shown.stdout.readline().startswith("to do  tiny-hcot, off, 1024 (t0)")
+        assert shown.stdout.readline().startswith("to do  tiny-hcot, off, 64, seed 0 (hcot_arith)")
         shown.stdout.close()
         assert (shown.stderr.read(), shown.wait()) == ("", 0)

@@ -119,6 +119,7 @@ WRONG = {
         "model_args of a holds seed",
     ),
     "an option of the runner": ({"lm_eval_args": ["--limit=3"]}, "lm_eval_args holds --limit=3, which the grid's own"),
+    "half a document": ({"limit": 1.5}, "limit=1.5 is neither a number of documents nor, below 1, a share"),
     "no folder": ({"include_path": "/none"}, "include_path=/none is no folder"),
 }
 

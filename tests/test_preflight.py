@@ -79,6 +79,18 @@ def test_policy_that_the_model_was_not_trained_for() -> None:
     assert "the notation hcot" in faults(policies=["recompute"], model_args={"markup": "pencil"})
 
 
+def test_model_that_lm_eval_does_not_have() -> None:
+    assert "lm-eval has no model vlm; did you mean vllm?" in faults(models=["vlm:org/m"])
+    assert "lm-eval has no model xyzzy; it has anthropic" in faults(models=["xyzzy:org/m"])
+
+
+@pytest.mark.parametrize("kwargs", [{"temprature": 1.0}, {"top_k": 1.5}, {"do_sample": True, "temperature": 0}])
+def test_generation_kwargs_are_read_as_the_run_reads_them(kwargs: dict[str, Any]) -> None:
+    assert "gen_kwargs: " in faults(gen_kwargs=kwargs)
+    assert faults(gen_kwargs=kwargs, models=["hf:tiny-flat"]) == ""
+    assert faults(gen_kwargs={"max_gen_toks": 99, "top_p": 0.9}) == ""
+
+
 def test_adapter_brings_its_own_policy(tmp_path: Path) -> None:
     record = {"policy": "evict", "markup": "hcot"}
     (tmp_path / "hcot_training.json").write_text(json.dumps(record))

@@ -34,7 +34,7 @@ from tests.reference import CLOSE, MARKERS, OPEN, SPLIT, rewrite
 from tests.result_files import build_run
 from tests.strategies import cases
 from tests.tiny import favour, tiny_model, tiny_tokenizer
-from tests.viewer_files import nested_ids, spell, write_notes, write_rows
+from tests.viewer_files import Page, nested_ids, spell, write_notes, write_rows
 
 HCOT = MARKERS["hcot"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +171,7 @@ def test_notes_that_cannot_be_read_are_named(tmp_path):
     assert len(list(note_traces(source))) == 1
     for old, new in (("token_ids", "tokens"), ("Open", "Opened"), ("depth", "deep")):
         path.write_text(whole.replace(f'"{old}"', f'"{new}"'))
-        with pytest.raises(ValueError, match=rf"n\.jsonl: a line is no note .*({old}|{new})"):
+        with pytest.raises(ValueError, match=rf"n\.jsonl: toy/0/0/0 is no note: .*({old}|{new})"):
             list(note_traces(source))
     lines = [json.loads(line) for line in whole.splitlines()]
     path.write_text("".join(json.dumps(line | {"offsets": []}) + "\n" for line in lines))
@@ -180,6 +180,64 @@ def test_notes_that_cannot_be_read_are_named(tmp_path):
     path.write_text(whole.replace("hcot-notes/2", "hcot-notes/1"))
     with pytest.raises(ViewerError, match=r"another version wrote .*/1, not .*/2\).*journal=off"):
         find_sources([path])
+
+
+CHANGES = {
+    "no meta": lambda note: note.update(meta=None),
+    "a repeat that is none": lambda note: note["meta"].update(repeat=None),
+    "no events": lambda note: note.update(events=[]),
+    "no text": lambda note: note.update(text=None),
+    "no times": lambda note: note["events"][-1].update(time=None),
+    "a span beyond the end": lambda note: note["events"][-2].update(index=40),
+    "a span that begins in another": lambda note: note["events"][3].update(index=2),
+    "a negative span": lambda note: note["events"][1].update(index=-1),
+    "a span that is left out": lambda note: note["events"].pop(3),
+    "another token": lambda note: note["token_ids"].__setitem__(2, 77),
+    "a prompt of another length": lambda note: note["events"][0].update(tokens=5),
+    "a prune of tokens to come": lambda note: prune_of(note)["pruned"].append(30),
+    "a prune of what is gone": lambda note: prune_of(note)["pruned"].append(prune_of(note)["pruned"][0]),
+    "a prune of a negative place": lambda note: prune_of(note)["pruned"].append(-1),
+    "a negative depth": lambda note: prune_of(note).update(depth=-2),
+    "offsets beyond the text": lambda note: note["offsets"][-1].__setitem__(1, 10_000),
+    "offsets out of order": lambda note: note["offsets"][-1].__setitem__(1, 0),
+}
+
+
+def prune_of(note):
+    return next(event for event in note["events"] if event["type"] == "Prune")
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_notes_that_were_changed_by_hand_are_refused_in_one_line(tmp_path, capsys, change):
+    path = write_notes(tmp_path / "n.jsonl", [([9, OPEN, 10, 11, SPLIT, 12, CLOSE, 13, 14], 1)])
+    assert main([str(path), "--terminal"]) == 0
+    header, note = map(json.loads, path.read_text().splitlines())
+    change(note)
+    path.write_text(f"{json.dumps(header)}\n{json.dumps(note)}\n")
+    assert main([str(path), "--out", str(tmp_path / "p.html")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "toy/0/0/0 is no note: " in line and not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("run", [{}, {"run": None}, {"run": "x"}])
+def test_header_without_a_run_is_refused_in_one_line(tmp_path, capsys, run):
+    path = tmp_path / "n.jsonl"
+    path.write_text(json.dumps({"schema": "hcot-notes/2", **run}) + "\n")
+    assert main([str(path), "--terminal"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "n.jsonl tells no run in its first line" in line
+
+
+def test_request_that_stands_there_twice_is_shown_once(tmp_path, capsys):
+    """As after a journal was torn: the request was generated once more, maybe by another rank. The last one counts."""
+    traces = [([9, 10, 11], 1), ([9, OPEN, 12, SPLIT, 13, CLOSE], 1)]
+    for number, again in (("0", []), ("1", [([9, 20], 1)])):
+        write_notes(tmp_path / "run" / f"{number}.jsonl", again or traces)
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "p.html")]) == 0
+    said = capsys.readouterr()
+    assert "2 traces" in said.out and "holds 1 request more than once; the last of each is shown" in said.err
+    rows = Page((tmp_path / "p.html").read_text()).index["rows"]
+    assert sorted((row["doc"], row["generated_tokens"]) for row in rows) == [(0, 1), (1, 5)]
 
 
 def test_notes_of_a_controlled_run_tell_what_the_decoder_did(tmp_path, capsys):

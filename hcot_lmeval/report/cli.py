@@ -136,10 +136,10 @@ def run_grid(args: argparse.Namespace) -> int:
         print("\n".join(describe_settings(GridConfig)))
         return 0
     folders = plan(args)
+    check_cells([folder.cell for folder in folders if not folder.is_done])
     if args.dry_run:
         print("\n".join(_listed(folder) for folder in folders))
         return 0
-    check_cells([folder.cell for folder in folders if not folder.is_done])
     check_folder(args.out, f"--out {args.out}", "name another folder")
     failures = _run(folders, args)
     reader = Reader(None, args.metric, args.filter)

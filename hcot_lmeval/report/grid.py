@@ -134,7 +134,9 @@ class GridConfig(Section):
     )
     tasks: list[str] = Field(min_length=1, title="TASK", description="lm-eval tasks or groups")
     seeds: list[int] = Field([0], min_length=1, title="N", description="of sampling")
-    limit: Annotated[float, Field(gt=0)] | None = Field(None, title="N", description="documents of a task; none: all")
+    limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, title="N", description="documents of a task, below 1 a share of them; none: all"
+    )
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", title="N", description="rows side by side; auto: as many as fit"
     )
@@ -162,6 +164,8 @@ class GridConfig(Section):
         ours = [arg for arg in self.lm_eval_args if arg.partition("=")[0] in SET_BY_RUNNER]
         if ours:
             raise ValueError(f"lm_eval_args holds {', '.join(ours)}, which the grid's own keys set")
+        if self.limit is not None and self.limit >= 1 and not self.limit.is_integer():
+            raise ValueError(f"limit={self.limit} is neither a number of documents nor, below 1, a share of them")
         if self.include_path and not self.include_path.is_dir():
             raise ValueError(f"include_path={self.include_path} is no folder")
         return self

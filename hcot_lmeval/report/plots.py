@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from hcot_lmeval.notes import SCHEMA, Note, NotesFile
+from hcot_lmeval.notes import SCHEMA, Note, NotesFile, RunNotes
 from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.report.statistics import estimate
 from hcot_lmeval.report.viewer.tree import Block, live_curve, outline_of
@@ -132,18 +132,14 @@ def budget_curve(entry: Entry, statistic: str) -> tuple[np.ndarray, np.ndarray]:
 def notes_of(entry: Entry) -> list[Note]:
     """Returns the notes of an entry's first run for its task, if the run took notes and they are still there.
 
-    A folder may hold the notes of several runs, also of other versions, and those of one that was started again hold
-    some requests twice.
+    A folder may hold the notes of several runs, also of other versions.
     """
     run = entry.runs[0]
     where = (run.config.get("model_args") or {}).get("notes")
     paths = sorted(Path(str(where)).glob("*.jsonl")) if where and Path(str(where)).is_dir() else []
     readable = [path for path in paths if (first_record(path) or {}).get("schema") == SCHEMA]
-    files = [file for file in map(NotesFile, readable) if run.agrees_with(file.run)]
-    found = {
-        (note.request, note.sample): note for file in files for note in file if note.meta.get("task") == entry.task
-    }
-    return list(found.values())
+    mine = [path for path in readable if run.agrees_with(NotesFile(path).run)]
+    return [note for note in RunNotes(mine) if note.meta.get("task") == entry.task]
 
 
 def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:

@@ -1,4 +1,4 @@
-"""What is wrong with a grid, as far as it can be seen before the first cell: checkpoints, policies, tasks.
+"""What is wrong with a grid, as far as it can be seen before the first cell: models, policies, tasks, kwargs.
 
 All of it is said at once. What only the loading of a model can tell is left to the cells.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from hcot_lmeval.assets import BUNDLED, resolve
@@ -18,17 +19,46 @@ from hcot_lmeval.report.grid import Cell, record_of
 FROM_TRANSFORMERS = ("hcot", "hf")
 """Models of lm-eval whose checkpoint has a config of transformers."""
 
+REQUESTS = "hcot_lmeval.lm.requests"
+"""Reads the generation kwargs of a run; asked for by its name, as lm-eval asks for the model, which stands above us."""
+
 
 def check_cells(cells: Sequence[Cell]) -> None:
     """Refuses cells that cannot be run, with every fault at once.
 
     Raises:
-        ValueError: a checkpoint or a task is not there, or a model was trained under another policy.
+        ValueError: lm-eval has no such model, a checkpoint or a task is not there, a model was trained under another
+            policy, or a generation kwarg is not allowed.
     """
-    faults = dict.fromkeys([*_checkpoint_faults(cells), *_policy_faults(cells), *_task_faults(cells)])
+    checks = (_model_faults, _checkpoint_faults, _policy_faults, _task_faults, _kwarg_faults)
+    faults = dict.fromkeys(fault for check in checks for fault in check(cells))
     if faults:
         listed = next(iter(faults)) if len(faults) == 1 else "".join(f"\n  {fault}" for fault in faults)
         raise ValueError(f"the grid cannot be run: {listed}".replace(": \n", ":\n"))
+
+
+def _model_faults(cells: Sequence[Cell]) -> Iterator[str]:
+    named = dict.fromkeys(cell.model.model for cell in cells if cell.model.model not in FROM_TRANSFORMERS)
+    if not named:
+        return
+    import lm_eval.models  # noqa: F401 - fills the registry, and imports no model
+    from lm_eval.api.registry import model_registry
+
+    known = sorted(model_registry.keys())
+    for name in (name for name in named if name not in known):
+        yield f"lm-eval has no model {name}{_near(name, known) or '; it has ' + ', '.join(known)}"
+
+
+def _kwarg_faults(cells: Sequence[Cell]) -> Iterator[str]:
+    """Those of hcot, which knows what it reads; other models take what they like."""
+    given = cells[0].grid.gen_kwargs if cells else {}
+    if not given or not any(cell.model.ours for cell in cells):
+        return
+    requests = import_module(REQUESTS)
+    try:
+        requests.GenerationSettings(1).params({"temperature": 1.0, **given})
+    except ValueError as error:
+        yield f"gen_kwargs: {error}"
 
 
 def _checkpoint_faults(cells: Sequence[Cell]) -> Iterator[str]:

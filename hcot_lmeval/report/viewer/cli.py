@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hcot_lmeval.errors import run_command
 from hcot_lmeval.markup import PRESETS, get_markup
+from hcot_lmeval.notes import RunNotes
 from hcot_lmeval.report.viewer.page import write_page
 from hcot_lmeval.report.viewer.reading import (
     Columns,
@@ -112,7 +113,11 @@ def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
 
 def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator[Trace]:
     if source.is_notes:
-        return note_traces(source)
+        notes = RunNotes(source.paths)
+        if notes.repeated:
+            repeated = plural(notes.repeated, "request")
+            print(f"note: {source.name} holds {repeated} more than once; the last of each is shown", file=sys.stderr)
+        return note_traces(source, notes)
     columns = Columns(args.text_column, args.prompt_column, args.gold_column)
     return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
 

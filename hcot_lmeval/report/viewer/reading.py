@@ -23,7 +23,7 @@ from hcot_lmeval.columns import ROLES
 from hcot_lmeval.events import Event, Finish, Recorder
 from hcot_lmeval.files import Input
 from hcot_lmeval.markup import Markup, resolve_markers
-from hcot_lmeval.notes import SCHEMA, Note, NotesFile
+from hcot_lmeval.notes import SCHEMA, Note, NotesFile, RunNotes
 from hcot_lmeval.report.results import STAMP
 from hcot_lmeval.trace import LiveContext, Policy
 
@@ -135,7 +135,7 @@ def _sources_of(path: Path) -> list[Source]:
         header = next(rows(file), {})
         schema = str(header.get("schema", ""))
         if schema == SCHEMA:
-            run = header["run"] or {"pruning": None}
+            run = NotesFile(file).run or {"pruning": None}
             grouped.setdefault(json.dumps(header, sort_keys=True), (run, []))[1].append(file)
         elif schema.startswith(SCHEMA.partition("/")[0]):
             raise ViewerError(
@@ -179,15 +179,14 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 # --- notes of the engine ----------------------------------------------------------------------------------------------
 
 
-def note_traces(source: Source) -> Iterator[Trace]:
-    """Yields the traces of a source of notes, in the order of its files.
+def note_traces(source: Source, notes: RunNotes | None = None) -> Iterator[Trace]:
+    """Yields the traces of a source of notes, in the order of its files, each request once (`RunNotes`).
 
     Raises:
-        StoreError: a line is no note.
+        StoreError: a line is no note, or one that contradicts itself.
     """
-    for path in source.paths:
-        for note in NotesFile(path):
-            yield _of_note(source, note)
+    for note in notes or RunNotes(source.paths):
+        yield _of_note(source, note)
 
 
 def _of_note(source: Source, note: Note) -> Trace:
