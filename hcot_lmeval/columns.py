@@ -62,6 +62,8 @@ VERDICTS = {
     **dict.fromkeys(("true", "yes", "correct", "right", "1", "1.0"), True),
     **dict.fromkeys(("false", "no", "incorrect", "wrong", "0", "0.0"), False),
 }
+EXACT, SURE = 2**53, 15
+"""From this number on a float does not hold every whole one, but any one of so many digits."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -145,11 +147,14 @@ def read_answer(value: Any) -> str | None:
     A list of one is that one, and a number that some other column made a float (28.0) is written as it was.
 
     Raises:
-        ValueError: it is no answer: not a number, infinite, or a value of another kind.
+        ValueError: it is no answer: not a number, infinite, a float that may have lost digits, or a value of another
+            kind.
     """
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
     if isinstance(value, float) and math.isfinite(value):
+        if abs(value) >= EXACT and len(Decimal(repr(value)).as_tuple().digits) > SURE:
+            raise ValueError(f"{value!r} is a float, in which such a number loses its last digits; write it as text")
         value = f"{Decimal(repr(value)):f}".removesuffix(".0")
     if value is None or isinstance(value, (str, bool, int, Decimal)):
         text = "" if value is None else str(value).strip()

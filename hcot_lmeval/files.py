@@ -10,15 +10,19 @@ parquet, a batch of them).
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -183,22 +187,40 @@ def _open_lines(path: Path) -> IO[bytes]:
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that are not blank, with their numbers; a compressed file may end before its end."""
-    number = 0
+    """Yields the lines that are not blank, with their numbers.
+
+    Raises:
+        ValueError: the first one begins no object, or the compressed file is damaged.
+    """
+    number, first = 0, True
     with _open_lines(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
+                    if first:
+                        _check_first(path, line)
+                    first = False
                     yield number, line
         except (EOFError, zlib.error, OSError) as error:
-            yield number + 1, f"the compressed file is damaged from here on: {error}".encode()
+            whole = f"; --limit {number} reads what is whole" if number else ""
+            raise ValueError(f"{path} is damaged behind line {number} ({error}); get it anew{whole}") from None
+
+
+def _check_first(path: Path, line: bytes) -> None:
+    begins = line.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if begins == b"{" and b"\x00" not in line[:4]:
+        return
+    kind = "a JSON array" if begins == b"[" else "UTF-16" if b"\x00" in line[:4] else None
+    told = f"{path} begins with {line[:40].decode(errors='replace')!r}" if kind is None else f"{path} is {kind}"
+    raise ValueError(f'{told}; write it as JSONL: UTF-8, an object on each line, such as {{"question": ...}}')
 
 
 def _lines(path: Path) -> Iterator[Record]:
     for number, line in _raw_lines(path):
         where = f"{path}, line {number}"
         try:
-            data = json.loads(line.decode("utf-8-sig"), parse_int=_integer, object_pairs_hook=_without_repeats)
+            text = line.decode("utf-8-sig")
+            data = json.loads(text, parse_int=_integer, parse_float=_float, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError):
             data = None
         if isinstance(data, dict):
@@ -221,6 +243,14 @@ def _integer(digits: str) -> int | str:
         return int(digits)
     except ValueError:
         return digits
+
+
+def _float(digits: str) -> float | int | str:
+    """A number with a point or an exponent; one of more digits than a float holds is whole, or stays a text."""
+    value = float(digits)
+    if math.isinf(value) or Decimal(digits) == Decimal(repr(value)):
+        return value
+    return int(Decimal(digits)) if Decimal(digits) % 1 == 0 else digits
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -254,12 +284,15 @@ def count_records(inputs: Sequence[Input], limit: int | None = None) -> int | No
     for each in inputs:
         if each.file is None:
             return limit
-        total += _count(each.file)
-    return total if limit is None else min(total, limit)
+        total += _count(each.file, None if limit is None else limit - total)
+        if total == limit:
+            break
+    return total
 
 
-def _count(path: Path) -> int:
+def _count(path: Path, limit: int | None) -> int:
     if _is_parquet(path):
         with _open_parquet(path) as file:
-            return int(file.metadata.num_rows)
-    return sum(1 for _ in _raw_lines(path))
+            rows = int(file.metadata.num_rows)
+            return rows if limit is None else min(rows, limit)
+    return sum(1 for _ in islice(_raw_lines(path), limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import re
 from dataclasses import asdict
 from decimal import Decimal
 
@@ -248,6 +249,7 @@ PROSE = "We add the two numbers that were given to us and see that the sum of bo
         ("", 28.0, "", "28"),
         ("", 2.5, "", "2.5"),
         ("", 1e22, "", "1" + "0" * 22),
+        ("", 10**19 + 1, "", "10000000000000000001"),
         ("", 1e-7, "", "0.0000001"),
         ("", ["7"], "", "7"),
         ("", " ", "", None),
@@ -286,12 +288,9 @@ GOOD = json.dumps({"question": "Q?", "response": BOTH}).encode()
         ("crlf.jsonl", GOOD + b"\r\n\r\n" + GOOD + b"\r\n", 2, 0),
         ("plain.jsonl.gz", GOOD, 1, 0),
         ("zipped.jsonl", gzip.compress(GOOD + b"\n" + GOOD, mtime=0), 2, 0),
-        ("torn.jsonl.gz", gzip.compress(GOOD + b"\n" + GOOD, mtime=0)[:-9], 1, 1),
         ("empty.jsonl", b"", 0, 0),
         ("latin1.jsonl", GOOD + b"\n" + GOOD.replace(b"Q?", b"\xe9"), 1, 1),
-        ("utf16.jsonl", GOOD.decode().encode("utf-16"), 0, 1),
         ("twice.jsonl", GOOD + b"\n" + GOOD[:-1] + b', "question": "R?"}', 1, 1),
-        ("array.jsonl", b"[" + GOOD + b"]", 0, 1),
         ("deep.jsonl", GOOD + b'\n{"question": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 1, 1),
         ("nested.jsonl", GOOD + b'\n{"question": "Q?", "a": ' + b"[" * 600 + b"]" * 600 + b"}", 1, 1),
         ("long.jsonl", GOOD.replace(b"First.", b"Fir st. " * 10_000), 1, 0),
@@ -312,6 +311,45 @@ def test_every_line_of_a_file_is_a_row_or_a_rejected_one(tmp_path, name, content
     assert all("NaN" not in json.dumps(row) for row in rows)
     if name == "digits.jsonl":
         assert rows[0]["expected_answer"] == "7" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("utf16.jsonl", GOOD.decode().encode("utf-16"), "utf16.jsonl is UTF-16; write it as JSONL"),
+        ("be.jsonl", GOOD.decode().encode("utf-16-le"), "be.jsonl is UTF-16; write it as JSONL"),
+        ("array.jsonl", b"[" + GOOD + b"]", "array.jsonl is a JSON array; write it as JSONL"),
+        ("table.jsonl", b"question,answer\n1,2\n", "table.jsonl begins with 'question,answer"),
+        ("torn.jsonl.gz", gzip.compress(GOOD + b"\n" + GOOD, mtime=0)[:-9], "damaged behind line 1 .*--limit 1 reads"),
+        ("case.jsonl", GOOD[:-1] + b', "Question": "R?"}', "line 1: the columns question and Question differ in case"),
+    ],
+)
+def test_what_is_no_file_of_rows_is_one_line(tmp_path, capsys, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    words = ["segment", str(tmp_path / name), "--out", str(tmp_path / "run"), "--quiet"]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(told, line), line
+    if "limit" in told:
+        assert main([*words, "--limit", "1"]) == 0
+
+
+def test_one_of_two_columns_can_be_named(tmp_path):
+    row = {"question": "Q?", "Question": "R?", "generation": BOTH}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    (found,) = read_rows(find_inputs([path]), {"question": "Question"})
+    assert found.question == "R?"
+
+
+def test_no_digit_of_a_number_is_lost(tmp_path):
+    text = json.dumps({"question": "Q?", "generation": BOTH, "answer": 0, "score": 0})
+    values = {"12345678901234567890.0": "12345678901234567890", "1.5e3": "1500", "12345678901234567.25": None}
+    for written, read_as in values.items():
+        (tmp_path / "rows.jsonl").write_text(text.replace('"answer": 0', f'"answer": {written}'))
+        (found,) = read_rows(find_inputs([tmp_path / "rows.jsonl"]))
+        assert found.answer == (read_as or written)
+    with pytest.raises(ValueError, match="write it as text"):
+        read_answer(12345678901234567890.0)
 
 
 def test_values_that_json_does_not_have_are_no_obstacle(tmp_path):
@@ -396,4 +434,6 @@ def test_rows_of_the_same_name_stay_apart(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{**flat_row(number), "id": "same"} for number in range(3)])
     run = str(tmp_path / "run")
     assert main(["segment", str(path), "--out", run, "--quiet"]) == main(["check", run, "--quiet"]) == 0
-    assert [row["id"] for row in read_jsonl(tmp_path / "run" / "check" / "rows.jsonl")] == ["same"] * 3
+    rows = read_jsonl(tmp_path / "run" / "check" / "rows.jsonl")
+    assert [row["id"] for row in rows] == ["same"] * 3
+    assert [[each["code"] for each in row.get("remarks", ())] for row in rows] == [[], *[["repeated_id"]] * 2]

@@ -14,6 +14,7 @@ A column may list several traces of one question: each becomes a row, and those 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from math import isfinite
 from typing import Any
 
@@ -121,13 +122,8 @@ def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator
 
 def _limited(inputs: Iterable[Input], limit: int | None = None) -> Iterator[tuple[bool, Record]]:
     """Yields the records of all inputs, each with whether it is the first of its input."""
-    number = 0
-    for each in inputs:
-        for place, record in enumerate(each.records()):
-            if limit is not None and number >= limit:
-                return
-            number += 1
-            yield place == 0, record
+    found = ((place == 0, record) for each in inputs for place, record in enumerate(each.records()))
+    return islice(found, limit)
 
 
 def check_roles(columns: Mapping[str, str]) -> Mapping[str, str]:
@@ -335,11 +331,17 @@ def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> di
     """Returns role -> column for a record with the columns `present`; those of `given` come before the usual names.
 
     Raises:
-        ReadingError: ``no_column``; the message names those present and those that are needed.
+        ReadingError: ``no_column``; the message names those present and those that are needed, or two that could be
+            the same one.
     """
     absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in OPTIONAL]
     names = find_columns(present, given)
     _settle(names, given)
+    for role, name in names.items():
+        alike = [each for each in present if each.strip().casefold() == name.strip().casefold()]
+        if len(alike) > 1 and role not in given:
+            which = f"the columns {' and '.join(alike)} differ in case alone"
+            raise ReadingError("no_column", f"{which}; name one of them with --column {role}={name}")
     asked = "question" in names and names.keys() & {"text", "reasoning", "response"}
     if absent or not (asked or "messages" in names):
         wrong = f"there is no column for {', '.join(absent)}" if absent else "no columns of a question and a trace"

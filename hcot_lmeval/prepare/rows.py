@@ -24,7 +24,7 @@ THINK = PAIRS[0]
 """What stands around a thinking section in what is written here."""
 READING = {
     "broken_line": "the line is no JSON object in UTF-8",
-    "no_column": "the row lacks the columns of a question and a trace",
+    "no_column": "the row lacks the columns of a question and a trace, or has two for one of them",
     "no_question": "the question is missing or blank",
     "no_text": "the trace is missing, blank or no text",
     "no_thinking": "the text has no thinking section",

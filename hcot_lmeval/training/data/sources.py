@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -190,7 +191,9 @@ def _answer(answer: Any, place: str) -> str | None:
         raise ValueError(f"{place}: the expected answer is {answer!r:.100}; name a column of texts or numbers")
     try:
         return read_answer(answer)
-    except ValueError:
+    except ValueError as error:
+        if isinstance(answer, float) and math.isfinite(answer):  # `datasets` reads a whole number of 20 digits so
+            raise ValueError(f"{place}: the expected answer {error}") from None
         return None
 
 
