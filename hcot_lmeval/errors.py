@@ -34,6 +34,9 @@ def run_command(action: Callable[[], int | None], *, extra: str = "") -> int:
         action: the command; it returns its exit status, or None for 0.
         extra: of the package, that holds the libraries of the command.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as with `>&-`: what is said there goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         status = action()
         sys.stdout.flush()

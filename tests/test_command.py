@@ -51,6 +51,14 @@ def test_each_end_has_its_status_and_its_line(part, capfd, error, status, told):
     assert told in said and "Traceback" not in said and len(said.strip().splitlines()) <= 1
 
 
+def test_a_closed_output_is_no_fault():
+    script = "from hcot_lmeval.errors import run_command; exit(run_command(lambda: print('said') or 3))"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 def test_our_own_message_stands_alone(part, capsys):
     from hcot_lmeval.markup import get_markup
 

@@ -24,6 +24,12 @@ def file(tmp_path):
     return path
 
 
+def test_an_override_that_is_no_yaml_is_one_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: tiny\n")
+    with pytest.raises(ValueError, match=r"^override 'data=\[1': the value is not YAML: [^\n]+$"):
+        load_config(tmp_path / "a.yaml", ["data=[1"])
+
+
 def test_overrides_reach_into_sections_and_lists(file) -> None:
     overrides = [
         "phases.0.steps=25",

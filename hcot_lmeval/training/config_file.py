@@ -43,6 +43,10 @@ def _override(settings: Any, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} is not of the form key=value, such as trainer.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
     *path, last = key.split(".")
     for name in path:
         if isinstance(settings, list):
@@ -52,9 +56,9 @@ def _override(settings: Any, override: str) -> None:
         else:
             raise ValueError(f"override {override!r}: {name} is neither a section nor a list")
     if isinstance(settings, list):
-        settings[_index(settings, last, key)] = yaml.safe_load(value)
+        settings[_index(settings, last, key)] = value
     elif isinstance(settings, dict):
-        settings[last] = yaml.safe_load(value)
+        settings[last] = value
     else:
         raise ValueError(f"override {override!r}: {key.rpartition('.')[0]} has the value {settings!r} and no parts")
 
