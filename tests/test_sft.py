@@ -160,7 +160,7 @@ def test_checkpoint_knows_how_it_was_trained(finished) -> None:
 
 
 def test_killed_and_resumed_it_ends_the_same(finished, tmp_path) -> None:
-    """SIGTERM saves a checkpoint of the step, SIGKILL nothing."""
+    """SIGTERM and Ctrl-C save a checkpoint of the step, SIGKILL nothing."""
     config, checkpoints = settings(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     process = start(tmp_path, config)
     wait_for(process, checkpoints / f"checkpoint-{EVERY}" / "config.json")  # it is being written
@@ -194,7 +194,7 @@ def test_ctrl_c_is_one_line_that_says_where_it_goes_on(finished, tmp_path) -> No
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130
     assert re.fullmatch(
-        r"stopped at step \d; the same command goes on from step \d \(checkpoint-\d\)", output.splitlines()[-1]
+        r"stopped at step (\d); the same command goes on from step \1 \(checkpoint-\1\)", output.splitlines()[-1]
     )
     assert "Traceback" not in output and "KeyboardInterrupt" not in output
     run(tmp_path, settings(tmp_path / "run"))

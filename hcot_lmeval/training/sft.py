@@ -6,6 +6,7 @@ Everything that can be wrong with the settings, the data, the tokenizer or the a
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,8 +71,9 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         ValueError: a setting cannot be used, nothing is held out, the tokenizer lacks the markers, the adapter is for
             another base, or the directory holds another run.
         FileNotFoundError: a data file does not exist.
-        KeyboardInterrupt: it was stopped within a step; the message says where it will go on.
-        Terminated: SIGTERM came; the same, but a checkpoint of the step was saved.
+        KeyboardInterrupt: Ctrl-C came, a checkpoint of the step was saved, and the message says where it will go on. A
+            second Ctrl-C stops within the step, without one.
+        Terminated: SIGTERM came; the same.
     """
     leave_group_at_exit()
     check_settings(config)
@@ -100,10 +102,10 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     steering = Steering(config.trainer.get("save_steps"))
     trainer.add_callback(steering)
     try:
-        with steering.stopping_on_sigterm():
+        with steering.stopping_on_signals():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if steering.terminated and trainer.state.global_step < trainer.state.max_steps:
-            raise Terminated
+        if steering.stopped_by and trainer.state.global_step < trainer.state.max_steps:
+            raise Terminated if steering.stopped_by == signal.SIGTERM else KeyboardInterrupt
     except KeyboardInterrupt as stop:
         console = trainer.pop_callback(Console)
         if console is not None:

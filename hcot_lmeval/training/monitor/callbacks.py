@@ -59,29 +59,36 @@ class Steering(TrainerCallback):
         save_steps: steps between checkpoints, those of evaluations apart.
 
     Attributes:
-        terminated: whether SIGTERM came; the step is then finished, a checkpoint saved and training stopped.
+        stopped_by: the signal that came, SIGTERM or SIGINT (Ctrl-C), else 0; the step is then finished, a checkpoint
+            saved and training stopped.
     """
 
     def __init__(self, save_steps: int | None = None) -> None:
         self.save_steps = save_steps
-        self.terminated = False
+        self.stopped_by = 0
 
     @contextmanager
-    def stopping_on_sigterm(self) -> Iterator[None]:
-        """While it is open SIGTERM, once or again as torchrun sends it, stops training at the end of a step."""
+    def stopping_on_signals(self) -> Iterator[None]:
+        """While it is open SIGTERM and Ctrl-C stop training at the end of a step; a second Ctrl-C does so at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+        watched = (signal.SIGTERM, signal.SIGINT)
+        before = {each: signal.getsignal(each) or signal.SIG_DFL for each in watched}
 
         def handler(number: int, frame: Any) -> None:
-            self.terminated = True
+            if number == self.stopped_by == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = self.stopped_by or number
 
-        signal.signal(signal.SIGTERM, handler)
+        for each in watched:
+            if before[each] is not signal.SIG_IGN:
+                signal.signal(each, handler)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for each in watched:
+                signal.signal(each, before[each])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         """Takes intervals and learning rate from the settings; a run that goes on has those of its checkpoint.
@@ -104,10 +111,10 @@ class Steering(TrainerCallback):
         if self.save_steps and state.global_step % self.save_steps == 0:
             control.should_save = True
         if args.world_size > 1:  # it reaches the processes in different steps
-            told = torch.tensor(float(self.terminated), device=args.device)
-            torch.distributed.all_reduce(told)
-            self.terminated = bool(told)
-        if self.terminated:
+            told = torch.tensor(float(self.stopped_by), device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.stopped_by = int(told)
+        if self.stopped_by:
             control.should_save = control.should_training_stop = True
 
 
