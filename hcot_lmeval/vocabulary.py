@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup, resolve_markers
@@ -136,6 +137,20 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """Returns the ids that `decode(..., skip_special_tokens=True)` leaves out."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def spelled_special(tokenizer: Any, text: str, markup: Markup) -> list[str]:
+    """Returns the special tokens that a text spells, and that a tokenizer would make of it, such as ``<pad>``.
+
+    Markers and the strings around the thinking, which a trace may hold, are none of them.
+    """
+    return [name for name in _special_names(tokenizer, markup, len(tokenizer)) if name in text]
+
+
+@lru_cache(maxsize=8)
+def _special_names(tokenizer: Any, markup: Markup, size: int) -> tuple[str, ...]:
+    """`size` makes a grown vocabulary a new key."""
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(read_vocabulary(tokenizer, markup).hidden_ids)))
 
 
 def largest_text_id(tokenizer: Any) -> int:

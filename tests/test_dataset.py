@@ -120,6 +120,7 @@ BAD = {
     4: (row(4, ""), ("no_trace",)),
     6: (row(6, question=None), ("no_question",)),
     7: (row(7, "word " * 300), ("too_long",)),
+    8: (row(8, "a <|endoftext|> b" + BLOCK), ("special_token",)),
 }
 MIXED = [BAD[n][0] if n in BAD else row(n) for n in range(10)]
 
@@ -133,17 +134,17 @@ def test_rows_are_left_out_with_their_reasons():
     good = [r for n, r in enumerate(MIXED) if n not in BAD]
     assert learned(prepared.rows) == learned(data(good).train("recompute").rows)
     text = str(report)
-    assert "5 of 10 rows" in text
-    assert "left out: 5 rows" in text
+    assert "4 of 10 rows" in text
+    assert "left out: 6 rows" in text
     assert "too_long 1" in text
 
 
 def test_malformed_rows_are_kept_on_request():
     report = data(MIXED, malformed="keep").train("recompute").report
-    assert [f.row for f in report.findings if f.kept] == [1, 3]
+    assert [f.row for f in report.findings if f.kept] == [1, 3, 8]
     assert [f.row for f in report.rejected] == [4, 6, 7]
     assert report.documents == 7
-    assert "kept: 2 rows (" in str(report)
+    assert "kept: 3 rows (" in str(report)
 
 
 def test_rows_without_a_block_are_counted_by_source():
@@ -159,7 +160,7 @@ def test_findings_are_written_as_jsonl(tmp_path):
     report.write(tmp_path / "rejected.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert lines[0] == {"source": "rows.jsonl", "row": 1, "reasons": ["think_in_solution", "unclosed"], "kept": True}
-    assert [line["row"] for line in lines] == [1, 3, 4, 6, 7]
+    assert [line["row"] for line in lines] == [1, 3, 4, 6, 7, 8]
 
 
 @pytest.mark.parametrize("form", ["packed", "stages"])

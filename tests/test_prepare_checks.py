@@ -99,7 +99,15 @@ def test_each_fault_has_its_code(code, one, options):
 
 
 def test_every_code_of_a_check_is_tested_here_or_below():
-    elsewhere = {"duplicate", "near_duplicate", "contaminated", "answer_unchecked", "solution_insufficient", "unjudged"}
+    elsewhere = {
+        "duplicate",
+        "near_duplicate",
+        "repeated_id",
+        "contaminated",
+        "answer_unchecked",
+        "solution_insufficient",
+        "unjudged",
+    }
     assert {code for code, _, _ in FAULTS} | elsewhere == CHECKING.keys()
 
 
@@ -143,6 +151,7 @@ def test_what_is_no_marker_passes(text):
 def test_control_tokens_are_found():
     assert find_control("a <|endoftext|> b") == "<|endoftext|>"
     assert find_control("a <｜end▁of▁sentence｜> b") == "<|end▁of▁sentence|>"
+    assert find_control("a <pad> b</s>") == "<pad>" and find_control("a</s>") == "</s>"
     assert find_control("|x| < 1 and 2 <|y|, z|> 3") is None
     assert find_control("a <| b |> c") is None
 

@@ -7,11 +7,13 @@ from tokenizers import AddedToken
 
 from hcot_lmeval.lm.prompts import PromptEncoder
 from hcot_lmeval.markup import get_markup
+from hcot_lmeval.prepare.checks import Checker, CheckOptions
+from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import extend_vocabulary
 from hcot_lmeval.training.data.preparation import question_key
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
-from hcot_lmeval.vocabulary import read_vocabulary
+from hcot_lmeval.vocabulary import read_vocabulary, special_ids
 from tests.tiny import MARKERS, tiny_tokenizer
 
 HCOT = get_markup("hcot")
@@ -52,6 +54,20 @@ TOKENIZERS = {
     "bos in the template": tokenizer("<|endoftext|>{{ messages[0]['content'] }}\nAnswer:", bos="<|endoftext|>"),
     "no thinking tokens": tokenizer(think=False),
 }
+
+
+@pytest.mark.parametrize("name", sorted(special_ids(tokenizer())))
+def test_what_training_leaves_out_for_a_special_token_the_check_finds(tmp_path, name):
+    made = tokenizer()
+    text = made.convert_ids_to_tokens(name)
+    made.save_pretrained(tmp_path)
+    kept = text in (*HCOT.markers, *HCOT.think)
+    form, options = TextForm(made, HCOT), CheckOptions(tokenizer=str(tmp_path), allow_flat=True)
+    assert form.faults(row(f"a {text} b")) == ([] if kept else ["special_token"])
+    assert form.faults(row(f"a b {made.eos_token}\n")) == []
+    if not kept:
+        found = Checker(options)(PreparedRow(SourceRow("1", "Q?", f"a {text} b"), f"a {text} b"))
+        assert [fault.code for fault in found] == ["control_token_in_source"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

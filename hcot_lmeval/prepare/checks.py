@@ -28,6 +28,7 @@ from hcot_lmeval.prepare.measure import (
     cut,
     faults_of,
     is_legal,
+    load_tokenizer,
     make_counter,
 )
 from hcot_lmeval.prepare.outline import OutlineError, assemble
@@ -36,6 +37,7 @@ from hcot_lmeval.prepare.spelled import find_control, spelled_markers
 from hcot_lmeval.prepare.words import compare
 from hcot_lmeval.settings import read_off
 from hcot_lmeval.trace import Policy
+from hcot_lmeval.vocabulary import spelled_special
 
 CHECKING = {
     "malformed": "the markers are not those of well-formed blocks",
@@ -58,6 +60,7 @@ CHECKING = {
     "peak_too_high": "the live context under pruning grows larger than is allowed",
     "duplicate": "an earlier row has the same words",
     "near_duplicate": "an earlier row has nearly the same words",
+    "repeated_id": "an earlier row has the same id",
     "contaminated": "the row holds a problem of an evaluation task",
 }
 """Code of a `Fault` -> what it means."""
@@ -122,7 +125,9 @@ class CheckOptions(CountOptions, title="what is allowed"):
     @property
     def tolerated(self) -> frozenset[str]:
         """Codes that do not reject a row."""
-        return frozenset(self.tolerate) | (frozenset() if self.drop_contaminated else {"contaminated"})
+        return frozenset((*self.tolerate, "repeated_id")) | (
+            frozenset() if self.drop_contaminated else {"contaminated"}
+        )
 
 
 class Checker:
@@ -159,11 +164,16 @@ class Checker:
         for name, text in texts.items():
             if found := spelled_markers(text, self.markup):
                 yield Fault("marker_in_source", f"{', '.join(found)} in the {name}")
-            elif control := find_control(text):
+            elif control := find_control(text) or self._special(text):
                 yield Fault("control_token_in_source", f"{control} in the {name}")
         for number, stretch in enumerate(trace):  # what the trace has beside the source: its solutions
             if not stretch.mark and not source.reasoning and (found := spelled_markers(stretch.text, self.markup)):
                 yield Fault("marker_in_source", f"{', '.join(found)} in part {number} of the trace")
+
+    def _special(self, text: str) -> str:
+        """The special tokens of the tokenizer, if there is one, that a text spells; training leaves such rows out."""
+        name = self.options.tokenizer
+        return ", ".join(spelled_special(load_tokenizer(name), text, self.markup)) if name else ""
 
     def _structure(self, row: PreparedRow, trace: Sequence[Stretch]) -> Iterator[Fault]:
         think = [stretch.mark for stretch in trace if stretch.mark in self.markup.think]

@@ -128,6 +128,7 @@ class DuplicateIndex:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE row (number INTEGER PRIMARY KEY, name TEXT, digest BLOB UNIQUE, signature BLOB);
+            CREATE TABLE id (name TEXT PRIMARY KEY) WITHOUT ROWID;
             CREATE TABLE band (key BLOB, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID;
             """
         )
@@ -137,6 +138,10 @@ class DuplicateIndex:
 
     def __exit__(self, *_: object) -> None:
         self._rows.close()
+
+    def repeats(self, name: str) -> bool:
+        """Returns whether a row of this name came before, and keeps it."""
+        return self._rows.execute("INSERT OR IGNORE INTO id VALUES (?)", (name,)).rowcount == 0
 
     def find_or_add(self, name: str, print_: Fingerprint) -> Duplicate | None:
         """Returns an earlier row that has the words of this one or, without any, keeps this one."""

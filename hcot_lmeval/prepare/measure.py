@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from hcot_lmeval.assets import resolve
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import Markup, resolve_markers
 from hcot_lmeval.prepare.segmenter import count_tokens
@@ -92,14 +93,19 @@ def _grammar(markup: Markup) -> tuple[Mapping[str, int], Grammar]:
     return ids, Grammar(resolve_markers(markup, ids.get), (ids[begin], ids[end]), frozenset())
 
 
+@lru_cache(maxsize=2)
+def load_tokenizer(name: str) -> Any:
+    """Loads a tokenizer of transformers by name or path; also a bundled one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(name))
+
+
 def make_counter(tokenizer: str | None) -> Counter:
     """Returns a count of tokens: of a tokenizer of transformers, by name or path; None: `segmenter.count_tokens`."""
     if tokenizer is None:
         return lambda texts: [count_tokens(text) for text in texts]
-
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
 
     def count(texts: Sequence[str]) -> list[int]:
         filled = [text for text in texts if text]

@@ -11,8 +11,8 @@ import unicodedata
 
 from hcot_lmeval.markup import PRESETS, Markup
 
-CONTROL = re.compile(r"<\|[^\s<>|]{1,40}\|>")
-"""What end-of-turn and other control tokens look like: ``<|im_end|>``, and in their compatibility form DeepSeek's."""
+CONTROL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>")
+"""What control tokens look like: ``<|im_end|>``, in their compatibility form DeepSeek's, ``<pad>``, ``</s>``."""
 UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
 """Characters without a glyph that are not of the category Cf; variation selectors are found by their range."""
 

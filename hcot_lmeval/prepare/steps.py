@@ -345,6 +345,8 @@ class CheckOutcome(Outcome):
         if "reject" in entry:
             return super().decide(entry)
         record, faults = entry["row"], [Fault(*fault) for fault in entry["faults"]]
+        if self._index.repeats(str(record["id"])):
+            faults.append(Fault("repeated_id", f"{record['id']!r} names an earlier row too"))
         if "print" in entry and not self._grave(faults):
             faults += self._duplicate(str(record["id"]), Fingerprint.from_json(entry["print"]))
         grave = self._grave(faults)

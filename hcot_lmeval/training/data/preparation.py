@@ -64,7 +64,7 @@ def tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[s
         "prompt_ids": example.prompt_ids,
         "completion_ids": example.completion_ids,
         "unusable": unusable,
-        "faults": faults(example, grammar),
+        "faults": sorted([*faults(example, grammar), *form.faults(row)]),
     }
 
 

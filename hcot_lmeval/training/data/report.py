@@ -21,8 +21,8 @@ class Finding:
     Attributes:
         source: the path of its source, as configured.
         row: its number there, from 0.
-        reasons: those of `documents.faults`; ``too_long``, ``no_trace``, ``no_question``, ``no_chat_template``,
-            ``in_held_out`` (its question is a held-out one).
+        reasons: those of `documents.faults` and `TextForm.faults`; ``too_long``, ``no_trace``, ``no_question``,
+            ``no_chat_template``, ``in_held_out`` (its question is a held-out one).
         kept: whether it is trained on all the same.
     """
 

@@ -28,7 +28,7 @@ from hcot_lmeval.markup import Markup
 from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.training.data.documents import Example
-from hcot_lmeval.vocabulary import read_vocabulary
+from hcot_lmeval.vocabulary import read_vocabulary, spelled_special
 
 ANSWER = "\n\n\\boxed{{{}}}"
 """What follows the thinking section of a trace that has no answer part of its own."""
@@ -94,6 +94,11 @@ class TextForm:
         if ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
         return Example(tuple(self.encode(prompt)), tuple(ids), row["answer"])
+
+    def faults(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns ``special_token`` for a trace that spells one, apart from an end of turn at its end."""
+        trace = (row["trace"] or "").strip().removesuffix(self.tokenizer.eos_token)
+        return ["special_token"] * bool(spelled_special(self.tokenizer, trace, self.markup))
 
     def prompt_text(self, row: Mapping[str, Any]) -> str:
         """Returns the prompt of a row, chat template applied."""
