@@ -20,6 +20,7 @@ _HOME = {
     "Statistics": "events",
     "compile_trace": "trace",
     "extract_answer": "answers",
+    "generate": "generation",
     "get_markup": "markup",
     "grade": "answers",
 }
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from hcot_lmeval.engine import SamplingParams as SamplingParams
     from hcot_lmeval.events import Statistics as Statistics
     from hcot_lmeval.generation import PrunedGeneration as PrunedGeneration
+    from hcot_lmeval.generation import generate as generate
     from hcot_lmeval.markup import Markup as Markup
     from hcot_lmeval.markup import get_markup as get_markup
     from hcot_lmeval.notes import NoteTaker as NoteTaker

@@ -34,6 +34,7 @@ PARTS = {
     "diagnose": Part("hcot_lmeval.diagnosis.cli", "why a checkpoint loops, breaks the notation or never ends"),
     "prepare": Part("hcot_lmeval.prepare.cli", "flat chains of thought in, checked hierarchical traces out"),
     "train": Part("hcot_lmeval.training.cli", "train on exactly the contexts that the decoder sees"),
+    "push": Part("hcot_lmeval.push", "make a checkpoint one that strangers can run: card, custom_generate, upload"),
 }
 
 USAGE = "\n".join(

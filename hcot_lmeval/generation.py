@@ -4,18 +4,22 @@
     ids = model.generate(**inputs, custom_generate=pruned, max_new_tokens=32768, do_sample=True)
 
 What transformers has prepared by then (lengths, sampling, end tokens, padding) is followed. What the engine cannot do,
-or would do otherwise, is an error that names it: nothing is passed over. A streamer is not told of any token, since
-transformers hands none to a method of others; nor does it hand on the tokenizer, so that stop strings are given here.
+or would do otherwise, is an error that names it: nothing is passed over. transformers hands neither its streamer nor its
+tokenizer to a method of others, so `PrunedGeneration` takes them. `generate` is all of it in one call, and what a
+checkpoint with ``custom_generate/`` runs (see `hcot_lmeval.push`):
+
+    ids = hcot_lmeval.generate(model, **inputs, tokenizer=tokenizer, max_context=4096, max_new_tokens=32768)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     EosTokenCriteria,
     GenerationConfig,
     MaxLengthCriteria,
@@ -29,9 +33,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
 
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.engine.options import EngineOptions
 from hcot_lmeval.notes import NoteTaker
+from hcot_lmeval.trace import Step
 from hcot_lmeval.vocabulary import leaves_open
 
 TAKEN = {
@@ -68,22 +75,29 @@ class PrunedGeneration:
 
     Args:
         tokenizer: of the model.
-        notes: gets the events of each row.
+        note_taker: gets the events of each row.
         stop_strings: end a row where they appear in its answer part.
+        streamer: is told of each token as it comes, those pruned later included; for a single row.
         options: of `Engine`: policy, markup, max_context, constraints, ...
+
+    Raises:
+        TypeError: the tokenizer is none.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        notes: NoteTaker | None = None,
+        note_taker: NoteTaker | None = None,
         stop_strings: str | Iterable[str] = (),
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> None:
-        self.tokenizer, self.notes = tokenizer, notes
-        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        self.options = options
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer={tokenizer!r} is no tokenizer; give what AutoTokenizer.from_pretrained returns")
+        self.tokenizer, self.note_taker, self.streamer = tokenizer, note_taker, streamer
+        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+        self._options = options
         self._engine: tuple[Any, frozenset[int], Engine] | None = None
 
     def __call__(
@@ -108,7 +122,7 @@ class PrunedGeneration:
             self._request(str(row), tuple(ids[seen.bool()].tolist()), input_ids.shape[1], generation_config, engine)
             for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True))
         ]
-        done = engine.generate(requests, self.notes)
+        done = self._generate(engine, requests)
         pad = generation_config.pad_token_id
         pad = next(iter(sorted(engine.limits.eos_ids)), 0) if pad is None else pad
         new = [torch.tensor(completion.token_ids, dtype=torch.int64) for completion in done]
@@ -116,10 +130,26 @@ class PrunedGeneration:
         sequences = torch.cat([input_ids, behind], dim=1)
         return PrunedOutput(sequences, completions=done) if generation_config.return_dict_in_generate else sequences
 
+    def _generate(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+        if self.streamer is None:
+            return engine.generate(requests, self.note_taker)
+        if len(requests) != 1:
+            raise ValueError(f"a streamer is for a single row, and there are {len(requests)}; leave it out")
+        streamer = self.streamer
+        streamer.put(torch.tensor([requests[0].prompt_ids]))  # as transformers does
+
+        def put(request: Request, sample: int, token: int, step: Step, live: Sequence[int]) -> None:
+            streamer.put(torch.tensor([token]))
+
+        try:
+            return list(engine.stream(requests, self.note_taker, on_token=put))
+        finally:
+            streamer.end()
+
     def engine(self, model: Any, eos_ids: frozenset[int]) -> Engine:
         """Returns the engine of the last call if it serves this one, too; making one takes a self-check."""
         if self._engine is None or self._engine[0] is not model or self._engine[1] != eos_ids:
-            given = {"eos_ids": sorted(eos_ids), **self.options}
+            given = {"eos_ids": sorted(eos_ids), **self._options}
             self._engine = model, eos_ids, Engine(model, self.tokenizer, **given)
         return self._engine[2]
 
@@ -136,6 +166,40 @@ class PrunedGeneration:
         )
         thinking = leaves_open(self.tokenizer.decode(prompt_ids), engine.think)
         return Request(name, prompt_ids, params, thinking=thinking)
+
+
+ENGINE_OPTIONS = frozenset(field.name for field in fields(EngineOptions))
+
+
+def generate(
+    model: Any,
+    *inputs: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    note_taker: NoteTaker | None = None,
+    streamer: BaseStreamer | None = None,
+    stop_strings: str | Iterable[str] = (),
+    **arguments: Any,
+) -> torch.Tensor | PrunedOutput:
+    """``model.generate`` with pruning. It makes an engine at each call; `PrunedGeneration` keeps one for more calls.
+
+    Args:
+        model: of transformers.
+        inputs: prompts, int64 [rows, tokens], unless they are in `arguments` as ``input_ids``.
+        tokenizer: of the model; by default that of the checkpoint from which the model was loaded.
+        note_taker: gets the events of each row.
+        streamer: is told of each token as it comes; for a single row.
+        stop_strings: end a row where they appear in its answer part.
+        arguments: of ``model.generate``, and options of `Engine`.
+
+    Raises:
+        ValueError: something is asked for that the engine does not do.
+        OSError: no tokenizer is given, and none lies beside the checkpoint.
+    """
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    options = {name: arguments.pop(name) for name in ENGINE_OPTIONS & arguments.keys()}
+    pruned = PrunedGeneration(tokenizer, note_taker=note_taker, streamer=streamer, stop_strings=stop_strings, **options)
+    return model.generate(*inputs, custom_generate=pruned, **arguments)
 
 
 def shaping(config: GenerationConfig) -> dict[str, Any]:

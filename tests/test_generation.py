@@ -12,10 +12,11 @@ from transformers import (
     MaxTimeCriteria,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
+    TextIteratorStreamer,
     TopKLogitsWarper,
 )
 
-from hcot_lmeval import NoteTaker, PrunedGeneration
+from hcot_lmeval import NoteTaker, PrunedGeneration, generate
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.notes import NotesFile
 from hcot_lmeval.tokens import encode_prompt
@@ -42,7 +43,7 @@ def inputs(tokenizer, texts):
 def test_tokens_are_those_of_the_engine_at_every_batch(loaded, tmp_path):
     model, tokenizer = loaded
     with NoteTaker(tmp_path / "notes.jsonl") as notes:
-        pruned = PrunedGeneration(tokenizer, notes=notes, max_context=256)
+        pruned = PrunedGeneration(tokenizer, note_taker=notes, max_context=256)
         given = inputs(tokenizer, PROBLEMS)
         found = model.generate(**given, custom_generate=pruned, max_new_tokens=100, return_dict_in_generate=True)
     requests = [
@@ -154,3 +155,29 @@ def test_an_engine_serves_until_the_model_or_its_ends_change(loaded):
     assert pruned.engine(model, ends) is not pruned.engine(model, frozenset({1, 2}))
     other, _ = load("tiny-hcot")
     assert pruned.engine(other, ends).decoder.model is other
+
+
+def test_one_call_does_all_and_streams(loaded, tmp_path):
+    model, tokenizer = loaded
+    given = inputs(tokenizer, PROBLEMS[:1])
+    pruned = PrunedGeneration(tokenizer, max_context=256)
+    expected = model.generate(**given, custom_generate=pruned, max_new_tokens=100)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    with NoteTaker(tmp_path / "notes.jsonl") as notes:
+        found = generate(
+            model,
+            **given,
+            tokenizer=tokenizer,
+            note_taker=notes,
+            streamer=streamer,
+            max_context=256,
+            max_new_tokens=100,
+        )
+    assert torch.equal(found, expected)
+    assert "".join(streamer) == tokenizer.decode(expected[0, given["input_ids"].shape[1] :])
+    assert len(list(NotesFile(tmp_path / "notes.jsonl"))) == 1
+    assert torch.equal(generate(model, given["input_ids"], max_new_tokens=100), expected)  # the checkpoint's tokenizer
+    with pytest.raises(ValueError, match="a streamer is for a single row, and there are 3"):
+        generate(model, **inputs(tokenizer, PROBLEMS), tokenizer=tokenizer, streamer=streamer, max_new_tokens=3)
+    with pytest.raises(TypeError, match="tokenizer='tiny-hcot' is no tokenizer"):
+        PrunedGeneration("tiny-hcot")
