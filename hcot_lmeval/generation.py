@@ -4,7 +4,7 @@
     ids = model.generate(**inputs, custom_generate=pruned, max_new_tokens=32768, do_sample=True)
 
 What transformers has prepared by then (lengths, sampling, end tokens, padding) is followed. What the engine cannot do,
-or would do otherwise, is an error that names it: nothing is passed over. transformers hands neither its streamer nor its
+or would do otherwise, is an error that names it: nothing is passed over. transformers hands neither streamer nor
 tokenizer to a method of others, so `PrunedGeneration` takes them. `generate` is all of it in one call, and what a
 checkpoint with ``custom_generate/`` runs (see `hcot_lmeval.push`):
 
