@@ -29,6 +29,7 @@ class Part(NamedTuple):
 PARTS = {
     "eval": Part("hcot_lmeval.plugin", "evaluate: lm_eval --model hcot"),
     "chat": Part("hcot_lmeval.chat", "talk to a model, and watch its thoughts fold as they return"),
+    "watch": Part("hcot_lmeval.watch", "follow a run that is going on"),
     "compare": Part("hcot_lmeval.report.cli", "with and without pruning: run a grid, make the tables"),
     "view": Part("hcot_lmeval.report.viewer.cli", "see what was thought and what was thrown away"),
     "diagnose": Part("hcot_lmeval.diagnosis.cli", "why a checkpoint loops, breaks the notation or never ends"),

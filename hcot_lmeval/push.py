@@ -48,8 +48,8 @@ ids = model.generate(
 ```
 
 {{policy}} Lengths, sampling, end tokens, `streamer=` and `stop_strings=` are those of `generate`; `max_context`,
-`policy` and the other options are the engine's; `note_taker=` records what was thrown away. The sequences hold every generated
-token; with `return_dict_in_generate=True`, `completions` has what was left of each row, and what it cost.
+`policy` and the other options are the engine's; `note_taker=` records what was thrown away. The sequences hold every
+generated token; with `return_dict_in_generate=True`, `completions` has what was left of each row, and what it cost.
 `lm_eval --model hcot --model_args pretrained={{name}}` evaluates it.
 """
 CARD = """---

@@ -109,18 +109,20 @@ class JsonLines:
         self._file.close()
 
 
-def scan(path: str | os.PathLike[str], *, damaged: bool = False) -> Iterator[tuple[int, Record]]:
+def scan(path: str | os.PathLike[str], *, damaged: bool = False, start: int = 0) -> Iterator[tuple[int, Record]]:
     """Yields the place and the content of every line, a header included, but not of a torn last one.
 
     Args:
         path: the file.
         damaged: pass over other lines that are no JSON objects, too.
+        start: place of the first line.
 
     Raises:
         StoreError: a line in the midst of the file is no JSON object.
     """
-    place, fault = 0, 0
+    place, fault = start, 0
     with Path(path).open("rb") as file:
+        file.seek(start)
         for number, line in enumerate(file, start=1):
             if fault and not damaged:
                 raise StoreError(f"{path}:{fault} is no record; mend or remove the line")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 
 from hcot_lmeval.report.viewer.cli import main
-from hcot_lmeval.report.viewer.reading import replay
+from hcot_lmeval.report.viewer.page import write_page
+from hcot_lmeval.report.viewer.reading import find_sources, note_traces, replay
+from hcot_lmeval.report.viewer.serve import serve
 from hcot_lmeval.report.viewer.tree import live_curve
+from hcot_lmeval.report.viewer.verdicts import Verdicts
 from hcot_lmeval.trace import LiveContext
 from tests.reference import CLOSE, MARKERS, OPEN, SPLIT
 from tests.result_files import build_run
@@ -358,3 +362,38 @@ def test_a_thousand_traces_are_listed_searched_and_walked(show, tmp_path):
     page.locator("#item999").click()
     assert shown(page, 999)
     assert "#trace=999" in page.url
+
+
+def test_a_served_page_offers_new_traces_and_keeps_the_one_on_the_screen(browser, tmp_path):
+    traces = [([9, *nested_ids(seed, 40)], 1) for seed in range(5)]
+    write_notes(tmp_path / "b.jsonl", traces[:3])
+    ready, running = threading.Event(), []
+
+    def told(server: Any) -> None:
+        running.append(server)
+        ready.set()
+
+    def write(path: Path, state: str) -> None:
+        sources = find_sources([tmp_path])
+        found = [trace for source in sources for trace in note_traces(source)]
+        write_page(path, found, sources, Verdicts(), "served", state=state)
+
+    threading.Thread(target=serve, args=([tmp_path], write, 0, told), daemon=True).start()
+    assert ready.wait(20)
+    page = browser.new_page()
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(f"http://127.0.0.1:{running[0].server_port}/")
+    page.wait_for_selector("html[data-shown]")
+    page.locator("#item2").click()
+    assert shown(page, 2) and page.locator("#more").is_hidden()
+    write_notes(tmp_path / "a.jsonl", traces[3:])  # of the same run, and comes before the other file
+    page.locator("#more").wait_for(state="visible")
+    assert page.locator("#more").inner_text() == "More traces"
+    page.locator("#more").click()
+    until(page, lambda: page.locator("#count").inner_text() == "5 traces")
+    assert shown(page, 4) and page.locator("#more").is_hidden()
+    running[0].shutdown()
+    until(page, lambda: page.locator("#more").inner_text() == "The server has stopped")
+    page.close()
+    assert troubles == []

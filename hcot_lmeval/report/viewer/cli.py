@@ -5,6 +5,7 @@
     hcot view NOTES NOTES2 --out page.html               two runs side by side
     hcot view traces.jsonl --text-column response        texts of any model
     hcot view NOTES --terminal --doc 7                   no browser
+    hcot view NOTES --serve                              a run that is going on, at http://127.0.0.1:8123/
 
 The page is one file that opens from disk and needs no network.
 """
@@ -33,6 +34,7 @@ from hcot_lmeval.report.viewer.reading import (
     plain_traces,
     tokenizer_cut,
 )
+from hcot_lmeval.report.viewer.serve import serve
 from hcot_lmeval.report.viewer.terminal import Style, plural, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
 from hcot_lmeval.store import check_folder
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def view(args: argparse.Namespace) -> None:
-    """Writes the page, or prints the traces."""
+    """Writes the page, prints the traces, or serves the page."""
+    if args.serve is not None:
+        return _serve(args)
     if not args.terminal:
         check_folder(args.out.parent, f"--out {args.out}", "name another file")
         if any(args.out.absolute().is_relative_to(place.absolute()) and args.out.exists() for place in args.notes):
@@ -81,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--doc", action="append", help="only traces of this problem (again for more)")
     parse.add_argument("--limit", type=_positive, help="only the first N traces of each run")
     parse.add_argument("--tokenizer", metavar="NAME", help="count real tokens in plain traces")
+    parse.add_argument(
+        "--serve", type=int, nargs="?", const=8123, metavar="PORT",
+        help="serve the page to this machine, and make it anew when the files grow (%(const)s)",
+    )  # fmt: skip
     plain = parse.add_argument_group("plain traces (JSONL with a column of text)")
     plain.add_argument("--text-column", help="column of the text (the first of the usual ones that a row has)")
     plain.add_argument("--prompt-column", help="column of the problem")
@@ -142,9 +150,28 @@ def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts
     verdicts.check_used()
 
 
+def _serve(args: argparse.Namespace) -> None:
+    if args.terminal:
+        raise ViewerError("--serve and --terminal are two ways to show the traces; leave out one")
+    if missing := [place for place in args.notes if not place.exists()]:
+        raise ViewerError(f"{missing[0]} does not exist; give a file or folder of notes (model argument notes=DIR)")
+
+    def write(path: Path, state: str) -> None:
+        sources = find_sources(args.notes)
+        cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
+        traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
+        write_page(path, traces, sources, _verdicts(args, sources), _title(args, sources), state=state)
+
+    serve([*args.notes, *args.samples], write, args.serve)
+
+
+def _title(args: argparse.Namespace, sources: Sequence[Source]) -> str:
+    return args.title or " · ".join(source.name for source in sources)
+
+
 def _write(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts, sources: Sequence[Source]) -> None:
     start = time.perf_counter()
-    title = args.title or " · ".join(source.name for source in sources)
+    title = _title(args, sources)
     count = write_page(args.out, traces, sources, verdicts, title, progress=sys.stderr.isatty())
     size, seconds = args.out.stat().st_size, time.perf_counter() - start
     print(f"{args.out}: {plural(count, 'trace')}, {size / 1e6:.1f} MB, {seconds:.1f} s")

@@ -5,7 +5,8 @@ Model output is untrusted. What keeps it inert, each enough by itself:
 * texts, formulas and structure are compressed and in base64, an alphabet without markup; the list's rows are JSON in
   ASCII whose ``<``, ``>`` and ``&`` are escaped;
 * the page's script makes text nodes of texts and elements of names on a fixed list, never markup of strings;
-* a content security policy allows one script and one style, by their hashes, and no request of any kind.
+* a content security policy allows one script and one style, by their hashes, and no request of any kind; a page that
+  is served may ask its own server.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from hcot_lmeval.trace import Malformed
 
 SCRIPTS = ("core.js", "data.js", "rows.js", "draw.js", "curve.js", "pane.js", "list.js", "app.js")
 """Joined in this order into the one script."""
+SERVED = (*SCRIPTS, "follow.js")
+"""Of a page that `hcot_lmeval.report.viewer.serve` hands out."""
 
 
 def write_page(
@@ -41,8 +44,18 @@ def write_page(
     verdicts: Verdicts,
     title: str,
     progress: bool = False,
+    state: str | None = None,
 ) -> int:
     """Writes the page and returns the number of its traces. An old page stays until the new one is whole.
+
+    Args:
+        path: of the page.
+        traces: to show.
+        sources: that they are of.
+        verdicts: on them.
+        title: of the page.
+        progress: show a bar.
+        state: of the files, for a page that is served and asks its server for more; it may send requests there.
 
     Raises:
         ViewerError: there are no traces, or the notes of one were changed.
@@ -65,7 +78,7 @@ def write_page(
         blobs.seek(0)
         described = [{"name": source.name, "facts": source.facts, "notes": source.is_notes} for source in sources]
         faults = {kind.value: kind.meaning for kind in Malformed}
-        index = {"title": title, "sources": described, "rows": rows, "faults": faults}
+        index = {"title": title, "sources": described, "rows": rows, "faults": faults, "state": state}
         with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(_parts(index, (line.rstrip("\n") for line in blobs)))
     return len(rows)
@@ -73,13 +86,14 @@ def write_page(
 
 def _parts(index: dict[str, Any], blobs: Iterable[str]) -> Iterator[str]:
     """The page in parts, to be written one after another."""
-    body = "\n".join(map(_asset, SCRIPTS))
+    served = index["state"] is not None
+    body = "\n".join(map(_asset, SERVED if served else SCRIPTS))
     script, style = f'(() => {{\n"use strict";\n{body}\n}})();\n', _asset("style.css")
     text = json.dumps(index, separators=(",", ":"))  # what follows lets it stand in a script element
     parts = {
         "title": html.escape(index["title"]),
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'",
+        "base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if served else ""),
         "style": style,
         "script": script,
         "index": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
