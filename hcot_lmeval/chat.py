@@ -7,6 +7,7 @@ what was thrown away last. Earlier turns are in the prompt as the chat template 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from hcot_lmeval.assets import BUNDLED
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
 from hcot_lmeval.errors import run_command
 from hcot_lmeval.notes import NoteTaker
@@ -29,6 +31,8 @@ HELP = """\
 /new                          forget the conversation
 /quit                         leave (Ctrl-D does it, too; Ctrl-C ends a reply)"""
 GREETING = "Talk to {name} (policy {policy}, window {window}). /help lists the commands."
+PACE = 30
+"""Tokens a second of bundled models, which write a reply faster than eyes can follow."""
 ROWS = 12
 """Lines of the live context that are shown: the last ones."""
 
@@ -87,11 +91,24 @@ class Chat:
         console: where they are shown.
         max_gen_toks: generated tokens of a reply, pruned ones included.
         temperature: of the sampling; 0 takes the most likely token.
+        pace: most tokens a second, for eyes that want to follow; 0: as fast as it goes.
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     def __init__(
-        self, engine: Engine, console: Console, *, max_gen_toks: int = 32768, temperature: float = 0.0
+        self,
+        engine: Engine,
+        console: Console,
+        *,
+        max_gen_toks: int = 32768,
+        temperature: float = 0.0,
+        pace: float = 0.0,
     ) -> None:
+        if not 0 <= pace < float("inf"):
+            raise ValueError(f"pace={pace} is not allowed; give tokens a second, or 0 for as fast as it goes")
+        self.pace = pace
         self.engine, self.console = engine, console
         self.tokenizer = engine.tokenizer
         self.max_gen_toks, self.temperature = max_gen_toks, temperature
@@ -170,12 +187,15 @@ class Chat:
         request = self._request(text)
         screen = Screen(self.engine, request.prompt_ids)
         done: Completion | None = None
+        began = time.monotonic()
         with Live(screen, console=self.console, refresh_per_second=12, transient=True) as live:
 
             def show(request: Request, sample: int, token: int, step: Step, ids: Sequence[int]) -> None:
                 screen.push(token, step, ids)
                 if step.is_prune:
                     live.refresh()
+                if self.pace:
+                    time.sleep(max(0.0, began + screen.generated / self.pace - time.monotonic()))
 
             try:
                 [done] = self.engine.stream([request], self.notes, on_token=show)
@@ -212,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     add("--window", type=int, metavar="N", help="most live tokens (what the model allows)")
     add("--max-gen-toks", type=int, metavar="N", default=32768, help="tokens of a reply, pruned ones too (%(default)s)")
     add("--temperature", type=float, metavar="X", default=0.0, help="of the sampling (%(default)s: none)")
+    add("--pace", type=float, metavar="N", help=f"most tokens a second ({PACE} for bundled models, else no limit: 0)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--dtype", default="auto", help="of the weights (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
@@ -241,7 +262,8 @@ def run(args: argparse.Namespace) -> None:
         any_policy=True,
         max_slots=1,
     )
-    chat = Chat(engine, console, max_gen_toks=args.max_gen_toks, temperature=args.temperature)
+    pace = args.pace if args.pace is not None else PACE if args.model in BUNDLED else 0
+    chat = Chat(engine, console, max_gen_toks=args.max_gen_toks, temperature=args.temperature, pace=pace)
     policy, window = chat.engine.policy.value, chat.engine.limits.context
     console.print(GREETING.format(name=args.model, policy=policy, window=window), highlight=False)
     if args.model == "tiny-hcot":

@@ -131,8 +131,17 @@ def test_a_message_that_is_no_text_ends_no_conversation(loaded):
         (["tiny-hcott"], "did you mean tiny-hcot?"),
         (["tiny-hcot", "--dtype", "bf16"], "dtype='bf16' is not one of auto"),
         (["tiny-hcot", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
+        (["tiny-hcot", "--pace", "-1"], "pace=-1.0 is not allowed; give tokens a second"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(capsys, line, told):
     assert main(line) == 1
     assert f"error: {told}" in capsys.readouterr().err.replace("'tiny-hcott' is neither bundled nor a directory; ", "")
+
+
+def test_a_pace_slows_a_reply_and_changes_no_token(loaded, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("hcot_lmeval.chat.time.sleep", slept.append)
+    _, fast = talk(loaded, PROBLEM)
+    _, slow = talk(loaded, PROBLEM, pace=0.01)
+    assert fast == slow and len(slept) == 57 and slept[-1] > 5000
