@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from hcot_lmeval.errors import Allowed, check_values, one_of, whole_number
 from hcot_lmeval.grammar import Cursor, Grammar, State
 
 GRAMMAR = "grammar"
@@ -69,14 +70,7 @@ class ControlOptions:
     loop_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.constraints not in (None, GRAMMAR):
-            raise ValueError(f"constraints={self.constraints!r} is unknown; it is {GRAMMAR!r}, or left out for none")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} is not allowed; give a number from {least} up, or leave it out")
-        if self.closing_tokens is None:
-            raise ValueError("closing_tokens=None is not allowed; give a number from 0 up")
+        check_values(self, CONTROLS)
 
     def check_room(self, context: int | None) -> None:
         """Raises `ValueError` if an answer is to be kept more room than a context has (None: not known)."""
@@ -89,7 +83,7 @@ class ControlOptions:
     @property
     def controls(self) -> dict[str, Any]:
         """The options in force by name; nothing if the model writes as it likes."""
-        found = {name: getattr(self, name) for name in ("constraints", *_LEAST)}
+        found = {name: getattr(self, name) for name in CONTROLS}
         if self.force_answer is None:
             del found["closing_tokens"]
         return {name: value for name, value in found.items() if value is not None}
@@ -105,15 +99,14 @@ class ControlOptions:
         return not self.controls.keys() <= {"loop_tokens"}
 
 
-_LEAST = {
-    "max_depth": 1,
-    "max_block_tokens": 1,
-    "max_solution_tokens": 1,
-    "force_answer": 1,
-    "closing_tokens": 0,
-    "loop_tokens": 1,
+_OPTIONAL = whole_number(1, optional=True)
+CONTROLS: dict[str, Allowed] = {
+    "constraints": one_of(GRAMMAR, None),
+    **dict.fromkeys(("max_depth", "max_block_tokens", "max_solution_tokens", "force_answer"), _OPTIONAL),
+    "closing_tokens": whole_number(0),
+    "loop_tokens": _OPTIONAL,
 }
-"""Numbers among the options, and the smallest that is allowed."""
+"""The options, and what is allowed of each."""
 
 
 class Directive(NamedTuple):

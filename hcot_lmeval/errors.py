@@ -9,12 +9,14 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
+import difflib
 import linecache
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 VARIABLE = "HCOT_LMEVAL_TRACEBACK"
 COMMANDS = frozenset({"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "hcot eval"})
@@ -23,6 +25,38 @@ PACKAGE = Path(__file__).resolve().parent
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+Allowed = tuple[Callable[[Any], bool], str]
+"""Whether a value is allowed, and in words what is."""
+
+
+def check_values(record: object, allowed: Mapping[str, Allowed]) -> None:
+    """Raises `ValueError` for the first of these attributes of `record` whose value is not allowed."""
+    for name, (fits, words) in allowed.items():
+        value = getattr(record, name)
+        if not fits(value):
+            raise ValueError(f"{name}={value!r} is not allowed; {words}")
+
+
+def one_of(*names: str | None) -> Allowed:
+    """Allows these names; None stands for leaving the value out."""
+    listed = ", ".join(name for name in names if name is not None)
+    return lambda value: value in names, f"choose one of {listed}" + (", or leave it out" if None in names else "")
+
+
+def whole_number(least: int, *, optional: bool = False) -> Allowed:
+    """Allows whole numbers from `least` up, and None if it is `optional`."""
+    words = f"give a whole number from {least} up" + (", or leave it out" if optional else "")
+    return lambda value: (optional and value is None) or (type(value) is int and value >= least), words
+
+
+FLAG: Allowed = (lambda value: isinstance(value, bool), "give true or false")
+
+
+def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Returns ``; did you mean ...?`` with that of the known names which is nearest; nothing if none is near."""
+    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def run_command(action: Callable[[], int | None], *, extra: str = "") -> int:

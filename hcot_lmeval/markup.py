@@ -20,7 +20,6 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -92,9 +91,7 @@ def get_markup(name: str | Markup) -> Markup:
     if isinstance(name, Markup):
         return name
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"markup={name!r} is unknown; choose one of {', '.join(PRESETS)}.{hint}")
+        raise ValueError(f"markup={name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

@@ -5,7 +5,6 @@ What a kind of settings holds is a `Section` (`report.grid.GridConfig`, for exam
 
 from __future__ import annotations
 
-import difflib
 import types
 from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.markup import PRESETS, get_markup
 
 
@@ -133,9 +133,8 @@ def _describe(kind: type[Section], fault: Any) -> str:
 def unknown(place: str, known: Iterable[str]) -> str:
     """Says that the last name of a dotted `place` is none of those that are known, and which one may be meant."""
     known = list(known)
-    near = difflib.get_close_matches(place.rpartition(".")[2], known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{place} is unknown; {hint}Known here: {', '.join(known)}"
+    near = did_you_mean(place.rpartition(".")[2], known)
+    return f"{place} is unknown{near or '.'} Known here: {', '.join(known)}"
 
 
 def _section_at(kind: type[Section], place: Sequence[Any]) -> type[Section]:

@@ -9,13 +9,13 @@ This module imports the standard library alone; a tokenizer is whatever has the 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.markup import MarkerIds, Markup, get_markup, resolve_markers
 
 Pair = tuple[str, str]
@@ -311,8 +311,7 @@ def _may_occur(tokenizer: Any, text: str) -> bool:
 
 def _near(tokenizer: Any, text: str) -> str:
     words = {token.content for token in tokenizer.added_tokens_decoder.values()} | {end for _, end in PAIRS}
-    near = difflib.get_close_matches(text, sorted(words), n=1, cutoff=0.7)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return did_you_mean(text, words, cutoff=0.7)
 
 
 def _special_pieces(tokenizer: Any, pair: Pair, special: frozenset[int]) -> frozenset[int]:

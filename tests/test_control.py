@@ -397,12 +397,12 @@ def test_a_forced_answer_keeps_the_cap_of_solutions() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"constraints": "regex"}, "constraints='regex' is unknown; it is 'grammar'"),
-        ({"max_depth": 0}, "max_depth=0 is not allowed; give a number from 1 up"),
+        ({"constraints": "regex"}, "constraints='regex' is not allowed; choose one of grammar"),
+        ({"max_depth": 0}, "max_depth=0 is not allowed; give a whole number from 1 up"),
         ({"max_block_tokens": -5}, "max_block_tokens=-5"),
         ({"max_solution_tokens": 2.5}, "max_solution_tokens=2.5"),
         ({"force_answer": True}, "force_answer=True"),
-        ({"closing_tokens": -1}, "closing_tokens=-1 is not allowed; give a number from 0 up"),
+        ({"closing_tokens": -1}, "closing_tokens=-1 is not allowed; give a whole number from 0 up"),
         ({"closing_tokens": None}, "closing_tokens=None"),
         ({"loop_tokens": "many"}, "loop_tokens='many'"),
     ],

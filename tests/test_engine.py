@@ -194,6 +194,16 @@ def test_streams_of_one_engine_do_not_meet(model):
     assert [found[str(n)] for n in range(4)] == [{tokens} for tokens in expected]
 
 
+@pytest.mark.parametrize(("listener", "loop"), [("on_token", "host"), ("on_logits", "host"), ("on_token", "device")])
+def test_a_call_from_within_a_step_is_refused_and_harms_nobody(model, listener, loop):
+    engine, request = make(model, loop=loop), Request("r", PROMPT, SamplingParams(max_gen_toks=6))
+    expected = engine.generate([request])[0].token_ids
+    for inner in (engine, make(model)):
+        with pytest.raises(RuntimeError, match="is called from within one of its own steps"):
+            list(engine.stream([request], **{listener: lambda *_, inner=inner: inner.generate([request])}))
+        assert engine.generate([request])[0].token_ids == inner.generate([request])[0].token_ids == expected
+
+
 def test_the_models_own_attention_is_back_between_results(model):
     before = model.config._attn_implementation
     for _ in make(model).stream([Request(str(n), PROMPT, SamplingParams(max_gen_toks=n + 1)) for n in range(3)]):
@@ -261,18 +271,30 @@ def test_the_pool_is_as_large_as_planned(model):
         ({"polcy": "off"}, "unknown engine option polcy; known are .*policy, markup"),
         ({"pruning": "off"}, "is policy here"),
         ({"policy": "prune"}, "choose one of off, recompute, evict"),
-        ({"markup": "hcott"}, "Did you mean 'hcot'"),
+        ({"markup": "hcott"}, "choose one of hcot"),
         ({"slots": 0}, "slots=0"),
         ({"slots": "many"}, "slots='many'"),
         ({"max_context": 0}, "max_context=0"),
         ({"max_context": 64.5}, "max_context=64.5"),
         ({"max_context": "64"}, "max_context='64'"),
         ({"slots": True}, "slots=True"),
-        ({"loop": "gpu"}, "loop='gpu' is unknown; choose one of auto, host, device"),
+        ({"loop": "gpu"}, "loop='gpu' is not allowed; choose one of auto, host, device"),
         ({"reforward": "twice"}, "reforward='twice'"),
         ({"run_ahead": 0}, "run_ahead=0"),
         ({"attention": "fast"}, "attention='fast'"),
         ({"prompt_acts": "no"}, "prompt_acts='no'"),
+        ({"think": "ab"}, "think='ab' is not allowed; give the two strings around the thinking"),
+        ({"think": ("a",)}, r"think=\('a',\)"),
+        ({"think": ("a", 1)}, r"think=\('a', 1\)"),
+        ({"think": ("", "b")}, r"think=\('', 'b'\)"),
+        ({"think_ids": (1,)}, r"think_ids=\(1,\)"),
+        ({"eos_ids": 1}, "eos_ids=1 is not allowed; give a list of token ids"),
+        ({"eos_ids": "ab"}, "eos_ids='ab'"),
+        ({"eos_ids": [True]}, r"eos_ids=\[True\]"),
+        ({"eos_ids": [-1]}, r"eos_ids=\[-1\]"),
+        ({"markers": 3}, "markers=3"),
+        ({"markup": 5}, "markup=5"),
+        ({"max_slots": None}, "max_slots=None"),
         ({"markup": "pencil"}, r"lacks the pencil markers \[CALL\], \[SEP\]"),
     ],
 )

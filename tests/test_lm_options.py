@@ -62,10 +62,13 @@ class TestModelArguments:
         [
             ({"pruning": "on"}, "pruning='on' is not one of off, recompute, evict"),
             ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
-            ({"markup": "hcott"}, "Did you mean 'hcot'"),
-            ({"attention": "fast"}, "attention='fast' is unknown; choose one of auto, flash-attn, flash, triton"),
-            ({"weights": "int8"}, "weights='int8' is unknown; choose one of auto, plain, packed"),
-            ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is unknown; choose one of auto, bfloat16, float16, float8_e4m3fn"),
+            ({"markup": "hcott"}, "choose one of hcot"),
+            ({"attention": "fast"}, "attention='fast' is not allowed; choose one of auto, flash-attn, flash, triton"),
+            ({"weights": "int8"}, "weights='int8' is not allowed; choose one of auto, plain, packed"),
+            (
+                {"kv_dtype": "fp8"},
+                "kv_dtype='fp8' is not allowed; choose one of auto, bfloat16, float16, float8_e4m3fn",
+            ),
             ({"max_context": -4.0}, "max_context=-4 is too small: it has to be 1 or more"),  # as lm-eval reads -4
             ({"max_context": "4k"}, "max_context='4k' is not an integer"),
             ({"max_gen_toks": True}, "max_gen_toks=True is not an integer"),
@@ -83,7 +86,7 @@ class TestModelArguments:
 
     @pytest.mark.parametrize(("name", "flag"), [("slots", "--batch_size"), ("max_slots", "--max_batch_size")])
     def test_options_of_the_engine_are_named_as_lm_eval_has_them(self, name, flag):
-        assert f"{name!r} is unknown. Here that is {flag}. Allowed" in str(unknown_argument(name, ["notes"]))
+        assert f"{name!r} is unknown; here that is {flag}. Allowed" in str(unknown_argument(name, ["notes"]))
 
     @pytest.mark.parametrize(
         ("name", "near"), [("prunning", "pruning"), ("max_ctx", None), ("max_contxt", "max_context"), ("dtyp", "dtype")]
@@ -92,7 +95,7 @@ class TestModelArguments:
         for pretrained in (checkpoint, tiny_model("qwen2"), "no/such-checkpoint"):
             with pytest.raises(ValueError, match=f"'{name}' is unknown") as error:
                 HcotLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), **{name: 1})
-            assert near is None or f"Did you mean '{near}'?" in str(error.value)
+            assert near is None or f"did you mean {near}?" in str(error.value)
             assert "pruning" in str(error.value)  # the list of ours
 
     def test_every_documented_argument_of_hf_is_known(self):

@@ -217,7 +217,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tokens": {"add": False}, "tokenizer": "{folder}/lora/adapter"},
         "markers go up to id 322 .* has rows for 320 tokens alone",
     ),
-    "an unknown template": ({"tokens": {"chat_template": "chatlm"}}, "Did you mean 'chatml'"),
+    "an unknown template": ({"tokens": {"chat_template": "chatlm"}}, "did you mean chatml"),
     "an unfit template": ({"tokens": {"chat_template": "{folder}/unfit.jinja"}}, "no token prefix"),
     "a template that never stops": ({"tokens": {"chat_template": "llama3"}}, "never learn to stop"),
     "no such end of turn": ({"tokens": {"eos": "<|end|>"}}, r"tokens.eos='<\|end\|>' is no token"),

@@ -34,10 +34,8 @@ def test_get_markup():
     assert get_markup("pencil") is PRESETS["pencil"]
 
 
-def test_get_markup_names_the_near_miss():
-    with pytest.raises(
-        ValueError, match=r"'pencli' is unknown; choose one of hcot, pencil, memento\. Did you mean 'pencil'"
-    ):
+def test_get_markup_names_what_there_is():
+    with pytest.raises(ValueError, match="'pencli' is unknown; choose one of hcot, pencil, memento"):
         get_markup("pencli")
 
 

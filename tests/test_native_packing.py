@@ -294,5 +294,5 @@ def test_asking_for_a_copy_that_cannot_be_is_an_error():
         Decoder(tiny_model("qwen2", torch.float64), weights="packed")
     with pytest.raises(ValueError, match="compute='torch' switches them off"):
         Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], weights="packed", compute="torch")
-    with pytest.raises(ValueError, match="weights='int8' is unknown; choose one of auto, plain, packed"):
+    with pytest.raises(ValueError, match="weights='int8' is not allowed; choose one of auto, plain, packed"):
         Engine(tiny_model("qwen2"), markers=MARKERS["hcot"], weights="int8")

@@ -155,7 +155,7 @@ def test_rows_by_default(task: str) -> None:
         ("qbf", "train", {"sizes": 4}, "sizes=4: a list"),
         ("arith", "train", {"depths": [0, 1]}, r"depths=\[0, 1\]: a list of numbers within 1..8"),
         ("qbf", "train", {"size": 0}, "size=0: a positive number"),
-        ("qbf", "train", {"markup": "pencl"}, "Did you mean 'pencil'"),
+        ("qbf", "train", {"markup": "pencl"}, "choose one of hcot, pencil"),
     ],
 )
 def test_bad_options_are_errors_at_once(task: str, split: Any, options: dict[str, Any], message: str) -> None:

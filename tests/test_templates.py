@@ -227,7 +227,7 @@ def test_a_template_from_a_file(tmp_path):
     assert load_template(file) == load_template(str(file)) == "{{ 'ü' }}"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("chatlm", "Did you mean 'chatml'"), ("no/file.jinja", "nor a file")])
+@pytest.mark.parametrize(("name", "hint"), [("chatlm", "did you mean chatml"), ("no/file.jinja", "nor a file")])
 def test_an_unknown_template_names_the_known_ones(name, hint):
     with pytest.raises(ValueError, match=f"{name}.* is neither one of chatml, llama3, plain nor a file.*") as error:
         load_template(name)

@@ -97,7 +97,7 @@ def test_an_end_that_is_named_is_found_and_has_its_own_beginning(tokens, end, be
     ("end", "message"),
     [
         ("<|im_start|>final<|message|>", "neither in the vocabulary"),  # one of two tokens
-        ("</thnk>", r"'</thnk>' is neither in the vocabulary nor .*\(did you mean </think>"),
+        ("</thnk>", r"'</thnk>' is neither in the vocabulary nor .*; did you mean </think>"),
         ("</seed:think>", "neither in the vocabulary"),  # of a model that has tokens of its own
         ("<|channel|>final<|message|>", "neither in the vocabulary"),
         ("", "neither in the vocabulary"),

@@ -5,10 +5,11 @@ They are small models of nested arithmetic, trained by this package's own script
 
 from __future__ import annotations
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from hcot_lmeval.errors import did_you_mean
 
 BUNDLED = ("tiny-hcot", "tiny-evict", "tiny-flat")
 """Trained for policy recompute, for policy evict, and on the same steps without blocks."""
@@ -32,10 +33,15 @@ def resolve(name: Any) -> Any:
     return str(folder)
 
 
-def near_name(name: str) -> str | None:
-    """Returns the bundled checkpoint that a name is nearly that of, if nothing else can be meant.
+def check_name(name: Any, told: str = "") -> None:
+    """Raises `FileNotFoundError` for a name that is nearly that of a bundled checkpoint, if nothing else can be meant.
 
     Checkpoints of the hub belong to somebody, so their ids have a slash; the few that have none are old and well known.
+
+    Args:
+        name: as a user gave it.
+        told: what stands before it in the message.
     """
-    near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.8)
-    return near[0] if near and name not in BUNDLED and not Path(name).exists() else None
+    known = not isinstance(name, str) or name in BUNDLED or Path(name).exists()
+    if not known and (near := did_you_mean(name, BUNDLED, cutoff=0.8)):
+        raise FileNotFoundError(f"{told}{name!r} is neither bundled nor a directory{near}")

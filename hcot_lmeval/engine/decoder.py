@@ -43,6 +43,8 @@ CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float8_e4m3fn
 
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _NEW_LOCK = threading.Lock()
+_STEPPED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The models that step now."""
 
 
 def _lock_of(model: Any) -> threading.RLock:
@@ -131,7 +133,7 @@ class Decoder:
 
         Only one thread at a time gets in, also among several engines of the same model.
         """
-        with self._lock, _as_it_was(self.model):
+        with self._alone(), _as_it_was(self.model):
             self.model.set_attn_implementation(implementation)
             if self.model.training:
                 self.model.eval()
@@ -146,9 +148,32 @@ class Decoder:
                 for layer in layers:
                     del vars(layer)[RUNNING]
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for other threads; a call from within a step would take the model away from it.
+
+        Raises:
+            RuntimeError: it is such a call.
+        """
+        with self._lock:
+            self._check_idle()
+            _STEPPED.add(self.model)
+            try:
+                yield
+            finally:
+                _STEPPED.discard(self.model)
+
+    def _check_idle(self) -> None:
+        if self.model in _STEPPED:
+            raise RuntimeError(
+                f"{self.name} is called from within one of its own steps (on_token or on_logits); generate when the "
+                "outer call has ended, or with another copy of the model"
+            )
+
     def refresh(self) -> None:
         """Has to be called before a run: since the last, weights may have changed, or adapters come around layers."""
         with self._lock:
+            self._check_idle()
             if self.model.dtype != self._dtype:
                 self._prepare()
                 self._check()

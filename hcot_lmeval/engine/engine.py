@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.ablation import Ablation
-from hcot_lmeval.assets import near_name, resolve
+from hcot_lmeval.assets import check_name, resolve
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
@@ -132,8 +132,7 @@ class Engine:
             OSError: there is no such checkpoint.
             ValueError: the dtype is unknown, or a revision is asked of a directory.
         """
-        if (near := near_name(name)) is not None:
-            raise FileNotFoundError(f"{name!r} is neither bundled nor a directory; did you mean {near}?")
+        check_name(name)
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not one of auto, float32, float16, bfloat16, float64")
         place = resolve(name)

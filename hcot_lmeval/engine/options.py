@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.engine.slots import KV_DTYPES
+from hcot_lmeval.errors import FLAG, Allowed, check_values, one_of, whole_number
 from hcot_lmeval.markup import MarkerIds, Markup
 from hcot_lmeval.trace import Policy
 
@@ -23,17 +25,19 @@ ATTENTION = (AUTO, "flash-attn", "flash", "triton", "sdpa")
 """Who may attend in the device's loop; see `hcot_lmeval.engine.device.choice`."""
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "compute": (AUTO, "native", "torch"),
-    "kv_dtype": (AUTO, *KV_DTYPES),
-    "weights": (AUTO, "plain", "packed"),
-    "loop": (AUTO, "host", "device"),
-    "attention": ATTENTION,
-    "reforward": (AUTO, "chunk", "replay"),
+COMPUTING: dict[str, Allowed] = {
+    "compute": one_of(AUTO, "native", "torch"),
+    "kv_dtype": one_of(AUTO, *KV_DTYPES),
+    "weights": one_of(AUTO, "plain", "packed"),
+    "huge_pages": FLAG,
+    "loop": one_of(AUTO, "host", "device"),
+    "attention": one_of(*ATTENTION),
+    "reforward": one_of(AUTO, "chunk", "replay"),
+    "graphs": FLAG,
+    "compiled": FLAG,
+    "run_ahead": whole_number(1, optional=True),
 }
-"""Options that have names, and the names."""
-FLAGS = ("huge_pages", "graphs", "compiled", "any_policy", "prompt_acts", "self_check", "poison")
-COUNTS = ("run_ahead", "max_context", "max_position", "max_slots", "step_tokens")
+"""Fields of `ComputeOptions`, and what is allowed of each."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,7 @@ class ComputeOptions:
     run_ahead: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in FLAGS:
-            if not isinstance(value := getattr(self, name, False), bool):
-                raise ValueError(f"{name}={value!r} is neither true nor false; give one of them")
-        for name in COUNTS:
-            value = getattr(self, name, None)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} is not allowed; give a whole number from 1 up, or leave it out")
+        check_values(self, COMPUTING)
         if self.weights == "packed" and self.compute == "torch":
             raise ValueError(
                 "weights='packed' is for compiled steps, and compute='torch' switches them off; leave out one"
@@ -131,7 +126,7 @@ class EngineOptions(ControlOptions, ComputeOptions):
     max_position: int | None = None
     slots: int | Literal["auto"] = "auto"
     max_slots: int = 64
-    eos_ids: Sequence[int] | None = None
+    eos_ids: Collection[int] | None = None
     think: tuple[str, str] | Literal["markup"] | None = "markup"
     think_ids: tuple[int | None, int | None] | None = None
     prompt_acts: bool = False
@@ -142,10 +137,47 @@ class EngineOptions(ControlOptions, ComputeOptions):
     def __post_init__(self) -> None:
         ControlOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)
-        if self.policy is not None and self.policy not in list(Policy):
-            raise ValueError(f"policy={self.policy!r} is unknown; choose one of {', '.join(Policy)}")
-        if self.slots != "auto" and (type(self.slots) is not int or self.slots < 1):
-            raise ValueError(f"slots={self.slots!r} is not allowed; give a number of rows from 1 up, or 'auto'")
+        check_values(self, RUNNING)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Integral) and int(value) >= 0
+
+
+def _is_think(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or value == "markup" or (pair and all(isinstance(text, str) and text for text in value))
+
+
+def _are_think_ids(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(i is None or _is_id(i) for i in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes)) and all(map(_is_id, value))
+
+
+def _optional(fits: Callable[[Any], bool], words: str) -> Allowed:
+    return lambda value: value is None or fits(value), f"{words}, or leave it out"
+
+
+RUNNING: dict[str, Allowed] = {
+    "policy": one_of(*Policy, None),
+    "markup": _optional(lambda value: isinstance(value, (str, Markup)), "give the name of a notation"),
+    "markers": _optional(lambda value: isinstance(value, MarkerIds), "give a MarkerIds"),
+    "ablation": _optional(lambda value: isinstance(value, (str, Ablation)), "give the name of an ablation"),
+    **dict.fromkeys(("any_policy", "prompt_acts", "self_check", "poison"), FLAG),
+    **dict.fromkeys(("max_context", "max_position", "step_tokens"), whole_number(1, optional=True)),
+    "max_slots": whole_number(1),
+    "slots": (
+        lambda value: value == "auto" or (type(value) is int and value >= 1),
+        "give a number of rows from 1 up, or 'auto'",
+    ),
+    "eos_ids": _optional(_are_ids, "give a list of token ids, such as [2]"),
+    "think": (_is_think, "give the two strings around the thinking, such as ('<think>', '</think>'), 'markup' or None"),
+    "think_ids": _optional(_are_think_ids, "give two token ids, None for a string that is not one token"),
+}
+"""Fields of `EngineOptions`, and what is allowed of each."""
 
 
 def read_options(options: dict[str, Any]) -> EngineOptions:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from hcot_lmeval.errors import Allowed, check_values
 
 GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
@@ -62,37 +64,43 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        for name, (kind, least, most, words) in _NUMBERS.items():
-            value = getattr(self, name)
-            number = isinstance(value, kind) and not isinstance(value, bool)
-            greedy = name == "temperature" and value == 0
-            if not (number and (greedy or least <= value <= most)):
-                raise ValueError(f"{name}={value!r} is not allowed; it has to be {words}")
+        check_values(self, SAMPLING)
         if self.min_gen_toks > self.max_gen_toks:
             limit = f"max_gen_toks={self.max_gen_toks}"
             raise ValueError(f"min_gen_toks={self.min_gen_toks} is not allowed; it has to be within 0..{limit}")
-        for name, (kind, words) in _LISTS.items():
-            values = getattr(self, name)
-            if isinstance(values, str) or not all(isinstance(v, kind) and v != "" for v in values):
-                raise ValueError(f"{name}={values!r} is not allowed; it has to be {words}")
 
 
-_NUMBERS: dict[str, tuple[type, float, float, str]] = {
-    "max_gen_toks": (Integral, 1, math.inf, "a whole number, at least 1"),
-    "min_gen_toks": (Integral, 0, math.inf, "a whole number, at least 0"),
-    "temperature": (Real, LEAST, 1 / LEAST, f"a number: 0 (greedy), or within [{LEAST:g}, {1 / LEAST:g}]"),
-    "top_k": (Integral, 0, 2**63 - 1, "a whole number within 0..2^63 - 1 (0 is off)"),
-    "top_p": (Real, LEAST, 1, f"a number within [{LEAST:g}, 1] (1 is off)"),
-    "min_p": (Real, 0, 1, "a number within [0, 1] (0 is off)"),
-    "repetition_penalty": (Real, 1e-6, 1e6, "a number within [1e-06, 1e+06] (1 is off)"),
-    "seed": (Integral, -math.inf, math.inf, "a whole number"),
-    "n": (Integral, 1, math.inf, "a whole number, at least 1"),
+def _number(kind: type, least: float, most: float, words: str, *, zero: bool = False) -> Allowed:
+    def fits(value: Any) -> bool:
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        return is_number and ((zero and value == 0) or least <= value <= most)
+
+    return fits, f"it has to be {words}"
+
+
+def _list(kind: type, words: str) -> Allowed:
+    def fits(value: Any) -> bool:
+        listed = isinstance(value, Collection) and not isinstance(value, str)
+        return listed and all(isinstance(v, kind) and not isinstance(v, bool) and v != "" for v in value)
+
+    return fits, f"it has to be {words}"
+
+
+_RANGE = f"[{LEAST:g}, {1 / LEAST:g}]"
+SAMPLING: dict[str, Allowed] = {
+    "max_gen_toks": _number(Integral, 1, math.inf, "a whole number, at least 1"),
+    "min_gen_toks": _number(Integral, 0, math.inf, "a whole number, at least 0"),
+    "temperature": _number(Real, LEAST, 1 / LEAST, f"a number: 0 (greedy), or within {_RANGE}", zero=True),
+    "top_k": _number(Integral, 0, 2**63 - 1, "a whole number within 0..2^63 - 1 (0 is off)"),
+    "top_p": _number(Real, LEAST, 1, f"a number within [{LEAST:g}, 1] (1 is off)"),
+    "min_p": _number(Real, 0, 1, "a number within [0, 1] (0 is off)"),
+    "repetition_penalty": _number(Real, 1e-6, 1e6, "a number within [1e-06, 1e+06] (1 is off)"),
+    "seed": _number(Integral, -math.inf, math.inf, "a whole number"),
+    "n": _number(Integral, 1, math.inf, "a whole number, at least 1"),
+    "stop_strings": _list(str, "a list of strings, none of them empty"),
+    "stop_ids": _list(Integral, "a list of token ids"),
 }
-"""Fields of `SamplingParams`: kind, the least and the most, and all that in words."""
-_LISTS: dict[str, tuple[type, str]] = {
-    "stop_strings": (str, "a list of strings, none of them empty"),
-    "stop_ids": (Integral, "a list of token ids"),
-}
+"""Fields of `SamplingParams`, and what is allowed of each."""
 
 
 class Choice(NamedTuple):

@@ -6,7 +6,6 @@ failure is no more than a warning. Both are known at the start.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.lm.requests import GenerationSettings
 from hcot_lmeval.store import check_folder
 
@@ -58,9 +58,8 @@ def _tells_of_no_missing_template(record: logging.LogRecord) -> bool:
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     for name in metadata:
-        near = difflib.get_close_matches(name, METADATA, n=1, cutoff=0.8)
-        if near and name not in METADATA:
-            raise ValueError(f"metadata: {name!r} is read by no task of ours; did you mean {near[0]!r}?")
+        if name not in METADATA and (near := did_you_mean(name, METADATA, cutoff=0.8)):
+            raise ValueError(f"metadata: {name!r} is read by no task of ours{near}")
 
 
 def _check_documents(asked: Mapping[str, Any]) -> None:
@@ -71,9 +70,8 @@ def _check_documents(asked: Mapping[str, Any]) -> None:
     samples = json.loads(samples) if isinstance(samples, str) else samples
     tasks = [task for task in asked.get("tasks") or () if isinstance(task, str)]
     for name, chosen in samples.items():
-        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.8)
-        if near and name not in tasks:
-            raise ValueError(f"samples: no task is called {name!r}; did you mean {near[0]!r}?")
+        if name not in tasks and (near := did_you_mean(name, tasks, cutoff=0.8)):
+            raise ValueError(f"samples: no task is called {name!r}{near}")
         if not chosen or not all(type(number) is int and number >= 0 for number in chosen):
             raise ValueError(f"samples: {name}={chosen!r} is no list of documents, counted from 0")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hcot_lmeval.assets import BUNDLED, near_name, resolve
-from hcot_lmeval.errors import message_for_users
+from hcot_lmeval.assets import BUNDLED, check_name, resolve
+from hcot_lmeval.errors import did_you_mean, message_for_users
 from hcot_lmeval.lm.options import Options, known_names, unknown_argument
 from hcot_lmeval.store import check_folder
 
@@ -152,8 +151,7 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     for name, place in {"pretrained": pretrained, **{name: arguments.get(name) for name in PLACES}}.items():
         if isinstance(place, str) and _is_path(place) and not Path(place).is_dir():
             raise FileNotFoundError(f"{name}={place!r} is no directory; give that of a checkpoint, or an id on a hub")
-        if isinstance(place, str) and (meant := near_name(place)):
-            raise FileNotFoundError(f"{name}={place!r} is neither bundled nor a directory; did you mean {meant}?")
+        check_name(place, f"{name}=")
     named = [place for place in (pretrained, *(arguments.get(name) for name in PLACES)) if isinstance(place, str)]
     revision = arguments.get("revision", "main")  # lm-eval's default
     if revision != "main" and all(Path(place).is_dir() for place in named):
@@ -168,10 +166,8 @@ def check_places(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     dtype = arguments.get("dtype", "auto")
     real = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if dtype not in ("auto", None) and not (isinstance(real, torch.dtype) and real.is_floating_point):
-        dtype = str(dtype)
-        close = difflib.get_close_matches(dtype.replace("bf", "bfloat").replace("fp", "float"), DTYPES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
+        near = did_you_mean(str(dtype).replace("bf", "bfloat").replace("fp", "float"), DTYPES)
+        raise ValueError(f"dtype={str(dtype)!r} is not one of {', '.join(DTYPES)}{near}")
 
 
 def _check_files(pretrained: Any, arguments: Mapping[str, Any]) -> None:

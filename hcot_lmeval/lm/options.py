@@ -6,7 +6,6 @@ the nearest known one, before any weights are downloaded.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
 from hcot_lmeval.engine.options import ComputeOptions
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -185,12 +185,11 @@ def known_names() -> frozenset[str]:
 
 def unknown_argument(name: str, known: Iterable[str]) -> ValueError:
     """Returns the error for a model argument that nobody knows, naming the nearest known one."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = did_you_mean(name, known)
     if name in ("slots", "max_slots"):
-        hint = f" Here that is --{name.replace('slots', 'batch_size')}."
+        near = f"; here that is --{name.replace('slots', 'batch_size')}."
     return ValueError(
-        f"model_args: {name!r} is unknown.{hint} Allowed are {', '.join(sorted(OPTION_NAMES))}, the arguments of "
+        f"model_args: {name!r} is unknown{near or '.'} Allowed are {', '.join(sorted(OPTION_NAMES))}, the arguments of "
         "lm-eval's hf model, those of from_pretrained, and the fields of the model's configuration."
     )
 

@@ -6,7 +6,6 @@ so it is computed once. Repeats of a sampled instance differ in their seed, repe
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from hcot_lmeval.engine import Request, SamplingParams
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.provenance import digest
 
 if TYPE_CHECKING:
@@ -135,9 +135,10 @@ def check_gen_kwargs(kwargs: Mapping[str, Any]) -> None:
     """
     for name in kwargs:
         if name not in GEN_KWARGS:
-            near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, GEN_KWARGS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"generation kwarg {name!r} is unknown.{hint} Allowed: {', '.join(sorted(GEN_KWARGS))}.")
+            near = f"; did you mean {ELSEWHERE[name]}?" if name in ELSEWHERE else did_you_mean(name, GEN_KWARGS)
+            raise ValueError(
+                f"generation kwarg {name!r} is unknown{near or '.'} Allowed: {', '.join(sorted(GEN_KWARGS))}"
+            )
     for name, value in kwargs.items():
         if name in WHOLE and not (value is None or (_is_number(value) and float(value).is_integer())):
             raise ValueError(f"generation kwarg {name}={value!r} is not a whole number")

@@ -10,7 +10,6 @@ the model opens it. Each ends a turn with one token, which has to be the one tha
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.markup import Markup, get_markup
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def load_template(name: str | Path) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    near = difflib.get_close_matches(str(name), TEMPLATES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"chat template {str(name)!r} is neither one of {', '.join(TEMPLATES)} nor a file.{hint}")
+    near = did_you_mean(name, TEMPLATES)
+    raise ValueError(f"chat template {str(name)!r} is neither one of {', '.join(TEMPLATES)} nor a file{near}")
 
 
 def with_defaults(template: str | None, arguments: Mapping[str, Any]) -> str:
