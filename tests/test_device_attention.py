@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from bench.gpu import probes
+from bench import gpu
 
 from hcot_lmeval.engine.attention import Scores
 from hcot_lmeval.engine.device import choice
@@ -83,7 +83,7 @@ TRITON_TYPES = {
 }
 
 
-@pytest.mark.parametrize("need", probes.layers(CPU).values(), ids=probes.layers(CPU))
+@pytest.mark.parametrize("need", gpu.layers(CPU).values(), ids=gpu.layers(CPU))
 def test_triton_compiles_for_gpus(need, monkeypatch):
     """For compute capability 9.0 by Triton's own assembler, as it would be launched; that needs no GPU."""
     triton = pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for CUDA")

@@ -13,12 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize(
     "script",
-    [
-        path.relative_to(ROOT / "scripts").as_posix()
-        for folder in (".", "studies")
-        for path in sorted((ROOT / "scripts" / folder).glob("*.py"))
-        if "__main__" in path.read_text(encoding="utf-8")
-    ],
+    [path.name for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")],
 )
 def test_help(script) -> None:
     command = [sys.executable, f"scripts/{script}", "--help"]

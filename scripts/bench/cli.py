@@ -1,56 +1,41 @@
-"""Times engines on equal work: ``scripts/bench.py``."""
+"""Times engines on equal work, in one run: ``scripts/bench.py``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.engines import ENGINES
-from bench.models import DTYPES, SHAPES
-from bench.output import finish, progress, run
-from bench.work import LONG_LIVE, LONG_SCRIPT, Script
+from bench.work import DTYPES, ENGINES, SHAPES, Script, Work, fitted, make_work
+from hcot_lmeval.errors import run_command
 
 if TYPE_CHECKING:
-    from bench.engines import Setting
-    from bench.floor import FloorTime
-    from bench.measure import Measurement
+    from bench.engines import Contender, Setting, Timing
 
 SUMMARY = """\
-Times engines on equal work, in one run: models with random weights are made to generate the same scripted tokens.
-
-  engines  every engine beside the floor: tokens/s, ms per step and per prune event, memory (the default)
-  prune    what a prune event costs, by the length of solution, context and thought
-  long     a trace of 16k tokens with at most 1k of them live, pruned and unpruned
-  sampling what choosing a token costs, by batch and settings
-  guard    a short form for tests: fails if a ratio is far from what it should be
-
-Each has options of its own; those of the default are listed by `bench.py engines --help`.
+Times engines on equal work, in one run: models with random weights are made to generate the same scripted tokens, and
+take turns.
 """
 EXAMPLES = """\
 examples:
   %(prog)s                                                  the shape 26M, batch 1 and 4, all engines
   %(prog)s --shape 0.5B --dtype bfloat16 --batch 1 16 --tokens 256 --engines generate recompute llama.cpp
-  %(prog)s --check --engines off recompute llama.cpp        first compare logits with a plain forward
   %(prog)s --shape 0.5B --temperature 0.6 --top-p 0.95 --engines generate recompute llama.cpp
+  %(prog)s --tokens 16384 --thought 480 --solution 4 --text 2 --engines off recompute evict
   %(prog)s --option compute=torch --json bench.json
   %(prog)s --device cuda --dtype bfloat16 --shape 1.5B --batch 64 256 --tokens 8192 --live 8192 4096 2048 1024
-  %(prog)s prune --context 256 4096 --thought 64 1024
-  %(prog)s long --batch 1 4 --tokens 4096
 
+"x generate" compares whole runs of the same work: the median of the ratios within each repeat. "x best" compares with
+the best batch of generate. Where that is not among the engines, the first one stands in. docs/benchmark.md tells more.
 """
-TERMS = """\
-"of floor" is the floor's step over the engine's median step (1 is the floor, which streams all weights through bare
-matrix products and reads the live keys and values); "of memory" is the same for reading weights, keys and values and
-multiplying nothing; "x generate" and "x off" compare whole runs. Ratios are medians of those within each repeat, in
-which the engines take turns. docs/benchmark.md tells more.
-"""
-COMMANDS = ("engines", "prune", "long", "sampling", "guard")
-LONG_ENGINES = ("off", "recompute", "evict")
 TRACE = {
     "prompt": "of the prompt",
     "tokens": "to generate",
@@ -59,105 +44,47 @@ TRACE = {
     "text": "between blocks",
 }
 """Fields of `Script` -> what they count."""
-VOCABULARY = 151_936
-"""That of Qwen2.5 and Qwen3."""
+BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+"""Kinds of time in which a processor is not free; `steal` is what a virtual machine's host took."""
+TOLERABLE = 0.05
+"""Cores, of each, that others may use before it is worth a warning; an idle system uses about a hundredth."""
+
+Report = Callable[[str], None]
+"""Called with what is being done, once for each run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] not in (["-h"], ["--help"]) and (not given or given[0].startswith("-")):
-        given.insert(0, "engines")
-    args = make_parser().parse_args(given)
-    from bench.machine import OtherLoad
-
-    args.load = OtherLoad()
-    return run(args.action, args)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
+    args = make_parser().parse_args(argv)
+    return run_command(lambda: run(args), extra="dev")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES + TERMS, formatter_class=form)
-    kinds = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    examples = EXAMPLES.replace("%(prog)s", parser.prog) + TERMS  # else they would name the command twice
-    engines = kinds.add_parser("engines", help="every engine beside the floor", epilog=examples, formatter_class=form)
-    _add_engines(engines, Script(), ENGINES, [1, 4], repeats=3)
-    long = kinds.add_parser("long", help="a long trace with a short live context", epilog=TERMS, formatter_class=form)
-    _add_engines(long, LONG_SCRIPT, LONG_ENGINES, [1, 4, 16], repeats=1)
-    long.set_defaults(base=None)
-    long.add_argument("--max-live", type=int, default=LONG_LIVE,
-                      help="an error if the pruned trace has more live tokens at once (%(default)s)")  # fmt: skip
-    prune = kinds.add_parser("prune", help="what a prune event costs")
-    prune.set_defaults(action=run_prune)
-    _add_several(prune, "--solution", [4, 16, 64], "tokens of the solution")
-    _add_several(prune, "--context", [256, 1024, 4096], "live tokens before")
-    _add_several(prune, "--thought", [64, 512, 4096], "tokens thrown away")
-    _add_model(prune, repeats=3)
-    sampling = kinds.add_parser("sampling", help="what choosing a token costs")
-    sampling.set_defaults(action=run_sampling)
-    _add_several(sampling, "--batch", [1, 16], "rows side by side")
-    sampling.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens to choose from (%(default)s)")
-    _add_machine(sampling, repeats=3)
-    guard = kinds.add_parser("guard", help="a short form that fails on ratios")
-    guard.set_defaults(action=run_guard)
-    _add_threads(guard)
-    _add_option(guard)
-    return parser
-
-
-def _add_engines(
-    parser: argparse.ArgumentParser, script: Script, engines: Iterable[str], batch: list[int], *, repeats: int
-) -> None:
-    parser.set_defaults(action=run_engines, base="generate", max_live=None)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(engines), metavar="NAME",
-                        help=f"some of {', '.join(ENGINES)} (default: {' '.join(engines)})")  # fmt: skip
-    _add_several(parser, "--batch", batch, "rows side by side")
-    group = parser.add_argument_group("the trace (tokens a row)")
+    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, formatter_class=form)
+    add = parser.add_argument
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME",
+        help=f"some of {', '.join(ENGINES)} (all)")  # fmt: skip
+    add("--batch", type=int, nargs="+", default=[1, 4], help="rows side by side (1 4)")
+    add("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
+    add("--repeats", type=int, default=3, help="timed runs, by turns, after one to warm up (%(default)s)")
+    add("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
+        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="also write all measurements here")
+    trace = parser.add_argument_group("the trace (tokens a row)")
     for name, text in TRACE.items():
-        group.add_argument(f"--{name}", type=int, default=getattr(script, name), help=f"{text} (%(default)s)")
-    parser.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
-                        help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
-    parser.add_argument("--stagger", action="store_true", help="rows end their blocks in different steps")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sample; 0, the default, decodes greedily")
-    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
-    parser.add_argument("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
-    parser.add_argument("--check", action="store_true", help="first compare each engine's logits with a plain forward")
-    _add_model(parser, repeats=repeats)
-
-
-def _add_several(parser: argparse.ArgumentParser, name: str, default: list[int], meaning: str) -> None:
-    shown = " ".join(map(str, default))
-    parser.add_argument(name, type=int, nargs="+", default=default, help=f"{meaning} ({shown})")
-
-
-def _add_model(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
-    parser.add_argument("--rounded", action="store_true",
-                        help="weights with values of bfloat16, as most checkpoints have in any dtype")  # fmt: skip
-    _add_machine(parser, repeats=repeats)
-    _add_option(parser)
-
-
-def _add_machine(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    _add_threads(parser)
-    parser.add_argument("--repeats", type=int, default=repeats,
-                        help="timed runs, by turns, after one to warm up (%(default)s; long: without)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements here")
-
-
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
-
-
-def _add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
-                        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
+        trace.add_argument(f"--{name}", type=int, default=getattr(Script(), name), help=f"{text} (%(default)s)")
+    trace.add_argument("--live", dest="lives", type=int, nargs="+", default=[], metavar="TOKENS",
+                       help="peak of the pruned context: thoughts as long as fit, in place of --thought")  # fmt: skip
+    trace.add_argument("--stagger", action="store_true", help="rows end their blocks in different steps")
+    add("--temperature", type=float, default=0.0, help="sample; 0, the default, decodes greedily")
+    add("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
+    add("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
+    return parser
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -168,120 +95,209 @@ def _option(text: str) -> tuple[str, Any]:
     return name, int(value) if value.isdigit() else words.get(value.lower(), value)
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
-
-
-def run_engines(args: argparse.Namespace) -> int:
-    """``engines`` and ``long``: a table for each batch size; ``long`` compares with the first engine."""
-    from bench.measure import figures, measure
-    from bench.tables import best_table, engine_table
-
-    base, results = args.base or args.engines[0], list[dict[str, Any]]()
-    all_made = []
-    for setting in _settings(args):
-        if args.check and not results:
-            print(_checks(setting, args.engines))
-        with progress((args.repeats + 1) * (len(args.engines) + 1) - 1) as report:
-            warm_up = args.max_live is None
-            found, floors = measure(setting, args.engines, args.repeats, report, warm_up=warm_up)
-        made = figures(found, floors, setting.work, base=base)
-        print(engine_table(made, floors, setting.work, base=base, sampling=setting.sampling) + "\n")
-        all_made.append((setting.work, made))
-        results.append(_result(setting, found, floors, made))
-    best = best_table(all_made, base=base)
-    print(best + "\n" if best else "", end="")
-    finish(args, args.threads, {"results": results})
+def run(args: argparse.Namespace) -> int:
+    """Measures every piece of work and prints the table."""
+    load, found = OtherLoad(), list[Measurement]()
+    for setting in settings(args):
+        with progress((args.repeats + 1) * len(args.engines)) as report:
+            found += measure(setting, args.engines, args.repeats, report)
+    print(table(found))
+    finish(args, args.threads, {"results": [one.as_dict() for one in found]}, load)
     return 0
 
 
-def run_prune(args: argparse.Namespace) -> int:
-    """``prune``: the curve of prune events."""
-    from bench.models import make_model
-    from bench.prune_events import places, time_events
-    from bench.tables import event_table
-
-    model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
-    where = places(args.solution, args.context, args.thought)
-    with progress(len(where)) as report:
-        found = time_events(model, where, args.repeats, report, dict(args.option))
-    print(event_table(found) + "\n")
-    finish(args, args.threads, {"results": [event.as_dict() for event in found]})
-    return 0
-
-
-def run_sampling(args: argparse.Namespace) -> int:
-    """``sampling``: a line for each batch and setting."""
-    import torch
-
-    from bench.choosing import SETTINGS, time_choices
-    from bench.tables import choice_table
-
-    torch.set_num_threads(args.threads)
-    with progress(len(args.batch) * len(SETTINGS)) as report:
-        found = time_choices(args.batch, args.vocabulary, torch.device(args.device), args.repeats, report)
-    print(f"milliseconds to choose a token of each row, of {args.vocabulary}")
-    print(choice_table(found) + "\n")
-    finish(args, args.threads, {"results": [asdict(choice) for choice in found]})
-    return 0
-
-
-def run_guard(args: argparse.Namespace) -> int:
-    """``guard``: 1 if a ratio is beyond its bound."""
-    from bench.guard import guard
-
-    with progress(None) as report:
-        found = guard(report, args.threads, dict(args.option))
-    print("\n".join(map(str, found)))
-    return int(not all(finding.passed for finding in found))
-
-
-def _settings(args: argparse.Namespace) -> Iterator[Setting]:
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """The work of each batch size, and of each live context that is asked for, for one model."""
-    from bench.engines import Setting
-    from bench.models import make_model
-    from bench.work import Sampling, fitted, make_work
+    from bench.engines import Setting, make_model
+    from hcot_lmeval.engine import SamplingParams
     from hcot_lmeval.engine.options import read_options
 
-    sampling = Sampling(args.temperature, args.top_p, args.top_k)
+    if not args.temperature and (args.top_p < 1 or args.top_k):
+        raise ValueError("--top-p and --top-k do nothing at --temperature 0; set a temperature")
+    # errors come before the model is made
+    params = SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
     read_options(dict(args.option))
     script = Script(stagger=args.stagger, **{name: getattr(args, name) for name in TRACE})
-    vocabulary = SHAPES[args.shape]["vocab_size"]
     scripts = [fitted(script, live) for live in args.lives] or [script]
-    # errors come before the model is made
+    vocabulary = SHAPES[args.shape]["vocab_size"]
     works = [make_work(batch, one, vocabulary) for batch in args.batch for one in scripts]
-    for peak in (work.peak_live("recompute") for work in works if args.max_live is not None):
-        if peak > args.max_live:
-            raise ValueError(
-                f"the pruned trace has {peak} live tokens at its peak, more than --max-live {args.max_live}; "
-                "lower --prompt, --thought, --solution or --text, or allow more"
-            )
-    model = make_model(args.shape, args.dtype, args.device, args.threads, rounded=args.rounded)
+    model = make_model(args.shape, args.dtype, args.device, args.threads)
     for work in works:
-        yield Setting(model, work, args.threads, dict(args.option), sampling)
+        yield Setting(model, work, args.threads, dict(args.option), params)
 
 
-def _checks(setting: Setting, engines: Sequence[str]) -> str:
-    from bench.check import check_engines
-
-    with progress(len(engines)) as report:
-        found = check_engines(setting, engines, report)
-    lines = [
-        f"  {name}: {f'not compared: {gap}' if isinstance(gap, str) else f'{gap:.1e} standard deviations'}"
-        for name, gap in found.items()
-    ]
-    return "\n".join(["largest difference of a logit from a forward of the live context", *lines]) + "\n"
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _result(
-    setting: Setting, found: Iterable[Measurement], floors: Iterable[FloorTime], made: Iterable[Any]
-) -> dict[str, Any]:
-    return {
-        "batch": setting.work.batch,
-        "floors": [
-            {**asdict(floor), "kind": floor.kind, "seconds": floor.seconds, "memory": floor.memory} for floor in floors
-        ],
-        "engines": [
-            {**asdict(f), "runs": [{"seconds": t.seconds, "step": t.step, "prune": t.prune} for t in m.timings]}
-            for f, m in zip(made, found, strict=True)
-        ],
-    }
+@dataclass
+class Measurement:
+    """All runs of one engine on one piece of work; `reason` says why there are none."""
+
+    engine: str
+    work: Work
+    timings: list[Timing] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second of all rows together, prefill included; the median run."""
+        if not self.timings or self.reason:
+            return None
+        return self.work.batch * self.work.tokens / statistics.median(timing.seconds for timing in self.timings)
+
+    def times(self, base: Measurement | None) -> float | None:
+        """How many times as fast as another on this work: the median of the ratios within each repeat."""
+        if base is None or base.reason or self.reason:
+            return None
+        return statistics.median(b.seconds / a.seconds for a, b in zip(self.timings, base.timings, strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name."""
+        seconds = [timing.seconds for timing in self.timings]
+        peak = self.timings[0].peak_live if self.timings else None
+        facts = {"engine": self.engine, "batch": self.work.batch, "peak_live": peak, "seconds": seconds}
+        return facts | {"tokens_per_second": self.speed, "reason": self.reason}
+
+
+class WrongTokensError(RuntimeError):
+    """An engine did not generate what the script says, or held another number of tokens than the rule says."""
+
+
+def measure(setting: Setting, engines: Sequence[str], repeats: int, report: Report) -> list[Measurement]:
+    """Runs every engine once to warm up, then `repeats` times, taking turns; one measurement for each, in order.
+
+    Raises:
+        WrongTokensError: an engine did other work than it was given.
+    """
+    from bench.engines import UnavailableError, prepare
+
+    found = {name: Measurement(name, setting.work) for name in engines}
+    ready: dict[str, Contender] = {}
+    try:
+        for number in range(repeats + 1):
+            for name, one in found.items():
+                report(f"{name}: {number or 'warm-up'}")
+                if one.reason:
+                    continue
+                try:
+                    contender = ready[name] if name in ready else ready.setdefault(name, prepare(name, setting))
+                    timing = checked_run(name, contender)
+                except UnavailableError as error:
+                    one.reason = str(error)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    one.reason = f"out of memory: {str(error).splitlines()[0]}"
+                else:
+                    one.timings += [timing] if number else []
+    finally:
+        for contender in ready.values():
+            contender.close()
+    return list(found.values())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether work did not fit into memory; what was taken on CUDA is given back for the others."""
+    import torch
+
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return True
+
+
+def checked_run(name: str, contender: Contender) -> Timing:
+    """Runs an engine once.
+
+    Raises:
+        WrongTokensError: it did other work than it was given.
+    """
+    work, timing = contender.setting.work, contender.run()
+    if timing.tokens != work.traces:
+        raise WrongTokensError(f"{name} did not generate the tokens of the script")
+    expected = work.peak_live(contender.policy)
+    if timing.peak_live != expected:
+        raise WrongTokensError(
+            f"{name} held {timing.peak_live} tokens of a row at most; under policy {contender.policy} it is {expected}"
+        )
+    return timing
+
+
+def table(found: Sequence[Measurement]) -> str:
+    """Returns a row for each engine and piece of work, and why others did not run."""
+    from tabulate import tabulate
+
+    base = "generate" if any(one.engine == "generate" for one in found) else found[0].engine
+    bases = {id(one.work): one for one in found if one.engine == base}
+    best = max(one.speed or 0.0 for one in bases.values())
+    heads = ["engine", "batch", "tokens", "peak live", "tokens/s", f"x {base}", f"x best {base}"]
+    rows = [
+        [one.engine, one.work.batch, one.work.tokens, one.timings[0].peak_live, f"{one.speed:.1f}",
+         _ratio(one.times(bases[id(one.work)])), _ratio(one.speed / best if best else None)]
+        for one in found if one.speed
+    ]  # fmt: skip
+    notes = [f"{one.engine}, batch {one.work.batch}: not run: {one.reason}" for one in found if one.reason]
+    if not any(one.work.prunes for one in found):
+        notes.append("nothing is pruned: no row generates as far as its first return")
+    aligned = ("left", *["right"] * 6)
+    return "\n".join([tabulate(rows, heads, "simple", colalign=aligned, disable_numparse=True), *notes])
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+
+class OtherLoad:
+    """Counts the processors' time that was used by neither this process nor its children, from its making on."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._psutil, self._process = psutil, psutil.Process()
+        self._others, self._time = self._read(), time.perf_counter()
+
+    def _read(self) -> float:
+        everyone, own = self._psutil.cpu_times(), self._process.cpu_times()
+        return sum(getattr(everyone, kind, 0.0) for kind in BUSY) - sum(own[:4])
+
+    def cores(self) -> float:
+        """Returns how many cores others kept busy on average."""
+        return max(0.0, self._read() - self._others) / max(time.perf_counter() - self._time, 1e-9)
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Report]:
+    """A bar on the standard error; yields what moves it on."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
+
+        def report(doing: str) -> None:
+            bar.set_postfix_str(doing)
+            bar.update()
+
+        yield report
+
+
+def finish(args: argparse.Namespace, threads: int, results: dict[str, Any], load: OtherLoad | None = None) -> None:
+    """Prints what the figures were measured with, and writes the file if `args.json` names one."""
+    from hcot_lmeval.provenance import machine, versions
+
+    facts = {"versions": versions(), "machine": machine(args.device, threads)}
+    if load is not None:
+        used, cores = load.cores(), os.cpu_count() or 1
+        facts["machine"]["cores used by others"] = f"{used:.2f}"
+        if used > TOLERABLE * cores:
+            print(
+                f"warning: others used {used:.1f} of {cores} cores meanwhile. Steps wait for their slowest thread, so "
+                "times are too long and ratios off: measure again when nothing else runs.",
+                file=sys.stderr,
+            )
+    print(", ".join(f"{name} {value}" for part in facts.values() for name, value in part.items()))
+    if args.json:
+        arguments = {name: value for name, value in vars(args).items() if name != "json"}
+        args.json.write_text(json.dumps({**facts, "arguments": arguments, **results}, indent=1, default=str) + "\n")

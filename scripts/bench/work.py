@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.trace import LiveContext, Policy, Step
@@ -14,6 +12,19 @@ from hcot_lmeval.trace import LiveContext, Policy, Step
 OPEN, SPLIT, CLOSE, FIRST_WORD = 1, 2, 3, 10
 MARKERS = MarkerIds(OPEN, SPLIT, CLOSE)
 PAD = 0
+ENGINES = ("generate", "off", "recompute", "evict", "llama.cpp", "llama.cpp+flash")
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPES: dict[str, dict[str, int]] = {
+    name: {**dict(zip(SIZES, sizes, strict=True)), "num_key_value_heads": 2}
+    for name, sizes in {
+        "tiny": (512, 128, 384, 4, 4),
+        "26M": (4096, 384, 1536, 8, 6),
+        "0.5B": (151936, 896, 4864, 24, 14),
+        "1.5B": (151936, 1536, 8960, 28, 12),
+    }.items()
+}
+"""Sizes of Qwen2 models; 0.5B and 1.5B are those of Qwen2.5, tiny is for tests."""
 
 
 @dataclass(frozen=True)
@@ -53,49 +64,6 @@ class Script:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How engines choose tokens before the script takes the place of their choice.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: 1 is off.
-        top_k: 0 is off.
-
-    Raises:
-        ValueError: a number is out of range, or top-p or top-k is given without a temperature.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise ValueError(
-                f"{self!r} is not allowed: temperature and top-k are finite and at least 0, top-p is within (0, 1]"
-            )
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise ValueError(f"{self!r}: at temperature 0 top-p and top-k do nothing; set a temperature")
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are sampled."""
-        return self.temperature > 0
-
-    def __str__(self) -> str:
-        if self.temperature == 0:
-            return "greedy"
-        return f"sampled (temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k})"
-
-
-GREEDY = Sampling()
-
-LONG_SCRIPT = Script(tokens=16384, prompt=128, thought=480, solution=4, text=2)
-LONG_LIVE = 1024
-"""A long trace, and most live tokens that it has at any time when it is pruned."""
-
-
-@dataclass(frozen=True)
 class Work:
     """Prompts and traces, one of each for every row; all prompts have one length, and all traces another.
 
@@ -123,17 +91,9 @@ class Work:
         return len(self.traces[0])
 
     @property
-    def aligned(self) -> bool:
-        """Whether all rows generate the same trace."""
-        return len(set(self.traces)) == 1
-
-    @cached_property
-    def prunes(self) -> tuple[frozenset[int], ...]:
-        """For each row the indices of the generated tokens at which a thought is thrown away."""
-        return tuple(
-            frozenset(i for i, step in enumerate(self.steps(row, Policy.RECOMPUTE)) if step.is_prune)
-            for row in range(self.batch)
-        )
+    def prunes(self) -> bool:
+        """Whether any row throws a thought away."""
+        return any(step.is_prune for row in range(self.batch) for step in self.steps(row, Policy.RECOMPUTE))
 
     def context(self, row: int, policy: Policy | str) -> LiveContext:
         """Returns the live context of a row that has read its prompt."""
@@ -153,11 +113,6 @@ class Work:
             for token in trace:
                 context.push(token)
         return max(context.peak for context in contexts)
-
-    def mean_live(self, policy: Policy | str) -> float:
-        """Returns the live tokens of all rows together, averaged over the steps."""
-        total = sum(step.rewind + len(step.forward) for row in range(self.batch) for step in self.steps(row, policy))
-        return total / self.tokens
 
 
 def make_work(batch: int, script: Script, vocabulary: int) -> Work:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level interface, rewound at the end of each block."""
+"""llama.cpp through llama-cpp-python's low-level interface, rewound at the end of each block; the model as its file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from bench.engines import Contender, Setting, UnavailableError
-from bench.engines.gguf_file import write_gguf
-from bench.timing import StepClock, Timing
+from bench.engines import Contender, Setting, Timing, UnavailableError
 from hcot_lmeval.trace import Policy, Step
 
 KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
@@ -54,7 +53,7 @@ class Llama(Contender):
         self._memory = self._lib.llama_get_memory(self._context)
         self._vocabulary = setting.model.config.vocab_size
         self._batch = self._lib.llama_batch_init(self._room, 0, 1)
-        self.sampler = self._make_sampler() if setting.sampling.samples else None
+        self.sampler = self._make_sampler() if setting.params.temperature else None
 
     @property
     def _room(self) -> int:
@@ -64,7 +63,6 @@ class Llama(Contender):
 
     def run(self) -> Timing:
         work, lib = self.setting.work, self._lib
-        clock = StepClock(work, prunes=True)
         contexts = [work.context(row, Policy.RECOMPUTE) for row in range(work.batch)]
         lib.llama_memory_clear(self._memory, False)
         peak, choices = work.prompt, []
@@ -72,14 +70,11 @@ class Llama(Contender):
         steps = [whole(context.live) for context in contexts]
         for generated in range(work.tokens):
             logits = self.decode(steps)
-            clock.tick(range(work.batch), generated)
             choices.append(self.choose(logits))  # a decoder would take these
-            for row, scores in enumerate(logits):
-                self.setting.show(row, generated, scores)
             steps = [c.push(trace[generated]) for c, trace in zip(contexts, work.traces, strict=True)]
             peak = max(peak, *(step.rewind + len(step.forward) for step in steps))
         seconds = time.perf_counter() - start
-        return Timing(seconds, work.traces, peak, clock.steps())
+        return Timing(seconds, work.traces, peak)
 
     def choose(self, logits: np.ndarray) -> list[int]:
         if self.sampler is None:
@@ -134,7 +129,7 @@ class Llama(Contender):
 
     def _make_sampler(self) -> Any:
         """Temperature, top-k, top-p, in the order of `generate`."""
-        lib, params = self._lib, self.setting.sampling
+        lib, params = self._lib, self.setting.params
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         made = [lib.llama_sampler_init_temp(params.temperature)]
         made += [lib.llama_sampler_init_top_k(params.top_k)] if params.top_k else []
@@ -165,3 +160,83 @@ def _silence() -> Any:
 
 def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """A log that nobody reads."""
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Part of a layer in transformers -> in a GGUF file (`gguf.TensorNameMap`)."""
+
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(model: Any, path: Path) -> None:
+    """Writes a `Qwen2ForCausalLM` to `path`.
+
+    Matrices are stored in the model's dtype, vectors in float32, as llama.cpp's own conversion does. An output layer
+    that is tied to the embedding is left out; llama.cpp then uses the embedding.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    import gguf
+
+    config = model.config
+    if config.model_type != "qwen2":
+        raise ValueError(f"model_type={config.model_type!r} cannot be written; only 'qwen2' can")
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            _add(writer, gguf_name(name), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """Returns what a parameter of transformers is called in the file.
+
+    Raises:
+        ValueError: the file has no name for it.
+    """
+    part, _, kind = name.rpartition(".")
+    if part in OUTER:
+        return f"{OUTER[part]}.{kind}"
+    layer, _, inner = part.removeprefix("model.layers.").partition(".")
+    if inner not in NAMES:
+        raise ValueError(f"parameter {name!r} has no place in the file")
+    return f"blk.{layer}.{NAMES[inner]}.{kind}"
+
+
+def _add(writer: Any, name: str, tensor: torch.Tensor) -> None:
+    import gguf
+
+    tensor = tensor.detach().cpu()
+    if tensor.dim() == 1 or tensor.dtype == torch.float32:
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
+    elif tensor.dtype == torch.float16:
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    else:  # NumPy has no bfloat16: its bytes, said to be such
+        bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+        writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)

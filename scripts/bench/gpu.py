@@ -1,9 +1,13 @@
-"""The tokens of the device's loop against the slow twin: full recomputation with the model's own forward.
+"""What a GPU has to show before its figures are believed; ``scripts/check_gpu.py`` prints it.
 
-Models are random and small, their vocabulary is so short that they write markers all the time, in no good order. A row
-begins with a block in a block that it is forced to write; every other token is sampled. The twin is given what the row
-has written and chooses each of these tokens once more, from logits of its own: plain forwards of the live context under
-``off`` and ``recompute``, one forward of the whole trace under its mask for ``evict``. Its noise is made on the CPU.
+`probe_all` holds every attention backend against the textbook, on the shapes and dtypes that models have.
+
+`compare_all` holds the tokens of the device's loop against the slow twin, full recomputation with the model's own
+forward. Models are random and small, their vocabulary is so short that they write markers all the time, in no good
+order. A row begins with a block in a block that it is forced to write; every other token is sampled. The twin is given
+what the row has written and chooses each of these tokens once more, from logits of its own: plain forwards of the live
+context under ``off`` and ``recompute``, one forward of the whole trace under its mask for ``evict``. Its noise is made
+on the CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from typing import Any
 
 import torch
 
-from bench.check import live_logits
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
+from hcot_lmeval.engine.device.choice import COARSE_TOLERANCE, MAKERS, TOLERANCE, errors
+from hcot_lmeval.engine.device.state import on
 from hcot_lmeval.engine.sampling import gumbel
+from hcot_lmeval.engine.slots import LayerSpec
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.masks import attention_masks
 from hcot_lmeval.trace import LiveContext, Policy, compile_trace
@@ -28,6 +34,78 @@ MOST = 240
 FORCED = (1, 5, 6, 1, 7, 8, 2, 9, 3, 10, 2, 11, 12, 3)
 """A block in a block, which every row writes first."""
 KINDS = ("qwen2", "qwen3", "llama")
+
+
+# --- attention backends -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One backend on one kind of layer.
+
+    Attributes:
+        backend: its name.
+        layer: what kind of layer.
+        errors: largest errors of single queries and of chunks, relative to the largest entry; empty if it did not run.
+        reason: why it did not run.
+        passed: whether all errors are allowed; what did not run fails only if it raised an error.
+    """
+
+    backend: str
+    layer: str
+    errors: tuple[float, ...] = ()
+    reason: str = ""
+    passed: bool = True
+
+
+def layers(device: torch.device) -> dict[str, LayerSpec]:
+    """Returns kinds of layers: grouped heads, windows, soft caps, sinks, in several dtypes."""
+    plain = LayerSpec(12, 2, 128, 128, torch.bfloat16, device)
+    single = plain._replace(dtype=torch.float32)
+    return {
+        "12/2 heads of 128, bfloat16": plain,
+        "12/2 heads of 128, float16": plain._replace(dtype=torch.float16),
+        "12/2 heads of 128, float32": single,
+        "32/8 heads of 64, bfloat16": LayerSpec(32, 8, 64, 64, torch.bfloat16, device),
+        "window of 70, bfloat16": plain._replace(window=70),
+        "window of 70, float32": single._replace(window=70),
+        "soft cap, window, 256, bfloat16": LayerSpec(8, 4, 256, 256, torch.bfloat16, device, window=70, softcap=50.0),
+        "sinks, bfloat16": LayerSpec(64, 8, 64, 64, torch.bfloat16, device, window=128, sinks=True),
+        "slots in float8, bfloat16": plain._replace(stored=torch.float8_e4m3fn),
+    }
+
+
+def probe_all(device: torch.device) -> Iterator[Probe]:
+    """Yields what every backend makes of every kind of layer."""
+    with on(device):
+        for name in MAKERS:
+            for layer, need in layers(device).items():
+                yield probe(name, layer, need)
+
+
+def probe(name: str, layer: str, need: LayerSpec) -> Probe:
+    """Returns what one backend makes of one kind of layer."""
+    try:
+        backend = MAKERS[name]()
+    except Exception as error:  # a package that is missing, or one that is broken
+        return Probe(name, layer, reason=_first_line(error))
+    reason = backend.refuses(need)
+    if reason:
+        return Probe(name, layer, reason=reason)
+    try:
+        with torch.inference_mode():
+            found = tuple(error for _, error in errors(backend, need))
+    except Exception as error:  # whatever a kernel that does not compile or run here raises
+        return Probe(name, layer, reason=f"{type(error).__name__}: {_first_line(error)}", passed=False)
+    allowed = TOLERANCE.get(need.dtype, COARSE_TOLERANCE)
+    return Probe(name, layer, found, passed=all(error <= allowed for error in found))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -73,7 +151,7 @@ def compare_all(
 ) -> Iterator[Identity]:
     """Yields the result for every kind of model, policy and way."""
     for kind in kinds:
-        model = make_model(kind).to(device)
+        model = small_model(kind).to(device)
         for policy in Policy:
             for way in ways(device, compiled=compiled):
                 yield compare(model, Identity(kind, policy.value, way), rows=rows, tokens=tokens)
@@ -92,7 +170,7 @@ def compare(model: Any, found: Identity, *, rows: int, tokens: int) -> Identity:
     return found
 
 
-def make_model(kind: str) -> Any:
+def small_model(kind: str) -> Any:
     """Returns a random model in float32, the same one at each call."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,3 +230,27 @@ def _masked_logits(model: Any, done: Completion) -> torch.Tensor:
     masks = attention_masks(model.config, death, positions, model.config._attn_implementation, model.dtype)
     output = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False)
     return output.logits[0, prompt - 1 : prompt - 1 + len(done.token_ids)].float().cpu()
+
+
+@torch.inference_mode()
+def live_logits(model: Any, context: LiveContext, trace: Sequence[int]) -> torch.Tensor:
+    """Returns the logits before each token of a trace, by forwards of the live context from its start.
+
+    There is one forward for each stretch between prunes: its outputs are those of all the shorter contexts in it.
+
+    Args:
+        model: a causal language model of transformers.
+        context: has read the prompt.
+        trace: the tokens that follow.
+
+    Returns:
+        [len(trace), vocabulary], on the CPU, in double precision.
+    """
+    found, since = [], 0
+    for index, token in enumerate(trace):
+        live, since = list(context.live), since + 1
+        if context.push(token).is_prune or index + 1 == len(trace):
+            ids = torch.tensor([live], device=model.device)
+            found.append(model(input_ids=ids, use_cache=False).logits[0, -since:].double().cpu())
+            since = 0
+    return torch.cat(found)
