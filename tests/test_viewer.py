@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcot_lmeval.report.viewer import mathml as math_module
+from hcot_lmeval.report.viewer import page as page_module
 from hcot_lmeval.report.viewer.cli import main
-from hcot_lmeval.report.viewer.page import write_page
-from hcot_lmeval.report.viewer.payload import shorten_titles, utf16_units
+from hcot_lmeval.report.viewer.page import shorten_titles, utf16_units, write_page
 from hcot_lmeval.report.viewer.reading import ViewerError, find_sources, note_traces
 from hcot_lmeval.report.viewer.terminal import Style, curve, print_trace, visible
 from hcot_lmeval.report.viewer.tree import outline_of
@@ -133,10 +132,7 @@ def test_page_loads_nothing_and_allows_one_script_and_one_style(tmp_path, capsys
         assert f"{directive} 'sha256-{digest}';" in policy
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     assert not [a for _, attrs in page.elements for a in attrs if a in ("src", "href", "style") or a.startswith("on")]
-    assert set(re.findall(r"https?://[^\"'\s]+", html)) == {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1998/Math/MathML",
-    }
+    assert set(re.findall(r"https?://[^\"'\s]+", html)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bFunction\(|@import|url\(", html)
 
 
@@ -259,16 +255,16 @@ def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, me
 def test_help_is_light():
     """Nothing heavy is imported to say what the options are."""
     code = "import sys; sys.argv = ['v', '--help']\nfrom hcot_lmeval.report.viewer.cli import main\ntry: main()\n"
-    code += "finally: print(sorted({'torch', 'transformers', 'latex2mathml', 'lm_eval'} & set(sys.modules)))"
+    code += "finally: print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert result.stdout.strip().endswith("[]") and "--terminal" in result.stdout
 
 
 def test_assets_are_those_that_the_page_names():
-    from hcot_lmeval.report.viewer.page import SCRIPTS
+    from hcot_lmeval.report.viewer.page import SERVED
 
-    folder = Path(math_module.__file__).with_name("web")
-    assert {path.name for path in folder.iterdir()} == {*SCRIPTS, "page.html", "style.css"}
+    folder = Path(page_module.__file__).with_name("web")
+    assert {path.name for path in folder.iterdir()} == {*SERVED, "page.html", "style.css"}
     for path in folder.iterdir():
         assert "</script" not in path.read_text() or path.name == "page.html"
     assert Kind.TEXT.value[0] + Kind.OPEN.value[0] + Kind.SPLIT.value[0] + Kind.CLOSE.value[0] == "tosc"

@@ -61,7 +61,7 @@ def test_the_page_follows_the_files(served, tmp_path):
     page = ask()[1]
     assert traces_of(page) == 2 and "connect-src 'self'" in page
     assert json.loads(ask("/state")[1]) == {"state": before, "error": None}
-    write_notes(notes / "a.jsonl", TRACES[2:5])  # appends
+    write_notes(notes / "a.jsonl", TRACES[2:5], first=2)  # appends
     assert json.loads(ask("/state")[1])["state"] != before
     assert traces_of(ask()[1]) == 5
     (notes / "b.jsonl").write_text("[]\n")

@@ -17,7 +17,6 @@ from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.report.viewer.cli import main
 from hcot_lmeval.report.viewer.reading import (
-    Columns,
     ViewerError,
     cut_at_markers,
     find_sources,
@@ -288,7 +287,7 @@ def test_pieces_joined_are_the_text(text):
 def test_plain_traces_follow_the_rule(tmp_path):
     row = {"id": "a", "question": "two words", "text": "so [THOUGHT] one two [SOLUTION] x [RETURN] y", "answer": 4}
     (source,) = find_sources([write_rows(tmp_path / "plain.jsonl", [row])])
-    (trace,) = plain_traces(source, PRESETS["hcot"], Policy.RECOMPUTE, Columns())
+    (trace,) = plain_traces(source, PRESETS["hcot"], Policy.RECOMPUTE)
     outline = outline_of(trace.prompt_tokens, trace.events)
     (block,) = outline.blocks
     assert (block.thought, block.solution, block.pruned) == (3, 2, 4)  # the space before a marker is a piece
@@ -300,10 +299,10 @@ def test_rows_may_be_compressed_and_broken_ones_are_named(tmp_path):
     path = tmp_path / "plain.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "x"}\n\n{"text": "y"}\n'))
     (source,) = find_sources([path])
-    assert [trace.text for trace in plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns())] == ["x", "y"]
+    assert [trace.text for trace in plain_traces(source, PRESETS["hcot"], Policy.OFF)] == ["x", "y"]
     path.write_bytes(b'{"text": "x"}\n[1]\n')
     with pytest.raises(ViewerError, match=r"line 2 is no JSON object; give notes or rows"):
-        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns()))
+        list(plain_traces(source, PRESETS["hcot"], Policy.OFF))
 
 
 def test_a_tokenizer_counts_real_tokens():
@@ -316,7 +315,7 @@ def test_missing_columns_and_files_are_named(tmp_path):
     path = write_rows(tmp_path / "plain.jsonl", [{"words": "x"}])
     (source,) = find_sources([path])
     with pytest.raises(ViewerError, match=r"row 1: no column hierarchical_cot or .*, only words; .*--text-column"):
-        list(plain_traces(source, PRESETS["hcot"], Policy.OFF, Columns()))
+        list(plain_traces(source, PRESETS["hcot"], Policy.OFF))
     with pytest.raises(ViewerError, match="does not exist"):
         find_sources([tmp_path / "no"])
     with pytest.raises(ViewerError, match="given twice"):

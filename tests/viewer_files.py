@@ -36,8 +36,9 @@ def write_notes(
     prompt_acts: bool = False,
     context: Any = None,
     run: Mapping[str, Any] | None = None,
+    first: int = 0,
 ) -> Path:
-    """Writes one note for each (token ids, length of the prompt), as problems 0, 1, ... of the task ``toy``."""
+    """Adds one note for each (token ids, length of the prompt), as problems `first`, ... of the task ``toy``."""
     markers = MARKERS[markup]
 
     def text(ids: Sequence[int]) -> str:
@@ -46,7 +47,7 @@ def write_notes(
     facts = {"pruning": policy, "markup": markup, "max_context": 1024, **(run or {})}
     facts |= {"prompt_markers": "acting"} if prompt_acts else {}
     with NoteTaker(path, text if decode == "words" else decode, facts) as taker:
-        for number, (ids, prompt_len) in enumerate(traces):
+        for number, (ids, prompt_len) in enumerate(traces, first):
             made = context(prompt_len) if context else LiveContext(markers, policy)
             taker.add(note_of(ids, prompt_len, made, doc_id=number, prompt_acts=prompt_acts))
     return path

@@ -17,7 +17,7 @@ from hcot_lmeval.prepare.stats import OF_BLOCKS, OF_POLICIES, OF_ROWS, Distribut
 from hcot_lmeval.report import render
 from hcot_lmeval.report.tables import Head, Table
 from hcot_lmeval.report.viewer.page import write_page
-from hcot_lmeval.report.viewer.reading import Columns, Source, plain_traces, tokenizer_cut
+from hcot_lmeval.report.viewer.reading import Source, plain_traces, tokenizer_cut
 from hcot_lmeval.report.viewer.verdicts import Verdicts
 from hcot_lmeval.store import write_json
 from hcot_lmeval.trace import Policy
@@ -67,7 +67,7 @@ def _page(stats: Stats, path: Path, rows: Sequence[PreparedRow]) -> Path:
     traces = [
         trace
         for name, (column, policy) in SHOWN.items()
-        for trace in plain_traces(sources[name], get_markup(options.markup), policy, Columns(text=column), cut)
+        for trace in plain_traces(sources[name], get_markup(options.markup), policy, {"text": column}, cut)
     ]
     write_page(page, traces, list(sources.values()), Verdicts(), "before and after")
     sample.unlink()

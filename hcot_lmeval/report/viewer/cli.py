@@ -24,7 +24,6 @@ from hcot_lmeval.markup import PRESETS, get_markup
 from hcot_lmeval.notes import RunNotes
 from hcot_lmeval.report.viewer.page import write_page
 from hcot_lmeval.report.viewer.reading import (
-    Columns,
     Cut,
     Source,
     Trace,
@@ -126,7 +125,8 @@ def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator
             repeated = plural(notes.repeated, "request")
             print(f"note: {source.name} holds {repeated} more than once; the last of each is shown", file=sys.stderr)
         return note_traces(source, notes)
-    columns = Columns(args.text_column, args.prompt_column, args.gold_column)
+    given = {"text": args.text_column, "question": args.prompt_column, "answer": args.gold_column}
+    columns = {role: name for role, name in given.items() if name}
     return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
 
 

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.columns import ROLES
+from hcot_lmeval.columns import ROLES, TRAINED, find_columns
 from hcot_lmeval.events import Event, Finish, Recorder
 from hcot_lmeval.files import Input
 from hcot_lmeval.markup import Markup, resolve_markers
@@ -214,27 +214,16 @@ def doc_name(value: Any) -> int | str:
 # --- texts that any model wrote ---------------------------------------------------------------------------------------
 
 
-USUAL = {
-    "text": ("hierarchical_cot", "generated_solution", "text", *ROLES["text"]),
-    "prompt": ROLES["question"],
-    "gold": ROLES["answer"],
-}
-"""Columns in which data sets keep these, the preferred first."""
+def columns_of(row: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Returns the columns of the roles ``text``, ``question`` and ``answer`` of a row, as far as it has them.
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of plain traces hold what; None: the first of `USUAL` that a row has."""
-
-    text: str | None = None
-    prompt: str | None = None
-    gold: str | None = None
-
-    def find(self, row: Mapping[str, Any], role: str) -> str | None:
-        """Returns the name of the column for `role` in this row, or None."""
-        given = getattr(self, role)
-        names = (given,) if given else USUAL[role]
-        return next((name for name in names if row.get(name) is not None), None)
+    Args:
+        row: of any data set; a hierarchical trace comes before flat ones.
+        given: role -> column, in place of the usual ones.
+    """
+    present = [name for name, value in row.items() if value is not None]
+    text = next(({"text": name} for name in (TRAINED["trace"], "text") if name in present), {})
+    return find_columns(present, {**text, **given})
 
 
 Cut = Callable[[str], list[str]]
@@ -265,9 +254,16 @@ def tokenizer_cut(name: str) -> Cut:
 
 
 def plain_traces(
-    source: Source, markup: Markup, policy: Policy, columns: Columns, cut: Cut | None = None
+    source: Source, markup: Markup, policy: Policy, columns: Mapping[str, str] | None = None, cut: Cut | None = None
 ) -> Iterator[Trace]:
-    """Yields the rows of plain files as traces, as if a return had acted as `policy` says; the usual cut is `pieces`.
+    """Yields the rows of plain files as traces, as if a return had acted as `policy` says.
+
+    Args:
+        source: the files.
+        markup: notation of the blocks.
+        policy: what a return would have done.
+        columns: see `columns_of`.
+        cut: makes tokens of text; None: `pieces`.
 
     Raises:
         ViewerError: a row has no text.
@@ -275,9 +271,10 @@ def plain_traces(
     vocabulary: dict[str, int] = {marker: i for i, marker in enumerate(markup.markers)}
     markers = resolve_markers(markup, vocabulary.get)
     for path, number, row in ((file, *pair) for file in source.paths for pair in enumerate(rows(file))):
-        column, prompt, gold = (columns.find(row, role) for role in ("text", "prompt", "gold"))
+        found = columns_of(row, columns or {})
+        column, prompt, gold = (found.get(role) for role in ("text", "question", "answer"))
         if column is None or not isinstance(row[column], str):
-            expected = columns.text or " or ".join(USUAL["text"])
+            expected = (columns or {}).get("text") or " or ".join((TRAINED["trace"], "text", *ROLES["text"]))
             raise ViewerError(
                 f"{path}, row {number + 1}: no column {expected}, only {', '.join(row)}; choose with --text-column"
             )

@@ -1,3 +1,146 @@
+// The page around it.
+
+// The list of traces: filters, order, and only as many elements as fit on the screen.
+
+const ROW_HEIGHT = 62;
+const SORTS = {
+  "by problem": (a, b) => byName(a.task, b.task) || byName(a.doc, b.doc) || a.repeat - b.repeat || a.source - b.source,
+  "as in the file": () => 0,
+  "generated ↓": (a, b) => b.generated_tokens - a.generated_tokens,
+  "generated ↑": (a, b) => a.generated_tokens - b.generated_tokens,
+  "peak live ↓": (a, b) => b.peak_live_tokens - a.peak_live_tokens,
+  "share pruned ↓": (a, b) => share(b) - share(a),
+  "blocks ↓": (a, b) => b.blocks - a.blocks,
+  "depth ↓": (a, b) => b.max_depth - a.max_depth,
+  "faults ↓": (a, b) => b.faults - a.faults,
+  "wrong first": (a, b) => (a.score ?? 2) - (b.score ?? 2),
+  "hits ↓": (a, b, hits) => (hits?.get(b.place) ?? 0) - (hits?.get(a.place) ?? 0),
+};
+const byName = (a, b) => String(a).localeCompare(String(b), "en", { numeric: true });
+const share = (row) => row.pruned_tokens / Math.max(row.generated_tokens, 1);
+const FILTERS = [
+  ["run", (row) => [SOURCES[row.source].name]],
+  ["task", (row) => [row.task]],
+  ["verdict", (row) => [row.verdict]],
+  ["level", (row) => [row.level ?? "none"]],
+  ["finish", (row) => [row.finish || "unknown"]],
+  ["malformed", (row) => (row.faults ? ["any", ...Object.keys(row.malformed).map((kind) => kind.split("_").join(" "))] : ["well-formed"])],
+];
+
+const TASKS = new Set(ROWS.map((row) => row.task)).size;
+
+class List {
+  constructor(onchoose) {
+    this.onchoose = onchoose;
+    this.root = byId("list");
+    this.space = make("div", { class: "space" });
+    this.root.append(this.space);
+    this.wanted = {};
+    this.hits = null;
+    this.drawFilters();
+    this.root.addEventListener("scroll", () => this.draw(), { passive: true });
+    new ResizeObserver(() => this.draw()).observe(this.root);
+  }
+
+  drawFilters() {
+    for (const [name, values] of FILTERS) {
+      const counts = new Map();
+      for (const row of ROWS) for (const value of values(row)) counts.set(value, (counts.get(value) ?? 0) + 1);
+      if (counts.size < 2) continue;
+      const select = make("select", { id: `filter-${name}`, on: { change: () => { this.wanted[name] = select.value; this.update(); } } }, make("option", { value: "", text: `every ${name}` }));
+      if (name === "malformed") select.options[0].text = "malformed or not";
+      const ordered = [...counts].sort(([a], [b]) => byName(a, b));
+      for (const [value, count] of ordered) select.append(make("option", { value, text: `${value === "any" ? "malformed" : value} (${number(count)})` }));
+      byId("filters").append(make("label", {}, make("span", { class: "sr", text: name }), select));
+    }
+    const sort = make("select", { id: "sort", on: { change: () => { this.order = sort.value; this.update(); } } });
+    for (const name of Object.keys(SORTS)) sort.append(make("option", { value: name, text: name }));
+    byId("filters").append(make("label", {}, make("span", { class: "sr", text: "order" }), sort));
+    this.order = "by problem";
+  }
+
+  /** Sets a filter from outside. */
+  filter(name, value) {
+    const select = byId(`filter-${name}`);
+    if (!select) return;
+    select.value = value;
+    this.wanted[name] = value;
+    this.update();
+  }
+
+  setHits(hits) {
+    this.hits = hits;
+    this.update();
+  }
+
+  update() {
+    const compare = SORTS[this.order];
+    const fits = (row) => FILTERS.every(([name, values]) => !this.wanted[name] || values(row).includes(this.wanted[name]));
+    this.rows = ROWS.filter((row) => fits(row) && (!this.hits || this.hits.has(row.place)));
+    this.rows.sort((a, b) => compare(a, b, this.hits) || a.place - b.place);
+    const chosen = this.rows.length === ROWS.length ? plural(ROWS.length, "trace") : `${number(this.rows.length)} of ${plural(ROWS.length, "trace")}`;
+    const graded = this.rows.filter((row) => row.score !== null);
+    const right = graded.reduce((sum, row) => sum + row.score, 0);
+    byId("count").textContent = graded.length ? `${chosen} · ${Math.round((100 * right) / graded.length)} % right` : chosen;
+    this.space.style.height = `${this.rows.length * ROW_HEIGHT}px`;
+    this.draw(true);
+  }
+
+  draw() {
+    if (!this.rows) return;
+    const first = Math.max(0, Math.floor(this.root.scrollTop / ROW_HEIGHT) - 6);
+    const last = Math.min(this.rows.length, Math.ceil((this.root.scrollTop + this.root.clientHeight) / ROW_HEIGHT) + 6);
+    this.space.replaceChildren(...this.rows.slice(first, last).map((row, i) => this.item(row, first + i)));
+    this.root.setAttribute("aria-activedescendant", this.current === undefined ? "" : `item${this.current}`);
+  }
+
+  item(row, place) {
+    const mark = { right: "✓", wrong: "✗", unknown: "·" }[row.verdict] ?? "◐";
+    const hits = this.hits?.get(row.place);
+    const item = make(
+      "div",
+      {
+        class: "item", id: `item${row.place}`, role: "option", "aria-selected": String(row.place === this.current),
+        "aria-setsize": this.rows.length, "aria-posinset": place + 1, on: { click: () => this.onchoose(row.place) },
+      },
+      make("span", { class: `mark ${row.verdict.split(" ")[0]}`, text: mark, title: row.verdict }),
+      make("span", { class: "name" }, make("bdi", { text: `${row.doc}` }), TASKS > 1 && !this.wanted.task ? make("span", { class: "dim", text: ` ${row.task}` }) : null, row.repeat ? make("span", { class: "dim", text: ` #${row.repeat}` }) : null,
+        row.faults ? make("span", { class: "warn", text: " ⚠", title: "malformed" }) : null,
+        SOURCES.length > 1 && !this.wanted.run ? make("span", { class: `run-name source${row.source % 6}`, text: SOURCES[row.source].name }) : null,
+        hits ? make("span", { class: "badge hit", text: number(hits) }) : null),
+      make("span", { class: "size", text: number(row.generated_tokens), title: `${row.unit}s generated` }),
+      make("bdi", { class: "preview" }),
+      sparkline(row),
+    );
+    appendPlain(item.querySelector(".preview"), row.title);
+    item.style.top = `${place * ROW_HEIGHT}px`;
+    return item;
+  }
+
+  select(place) {
+    this.current = place;
+    const at = this.rows.findIndex((row) => row.place === place);
+    if (at >= 0) {
+      const top = at * ROW_HEIGHT;
+      if (top < this.root.scrollTop) this.root.scrollTop = top;
+      if (top + ROW_HEIGHT > this.root.scrollTop + this.root.clientHeight) this.root.scrollTop = top + ROW_HEIGHT - this.root.clientHeight;
+    }
+    this.draw();
+  }
+
+  /** The trace `step` places further in the list as it is shown. */
+  beside(step) {
+    const at = this.rows.findIndex((row) => row.place === this.current);
+    const next = at < 0 ? this.rows[0] : this.rows[clamp(at + step, 0, this.rows.length - 1)];
+    return next?.place;
+  }
+}
+
+function sparkline(row) {
+  const points = [...row.spark].map((char, i) => `${(i / (row.spark.length - 1)) * 100},${36 - parseInt(char, 36)}`);
+  return makeSvg("svg", { class: "spark", viewBox: "0 0 100 37", preserveAspectRatio: "none", "aria-hidden": "true" }, makeSvg("polyline", { points: points.join(" ") }));
+}
+
 // The whole page: which trace, which mode, search, keys.
 
 const MODES = [
@@ -5,19 +148,6 @@ const MODES = [
   ["live", "Live at the end", "What the model saw when it wrote its last token"],
   ["moment", "At a moment", "What the model saw at one moment; choose it on the curve"],
 ];
-const KEYS = [
-  ["j k", "next, previous trace"], ["/", "search all texts"], ["n N", "next, previous hit"], ["e c", "unfold, fold all thoughts"],
-  ["m", "next way of showing"], ["s", "another response to the same problem beside this one"], ["f F", "next, previous malformed place"],
-  ["← →", "on the curve: move along the trace"], ["?", "this help"], ["Esc", "clear the search, close"],
-];
-const WORDS = [
-  ["thought", "What was written between the markers that open and split a block. The return throws it away."],
-  ["solution", "What came out of a thought; it stays when the thought is gone."],
-  ["live context", "The tokens that the model sees: the prompt and what was generated since, without what was pruned."],
-  ["piece", "A word or another sign; stands for tokens where a trace was not written by this engine."],
-  ["position", "Markers are placed exactly. Within a run of text, tokens are spread evenly over the characters."],
-];
-
 const haystack = new Haystack();
 const panes = [];
 let list, query = "", mode = "all", compared = false, partner = null, current;
@@ -42,7 +172,6 @@ function start() {
   listen();
   haystack.onprogress = progress;
   setTimeout(() => haystack.fill(), 50);
-  drawHelp();
 }
 
 function readHash() {
@@ -147,11 +276,10 @@ const ACTIONS = {
   F: () => panes[0].nextFault(-1),
   m: () => setMode(MODES[(MODES.findIndex(([name]) => name === mode) + 1) % MODES.length][0]),
   s: () => compare(!compared),
-  "?": () => byId("help").showModal(),
 };
 
 function pressed(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest("input, select, textarea");
   if (event.key === "Escape") return escape(field);
   if (field) {
@@ -185,7 +313,6 @@ function listen() {
   document.addEventListener("keydown", pressed);
   byId("query").addEventListener("input", typed);
   byId("side-by-side").addEventListener("click", () => compare(!compared));
-  byId("help-open").addEventListener("click", () => byId("help").showModal());
   byId("drawer").addEventListener("click", () => drawer(!byId("side").classList.contains("open")));
   for (const id of ["list", "panes"]) byId(id).addEventListener("click", () => drawer(false));
   document.querySelector(".modes").addEventListener("keydown", (event) => {
@@ -195,15 +322,6 @@ function listen() {
     setMode(next);
     byId(`mode-${next}`).focus();
   });
-}
-
-function drawHelp() {
-  const table = (rows, tag) => rows.map(([name, meaning]) => make("div", {}, make("dt", {}, make(tag, { text: name })), make("dd", { text: meaning })));
-  byId("help").replaceChildren(
-    make("form", { method: "dialog" }, make("h2", { id: "help-title", text: "Keys and words" }), make("button", { class: "quiet", "aria-label": "Close", text: "✕" })),
-    make("dl", {}, ...table(KEYS, "kbd")),
-    make("dl", {}, ...table([...WORDS, ...TOTALS.map(([, word, meaning]) => [word, meaning])], "b")),
-  );
 }
 
 start();

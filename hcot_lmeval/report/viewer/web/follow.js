@@ -19,7 +19,7 @@ async function follow(offer) {
 {
   const offer = make("button", { type: "button", id: "more", class: "quiet", text: "", on: { click: () => location.reload() } });
   offer.hidden = true;
-  byId("help-open").before(offer);
+  byId("keys").before(offer);
   const shown = sessionStorage.getItem("shown");
   const row = shown && ROWS.find((other) => named(other) === shown);
   if (row) choose(row.place);
