@@ -168,3 +168,17 @@ def describe_settings(kind: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     return str(getattr(value, "value", value))
+
+
+def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns what differs between two settings, sections and lists within them included: dotted key -> both values."""
+    old, new = _flat(before), _flat(after)
+    keys = dict.fromkeys((*old, *new))
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        return {prefix: value}
+    return {key: each for name, part in pairs for key, each in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

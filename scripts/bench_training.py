@@ -37,7 +37,7 @@ from hcot_lmeval.provenance import machine, versions
 if TYPE_CHECKING:
     import torch
 
-    from hcot_lmeval.grammar import Grammar
+    from hcot_lmeval.grammar import Grammar, Label
     from hcot_lmeval.training.data.documents import Document, Example
 
     Batch = dict[str, torch.Tensor]
@@ -160,13 +160,45 @@ def make_grammar() -> Grammar:
 def make_documents(form: str, examples: list[Example]) -> list[Document]:
     """Compiles the traces for one form; none is cut."""
     from hcot_lmeval.trace import Policy
-    from hcot_lmeval.training.data.documents import compile_document, split_stages
+    from hcot_lmeval.training.data.documents import compile_document
 
     grammar, long = make_grammar(), 1 << 30
     if form == "stages":
-        return [stage for example in examples for stage in split_stages(example, grammar, max_length=long)]
+        return [stage for example in examples for stage in split_stages(example, grammar)]
     policy = Policy.RECOMPUTE if form == "packed" else Policy.OFF
     return [compile_document(example, grammar, policy, max_length=long) for example in examples]
+
+
+def split_stages(example: Example, grammar: Grammar) -> list[Document]:
+    """Splits a trace at its prunes into plain causal documents: the slow twin of the packed plan.
+
+    A stage is the live context as it stands, on which there is no loss, and the tokens up to and including the next
+    marker that prunes. Each generated token is a target of one stage.
+    """
+    from hcot_lmeval.grammar import label_tokens
+    from hcot_lmeval.trace import IGNORE, LiveContext, Policy
+    from hcot_lmeval.training.data.documents import Document
+
+    def stage(before: list[int], new: list[int], labels: list[Label]) -> Document:
+        size, first = len(before) + len(new), len(before) - 1
+        states, classes = (
+            [0] * first + [int(getattr(label, name)) for label in labels[: len(new)]] + [0]
+            for name in ("state", "token_class")
+        )
+        targets = [IGNORE] * first + new + [IGNORE]
+        return Document(before + new, [*range(size)], [size] * size, targets, states, classes)
+
+    context, documents = LiveContext(grammar.markers, Policy.RECOMPUTE), []
+    for token in example.prompt_ids:
+        context.push_inert(token)
+    labels = label_tokens(example.ids, len(example.prompt_ids), grammar)
+    before, new = list(context.live), list[int]()
+    for token in example.completion_ids:
+        new.append(token)
+        if context.push(token).is_prune:
+            documents.append(stage(before, new, labels))
+            before, new, labels = list(context.live), [], labels[len(new) :]
+    return [*documents, stage(before, new, labels)] if new else documents
 
 
 def all_documents(args: argparse.Namespace, shape: str, blocks: int) -> dict[str, list[Document]]:
@@ -294,9 +326,29 @@ def make_model(args: argparse.Namespace) -> Any:
     return model.train()
 
 
+def pack(documents: list[Document], row_length: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Packs documents that are in memory, as `PackedRows` does those in a table."""
+    from hcot_lmeval.training.data.rows import assign
+
+    groups = assign([len(document) for document in documents], row_length, seed)
+    return [_join([documents[index] for index in group]) for group in groups]
+
+
+def _join(documents: list[Document]) -> dict[str, list[int]]:
+    from hcot_lmeval.training.data.documents import COLUMNS
+
+    row: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    for document in documents:
+        start = len(row["ids"])
+        for name, values in row.items():
+            values += getattr(document, name)
+        row["death"][start:] = [start + death for death in document.death]
+    return row
+
+
 def make_batches(documents: list[Document], budget: int) -> list[Batch]:
     """Packs documents into rows as long as the longest of them, and rows into batches of at most `budget` tokens."""
-    from hcot_lmeval.training.data.rows import collate, pack
+    from hcot_lmeval.training.data.rows import collate
 
     length = max(len(document) for document in documents)
     rows, size = pack(documents, length), max(budget // length, 1)

@@ -30,7 +30,7 @@ def bundle(root: Path, hardware: str | None) -> None:
     from hcot_lmeval.assets import BUNDLED, ROOT
     from hcot_lmeval.record import read_record
     from hcot_lmeval.training.card import write_card
-    from hcot_lmeval.training.config_file import load_config
+    from hcot_lmeval.training.config import load_config
     from hcot_lmeval.training.run import RunDirectory
 
     run = RunDirectory(root)

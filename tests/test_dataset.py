@@ -5,16 +5,15 @@ from collections import Counter
 
 import datasets
 import pytest
+from bench_training import pack
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.config import DataConfig
 from hcot_lmeval.training.data import dataset
-from hcot_lmeval.training.data.dataset import TrainingData, held_out_problems
-from hcot_lmeval.training.data.documents import compile_document, split_stages
-from hcot_lmeval.training.data.report import Finding
-from hcot_lmeval.training.data.rows import pack
+from hcot_lmeval.training.data.dataset import Finding, TrainingData, held_out_problems
+from hcot_lmeval.training.data.documents import compile_document
 from hcot_lmeval.training.data.text import TextForm
 from hcot_lmeval.vocabulary import marker_ids, token_id
 from tests.tiny import THINK, tiny_tokenizer
@@ -84,32 +83,12 @@ def test_rows_are_the_compiled_documents_packed(policy):
     prepared = data(ROWS).train(policy)
     assert list(prepared.rows) == pack(documents, 200)
     report = prepared.report
-    assert (report.rows, report.documents, report.truncated, report.findings) == (40, 40, 0, [])
+    assert (report.rows, report.used, report.truncated, report.findings) == (40, 40, 0, [])
     assert report.trace_tokens == sum(len(example.ids) for example in expected_examples(ROWS))
     assert report.forwarded_tokens == prepared.rows.tokens == sum(map(len, documents))
     assert report.targets == learned(prepared.rows).total() == sum(document.learned for document in documents)
     assert report.longest == max(map(len, documents))
     assert (report.packed_rows, report.padding) == (len(prepared.rows), prepared.rows.padding)
-
-
-def test_stages_are_split_and_packed():
-    documents = [d for e in expected_examples(ROWS) for d in split_stages(e, GRAMMAR, max_length=200)]
-    stages, packed = data(ROWS, form="stages").train("recompute"), data(ROWS).train("recompute")
-    assert list(stages.rows) == pack(documents, 200)
-    assert learned(stages.rows) == learned(packed.rows)
-    assert stages.report.documents == len(documents) > 40
-    for name in ("rows", "targets", "trace_tokens", "without_answer"):
-        assert getattr(stages.report, name) == getattr(packed.report, name)
-    assert stages.digest != packed.digest
-
-
-def test_without_prunes_the_only_stage_is_the_plain_document():
-    assert list(data(ROWS, form="stages").train("off").rows) == list(data(ROWS).train("off").rows)
-
-
-def test_policies_without_stages_are_refused():
-    with pytest.raises(ValueError, match="form=packed"):
-        data(ROWS, form="stages").train("evict")
 
 
 # --- rows that are left out -------------------------------------------------------------------------------------------
@@ -130,7 +109,6 @@ def test_rows_are_left_out_with_their_reasons():
     report = prepared.report
     assert report.findings == [Finding("rows.jsonl", n, reasons, kept=False) for n, (_, reasons) in BAD.items()]
     assert report.rejected == report.findings
-    assert report.reasons == Counter(reason for _, reasons in BAD.values() for reason in reasons)
     good = [r for n, r in enumerate(MIXED) if n not in BAD]
     assert learned(prepared.rows) == learned(data(good).train("recompute").rows)
     text = str(report)
@@ -143,7 +121,7 @@ def test_malformed_rows_are_kept_on_request():
     report = data(MIXED, malformed="keep").train("recompute").report
     assert [f.row for f in report.findings if f.kept] == [1, 3, 8]
     assert [f.row for f in report.rejected] == [4, 6, 7]
-    assert report.documents == 7
+    assert report.used == 7
     assert "kept: 3 rows (" in str(report)
 
 
@@ -155,22 +133,13 @@ def test_rows_without_a_block_are_counted_by_source():
     assert "without a single" not in str(data(ROWS).train("recompute").report)
 
 
-def test_findings_are_written_as_jsonl(tmp_path):
-    report = data(MIXED, malformed="keep").train("recompute").report
-    report.write(tmp_path / "rejected.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert lines[0] == {"source": "rows.jsonl", "row": 1, "reasons": ["think_in_solution", "unclosed"], "kept": True}
-    assert [line["row"] for line in lines] == [1, 3, 4, 6, 7, 8]
-
-
-@pytest.mark.parametrize("form", ["packed", "stages"])
-def test_long_traces_are_cut_or_dropped(form):
+def test_long_traces_are_cut_or_dropped():
     rows = [row(n, f"{n}" + BLOCK * 60) for n in range(3)] + [row(3)]
-    cut = data(rows, form=form).train("recompute")
+    cut = data(rows).train("recompute")
     assert (cut.report.truncated, cut.report.findings) == (3, [])
     assert cut.report.longest <= 200
     assert learned(cut.rows)[TOKENIZER.eos_token_id] == 1  # of the only whole trace
-    dropped = data(rows, form=form, too_long="drop").train("recompute").report
+    dropped = data(rows, too_long="drop").train("recompute").report
     assert [(f.row, f.reasons) for f in dropped.rejected] == [(n, ("too_long",)) for n in range(3)]
 
 
@@ -187,14 +156,14 @@ def test_a_share_is_held_out_by_question():
     split = data(rows, held_out_share=0.25)
     train, held_out = split.train("recompute"), split.held_out("recompute")
     assert learned(train.rows) + learned(held_out.rows) == learned(data(rows).train("recompute").rows)
-    assert 60 <= held_out.report.documents <= 140
-    assert train.report.documents + held_out.report.documents == 400
-    assert train.report.elsewhere == held_out.report.documents
-    assert held_out.report.elsewhere == train.report.documents
-    assert f"{train.report.documents} of 400 rows" in str(train.report)
-    assert held_out.report.documents % 2 == 0  # both traces of a question are on one side
+    assert 60 <= held_out.report.used <= 140
+    assert train.report.used + held_out.report.used == 400
+    assert train.report.elsewhere == held_out.report.used
+    assert held_out.report.elsewhere == train.report.used
+    assert f"{train.report.used} of 400 rows" in str(train.report)
+    assert held_out.report.used % 2 == 0  # both traces of a question are on one side
     prompts = {tuple(ids) for ids, _ in split.problems(400)}
-    assert len(prompts) == held_out.report.documents / 2
+    assert len(prompts) == held_out.report.used / 2
 
 
 def test_nothing_is_held_out_by_default():
@@ -207,7 +176,7 @@ def test_held_out_questions_are_never_trained_on():
     split = data([row(n) for n in range(10)], held_out=[save("held.jsonl", [row(n) for n in (3, 5, 77)])])
     train, held_out = split.train("recompute"), split.held_out("recompute")
     assert [(f.row, f.reasons) for f in train.report.rejected] == [(3, ("in_held_out",)), (5, ("in_held_out",))]
-    assert (train.report.documents, held_out.report.documents, held_out.report.findings) == (8, 3, [])
+    assert (train.report.used, held_out.report.used, held_out.report.findings) == (8, 3, [])
     assert sorted(answer for _, answer in split.problems(9)) == ["3", "5", "77"]
 
 
@@ -256,7 +225,6 @@ def test_second_run_comes_from_the_cache(monkeypatch):
         ({"system_prompt": "Think."}, "tokenise"),
         ({"row_length": 150}, "compile_rows"),
         ({"malformed": "keep"}, "compile_rows"),
-        ({"form": "stages"}, "compile_rows"),
         ({"too_long": "drop"}, "compile_rows"),
     ],
 )

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hcot_lmeval.training.config import TinyConfig
-from hcot_lmeval.training.induction import LOOK_BACK
-from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
+from hcot_lmeval.training.tiny import LOOK_BACK, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SHAPE = TinyConfig(start="induction")

@@ -19,7 +19,7 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import read_record
 from hcot_lmeval.tokens import extend_vocabulary
 from hcot_lmeval.training import loading, sft
-from hcot_lmeval.training.config_file import parse_config
+from hcot_lmeval.training.config import parse_config
 from hcot_lmeval.training.data.text import TextForm
 from hcot_lmeval.training.loading import attention_of, end_ids, load_model, load_tokenizer
 from hcot_lmeval.training.monitor.curves import read_records

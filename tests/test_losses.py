@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from hcot_lmeval.grammar import Grammar, State, TokenClass, label_tokens
 from hcot_lmeval.trace import IGNORE
-from hcot_lmeval.training.losses import LossSums, StructureLoss, packed_losses
+from hcot_lmeval.training.losses import LossSums, packed_losses
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS
 
@@ -21,15 +21,7 @@ THINK = (7, 2)
 GRAMMARS = {name: Grammar(markers, THINK, frozenset({EOS})) for name, markers in MARKERS.items()}
 HCOT = GRAMMARS["hcot"]
 WIDTH = 6
-STRUCTURES = [
-    StructureLoss("none"),
-    StructureLoss("none", marker_weight=5.0),
-    StructureLoss("mass"),
-    StructureLoss("mass", weight=5.0, marker_weight=0.5),
-    StructureLoss("mass", weight=0.0),
-    StructureLoss("unlikelihood"),
-    StructureLoss("unlikelihood", weight=0.3, marker_weight=0.0),
-]
+WEIGHTS = (0.0, 1.0, 5.0)
 
 
 class SoftCapped(torch.nn.Module):
@@ -63,17 +55,13 @@ def hidden_of(rows: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return hidden.requires_grad_()
 
 
-def term_of(kind: str, log_p: torch.Tensor, illegal: list[int]) -> torch.Tensor:
+def mass_term(log_p: torch.Tensor, illegal: list[int]) -> torch.Tensor:
     """The structure term of one row, from the log-probabilities [V] of all tokens."""
-    if kind == "mass":
-        legal = [i for i in range(len(log_p)) if i not in illegal]
-        return -log_p[legal].exp().sum().log()
-    if kind == "unlikelihood":
-        return -sum(torch.log(1 - log_p[i].exp()) for i in illegal)
-    return torch.zeros((), dtype=log_p.dtype)
+    legal = [i for i in range(len(log_p)) if i not in illegal]
+    return -log_p[legal].exp().sum().log()
 
 
-def obvious(hidden, targets, states, classes, head, grammar: Grammar, structure: StructureLoss) -> LossSums:
+def obvious(hidden, targets, states, classes, head, grammar: Grammar, weight: float) -> LossSums:
     """The slow twin."""
     log_p = head(hidden).log_softmax(-1)
     objective, term, by_class, counts = log_p.new_zeros(()), log_p.new_zeros(()), [0.0] * 4, [0] * 4
@@ -85,12 +73,12 @@ def obvious(hidden, targets, states, classes, head, grammar: Grammar, structure:
         loss = -log_p[row, target]
         by_class[member] += loss.item()
         counts[member] += 1
-        objective = objective + loss * (structure.marker_weight if member == TokenClass.MARKER else 1)
+        objective = objective + loss
         banned = grammar.illegal(State(state))
         if target in banned or (state == State.LEAD and target != grammar.markers.lead):
             continue
-        term = term + term_of(structure.kind, log_p[row], sorted(banned))
-    return LossSums(objective + structure.weight * term, log_p.new_tensor(by_class), term, torch.tensor(counts))
+        term = term + mass_term(log_p[row], sorted(banned))
+    return LossSums(objective + weight * term, log_p.new_tensor(by_class), term, torch.tensor(counts))
 
 
 def gradients(loss: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Module) -> list[torch.Tensor]:
@@ -98,20 +86,20 @@ def gradients(loss: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Module) -
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
-@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("notation", "shape"), [("hcot", "nested"), ("hcot", "malformed"), ("memento", "malformed")])
-def test_losses_and_gradients_equal_the_obvious_ones(notation, shape, structure, chunk) -> None:
+def test_losses_and_gradients_equal_the_obvious_ones(notation, shape, weight, chunk) -> None:
     grammar, head = GRAMMARS[notation], SoftCapped()
     columns = batch(grammar, shape)
     hidden = hidden_of(len(columns[0]))
-    expected = obvious(hidden, *columns, head, grammar, structure)
-    found = packed_losses(hidden, *columns, head, grammar, structure, chunk)
+    expected = obvious(hidden, *columns, head, grammar, weight)
+    found = packed_losses(hidden, *columns, head, grammar, weight, chunk)
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found.objective, expected.objective, **close)
     torch.testing.assert_close(found.structure, expected.structure.detach(), **close)
     torch.testing.assert_close(found.cross_entropy, expected.cross_entropy, **close)
     assert found.counts.tolist() == expected.counts.tolist()
-    assert (found.structure > 0) == (structure.kind != "none")
+    assert found.structure > 0
     ours, theirs = gradients(found.objective, hidden, head), gradients(expected.objective, hidden, head)
     for mine, other in zip(ours, theirs, strict=True):
         assert other.abs().max() > 0
@@ -122,7 +110,7 @@ def test_compiled_losses_are_the_same() -> None:
     """Dynamo would decide a comparison with a member of an IntEnum by its type."""
     columns = batch(GRAMMARS["memento"], "malformed")
     hidden, head = hidden_of(len(columns[0])), torch.nn.Linear(WIDTH, VOCAB_SIZE, dtype=torch.float64)
-    inputs = (hidden, *columns, head, GRAMMARS["memento"], StructureLoss("mass", marker_weight=5.0), 1024)
+    inputs = (hidden, *columns, head, GRAMMARS["memento"], 5.0, 1024)
     plain, compiled = packed_losses(*inputs), torch.compile(packed_losses, backend="eager")(*inputs)
     for name in ("objective", "cross_entropy", "structure", "counts"):
         torch.testing.assert_close(getattr(compiled, name), getattr(plain, name))
@@ -141,15 +129,13 @@ def test_every_state_and_class_and_illegal_targets_occur_above() -> None:
 
 def test_gradients_equal_finite_differences() -> None:
     columns, head = batch(HCOT, "malformed", 20), SoftCapped()
-    for kind in ("mass", "unlikelihood"):
-        structure = StructureLoss(kind, weight=2.0, marker_weight=3.0)
 
-        def objective(hidden, weight, bias, structure=structure):
-            return packed_losses(
-                hidden, *columns, lambda h: 5 * torch.tanh(linear(h, weight, bias) / 5), HCOT, structure, 7
-            ).objective
+    def objective(hidden, weight, bias):
+        return packed_losses(
+            hidden, *columns, lambda h: 5 * torch.tanh(linear(h, weight, bias) / 5), HCOT, 2.0, 7
+        ).objective
 
-        assert torch.autograd.gradcheck(objective, (hidden_of(len(columns[0])), head.weight, head.bias), fast_mode=True)
+    assert torch.autograd.gradcheck(objective, (hidden_of(len(columns[0])), head.weight, head.bias), fast_mode=True)
 
 
 @pytest.mark.parametrize("state", [State.OUTSIDE, State.THOUGHT, State.SOLUTION, State.ANSWER])
@@ -158,7 +144,7 @@ def test_cross_entropy_is_that_among_legal_tokens_and_the_mass_term(state) -> No
     head, target, terms = SoftCapped(), 9, []
     for hidden in hidden_of(12).split(1):
         row = [torch.tensor([x]) for x in (target, state, TokenClass.TEXT)]
-        sums = packed_losses(hidden, *row, head, HCOT, StructureLoss("mass"))
+        sums = packed_losses(hidden, *row, head, HCOT)
         legal = head(hidden).detach()[0]
         legal[sorted(HCOT.illegal(state))] = -math.inf
         among_legal = -legal.log_softmax(-1)[target]
@@ -172,10 +158,10 @@ def test_the_mass_term_leaves_the_odds_of_legal_tokens_alone() -> None:
     logits = hidden_of(1).new_zeros(1, VOCAB_SIZE).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
     row = [torch.tensor([x]) for x in (9, State.THOUGHT, TokenClass.TEXT)]
 
-    def objective(kind: str) -> torch.Tensor:
-        return packed_losses(logits, *row, lambda z: z, HCOT, StructureLoss(kind)).objective
+    def objective(weight: float) -> torch.Tensor:
+        return packed_losses(logits, *row, lambda z: z, HCOT, weight).objective
 
-    change = torch.autograd.grad(objective("mass") - objective("none"), logits)[0][0]
+    change = torch.autograd.grad(objective(1.0) - objective(0.0), logits)[0][0]
     illegal = sorted(HCOT.illegal(State.THOUGHT))
     legal = [i for i in range(VOCAB_SIZE) if i not in illegal]
     ratio = change[legal] / logits.detach().softmax(-1)[0, legal]
@@ -184,21 +170,18 @@ def test_the_mass_term_leaves_the_odds_of_legal_tokens_alone() -> None:
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["mass", "unlikelihood"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_without_illegal_mass_there_is_no_structure_loss(kind, dtype) -> None:
+def test_without_illegal_mass_there_is_no_structure_loss(dtype) -> None:
     """A head that never allows a control token: the term is 0 and its gradient too, not NaN."""
     head, hidden = SoftCapped(dtype), hidden_of(20, dtype)
     control = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
     control[sorted(HCOT.control_ids)] = True
     columns = [torch.arange(20) + 20, torch.arange(20) % 3, torch.zeros(20, dtype=torch.int64)]
 
-    def sums(structure: StructureLoss) -> LossSums:
-        return packed_losses(
-            hidden, *columns, lambda h: head(h).masked_fill(control, -math.inf), HCOT, structure, chunk=7
-        )
+    def sums(weight: float) -> LossSums:
+        return packed_losses(hidden, *columns, lambda h: head(h).masked_fill(control, -math.inf), HCOT, weight, chunk=7)
 
-    found, plain = sums(StructureLoss(kind)), sums(StructureLoss("none"))
+    found, plain = sums(1.0), sums(0.0)
     assert found.structure == 0
     assert found.objective == plain.objective
     for mine, other in zip(*(gradients(s.objective, hidden, head) for s in (found, plain)), strict=True):
@@ -207,8 +190,8 @@ def test_without_illegal_mass_there_is_no_structure_loss(kind, dtype) -> None:
 
 
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("kind", ["none", "mass", "unlikelihood"])
-def test_impossible_tokens_give_no_nan_in_any_state(kind, state) -> None:
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_impossible_tokens_give_no_nan_in_any_state(weight, state) -> None:
     """The state with the most illegal ids has no filling in its list, so that all of it may be -inf."""
     grammar = GRAMMARS["memento"]
     target = grammar.markers.lead if state is State.LEAD else 9
@@ -216,7 +199,7 @@ def test_impossible_tokens_give_no_nan_in_any_state(kind, state) -> None:
     logits[0, sorted(grammar.illegal(state))] = -math.inf
     logits.requires_grad_()
     row = [torch.tensor([x]) for x in (target, state, grammar.token_class(target, state))]
-    sums = packed_losses(logits, *row, lambda z: z, grammar, StructureLoss(kind))
+    sums = packed_losses(logits, *row, lambda z: z, grammar, weight)
     slope = torch.autograd.grad(sums.objective, logits)[0]
     assert sums.structure == 0
     torch.testing.assert_close(slope, torch.autograd.grad(-logits.log_softmax(-1)[0, target], logits)[0])
@@ -230,12 +213,11 @@ def test_illegal_targets_get_no_structure_loss() -> None:
     rows += [(marks.close, State.LEAD), (marks.open, State.ANSWER), (marks.open, State.THOUGHT)]
     targets, states = (torch.tensor(column) for column in zip(*rows, strict=True))
     hidden, head = hidden_of(len(rows)), SoftCapped()
-    for kind in ("mass", "unlikelihood"):
-        found = packed_losses(hidden, targets, states, targets * 0, head, memento, StructureLoss(kind))
-        assert found.structure == 0
-        assert found.objective == found.cross_entropy.sum()
+    found = packed_losses(hidden, targets, states, targets * 0, head, memento)
+    assert found.structure == 0
+    assert found.objective == found.cross_entropy.sum()
     lead = [torch.tensor([x]) for x in (marks.lead, State.LEAD, TokenClass.MARKER)]
-    assert packed_losses(hidden[:1], *lead, head, memento, StructureLoss()).structure > 0.01
+    assert packed_losses(hidden[:1], *lead, head, memento).structure > 0.01
 
 
 def favouring(excess: float, state: State, generator: torch.Generator) -> torch.Tensor:
@@ -247,15 +229,14 @@ def favouring(excess: float, state: State, generator: torch.Generator) -> torch.
     return logits.float().double()
 
 
-@pytest.mark.parametrize("kind", ["mass", "unlikelihood"])
 @pytest.mark.parametrize("excess", [-200.0, -60.0, -20.0, -3.0, 0.0, 3.0, 12.0, 15.0, 18.0, 60.0, 1000.0])
-def test_single_precision_is_accurate_at_any_illegal_mass(kind, excess) -> None:
+def test_single_precision_is_accurate_at_any_illegal_mass(excess) -> None:
     """1 - exp(...) would not be: from 12 nats on it is rounding error, and so is what it teaches."""
     results = []
     for dtype in (torch.float64, torch.float32):
         logits = favouring(excess, State.THOUGHT, torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         row = [torch.tensor([x]) for x in (9, State.THOUGHT, TokenClass.TEXT)]
-        sums = packed_losses(logits, *row, lambda z: z, HCOT, StructureLoss(kind, weight=3.0))
+        sums = packed_losses(logits, *row, lambda z: z, HCOT, 3.0)
         results.append((sums.objective, sums.structure, torch.autograd.grad(sums.objective, logits)[0]))
     for exact, rounded in zip(*results, strict=True):
         assert rounded.dtype == torch.float32
@@ -272,7 +253,7 @@ def test_the_mass_term_grows_with_what_is_illegal(dtype) -> None:
         logits = torch.full((1, VOCAB_SIZE), -math.inf, dtype=dtype)
         logits[0, [9, HCOT.markers.close]] = torch.tensor([0.0, excess], dtype=dtype)
         logits.requires_grad_()
-        sums = packed_losses(logits, *row, lambda z: z, HCOT, StructureLoss(weight=1.0))
+        sums = packed_losses(logits, *row, lambda z: z, HCOT, 1.0)
         assert sums.structure.item() == pytest.approx(expected, rel=1e-5, abs=1e-30)
         assert sums.objective.item() == pytest.approx(2 * expected, rel=1e-5, abs=1e-30)
         slope = torch.autograd.grad(sums.objective, logits)[0][0].float()
@@ -287,7 +268,7 @@ def test_logits_exist_for_a_chunk_at_a_time(chunk) -> None:
     hidden, wanted = hidden_of(len(columns[0])), int((columns[0] != IGNORE).sum())
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
-        sums = packed_losses(hidden, *columns, head, HCOT, StructureLoss(), chunk)
+        sums = packed_losses(hidden, *columns, head, HCOT, 1.0, chunk)
     assert sum(head.rows) == wanted
     assert max(head.rows) == min(chunk, wanted)
     assert saved
@@ -304,7 +285,7 @@ def test_without_targets_the_gradients_are_zeros() -> None:
     """DDP waits for a gradient of every parameter, also where a process has nothing to learn."""
     head, hidden = SoftCapped(), hidden_of(5)
     nothing = torch.zeros(5, dtype=torch.int64)
-    sums = packed_losses(hidden, nothing + IGNORE, nothing, nothing, head, HCOT, StructureLoss())
+    sums = packed_losses(hidden, nothing + IGNORE, nothing, nothing, head, HCOT)
     sums.objective.backward()
     assert (sums.objective.item(), sums.structure.item()) == (0, 0)
     assert sums.cross_entropy.tolist() == sums.counts.tolist() == [0, 0, 0, 0]
@@ -317,7 +298,7 @@ def test_rows_without_a_target_do_not_matter() -> None:
     skipped = columns[0] == IGNORE
     clean = hidden_of(len(skipped))
     dirty = clean.detach().clone().masked_fill(skipped[:, None], math.nan).requires_grad_()
-    results = [packed_losses(hidden, *columns, head, HCOT, StructureLoss()) for hidden in (clean, dirty)]
+    results = [packed_losses(hidden, *columns, head, HCOT) for hidden in (clean, dirty)]
     assert results[0].objective == results[1].objective
     slope = gradients(results[1].objective, dirty, head)[0]
     assert torch.equal(slope, gradients(results[0].objective, clean, head)[0])
@@ -330,7 +311,7 @@ def test_coarse_logits_are_summed_in_single_precision(autocast) -> None:
     head = SoftCapped(torch.float32 if autocast else torch.bfloat16)
     hidden = hidden_of(len(columns[0]), head.weight.dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        sums = packed_losses(hidden, *columns, head, HCOT, StructureLoss("none"), chunk=7)
+        sums = packed_losses(hidden, *columns, head, HCOT, 0.0, chunk=7)
         logits = head(hidden).float()
     assert logits.eq(logits.bfloat16()).all()  # they are coarse; the losses are not
     assert {sums.objective.dtype, sums.cross_entropy.dtype, sums.structure.dtype} == {torch.float32}
@@ -344,10 +325,9 @@ def test_sums_add_up() -> None:
     head, columns = SoftCapped(), batch(HCOT, "malformed")
     hidden = hidden_of(len(columns[0]))
     halves = [
-        packed_losses(hidden[part], *(c[part] for c in columns), head, HCOT, StructureLoss())
-        for part in (slice(0, 20), slice(20, None))
+        packed_losses(hidden[part], *(c[part] for c in columns), head, HCOT) for part in (slice(0, 20), slice(20, None))
     ]
-    whole, added = packed_losses(hidden, *columns, head, HCOT, StructureLoss()), halves[0] + halves[1]
+    whole, added = packed_losses(hidden, *columns, head, HCOT), halves[0] + halves[1]
     for name in ("objective", "cross_entropy", "structure", "counts"):
         torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-12, atol=0)
     assert added.objective.requires_grad
@@ -355,21 +335,7 @@ def test_sums_add_up() -> None:
     assert not any(part.requires_grad for part in (added.cross_entropy, added.structure, added.counts))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"kind": "masss"}, "'masss' is unknown; choose one of none, mass, unlikelihood"),
-        ({"weight": -1.0}, "weight=-1.0 is not allowed"),
-        ({"weight": math.inf}, "weight=inf is not allowed"),
-        ({"marker_weight": math.nan}, "marker_weight=nan is not allowed"),
-    ],
-)
-def test_wrong_settings_are_refused(wrong, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        StructureLoss(**wrong)
-
-
 def test_a_chunk_has_a_row() -> None:
     columns = batch(HCOT, "nested")
     with pytest.raises(ValueError, match="chunk=0 is not allowed"):
-        packed_losses(hidden_of(len(columns[0])), *columns, SoftCapped(), HCOT, StructureLoss(), chunk=0)
+        packed_losses(hidden_of(len(columns[0])), *columns, SoftCapped(), HCOT, chunk=0)

@@ -161,7 +161,7 @@ def test_a_few_steps_of_training_and_generation_by_the_engine(tmp_path):
     from hcot_lmeval.engine import Engine, Request, SamplingParams
     from hcot_lmeval.record import read_record
     from hcot_lmeval.tokens import encode_prompt
-    from hcot_lmeval.training.config_file import load_config
+    from hcot_lmeval.training.config import load_config
     from hcot_lmeval.training.sft import train
     from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bench_training import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from hcot_lmeval.masks import dense_mask
 from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.data.documents import COLUMNS, Document, Example, compile_document
 from hcot_lmeval.training.data.preparation import DOCUMENT_FEATURES
-from hcot_lmeval.training.data.rows import PackedRows, assign, collate, pack
+from hcot_lmeval.training.data.rows import PackedRows, assign, collate
 from tests.random_traces import random_trace
 from tests.reference import EOS, MARKERS, POLICIES
 from tests.strategies import cases

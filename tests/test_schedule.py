@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
+from hcot_lmeval.training.trainer import Phase, Schedule, steps_of
 
 
 def rows(name: str, count: int) -> list[dict]:

@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.config_file import describe_config, load_config, parse_config
+from hcot_lmeval.training.config import SftConfig, describe_config, load_config, parse_config
 
 MINIMAL = {
     "model": "tiny",
@@ -77,10 +76,6 @@ WRONG = {
     "flash attention under a mask": (
         changed(attention="flash_attention_2"),
         ["flash_attention_2", "policy recompute", "drop the mask", "attention=auto"],
-    ),
-    "stages of evict": (
-        changed(data={**MINIMAL["data"], "form": "stages"}, phases=[{"policy": "evict", "steps": 1}]),
-        ["data.form=stages", "form=packed"],
     ),
 }
 

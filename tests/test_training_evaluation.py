@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import TrainingRecord, write_record
 from hcot_lmeval.training.monitor import evaluation
-from hcot_lmeval.training.monitor.evaluation import METRICS, Sample, evaluation_mode, free_run, held_out_losses
+from hcot_lmeval.training.monitor.evaluation import MEASURES, Sample, evaluation_mode, free_run, held_out_losses
 from tests.tiny import MARKERS, THINK, favour, tiny_model, tiny_tokenizer
 
 LOSS_KEYS = ["loss", "loss_text", "loss_markers", "loss_solution", "loss_answer", "structure"]
@@ -95,7 +95,7 @@ def test_what_is_written_is_measured(forced, tokenizer, number):
 def test_metrics_are_means_over_all_problems(forced, tokenizer):
     run = free_run(tiny_model("qwen2"), tokenizer, forced, **OPTIONS, keep=99)
     alone = [free_run(tiny_model("qwen2"), tokenizer, [problem], **OPTIONS).metrics for problem in forced]
-    assert same_metrics(run.metrics, {key: sum(one[key] for one in alone) / len(alone) for key in METRICS})
+    assert same_metrics(run.metrics, {key: sum(one[key] for one in alone) / len(alone) for key in MEASURES})
     assert len(run.samples) == len(SCRIPTS)
 
 
@@ -135,7 +135,7 @@ def test_problems_without_an_answer_are_not_graded(tokenizer, problems, forced):
     assert [sample.right for sample in run.samples] == [True, None]
     none = free_run(tiny_model("qwen2"), tokenizer, both[1:], **OPTIONS)
     assert math.isnan(none.metrics["accuracy"])
-    assert list(none.metrics) == list(METRICS)
+    assert list(none.metrics) == list(MEASURES)
     assert all(type(value) is float for value in none.metrics.values())
 
 

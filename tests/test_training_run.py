@@ -7,9 +7,8 @@ import json
 import pytest
 from transformers import TrainerState
 
-from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.config_file import load_config
-from hcot_lmeval.training.data.report import Finding, Report
+from hcot_lmeval.training.config import SftConfig, load_config
+from hcot_lmeval.training.data.dataset import Finding
 from hcot_lmeval.training.monitor.callbacks import Console
 from hcot_lmeval.training.run import RunDirectory
 from tests.test_training_config import MINIMAL
@@ -103,5 +102,5 @@ def test_what_came_to_no_checkpoint_is_no_run(tmp_path) -> None:
 def test_findings_are_written_once(tmp_path) -> None:
     one, other = (Finding("a.jsonl", row, ("no_trace",), kept=False) for row in (1, 2))
     run = RunDirectory(tmp_path)
-    run.write_findings([Report(findings=[one, other]), Report(findings=[one])])
+    run.write_findings([one, other, one])
     assert [json.loads(line)["row"] for line in run.rejected.read_text().splitlines()] == [1, 2]

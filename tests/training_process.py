@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.data.documents import Example, compile_document
-from hcot_lmeval.training.data.rows import collate, pack
+from hcot_lmeval.training.data.documents import COLUMNS, Example, compile_document
+from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings, install, loss_sums
-from hcot_lmeval.training.losses import StructureLoss
 from tests.random_traces import VOCAB_SIZE, random_trace
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
@@ -33,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {"qwen2": {"tie_word_embeddings": True}, "
 LENGTHS = (100, 90, 6, 4)
 """Generated tokens of the rows; the first half of them is rank 0's."""
 ROW_LENGTH = 140
-SETTINGS = LossSettings(Grammar(MARKERS["hcot"], (None, None), frozenset({EOS})), StructureLoss("mass"), chunk=16)
+SETTINGS = LossSettings(Grammar(MARKERS["hcot"], (None, None), frozenset({EOS})), chunk=16)
 
 
 class Result(NamedTuple):
@@ -68,7 +67,7 @@ def global_rows() -> list[dict[str, list[int]]]:
     traces = [random_trace(seed, MARKERS["hcot"], length, "nested") for seed, length in enumerate(LENGTHS)]
     examples = [Example(tuple(ids[:prompt]), tuple(ids[prompt:])) for ids, prompt in traces]
     documents = [compile_document(e, SETTINGS.grammar, Policy.RECOMPUTE, max_length=ROW_LENGTH) for e in examples]
-    return [row for document in documents for row in pack([document], ROW_LENGTH)]
+    return [{name: list(getattr(document, name)) for name in COLUMNS} for document in documents]
 
 
 def compute(family: str, wrapper: Callable[[Any], Any] | None) -> Result:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hcot_lmeval.training.config import SftConfig
@@ -56,9 +56,11 @@ REFUSED: dict[str, str] = {
     "ignore_data_skip": "a run that goes on would see rows twice",
     "save_only_model": "a run could not go on from its checkpoints",
     "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
-    "hub_strategy": "the finished model is uploaded, once; checkpoints hold a pickle of all arguments",
-    "hub_always_push": "the finished model is uploaded, once; checkpoints hold a pickle of all arguments",
-    "hub_token": "it would be written into the card; log in with `hf auth login`, or set HF_TOKEN",
+    "push_to_hub": "checkpoints hold a pickle of all arguments; upload the finished model: hf upload NAME OUTPUT/model",
+    **dict.fromkeys(
+        ("hub_strategy", "hub_always_push", "hub_token", "hub_model_id", "hub_private_repo", "hub_revision"),
+        "nothing is uploaded; upload the finished model: hf upload NAME OUTPUT/model",
+    ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it does nothing here"),
     **dict.fromkeys(
         ("label_smoothing_factor", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), OURS
@@ -66,9 +68,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "bf16_full_eval", "fp16_full_eval"), OURS),
 }
 """Arguments that would do nothing or harm, and why."""
-
-ELSEWHERE = ("save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
-"""Arguments whose effect is ours (see `callbacks.Steering` and `hub`)."""
 
 POSITIVE = {
     "save_steps",
@@ -101,7 +100,7 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
     arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
-    arguments = {name: value for name, value in arguments.items() if name not in ELSEWHERE}
+    arguments.pop("save_steps", None)  # its effect is ours, see `Steering`
     try:
         made = _made(config, arguments, steps, checkpoints)
         with suppress(ValueError):  # of optimisers that ask for the model, which is not there yet
@@ -164,9 +163,3 @@ def _argument(name: str, value: Any) -> Any:
     if name in POSITIVE and not value > 0:
         raise ValueError(f"trainer.{name}={value!r} is not allowed: it has to be above 0")
     return value
-
-
-def early_stopping(config: SftConfig) -> list[EarlyStoppingCallback]:
-    """Returns the callback that `evaluation.patience` asks for."""
-    patience = config.evaluation.patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]

@@ -12,8 +12,7 @@ import yaml
 from hcot_lmeval.provenance import hardware
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.monitor.curves import read_records
-from hcot_lmeval.training.monitor.verdict import Verdict, points_of, verdict
+from hcot_lmeval.training.monitor.curves import read_records, verdict
 from hcot_lmeval.training.run import RunDirectory
 
 CARD = """---
@@ -90,7 +89,7 @@ def write_card(
         path=name or folder,
         task=_task(config),
         results="\n".join(_results(metrics)),
-        verdict=judge(records, record, run),
+        verdict=judge(records, record),
         command=record.command or "(from Python: hcot_lmeval.training.sft.train)",
         config=_settings(config),
         data_hash=record.data_hash,
@@ -100,10 +99,10 @@ def write_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord, run: RunDirectory) -> Verdict:
+def judge(records: Sequence[Mapping[str, Any]], record: TrainingRecord) -> str:
     """Returns the verdict on the last phase; others have other data, hence other losses."""
     before = sum(phase["steps"] for phase in record.curriculum[:-1])
-    return verdict(points_of(found for found in records if found["step"] > before), run.kept)
+    return verdict(found for found in records if found["step"] > before)
 
 
 def _settings(config: SftConfig) -> str:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         ValueError, OSError: a setting, a file or the data cannot be used.
         KeyboardInterrupt: it was stopped; the message says where it goes on.
     """
-    from hcot_lmeval.training.config_file import describe_config, load_config
+    from hcot_lmeval.training.config import describe_config, load_config
 
     if args.keys:
         print(describe_config())

@@ -1,17 +1,19 @@
 """What a training run is: every setting of ``hcot train sft``, with its default and what it means.
 
-The YAML file has the structure of `SftConfig`; `training.config_file` reads it.
+The YAML file has the structure of `SftConfig`; all its faults are said at once, with what is allowed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.settings import Section
+from hcot_lmeval.settings import Section, describe_settings, parse_settings, read_yaml
 from hcot_lmeval.trace import Policy
 
 
@@ -62,7 +64,6 @@ class DataConfig(Section):
     malformed: Literal["drop", "keep"] = Field("drop", description="what becomes of malformed traces")
     too_long: Literal["cut", "drop"] = Field("cut", description="what becomes of traces that do not fit into a row")
     row_length: int = Field(4096, ge=8, description="tokens in a packed row; also the longest document")
-    form: Literal["packed", "stages"] = Field("packed", description="one plan a trace, or one document a stage")
     system_prompt: str | None = Field(None, description="system message before each question")
     workers: int = Field(1, ge=1, description="processes that tokenise and compile")
 
@@ -90,9 +91,9 @@ class PhaseConfig(Section):
 class LossConfig(Section):
     """Cross-entropy, and what is added so that traces stay legal."""
 
-    structure: Literal["none", "mass", "unlikelihood"] = Field("mass", description="term on the illegal markers")
-    weight: float = Field(1.0, ge=0, description="weight of that term (lambda)")
-    marker_weight: float = Field(1.0, gt=0, description="weight of the cross-entropy of markers")
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="of the term on illegal markers (lambda); 0: none"
+    )
     chunk: int = Field(1024, ge=1, description="rows of logits that exist at a time")
 
 
@@ -132,7 +133,7 @@ class TinyConfig(Section):
     positions: int = Field(4096, ge=8, description="longest context")
     rope_theta: float = Field(1e6, gt=1, description="base of the rotary frequencies, as in Qwen2.5")
     start: Literal["random", "induction"] = Field(
-        "random", description="induction: with heads that copy what followed before (see training/induction.py)"
+        "random", description="induction: with heads that copy what followed before (see training/tiny.py)"
     )
 
 
@@ -174,6 +175,69 @@ class SftConfig(Section):
                 f"attention={self.attention} cannot be used with policy {masked[0]}: flash attention would drop the "
                 "mask that hides pruned thoughts. Use attention=auto, or flex_attention on CUDA."
             )
-        if self.data.form == "stages" and Policy.EVICT in masked:
-            raise ValueError("data.form=stages exists for policy recompute alone; use form=packed with policy evict")
         return self
+
+
+# --- from a file and overrides ----------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SftConfig:
+    """Reads a YAML file and changes what ``overrides`` say.
+
+    Args:
+        path: the file.
+        overrides: ``key=value`` each; a dotted key reaches into sections and lists (``phases.0.steps=100``), the value
+            is YAML.
+
+    Raises:
+        ValueError: the file is no mapping, a key is unknown, a value is not allowed; every fault in one message.
+        FileNotFoundError: there is no such file.
+    """
+    settings = read_yaml(path, "model: tiny")
+    for override in overrides:
+        _override(settings, override)
+    return parse_config(settings, str(path))
+
+
+def parse_config(settings: Mapping[str, Any], origin: str = "the settings") -> SftConfig:
+    """Returns checked settings.
+
+    Raises:
+        ValueError: as for `load_config`.
+    """
+    return parse_settings(SftConfig, settings, origin)
+
+
+def _override(settings: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} is not of the form key=value, such as trainer.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    *path, last = key.split(".")
+    for name in path:
+        if isinstance(settings, list):
+            settings = settings[_index(settings, name, key)]
+        elif isinstance(settings, dict):
+            settings = settings.setdefault(name, {})
+        else:
+            raise ValueError(f"override {override!r}: {name} is neither a section nor a list")
+    if isinstance(settings, list):
+        settings[_index(settings, last, key)] = value
+    elif isinstance(settings, dict):
+        settings[last] = value
+    else:
+        raise ValueError(f"override {override!r}: {key.rpartition('.')[0]} has the value {settings!r} and no parts")
+
+
+def _index(items: list[Any], name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ValueError(f"override {key}: {name!r} is no index of a list with {len(items)} entries, counted from 0")
+    return int(name)
+
+
+def describe_config() -> str:
+    """Returns every key with its default and meaning, as the help of the script shows it."""
+    return "\n".join(describe_settings(SftConfig))

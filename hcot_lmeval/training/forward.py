@@ -1,7 +1,7 @@
 """A causal language model run on packed rows: its losses and its log-probabilities.
 
     install(model)                       # once, before DDP, FSDP2 or PEFT's trainer wrap it
-    sums = loss_sums(wrapped, batch, LossSettings(grammar, StructureLoss("mass")))
+    sums = loss_sums(wrapped, batch, LossSettings(grammar, weight=1.0))
     (sums.objective / targets_of_the_global_batch).backward()
 
 A wrapper such as DDP synchronises gradients of what happens within its own `forward`, so the losses have to be computed
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.masks import attention_masks
 from hcot_lmeval.rotary import check_positions, rotary_limit
 from hcot_lmeval.trace import IGNORE
-from hcot_lmeval.training.losses import LossSums, StructureLoss, packed_losses
+from hcot_lmeval.training.losses import LossSums, packed_losses
 
 Batch = Mapping[str, torch.Tensor]
 """input_ids, position_ids, death, shift_labels, states and classes, integers [B, T] (see `data.rows.collate`)."""
@@ -38,12 +38,12 @@ class LossSettings:
 
     Attributes:
         grammar: which markers are illegal where.
-        structure: the term on them.
+        weight: of the term on them.
         chunk: rows of logits that exist at a time.
     """
 
     grammar: Grammar
-    structure: StructureLoss = field(default_factory=StructureLoss)
+    weight: float = 1.0
     chunk: int = 1024
 
 
@@ -174,7 +174,7 @@ def _run(model: Any, batch: Batch, finish: Any) -> dict[str, torch.Tensor]:
 def _sums(hidden: torch.Tensor, batch: Batch, head: Any, settings: LossSettings) -> dict[str, torch.Tensor]:
     targets, states, classes = (batch[name].flatten() for name in ("shift_labels", "states", "classes"))
     sums = packed_losses(
-        hidden.flatten(0, 1), targets, states, classes, head, settings.grammar, settings.structure, settings.chunk
+        hidden.flatten(0, 1), targets, states, classes, head, settings.grammar, settings.weight, settings.chunk
     )
     return {name: getattr(sums, name) for name in ("objective", "cross_entropy", "structure", "counts")}
 

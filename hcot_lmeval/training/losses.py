@@ -5,22 +5,19 @@ e^F) that of all, and M = 1 - sum_{i in I} p_i the mass of the legal tokens. The
 
     -log p_y = Z - z_y = -log p(y | legal) - log M,        M = e^(A - Z) = sigmoid(A - F)
 
-so plain cross-entropy holds the term on illegal markers once, and ``mass`` adds ``weight`` times more of it: it raises
-legality and nothing else, and vanishes where nothing illegal is likely. ``unlikelihood`` (Welleck et al. 2020) adds
-``- sum_{i in I} log(1 - p_i)``, which is the same to first order. ``marker_weight`` multiplies the cross-entropy of
-markers, for comparison; it teaches to write more of them, not to place them better (see docs/trained.md).
+so plain cross-entropy holds the term on illegal markers once, and the structure loss adds ``weight`` times more of
+it: it raises legality and nothing else, and vanishes where nothing illegal is likely. (Unlikelihood, Welleck et al.
+2020, is the same to first order, and weighting markers teaches to write more of them; see docs/trained.md.)
 
 All results are sums over targets, so that a caller can divide by the count of a whole, distributed batch.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Literal, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -31,33 +28,6 @@ from hcot_lmeval.trace import IGNORE
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """From hidden states [n, D] to logits [n, V]."""
-
-Kind = Literal["none", "mass", "unlikelihood"]
-
-
-@dataclass(frozen=True)
-class StructureLoss:
-    """What is added to the cross-entropy.
-
-    Attributes:
-        kind: the term on illegal markers.
-        weight: its factor, lambda.
-        marker_weight: factor of the cross-entropy of markers.
-
-    Raises:
-        ValueError: the kind is unknown, or a factor is negative or not finite.
-    """
-
-    kind: Kind = "mass"
-    weight: float = 1.0
-    marker_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"structure loss {self.kind!r} is unknown; choose one of {', '.join(get_args(Kind))}")
-        for name in ("weight", "marker_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it has to be finite and at least 0")
 
 
 @dataclass
@@ -91,7 +61,7 @@ def packed_losses(
     classes: torch.Tensor,
     head: Head,
     grammar: Grammar,
-    structure: StructureLoss,
+    weight: float = 1.0,
     chunk: int = 1024,
 ) -> LossSums:
     """Returns the sums of the losses over the rows that have a target.
@@ -106,7 +76,7 @@ def packed_losses(
         classes: `TokenClass` of each target, [N].
         head: from hidden states to logits, soft caps and scales included.
         grammar: which markers are illegal in each state.
-        structure: what is added to the cross-entropy.
+        weight: of the term on illegal markers that is added to the cross-entropy, lambda.
         chunk: rows of logits.
 
     Raises:
@@ -118,9 +88,14 @@ def packed_losses(
     illegal = _IllegalIds.of(grammar, hidden.device)
 
     def sums(hidden: torch.Tensor, targets: torch.Tensor, states: torch.Tensor, classes: torch.Tensor) -> LossSums:
-        inputs = (hidden, targets, states, head, illegal, structure.kind)
-        cross_entropy, term = checkpoint(_entropies, *inputs, use_reentrant=False)
-        return _sums(cross_entropy, term, classes, structure)
+        cross_entropy, term = checkpoint(_entropies, hidden, targets, states, head, illegal, use_reentrant=False)
+        member = torch.nn.functional.one_hot(classes, len(TokenClass))
+        return LossSums(
+            objective=cross_entropy.sum() + weight * term.sum(),
+            cross_entropy=(member * cross_entropy.detach()[:, None]).sum(0),  # autocast would round a matrix product
+            structure=term.detach().sum(),
+            counts=member.sum(0),
+        )
 
     # without targets there is one chunk of no rows, whose zeros depend on every parameter, as DDP wants
     chunks = (column[rows].split(chunk) for column in (hidden, targets, states, classes))
@@ -162,7 +137,6 @@ def _entropies(
     states: torch.Tensor,
     head: Head,
     illegal: _IllegalIds,
-    kind: Kind,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the cross-entropy and the structure term of each row, [n] each.
 
@@ -177,37 +151,5 @@ def _entropies(
     forbidden, chosen = few[:, :-1].clamp_min(never).masked_fill(~real, never), few[:, -1]
     allowed = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
     cross_entropy = torch.logaddexp(allowed, forbidden.logsumexp(-1)) - chosen
-    term = _structure_term(kind, allowed, forbidden)
+    term = -logsigmoid(allowed - forbidden.logsumexp(-1))  # accurate at any mass, where 1 - p would be rounding error
     return cross_entropy, term.where(illegal.allow(targets, states), 0.0)
-
-
-def _structure_term(kind: Kind, allowed: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
-    """Returns the term of each row, [n].
-
-    Both are sums of log sigmoids, since 1 - p_i = sigmoid(log-sum-exp of the other logits - z_i) as well. That is
-    accurate in single precision at any mass, and so are the gradients. 1 minus a probability would not be: where
-    nearly all mass is illegal it is rounding error.
-
-    Args:
-        kind: which term.
-        allowed: log-sum-exp of the legal logits, [n].
-        forbidden: the illegal logits, [n, width].
-    """
-    if kind == "mass":
-        return -logsigmoid(allowed - forbidden.logsumexp(-1))
-    if kind == "unlikelihood":
-        same = torch.eye(forbidden.shape[-1], dtype=torch.bool, device=forbidden.device)
-        others = forbidden[:, None, :].masked_fill(same, torch.finfo(forbidden.dtype).min).logsumexp(-1)
-        return -logsigmoid(torch.logaddexp(allowed[:, None], others) - forbidden).sum(-1)
-    return torch.zeros_like(allowed)
-
-
-def _sums(cross_entropy: torch.Tensor, term: torch.Tensor, classes: torch.Tensor, structure: StructureLoss) -> LossSums:
-    weights = torch.where(classes == int(TokenClass.MARKER), structure.marker_weight, 1.0).to(cross_entropy.dtype)
-    member = torch.nn.functional.one_hot(classes, len(TokenClass))
-    return LossSums(
-        objective=(weights * cross_entropy).sum() + structure.weight * term.sum(),
-        cross_entropy=(member * cross_entropy.detach()[:, None]).sum(0),  # a matrix product would round under autocast
-        structure=term.detach().sum(),
-        counts=member.sum(0),
-    )

@@ -18,70 +18,33 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hcot_lmeval.settings import differences
+from hcot_lmeval.store import JsonLines, line_of, replacing
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.data.report import Report
+from hcot_lmeval.training.data.dataset import Finding
 
 FREE = {
-    *(
-        "output",
-        "workers",
-        "batch_size",
-        "report_to",
-        "run_name",
-        "project",
-        "logging_dir",
-        "disable_tqdm",
-        "log_level",
-    ),
-    *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "dataloader_num_workers"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+    *("output", "workers", "batch_size", "report_to", "run_name", "project", "logging_dir", "disable_tqdm"),
+    *("log_level", "logging_steps", "logging_first_step", "save_steps", "save_total_limit", "dataloader_num_workers"),
 }
 """Settings that change nothing about the result, so that a resumed run may have others."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths and state of a run."""
 
-    root: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def curves(self) -> Path:
-        return self.root / "curves.jsonl"
-
-    @property
-    def plot(self) -> Path:
-        return self.root / "curves.png"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "samples.jsonl"
-
-    @property
-    def rejected(self) -> Path:
-        return self.root / "rejected.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.root / "adapter"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def identity(self) -> Path:
-        return self.root / "run.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints, self.model, self.adapter = root / "checkpoints", root / "model", root / "adapter"
+        self.curves, self.plot = root / "curves.jsonl", root / "curves.png"
+        self.samples, self.rejected = root / "samples.jsonl", root / "rejected.jsonl"
+        self.identity = root / "run.json"
 
     def check(self, config: SftConfig | None) -> None:
         """Raises `ValueError` if another run than `config`'s, if given, lives there, or nothing can; changes nothing.
@@ -120,15 +83,16 @@ class RunDirectory:
         self.identity.write_text(identity, encoding="utf-8")
         return self.last_checkpoint()
 
-    def write_findings(self, reports: Iterable[Report]) -> None:
+    def write_findings(self, findings: Iterable[Finding]) -> None:
         """Writes what is wrong with single rows, each once although phases may share it, and why it was left out."""
-        found = dict.fromkeys(finding for report in reports for finding in report.findings)
-        Report(findings=list(found)).write(self.rejected)
+        with replacing(self.rejected) as draft:
+            draft.write_bytes(b"".join(line_of(asdict(finding)) for finding in dict.fromkeys(findings)))
 
     def add_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends generations to the samples, one line each."""
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with JsonLines(self.samples, durable=False) as samples:
+            for record in records:
+                samples.append(record)
 
     @property
     def kept(self) -> set[int]:
@@ -159,21 +123,15 @@ def _identity(settings: Any) -> Any:
 
 
 def _refuse_differences(before: Any, now: Any, root: Path) -> None:
-    old, new = _flat(before), _flat(now)
     last = f"phases.{len(now['phases']) - 1}"
-    longer = {key for key in (f"{last}.steps", f"{last}.epochs") if (new.get(key) or 0) > (old.get(key) or math.inf)}
-    different = [key for key in sorted((old.keys() | new.keys()) - longer) if old.get(key) != new.get(key)]
-    if different:
-        lines = "\n".join(f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in different)
+    found = differences(before, now)
+    for key in (f"{last}.steps", f"{last}.epochs"):
+        if key in found and (found[key][1] or 0) > (found[key][0] or math.inf):
+            del found[key]
+    if found:
+        lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(found.items()))
         raise ValueError(
             f"output={root} holds a run with other settings:\n{lines}\n"
             "Choose another output, set these as they were to resume it, or pass --restart to throw it away. Its last "
             "phase may be made longer."
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        return {prefix: value}
-    return {k: v for name, part in pairs for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -31,22 +32,26 @@ from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.rotary import check_positions
 from hcot_lmeval.tokens import Added
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.adapters import check_adapter, with_adapter
-from hcot_lmeval.training.arguments import check_trackers, early_stopping, training_arguments
+from hcot_lmeval.training.arguments import check_trackers, training_arguments
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings
-from hcot_lmeval.training.hub import repository, upload
-from hcot_lmeval.training.loading import attention_of, check_model, end_ids, load_model, load_tokenizer
-from hcot_lmeval.training.losses import StructureLoss
+from hcot_lmeval.training.loading import (
+    attention_of,
+    check_adapter,
+    check_model,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    with_adapter,
+)
 from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback, Steering
 from hcot_lmeval.training.monitor.curves import read_records
-from hcot_lmeval.training.monitor.measure import Data, Evaluator
+from hcot_lmeval.training.monitor.evaluation import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.schedule import Phase, Schedule, steps_of
-from hcot_lmeval.training.trainer import PackedTrainer
+from hcot_lmeval.training.trainer import PackedTrainer, Phase, Schedule, steps_of
 from hcot_lmeval.vocabulary import marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -98,7 +103,7 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     record = record_of(config, tokenizer, added, data, schedule, command)
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
-        run.write_findings(prepared.report for prepared in data.train)
+        run.write_findings(finding for prepared in data.train for finding in prepared.report.findings)
     steering = Steering(config.trainer.get("save_steps"))
     trainer.add_callback(steering)
     try:
@@ -146,7 +151,6 @@ def check_settings(config: SftConfig) -> None:
     attention_of(config)
     check_adapter(config)
     check_trackers(training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints))
-    repository(config)
 
 
 def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
@@ -220,13 +224,12 @@ def record_of(
         markup=config.tokens.markup,
         think=vocabulary.think if vocabulary.has_thinking else None,
         seeding=added.seeding,
-        structure_loss=config.loss.model_dump(exclude={"chunk"}),
+        structure_loss={"structure": "mass", "weight": config.loss.weight},
         curriculum=[
             {"policy": phase.policy.value, "steps": phase.steps, "data_hash": prepared.digest}
             for phase, prepared in zip(schedule.phases, data.train, strict=True)
         ],
         data_hash=data.train[-1].digest,
-        form=config.data.form,
         command=command or None,
     )
 
@@ -241,8 +244,7 @@ def make_trainer(
     run: RunDirectory,
 ) -> PackedTrainer:
     """Returns the trainer, ready to start."""
-    loss = config.loss
-    settings = LossSettings(data.grammar, StructureLoss(loss.structure, loss.weight, loss.marker_weight), loss.chunk)
+    settings = LossSettings(data.grammar, config.loss.weight, config.loss.chunk)
     pad = partial(collate, length=config.data.row_length, pad_id=tokenizer.pad_token_id)
     evaluator = Evaluator(config, tokenizer, data, settings, pad, run)
     trainer = PackedTrainer(
@@ -255,8 +257,10 @@ def make_trainer(
         record=record,
         eval_dataset=data.held_out.rows,
         processing_class=tokenizer,
-        callbacks=[CurveCallback(run, schedule), *early_stopping(config)],
+        callbacks=[CurveCallback(run, schedule)],
     )
+    if config.evaluation.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience))
     for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
         if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
             trainer.add_callback(Console)
@@ -287,10 +291,6 @@ def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedToken
     if trainer.is_world_process_zero():
         for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
             (folder / "training_args.bin").unlink(missing_ok=True)
-        name = repository(config)
-        write_card(config, trainer.training_record, run, name=name)
-        judgement = judge(read_records(run.curves), trainer.training_record, run)
-        print(f"\n{judgement}\n\n{run.model} holds the model, {run.plot} the curves.")
-        if name is not None:
-            upload(config, name, run.model)
-            print(f"{name} on the hub holds the model, its card and the curves.")
+        write_card(config, trainer.training_record, run)
+        told = judge(read_records(run.curves), trainer.training_record)
+        print(f"\n{told}\n\n{run.model} holds the model, {run.plot} the curves.")

@@ -119,41 +119,6 @@ def longest_beginning(example: Example, markers: MarkerIds, policy: Policy | str
     return len(example.ids)
 
 
-def split_stages(
-    example: Example, grammar: Grammar, *, policy: Policy | str = Policy.RECOMPUTE, max_length: int
-) -> list[Document]:
-    """Splits the trace at its prunes into plain causal documents: the slow twin of the packed plan.
-
-    A stage is the live context as it stands, on which there is no loss, and the tokens up to and including the next
-    marker that prunes. Each generated token is a target of one stage. A trace is cut as in `compile_document`, such
-    that every stage of its beginning fits.
-
-    Args:
-        example: prompt and completion.
-        grammar: markers, thinking tokens and end tokens.
-        policy: `recompute`; the contexts of no other policy are those of plain documents.
-        max_length: most tokens of a stage.
-
-    Raises:
-        TooLong: no beginning of the trace fits.
-        ValueError: the policy is not `recompute`, or the prompt is empty.
-    """
-    if Policy(policy) is not Policy.RECOMPUTE:
-        raise ValueError(f"policy {str(policy)!r} has no stages, only 'recompute' has; use form=packed")
-    if not example.prompt_ids:
-        raise ValueError("the prompt is empty; the first generated token has to follow something")
-    stop = _longest_staged(example, grammar.markers, max_length)
-    labels = label_tokens(example.ids[:stop], len(example.prompt_ids), grammar)
-    context, documents = _after_prompt(example, grammar.markers, policy), []
-    before, new = list(context.live), list[int]()
-    for token in example.ids[len(example.prompt_ids) : stop]:
-        new.append(token)
-        if context.push(token).is_prune:
-            documents.append(_stage(before, new, labels))
-            before, new, labels = list(context.live), [], labels[len(new) :]
-    return [*documents, _stage(before, new, labels)] if new else documents
-
-
 def faults(example: Example, grammar: Grammar) -> list[str]:
     """Returns how the example departs from the notation, sorted; nothing if the grammar accepts it.
 
@@ -192,28 +157,6 @@ def _fitting(found: int, max_length: int) -> int:
     if not found:
         raise TooLong(f"no beginning of the trace that ends between blocks has a plan of {max_length} tokens or fewer")
     return found
-
-
-def _longest_staged(example: Example, markers: MarkerIds, max_length: int) -> int:
-    """As `longest_beginning`, for stages: a stage is as long as the live context would be if its last token stayed."""
-    context, found = _after_prompt(example, markers, Policy.RECOMPUTE), 0
-    for index, token in enumerate(example.completion_ids, start=len(example.prompt_ids)):
-        size = len(context.live) + 1
-        step = context.push(token)
-        if step.kind is Kind.OPEN and index > len(example.prompt_ids):
-            found = index
-        if size > max_length:
-            return _fitting(found, max_length)
-        if step.kind is Kind.CLOSE:
-            found = index + 1
-    return len(example.ids)
-
-
-def _stage(before: list[int], new: list[int], labels: Sequence[Label]) -> Document:
-    ids, first = before + new, len(before) - 1
-    size = len(ids)
-    targets = [IGNORE] * first + new + [IGNORE]
-    return _document(ids, [*range(size)], [size] * size, targets, range(first, size - 1), labels)
 
 
 def _document(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from datasets import Features, List, Value
@@ -16,7 +17,6 @@ from datasets import Features, List, Value
 from hcot_lmeval import grammar, markup, tokens, trace
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.provenance import files_digest
-from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.data import documents, text
 from hcot_lmeval.training.data.documents import (
     COLUMNS,
@@ -25,7 +25,6 @@ from hcot_lmeval.training.data.documents import (
     TooLong,
     compile_document,
     faults,
-    split_stages,
 )
 from hcot_lmeval.training.data.text import TextForm, Unusable
 
@@ -39,7 +38,6 @@ DOCUMENT_FEATURES = Features(
     | {name: List(Value("int8")) if name in ("states", "classes") else IDS for name in COLUMNS}
     | {
         "reasons": List(Value("string")),
-        "first": Value("bool"),
         "blocks": Value("bool"),
         "truncated": Value("bool"),
         "trace_tokens": Value("int32"),
@@ -47,7 +45,7 @@ DOCUMENT_FEATURES = Features(
         "digest": Value("string"),
     }
 )
-"""One row a document, or one without tokens for a row that is left out; `first` marks the first of each row."""
+"""A document for each row; one that is left out has no tokens."""
 
 
 def tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[str, Any]:
@@ -80,52 +78,41 @@ def compile_rows(batch: Mapping[str, list[Any]], **options: Any) -> dict[str, li
 
     Args:
         batch: a list for each of `EXAMPLE_FEATURES`.
-        options: grammar, policy, max_length (see `compile_document`); stages (split at prunes), keep_malformed, and
-            cut (whether long traces are cut or left out).
+        options: grammar, policy, max_length (see `compile_document`); keep_malformed, and cut (whether long traces are
+            cut or left out).
     """
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     out: dict[str, list[Any]] = {name: [] for name in DOCUMENT_FEATURES}
     for row in rows:
-        for entry in _entries(row, **options):
-            for name, values in out.items():
-                values.append(entry[name])
+        for name, value in _entry(row, **options).items():
+            out[name].append(value)
     return out
 
 
-def _entries(row: Mapping[str, Any], *, keep_malformed: bool, cut: bool, **options: Any) -> Iterator[dict[str, Any]]:
-    """Yields what `DOCUMENT_FEATURES` has for one row of the source."""
+def _entry(
+    row: Mapping[str, Any], grammar: Grammar, policy: str, max_length: int, *, keep_malformed: bool, cut: bool
+) -> dict[str, Any]:
+    """Returns what `DOCUMENT_FEATURES` has for one row of the source."""
     example = Example(tuple(row["prompt_ids"]), tuple(row["completion_ids"]), row["answer"])
-    found, reasons = list[Document](), row["faults"]
+    document, reasons = Document(), row["faults"]
     if row["unusable"] is not None:
         reasons = [row["unusable"]]
-    elif keep_malformed or not row["faults"]:
-        found = _compiled(example, **options)
-        learned = sum(document.learned for document in found)
-        if not found or (learned < len(example.completion_ids) and not cut):
-            found, reasons = [], [*reasons, "too_long"]
-    for number, document in enumerate(found or [Document()]):
-        first, learned = number == 0, sum(d.learned for d in found) if number == 0 else 0
-        yield {
-            **{name: row[name] for name in PLACE},
-            **{name: getattr(document, name) for name in COLUMNS},
-            "reasons": reasons if first else [],
-            "first": first,
-            "blocks": options["grammar"].markers.open in example.completion_ids,
-            "truncated": first and bool(found) and learned < len(example.completion_ids),
-            "trace_tokens": len(example.prompt_ids) + learned if first and found else 0,
-            "targets_count": document.learned,
-            "digest": _document_digest(document),
-        }
-
-
-def _compiled(example: Example, *, grammar: Grammar, policy: str, stages: bool, max_length: int) -> list[Document]:
-    """The documents of an example, or none if no beginning of it fits."""
-    try:
-        if stages and policy != Policy.OFF:  # without prunes there is one stage, the plain document
-            return split_stages(example, grammar, policy=policy, max_length=max_length)
-        return [compile_document(example, grammar, policy, max_length=max_length)]
-    except TooLong:
-        return []
+    elif keep_malformed or not reasons:
+        with suppress(TooLong):
+            document = compile_document(example, grammar, policy, max_length=max_length)
+        if not document.learned or (document.learned < len(example.completion_ids) and not cut):
+            document, reasons = Document(), [*reasons, "too_long"]
+    learned = document.learned
+    return {
+        **{name: row[name] for name in PLACE},
+        **{name: getattr(document, name) for name in COLUMNS},
+        "reasons": reasons,
+        "blocks": grammar.markers.open in example.completion_ids,
+        "truncated": 0 < learned < len(example.completion_ids),
+        "trace_tokens": len(example.prompt_ids) + learned if learned else 0,
+        "targets_count": learned,
+        "digest": _document_digest(document),
+    }
 
 
 def _document_digest(document: Document) -> str:

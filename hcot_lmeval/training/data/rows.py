@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from hcot_lmeval.trace import IGNORE
-from hcot_lmeval.training.data.documents import COLUMNS, Document
+from hcot_lmeval.training.data.documents import COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,26 +29,6 @@ PackedRow = Mapping[str, Sequence[int]]
 
 WINDOW = 8192
 """Documents among which partners for a row are looked for. Larger windows hardly fill better, and mix worse."""
-
-
-def pack(documents: Sequence[Document], row_length: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Packs documents that are in memory; `PackedRows` does the same for those that are not.
-
-    Raises:
-        ValueError: see `assign`.
-    """
-    groups = assign([len(document) for document in documents], row_length, seed)
-    return [_join([documents[index] for index in group]) for group in groups]
-
-
-def _join(documents: Sequence[Document]) -> dict[str, list[int]]:
-    row: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    for document in documents:
-        start = len(row["ids"])
-        for name, values in row.items():
-            values += getattr(document, name)
-        row["death"][start:] = [start + death for death in document.death]
-    return row
 
 
 def assign(

@@ -15,7 +15,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from hcot_lmeval.training.monitor.curves import Curves, save_figure
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.schedule import Schedule
+from hcot_lmeval.training.trainer import Schedule
 
 TOLD = ("loss", "accuracy", "completion", "illegal_traces", "generated_tokens", "peak_live_tokens")
 """Held-out metrics that are shown on the terminal."""

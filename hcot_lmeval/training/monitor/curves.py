@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hcot_lmeval.store import JsonLines, StoreError, line_of, replacing, scan
-from hcot_lmeval.training.monitor.verdict import train_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,6 +78,35 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
         if not isinstance(record.get("step"), int):
             raise StoreError(f"{path}:{number} is no record, for it has no step; mend or remove the line")
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+
+def train_loss(record: Record) -> float | None:
+    """Returns the training loss in a record, or None: the cross-entropy alone where it is told apart."""
+    value = record.get("cross_entropy", record.get("loss"))
+    return None if value is None else float(value)
+
+
+def verdict(records: Iterable[Record]) -> str:
+    """Returns in words how the losses went: where the held-out one was lowest, how far above that it ended.
+
+    The records are those of one phase: a change of the data moves losses for reasons of its own. A single evaluation is
+    noisy, and the words say so; the curves show how much.
+    """
+    records = [_with_train_loss(record) for record in records]
+    (steps, losses), (_, trained) = series(records, "eval_loss"), series(records, TRAIN)
+    if not steps or not trained:
+        return "The losses were not measured."
+    if not all(map(math.isfinite, (*losses, *trained))):
+        return "It diverged: a loss is no number. Lower the learning rate, warm up for longer, or clip gradients."
+    best = min(range(len(steps)), key=losses.__getitem__)
+    ended = f"The held-out loss ended at {losses[-1]:.4g} nats per token, the training loss at {trained[-1]:.4g}"
+    if best == len(steps) - 1:
+        return f"{ended}. The held-out loss was never lower: it may fall further with more steps."
+    rise = f"{losses[-1] / losses[best] - 1:.1%} above" if losses[best] else "above"
+    return (
+        f"{ended}. The held-out loss is {rise} its lowest, {losses[best]:.4g} at step {steps[best]}, whose weights are "
+        "kept. Where that is more than noise it overfits: more steps will not help, more data may."
+    )
 
 
 def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
@@ -149,11 +177,12 @@ def draw(records: Sequence[Record], *, phases: Sequence[tuple[int, str]] = (), b
 
     Returns:
         A figure of four panels: losses, held-out losses by class, generation, lengths.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
-    figure = _new_figure()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")  # not pyplot, which keeps figures and picks a display
+    FigureCanvasAgg(figure)
     records = [_with_train_loss(record) for record in records]
     for axes, panel in zip(figure.subplots(2, 2).flat, (LOSSES, CLASSES, GENERATION, TOKENS), strict=True):
         _draw_panel(axes, panel, records)
@@ -174,17 +203,6 @@ def save_figure(
     figure = draw(records, phases=phases, best_step=best_step)
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=120)
-
-
-def _new_figure() -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing curves needs matplotlib: pip install 'hcot_lmeval[train]'") from error
-    figure = Figure(figsize=(12, 8), layout="constrained")  # not pyplot, which keeps figures and picks a display
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:

@@ -18,11 +18,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from hcot_lmeval import answers
 from hcot_lmeval.engine import Completion, Engine, Request, SamplingParams
@@ -30,8 +32,13 @@ from hcot_lmeval.events import COMPLETE
 from hcot_lmeval.grammar import Grammar, TokenClass, is_legal_trace
 from hcot_lmeval.response import Response
 from hcot_lmeval.trace import Malformed
-from hcot_lmeval.training.forward import causal_lm
+from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.data.dataset import Prepared
+from hcot_lmeval.training.data.documents import COLUMNS
+from hcot_lmeval.training.data.rows import PackedRow
+from hcot_lmeval.training.forward import Batch, LossSettings, causal_lm, loss_sums
 from hcot_lmeval.training.losses import LossSums
+from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.vocabulary import leaves_open, read_vocabulary
 
 Problem = tuple[Sequence[int], str | None]
@@ -46,40 +53,9 @@ LOSSES = {
 """The losses by class of the target."""
 
 
-class Measured(NamedTuple):
-    """One generation in numbers.
-
-    Attributes:
-        accuracy: whether the answer behind the thinking is the expected one (a check that could not be made is a no).
-        completion: whether it ended with an end token and not at a budget.
-        illegal_traces: whether a token stands where the grammar forbids it, such as a stray marker or the end of the
-            text within an open block.
-        incomplete_traces: whether a budget cut it within an open block, which by itself is not illegal.
-        generated_tokens: pruned ones included.
-        peak_live_tokens: the most tokens that the model saw at once, prompt included.
-        live_tokens: tokens in the context at the end, prompt included.
-        pruned_share: pruned tokens per generated token.
-        prunes: blocks closed with a prune.
-    """
-
-    accuracy: float
-    completion: float
-    illegal_traces: float
-    incomplete_traces: float
-    generated_tokens: float
-    peak_live_tokens: float
-    live_tokens: float
-    pruned_share: float
-    prunes: float
-
-
-METRICS = Measured._fields
-"""The metrics of `free_run`, each a mean over the problems."""
-
-
 @dataclass(frozen=True)
 class Sample:
-    """A generation for people to read.
+    """A generation for people to read, and in numbers.
 
     Attributes:
         prompt: as text, special tokens included.
@@ -87,10 +63,14 @@ class Sample:
         answer: what was found behind the thinking, or None.
         expected: the expected answer, or None.
         right: whether they agree; None without an expected answer, or if they could not be compared.
-        legal: whether the trace keeps to the notation.
+        legal: whether the trace keeps to the notation; a budget that cuts it within a block is no fault of it.
+        cut: whether a budget cut it within an open block.
         finish_reason: eos, stop, length or context.
         generated_tokens: pruned ones included.
+        pruned_tokens: of those, how many were thrown away.
+        prunes: blocks closed with a prune.
         peak_live_tokens: the most tokens that the model saw at once, prompt included.
+        live_tokens: tokens in the context at the end, prompt included.
     """
 
     prompt: str
@@ -99,9 +79,27 @@ class Sample:
     expected: str | None
     right: bool | None
     legal: bool
+    cut: bool
     finish_reason: str
     generated_tokens: int
+    pruned_tokens: int
+    prunes: int
     peak_live_tokens: int
+    live_tokens: int
+
+
+MEASURES: dict[str, Callable[[Sample], float]] = {
+    "accuracy": lambda one: math.nan if one.expected is None else one.right is True,
+    "completion": lambda one: one.finish_reason in COMPLETE,
+    "illegal_traces": lambda one: not one.legal,
+    "incomplete_traces": lambda one: one.cut,
+    "generated_tokens": lambda one: one.generated_tokens,
+    "peak_live_tokens": lambda one: one.peak_live_tokens,
+    "live_tokens": lambda one: one.live_tokens,
+    "pruned_share": lambda one: one.pruned_tokens / max(1, one.generated_tokens),
+    "prunes": lambda one: one.prunes,
+}
+"""The metrics of `free_run`, each a mean over the problems; an answer that could not be compared is a wrong one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class FreeRun:
     """The outcome of `free_run`.
 
     Attributes:
-        metrics: `METRICS` to means over the problems of all processes.
+        metrics: `MEASURES` to means over the problems of all processes.
         samples: the first few problems of this process, the same ones in every evaluation.
     """
 
@@ -171,13 +169,14 @@ def free_run(
         requests = [Request(str(i), tuple(prompt_ids), params) for i, (prompt_ids, _) in enumerate(mine)]
         done = _generate(engine, requests, show=progress and _place()[0] == 0)
     reader = _Reader(engine)
-    graded = [reader.read(completion, expected) for completion, (_, expected) in zip(done, mine, strict=True)]
-    rows = torch.tensor([measured for measured, _ in graded], dtype=torch.float64).reshape(-1, len(METRICS))
+    samples = [reader.read(completion, expected) for completion, (_, expected) in zip(done, mine, strict=True)]
+    values = [[float(measure(one)) for measure in MEASURES.values()] for one in samples]
+    rows = torch.tensor(values, dtype=torch.float64).reshape(-1, len(MEASURES))
     means = _mean(rows.nan_to_num(0).sum(0), rows.isfinite().sum(0), engine.decoder.device, reduce=shard)
-    return FreeRun(dict(zip(METRICS, means, strict=True)), tuple(sample for _, sample in graded[:keep]))
+    return FreeRun(dict(zip(MEASURES, means, strict=True)), tuple(samples[:keep]))
 
 
-def held_out_losses(batches: Iterable[Any], loss_sums: Callable[[Any], LossSums]) -> dict[str, float]:
+def held_out_losses(batches: Iterable[Any], measure: Callable[[Any], LossSums]) -> dict[str, float]:
     """Returns mean losses over held-out batches, in nats per target, without building gradients.
 
     ``loss`` is the plain cross-entropy over all targets, whatever the weights of the training loss; ``loss_text``,
@@ -187,7 +186,7 @@ def held_out_losses(batches: Iterable[Any], loss_sums: Callable[[Any], LossSums]
 
     Args:
         batches: collated batches.
-        loss_sums: a batch to its losses; the model's mode is up to the caller (see `evaluation_mode`).
+        measure: a batch to its losses; the model's mode is up to the caller (see `evaluation_mode`).
 
     Raises:
         ValueError: there is no batch.
@@ -195,7 +194,7 @@ def held_out_losses(batches: Iterable[Any], loss_sums: Callable[[Any], LossSums]
     total: torch.Tensor | None = None
     with torch.no_grad():
         for batch in batches:
-            sums = loss_sums(batch)
+            sums = measure(batch)
             parts = torch.cat([sums.cross_entropy, sums.structure.reshape(1), sums.counts]).double()
             total = parts if total is None else total + parts
     if total is None:
@@ -252,36 +251,25 @@ class _Reader:
         if engine.markers is not None:  # policy off also runs without markers; then nothing can be illegal
             self._grammar = Grammar(engine.markers, self._vocabulary.think_ids, engine.limits.eos_ids)
 
-    def read(self, done: Completion, expected: str | None) -> tuple[Measured, Sample]:
-        """Measures a completion and makes it readable."""
+    def read(self, done: Completion, expected: str | None) -> Sample:
         prompt = str(self._tokenizer.decode(done.request.prompt_ids))
         parts = self._vocabulary.split(done.text, opened=leaves_open(prompt, self._vocabulary.think))
-        answer = Response(parts.answer, thinking=parts.thinking)
-        right = None if expected is None else answers.grade(answer, expected).correct
-        legal, stats = self._is_legal(done), done.statistics
-        measured = Measured(
-            accuracy=math.nan if expected is None else float(right is True),
-            completion=float(done.finish_reason in COMPLETE),
-            illegal_traces=float(not legal),
-            incomplete_traces=float(done.finish_reason not in COMPLETE and Malformed.UNCLOSED in stats.malformed),
-            generated_tokens=stats.generated_tokens,
-            peak_live_tokens=stats.peak_live_tokens,
-            live_tokens=stats.live_tokens,
-            pruned_share=stats.pruned_tokens / max(1, stats.generated_tokens),
-            prunes=stats.prune_events,
-        )
-        sample = Sample(
+        answer, stats = Response(parts.answer, thinking=parts.thinking), done.statistics
+        return Sample(
             prompt=prompt,
             generated=done.text,
             answer=answers.extract_answer(answer),
             expected=expected,
-            right=right,
-            legal=legal,
+            right=None if expected is None else answers.grade(answer, expected).correct,
+            legal=self._is_legal(done),
+            cut=done.finish_reason not in COMPLETE and Malformed.UNCLOSED in stats.malformed,
             finish_reason=done.finish_reason,
             generated_tokens=stats.generated_tokens,
+            pruned_tokens=stats.pruned_tokens,
+            prunes=stats.prune_events,
             peak_live_tokens=stats.peak_live_tokens,
+            live_tokens=stats.live_tokens,
         )
-        return measured, sample
 
     def _is_legal(self, done: Completion) -> bool:
         """Whether neither the pruning rule nor the grammar objects; a block that a budget left open is no objection."""
@@ -305,3 +293,79 @@ def _mean(sums: torch.Tensor, counts: torch.Tensor, device: torch.device, *, red
         dist.all_reduce(both)
     means: list[float] = (both[0] / both[1]).tolist()
     return means
+
+
+# --- of a run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, phase by phase, and what it holds out.
+
+    Attributes:
+        train: for each phase its rows.
+        held_out: rows compiled for the policy of the last phase.
+        problems: prompts and answers for free-running generation.
+        grammar: of the markup.
+    """
+
+    train: Sequence[Prepared]
+    held_out: Prepared
+    problems: Sequence[tuple[Sequence[int], str]]
+    grammar: Grammar
+
+
+@dataclass
+class Evaluator:
+    """Measures a model on what is held out; every process calls it.
+
+    Attributes:
+        config: the settings.
+        tokenizer: of the model.
+        data: rows and problems.
+        settings: of the losses.
+        pad: a list of rows to a batch.
+        run: where samples are written.
+    """
+
+    config: SftConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    settings: LossSettings
+    pad: Callable[[list[PackedRow]], dict[str, torch.Tensor]]
+    run: RunDirectory
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """Returns the held-out losses and, where there are problems, the metrics of free-running generation."""
+        model = trainer.model_wrapped
+        with evaluation_mode(model):
+            metrics = held_out_losses(self._batches(trainer), partial(loss_sums, model, settings=self.settings))
+        return metrics | (self._free_run(trainer) if self.data.problems else {})
+
+    def _batches(self, trainer: Trainer) -> Iterator[Batch]:
+        """This process's share of the held-out rows; padding fills up, for all processes forward as often."""
+        place, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        rows, size = self.data.held_out.rows, trainer.args.eval_batch_size
+        nothing: PackedRow = {name: [] for name in COLUMNS}
+        for start in range(0, len(rows), size * count):
+            mine = range(start + place * size, min(start + (place + 1) * size, len(rows)))
+            batch = self.pad([rows[i] for i in mine] or [nothing])
+            yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+
+    def _free_run(self, trainer: Trainer) -> dict[str, float]:
+        settings = self.config.evaluation
+        done = free_run(
+            trainer.model_wrapped,
+            self.tokenizer,
+            self.data.problems,
+            policy=self.config.policy,
+            markup=self.config.tokens.markup,
+            max_context=settings.max_context,
+            max_gen_toks=settings.max_gen_toks,
+            batch_size=settings.batch_size,
+            shard=not trainer.is_fsdp_enabled,
+            progress=True,
+        )
+        if trainer.is_world_process_zero():
+            self.run.add_samples(done.records(trainer.state.global_step))
+        return done.metrics
