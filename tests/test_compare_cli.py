@@ -127,7 +127,7 @@ def test_grid_of_a_file_is_run_once(fake, compared, capsys, monkeypatch):
     assert (fake(), len(compared)) == (3, 1)
     assert main(["run", "grid.yaml", "--out", "out", "--baseline", "tiny-flat, off, 64", "--by", "depth"]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[0] == "3 of 6 cells are done; about 38 s left"
+    assert shown.splitlines()[0] == "3 of 6 cells are done"
     assert "the table" in shown and "written to out: comparison.md" in shown
     call = compared[1]
     kinds = ("tiny-flat, off", "tiny-hcot, off", "tiny-hcot, recompute")

@@ -14,10 +14,8 @@ from matplotlib.axes import Axes
 
 from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.comparison import compare
-from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.plots import (
     budget_curve,
-    closed_blocks,
     live_context,
     most_pruned,
     notes_of,
@@ -26,10 +24,11 @@ from hcot_lmeval.report.plots import (
     styles,
 )
 from hcot_lmeval.report.results import read_runs
+from hcot_lmeval.report.tables import entries_of
 from hcot_lmeval.report.viewer.tree import live_curve
 from hcot_lmeval.trace import LiveContext
 from tests.random_traces import random_trace
-from tests.reference import MARKERS, POLICIES, rewrite
+from tests.reference import MARKERS, POLICIES
 from tests.result_files import build_run
 from tests.viewer_files import note_of
 
@@ -53,19 +52,6 @@ def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
         assert live_curve(note.events) == live
         falls += any(b < a for a, b in itertools.pairwise(live))
     assert (falls > 10) == (policy != "off")
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_lengths_are_those_of_the_rewritten_trace(policy: str) -> None:
-    seen = 0
-    for seed in range(60):
-        found = closed_blocks(noted(seed, policy))
-        blocks = rewrite(*random_trace(seed, HCOT, 60), HCOT).blocks
-        assert sorted(b.thought for b in found) == sorted(b.split - b.open - 1 for b in blocks)
-        assert sorted(b.solution for b in found) == sorted(b.close - b.split - 1 for b in blocks)
-        assert len(found) == len(blocks) and min((b.depth for b in found), default=1) >= 1
-        seen += len(blocks)
-    assert seen > 100
 
 
 def test_budget_curve_by_asking_at_every_budget(tmp_path: Path) -> None:
@@ -158,13 +144,13 @@ def test_runs_that_coincide_both_show(tmp_path: Path) -> None:
     assert axes.get_title() == "problem 0, that of the longest response"
 
 
-def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:
+def test_notes_bring_the_saw_tooth(tmp_path: Path) -> None:
     with NoteTaker(tmp_path / "notes" / "n.jsonl") as taker:
         for doc_id in range(3):
             taker.add(noted(doc_id + 1, "recompute", doc_id=doc_id))
     build_run(tmp_path / "out", [1, 0, 1], model_args={"notes": str(tmp_path / "notes")})
     drawn = {path.name: path for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)}
-    assert {"toy-live-context.png", "toy-live-context.svg", "toy-blocks.png"} <= drawn.keys()
+    assert {"toy-live-context.png", "toy-live-context.svg"} <= drawn.keys()
     (tmp_path / "again").mkdir()
     for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path / "again"):
         if path.suffix == ".png":

@@ -15,10 +15,9 @@ import pytest
 from hcot_lmeval.report import render
 from hcot_lmeval.report.comparable import check_integrity
 from hcot_lmeval.report.comparison import compare
-from hcot_lmeval.report.entries import entries_of
 from hcot_lmeval.report.results import ResultsError, read_runs
 from hcot_lmeval.report.statistics import Estimate
-from hcot_lmeval.report.tables import Head, Table
+from hcot_lmeval.report.tables import Head, Table, entries_of
 from hcot_lmeval.trace import Malformed
 from tests import quick_lm_eval
 from tests.recount import recount
@@ -86,7 +85,7 @@ def test_every_format_is_written(folders, tmp_path: Path) -> None:
     comparison = compare(runs_of(*folders.values()))
     written = {path.name for path in comparison.write(tmp_path)}
     assert {"comparison.md", "comparison.tex", "comparison.json", "hcot_arith-tests.csv"} <= written
-    plots = ("accuracy", "completion", "accuracy-live", "accuracy-generated", "live-context", "blocks")
+    plots = ("accuracy", "completion", "accuracy-live", "accuracy-generated", "live-context")
     for plot in plots:
         assert (tmp_path / f"hcot_arith-{plot}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"hcot_arith-{plot}.svg").read_text()[:1000]

@@ -16,13 +16,11 @@ import pytest
 
 from hcot_lmeval import provenance
 from hcot_lmeval.report.folder import CellFolder, with_other_versions
-from hcot_lmeval.report.progress import Progress
 from hcot_lmeval.report.reading import Reader
 from hcot_lmeval.report.results import read_runs
 from hcot_lmeval.report.runner import Failure, run_cells
 from tests.fake_evaluation import arguments_of
 from tests.interrupts import accept_interrupts
-from tests.result_files import build_run
 from tests.test_grid import ROOT, folders
 
 FAKE = (sys.executable, str(ROOT / "tests" / "fake_evaluation.py"))
@@ -40,7 +38,7 @@ def starts(tmp_path, monkeypatch):
 
 
 def run(cells: list[CellFolder]) -> list[Failure]:
-    return run_cells(cells, Progress(cells), lm_eval=FAKE)
+    return run_cells(cells, lm_eval=FAKE)
 
 
 def test_cells_are_run_once(tmp_path, starts, capsys):
@@ -54,8 +52,8 @@ def test_cells_are_run_once(tmp_path, starts, capsys):
     run(folders(tmp_path / "out", limit=2, windows=[64], policies=["off"]))  # other settings, in another folder
     assert len(starts()) == len(list((tmp_path / "out" / "cells").iterdir())) == 5
     told = capsys.readouterr().out
-    assert "[1/4] tiny-hcot, off, 64 (toy): done in 12 s; about 38 s left" in told
-    assert "[4/4] tiny-hcot, recompute, 128 (toy): done in 12 s\n" in told
+    assert "[1/4] tiny-hcot, off, 64 (toy): done\n" in told and "4 of 4 cells are done\n" in told
+    assert "[4/4] tiny-hcot, recompute, 128 (toy): done\n" in told
 
 
 def test_other_versions_are_run_again_unless_they_are_allowed(tmp_path, starts, monkeypatch):
@@ -102,9 +100,9 @@ def driver(out: Path, command: tuple[str, ...] = FAKE, **settings: Any) -> list[
     """A process that runs a grid."""
     source = f"""
         from pathlib import Path
-        from tests.test_runner import folders, Progress, run_cells
+        from tests.test_runner import folders, run_cells
         cells = folders(Path({str(out)!r}), **{settings!r})
-        run_cells(cells, Progress(cells), lm_eval={command!r})
+        run_cells(cells, lm_eval={command!r})
         """
     return [sys.executable, "-c", textwrap.dedent(source)]
 
@@ -164,21 +162,6 @@ def test_interrupt_ends_lm_eval_too(tmp_path, starts, monkeypatch):
     assert run(folders(tmp_path / "out")) == []
 
 
-def test_estimate_of_the_time_left(tmp_path):
-    """Cells of one model and policy are the measure of each other; a new policy is measured by its model."""
-    cells = folders(tmp_path, windows=[1, 2, 3], models=["tiny-hcot", "tiny-flat"])
-    seconds = {"off": 10.0, "recompute": 40.0}
-    for cell in cells[:2] + cells[3:4]:
-        build_run(
-            cell.results,
-            [1],
-            change=lambda r, s, c=cell: r.update(total_evaluation_time_seconds=str(seconds[c.cell.policy])),
-        )
-    progress = Progress(cells)
-    assert progress.seconds_left() == 10 + 2 * 40 + 3 * 20
-    assert Progress(folders(tmp_path / "new")).seconds_left() is None
-
-
 # --- for real ---------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +175,7 @@ def test_killed_within_a_cell_it_goes_on_with_the_journal(tmp_path, monkeypatch)
     died = subprocess.run(driver(tmp_path, QUICK, **settings), env=os.environ | {"DIE_AFTER": "2"}, check=False)
     assert died.returncode == -signal.SIGKILL
     assert not cell.is_done
-    assert run_cells([cell], Progress([cell]), lm_eval=QUICK) == []
+    assert run_cells([cell], lm_eval=QUICK) == []
     [found] = Reader().cell(cell.path)
     assert found.name == "tiny-hcot, recompute, 128"
     assert found.totals is not None and (found.totals["requests"], found.totals["resumed_requests"]) == (2, 1)

@@ -19,7 +19,6 @@ from hcot_lmeval.store import check_folder
 
 if TYPE_CHECKING:
     from hcot_lmeval.report.folder import CellFolder
-    from hcot_lmeval.report.progress import Progress
     from hcot_lmeval.report.results import Run
     from hcot_lmeval.report.runner import Failure
 
@@ -188,23 +187,15 @@ def _listed(folder: CellFolder) -> str:
 
 
 def _run(folders: Sequence[CellFolder], args: argparse.Namespace) -> list[Failure]:
-    from hcot_lmeval.report.progress import Progress
     from hcot_lmeval.report.runner import run_cells
     from hcot_lmeval.store import write_json
 
     write_json(args.out / "grid.json", {"cells": [folder.path.name for folder in folders]})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: lm_eval is ended too
-    progress = Progress(folders)
-    progress.begins()
-    try:
-        return run_cells(folders, progress, lambda folder: _check_early(folder, folders, args, progress))
-    finally:
-        progress.close()
+    return run_cells(folders, lambda folder: _check_early(folder, folders, args))
 
 
-def _check_early(
-    folder: CellFolder, folders: Sequence[CellFolder], args: argparse.Namespace, progress: Progress
-) -> None:
+def _check_early(folder: CellFolder, folders: Sequence[CellFolder], args: argparse.Namespace) -> None:
     """Says when a cell ends, and not after the last one, that it cannot be compared with the first of its task."""
     from hcot_lmeval.report.comparable import check_comparable
     from hcot_lmeval.report.reading import Reader
@@ -216,7 +207,7 @@ def _check_early(
     try:
         check_comparable([run for one in pair for run in reader.cell(one.path)], allow_versions=args.allow_versions)
     except ResultsError as error:
-        progress.warns(f"warning: {error}")
+        print(f"warning: {error}", file=sys.stderr)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

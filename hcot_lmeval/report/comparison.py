@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.report import render
-from hcot_lmeval.report.columns import COSTS, TOKENS, Column, endings
-from hcot_lmeval.report.entries import Entry, entries_of
 from hcot_lmeval.report.results import Run
 from hcot_lmeval.report.statistics import LEVEL
-from hcot_lmeval.report.tables import Head, Table, Test, find_tests, shares_table, tests_table, weighted_table
+from hcot_lmeval.report.tables import (
+    COSTS,
+    TOKENS,
+    Entry,
+    Table,
+    Test,
+    columns_table,
+    endings,
+    entries_of,
+    find_tests,
+    shares_table,
+    tests_table,
+    weighted_table,
+)
 from hcot_lmeval.store import read_json, write_json
 
 INDEX = "comparison.json"
@@ -137,16 +148,10 @@ def _tables(entries: Sequence[Entry], tests: Sequence[Test], **how: Any) -> list
             ("costs", "Context, memory and time", COSTS),
             ("endings", "Ends, blocks, and faults of notation", endings(entries)),
         ):
-            tables.append(_columns_table(entries, key, title, columns))
+            tables.append(columns_table(entries, key, title, columns))
     if tests:
         tables.append(tests_table(tests))
     return [table for table in tables if table is not None]
-
-
-def _columns_table(entries: Sequence[Entry], key: str, title: str, columns: Sequence[Column]) -> Table:
-    """One row for each entry."""
-    rows = [(entry.name, *(value(entry) for _, value in columns)) for entry in entries]
-    return Table(key, title, (Head("run"), *(head for head, _ in columns)), tuple(rows))
 
 
 def _files_of(index: Path) -> set[Path]:

@@ -150,13 +150,6 @@ class CellFolder:
             changed = ", ".join(key for key, value in now.items() if value != self.settings[key])
             raise ResultsError(f"{self.cell.title}: {changed} changed since the grid was planned; start it again")
 
-    def seconds(self) -> float | None:
-        """Returns how long lm_eval took; None if the cell is not done or does not tell."""
-        if not self.is_done:
-            return None
-        [path] = self.results.rglob("results_*.json")
-        return float((read_json(path) or {}).get("total_evaluation_time_seconds") or 0) or None
-
 
 def is_complete(directory: Path) -> bool:
     """Whether a folder holds one evaluation with all samples of all its tasks.

@@ -17,16 +17,15 @@ import matplotlib
 import numpy as np
 
 from hcot_lmeval.notes import SCHEMA, Note, NotesFile, RunNotes
-from hcot_lmeval.report.entries import Entry
 from hcot_lmeval.report.statistics import estimate
-from hcot_lmeval.report.viewer.tree import Block, live_curve, outline_of
+from hcot_lmeval.report.tables import Entry
+from hcot_lmeval.report.viewer.tree import live_curve
 from hcot_lmeval.store import first_record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart under every common colour blindness."""
@@ -63,9 +62,6 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
     if notes:
         rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].setting("ablation") is None]
         drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
-    closed = {name: [block for note in run for block in closed_blocks(note)] for name, run in notes.items()}
-    if any(closed.values()):
-        drawn["blocks"] = blocks(closed)
     return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
 
 
@@ -174,32 +170,6 @@ def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
     return max(every, key=lambda note: (note.statistics.prune_events, len(note.token_ids))).meta["doc_id"]
 
 
-def closed_blocks(note: Note) -> list[Block]:
-    """Returns the blocks of a response that were closed with a solution."""
-    blocks = outline_of(len(note.prompt_ids), note.events).blocks
-    return [block for block in blocks if block.close is not None and block.split is not None]
-
-
-def blocks(closed: Mapping[str, Sequence[Block]]) -> Figure:
-    """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run."""
-    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
-    titles = ("tokens of a thought", "tokens of a solution", "depth of a block")
-    for style, (name, found) in zip(styles(), closed.items(), strict=False):
-        lengths = ((block.thought, block.solution, block.depth) for block in found)
-        for axes, values in zip(panels, zip(*lengths, strict=True), strict=False):  # of no blocks there are no values
-            x = np.sort(values)
-            axes.step(x, 100 * np.arange(1, len(x) + 1) / len(x), where="post", label=name, **style)
-    for axes, title in zip(panels, titles, strict=True):
-        _dress(axes, title, "% of blocks, at most")
-    panels[0].set_xscale("symlog", base=2, linthresh=8)
-    panels[0].xaxis.set_major_locator(LogLocator(base=4))
-    panels[0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    for axes in panels[1:]:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlim(left=0)
-    return _with_legend(figure, panels[0])
-
-
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes a figure as PNG and SVG, closes it, and returns the files."""
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]
@@ -212,15 +182,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    _dress(axes, x, y)
-    return figure, axes
-
-
-def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def styles(*, marked: bool = False) -> Iterator[dict[str, Any]]:

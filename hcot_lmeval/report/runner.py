@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 from typing import IO
 
+from tqdm import tqdm
+
 from hcot_lmeval.report.folder import LM_EVAL, CellFolder
-from hcot_lmeval.report.progress import Progress
 from hcot_lmeval.store import lock
 
 LOG_LINES = 15
 """Of a failed cell that are shown."""
+WORDS = 60
+"""Characters that are shown of the bar which a cell last printed."""
 POLL_SECONDS = 0.5
 """Between two looks at what a running cell has printed."""
 GRACE_SECONDS = 10.0
@@ -48,49 +52,64 @@ class Failure:
 
 def run_cells(
     folders: Sequence[CellFolder],
-    progress: Progress,
     after: Callable[[CellFolder], None] = lambda folder: None,
     lm_eval: Sequence[str] = LM_EVAL,
 ) -> list[Failure]:
     """Evaluates every cell that is not done; those that another process has in work come last.
 
-    Returns those that failed; `after` is called with each one that is done now.
+    A line tells of each one that ends, and on a terminal there is a bar over the cells. Returns those that failed;
+    `after` is called with each one that is done now.
 
     Raises:
         KeyboardInterrupt: after the cell in work was ended; what it has finished is in its journal.
     """
     failures: list[Failure] = []
     todo = [folder for folder in folders if not folder.is_done]
-    for wait in (False, True):
-        busy = []
-        for folder in todo:
-            if wait:
-                progress.waits(folder)
-            folder.path.mkdir(parents=True, exist_ok=True)
-            with (folder.path / "lock").open("ab") as file:
-                if not lock(file, wait=wait):
-                    busy.append(folder)
-                    continue
-                failure = None if folder.finish() else _evaluate(folder, progress, lm_eval, file)
-            progress.ends(folder, failure.message(failures) if failure else None)
-            if failure is None:
-                after(folder)
-            else:
-                failures.append(failure)
-        todo = busy
+    done = len(folders) - len(todo)
+    if done:
+        print(f"{done} of {len(folders)} cells are done", flush=True)
+    with tqdm(total=len(folders), initial=done, disable=None, dynamic_ncols=True) as bar:  # None: not in a file
+        for wait in (False, True):
+            busy = []
+            for folder in todo:
+                if wait:
+                    _say(f"{folder.cell.title}: another process has it in work; waiting for its end")
+                folder.path.mkdir(parents=True, exist_ok=True)
+                with (folder.path / "lock").open("ab") as file:
+                    if not lock(file, wait=wait):
+                        busy.append(folder)
+                        continue
+                    failure = None if folder.finish() else _evaluate(folder, bar, lm_eval, file)
+                done += 1
+                bar.update()
+                if failure is not None:
+                    tqdm.write(failure.message(failures), file=sys.stderr)
+                    failures.append(failure)
+                _say(f"[{done}/{len(folders)}] {folder.cell.title}: {'failed' if failure else 'done'}")
+                if failure is None:
+                    after(folder)
+            todo = busy
     return failures
 
 
-def _evaluate(folder: CellFolder, progress: Progress, lm_eval: Sequence[str], locked: IO[bytes]) -> Failure | None:
+def _say(text: str) -> None:
+    """A line above the bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _evaluate(folder: CellFolder, bar: tqdm, lm_eval: Sequence[str], locked: IO[bytes]) -> Failure | None:
+    def tick() -> None:
+        printed = next(reversed(_lines(folder.log, start)), "")
+        bar.set_postfix_str(f"{folder.cell.title}{': ' + printed[:WORDS] if '%|' in printed else ''}")
+
     folder.prepare()
     command = folder.command(lm_eval)
     with folder.log.open("ab") as log:
         log.write(f"\n$ {shlex.join(command)}\n".encode())
         log.flush()
         start = log.tell()
-        code = _watched(
-            command, log, locked, lambda: progress.ticks(folder, next(reversed(_lines(folder.log, start)), ""))
-        )
+        code = _watched(command, log, locked, tick)
     if folder.finish():
         return None
     return Failure(folder, _reason(code), "\n".join(_message(_lines(folder.log, start))))
