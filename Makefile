@@ -12,7 +12,7 @@ VENV := .venv$(if $(filter-out locked,$(VERSIONS)),-$(VERSIONS))
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench results clean
+.PHONY: demo test lint docs bench results clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
