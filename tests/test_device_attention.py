@@ -12,8 +12,7 @@ from bench import gpu
 from hcot_lmeval.engine.attention import Scores
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Decode, Ragged, Sdpa, UnavailableError
-from hcot_lmeval.engine.device.choice import choose, errors, wrong
-from hcot_lmeval.engine.device.flash import FlashAttn, TorchFlash
+from hcot_lmeval.engine.device.choice import TorchFlash, choose, errors, wrong
 from hcot_lmeval.engine.device.state import Feed
 from hcot_lmeval.engine.options import ATTENTION
 from hcot_lmeval.engine.slots import KVPool, LayerSpec
@@ -92,13 +91,13 @@ def test_triton_compiles_for_gpus(need, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hcot_lmeval.engine.device import triton_decode
+    from hcot_lmeval.engine.device import triton_kernels
 
-    kernels = {name: getattr(triton_decode, name) for name in ("attend_part", "combine_parts")}
+    kernels = {name: getattr(triton_kernels, name) for name in ("attend_part", "combine_parts")}
     launches = {name: Launches() for name in kernels}
     for name, recorder in launches.items():
-        monkeypatch.setattr(triton_decode, name, recorder)
-    launch(triton_decode.TritonDecode(), need)
+        monkeypatch.setattr(triton_kernels, name, recorder)
+    launch(triton_kernels.TritonDecode(), need)
     for name, kernel in kernels.items():
         ((given, constants),) = launches[name].calls
         types = [TRITON_TYPES[x.dtype if isinstance(x, torch.Tensor) else type(x)] for x in given]
@@ -163,9 +162,7 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
     def missing():
         raise UnavailableError("it is not there")
 
-    monkeypatch.setattr(
-        choice, "MAKERS", {"a": missing, "b": Broken, "c": lambda: FlashAttn(_with_cache), "sdpa": Sdpa, "e": Sdpa}
-    )
+    monkeypatch.setattr(choice, "MAKERS", {"a": missing, "b": Broken, "c": TorchFlash, "sdpa": Sdpa, "e": Sdpa})
     monkeypatch.setattr(choice, "ATTENTION", ("auto", "a", "b", "c", "sdpa", "e"))
     with caplog.at_level(logging.INFO):
         assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Sdpa
@@ -179,22 +176,18 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
 
 def test_what_flash_kernels_refuse():
     cuda = LayerSpec(12, 2, 128, 128, torch.bfloat16, torch.device("cuda"))
-    both = torch_flash, flash_attn = TorchFlash(), FlashAttn(_with_cache)
-    for kernel in both:
-        assert kernel.refuses(cuda) == ""
-        assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
-        assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
-        assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
-        assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
-        assert kernel.refuses(cuda._replace(stored=torch.bfloat16)) == ""
-    assert "cap" in torch_flash.refuses(cuda._replace(softcap=50.0))
-    assert "window" in flash_attn.refuses(cuda._replace(window=16))
-    assert torch_flash.refuses(cuda._replace(window=16)) == flash_attn.refuses(cuda._replace(softcap=50.0)) == ""
+    kernel = TorchFlash()
+    for served in ({}, {"stored": torch.bfloat16}, {"window": 16}):
+        assert kernel.refuses(cuda._replace(**served)) == ""
+    assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
+    assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
+    assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
+    assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
+    assert "cap" in kernel.refuses(cuda._replace(softcap=50.0))
 
 
 def test_calls_of_flash_kernels():
     """The kernels themselves run on CUDA alone; here plain functions take their arguments as documented."""
-    assert wrong(FlashAttn(_with_cache), NEEDS["grouped 12/2"]) == ""
     assert wrong(TorchFlash(_flash), NEEDS["grouped 12/2"]) == wrong(TorchFlash(_flash), NEEDS["window"]) == ""
 
 
@@ -212,18 +205,12 @@ def _flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, 
     return (torch.cat(out),)
 
 
-def _with_cache(q, keys, values, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap):
-    assert q.shape[1] == 1 or causal
-    rows = zip(q, cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True)
-    return torch.stack([choice.textbook(x, keys[s, :n], values[s, :n], Scores(softmax_scale)) for x, s, n in rows])
-
-
 def test_windows_count_positions_where_they_are_not_places():
     positions = torch.tensor([[0, 1, 2, 9, 10, 11, 0], [0, 1, 2, 3, 4, 5, 0]])
     at = torch.tensor([0, 1])
     feed = Feed(at, at, torch.zeros(2, dtype=torch.int64), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
     pool = KVPool({}, 2, 7)
-    by_position, by_place = Decode(feed, pool, "", positions), Decode(feed, pool, "")
+    by_position, by_place = Decode(feed, pool, Sdpa(), positions), Decode(feed, pool, Sdpa())
     assert by_position.ragged(4).first.tolist() == [3, 0] and by_position.ragged(10).first.tolist() == [2, 0]
-    assert Decode(feed._replace(positions=feed.places), pool, "").ragged(4).first.tolist() == [2, 0]
+    assert Decode(feed._replace(positions=feed.places), pool, Sdpa()).ragged(4).first.tolist() == [2, 0]
     assert by_place.ragged(None).first.tolist() == [0, 0] and by_place.ragged(None).lengths.tolist() == [6, 4]

@@ -11,8 +11,7 @@ import torch
 
 from hcot_lmeval.engine import Completion, Engine, EngineOptions, Request, SamplingParams
 from hcot_lmeval.engine.device import loop
-from hcot_lmeval.engine.device.loop import runs_on_device
-from hcot_lmeval.engine.device.program import Program
+from hcot_lmeval.engine.device.loop import Program, runs_on_device
 from hcot_lmeval.engine.device.state import State
 from tests.random_traces import random_trace
 from tests.reference import EOS, MARKERS, POLICIES, as_reference, reference_logits

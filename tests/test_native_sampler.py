@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.native import build, sampler
+from hcot_lmeval.engine.device import sampling
+from hcot_lmeval.engine.device.sampling import NativeSampler, sampler_for
+from hcot_lmeval.engine.native import build
 from hcot_lmeval.engine.native.build import KernelUnavailableError
-from hcot_lmeval.engine.native.sampler import NativeSampler, sampler_for
 from hcot_lmeval.engine.sampling import Draw, choose, sample
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
@@ -121,11 +122,11 @@ def test_engines_write_the_same_with_either(kind, monkeypatch):
 def test_without_a_compiler_pytorch_chooses(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
-    caches = build.load_sampler, sampler.sampler_for
+    caches = build.load_sampler, sampling.sampler_for
     for cache in caches:
         cache.cache_clear()
     try:
-        with caplog.at_level(logging.INFO, "hcot_lmeval.engine.native.sampler"):
+        with caplog.at_level(logging.INFO, "hcot_lmeval.engine.device.sampling"):
             assert sampler_for(torch.float32) is None
         assert "tokens are chosen by PyTorch: CXX=no-such-compiler is not on the PATH" in caplog.text
     finally:
@@ -141,7 +142,7 @@ def test_a_sampler_that_chooses_otherwise_is_not_used(monkeypatch, caplog, tmp_p
     (sources / "sample.cpp").write_text(wrong, encoding="utf-8")
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path))
-    caches = build.load_sampler, sampler.sampler_for
+    caches = build.load_sampler, sampling.sampler_for
     for cache in caches:
         cache.cache_clear()
     try:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams, slots
-from hcot_lmeval.engine.native import pages
-from hcot_lmeval.engine.native.pages import PAGE, allocate, move_to_huge_pages
-from hcot_lmeval.engine.slots import KVPool, LayerSpec
+from hcot_lmeval.engine import slots as pages
+from hcot_lmeval.engine.slots import PAGE, KVPool, LayerSpec, allocate, move_to_huge_pages
 from tests.reference import EOS, MARKERS
 from tests.tiny import tiny_model
 

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hcot_lmeval.engine.native.sampler import sampler_for
+from hcot_lmeval.engine.device.sampling import sampler_for
 from hcot_lmeval.engine.sampling import (
     LEAST,
     Draw,

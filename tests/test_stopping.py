@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcot_lmeval.engine.stopping import IncrementalText, StopStrings
+from hcot_lmeval.engine.rows import IncrementalText, StopStrings
 from tests.tiny import tiny_tokenizer
 
 THINK = ("<think>", "</think>")

@@ -22,7 +22,7 @@ def test_in_the_interpreter_it_chooses_what_pytorch_does():
 _INSIDE = """
 import math, random
 import torch
-from hcot_lmeval.engine.device import sampling, triton_sample
+from hcot_lmeval.engine.device import sampling, triton_kernels
 from hcot_lmeval.engine.sampling import Draw, SamplingParams, choose, derive_seed, signed
 from tests import test_device_sampling
 
@@ -31,7 +31,7 @@ kernel = sampling.kernel_for(cpu)
 assert kernel is not None
 print("probed")
 
-triton_sample.BLOCK = 256  # more blocks than one, and places on both sides of their edges
+triton_kernels.SPAN = 256  # more blocks than one, and places on both sides of their edges
 rng, generator = random.Random(0), torch.Generator().manual_seed(0)
 for _ in range(60):
     dtype, size = rng.choice([torch.float32, torch.float64]), rng.choice([1, 255, 256, 257, 700])
@@ -53,7 +53,7 @@ for _ in range(60):
     settings = (torch.tensor([getattr(p, name) for p in params], dtype=dtype) for name in names)
     starts = torch.tensor([signed(derive_seed(d.seed, d.generated + 1)) for d in draws])
     top_k = torch.tensor([p.top_k for p in params])
-    found = triton_sample.choose(scores, *settings, top_k, starts, int(top_k.max()), True)
+    found = triton_kernels.choose(scores, *settings, top_k, starts, int(top_k.max()), True)
     assert found.tolist() == choose(scores, draws)[0], (scores, draws)
     assert sampling.choose_by(kernel, scores, draws) == found.tolist()
 print("compared")
@@ -77,10 +77,10 @@ def test_it_compiles_for_gpus(scores, truncates, top_k):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hcot_lmeval.engine.device.triton_sample import BLOCK, WARPS, choose_rows
+    from hcot_lmeval.engine.device.triton_kernels import SPAN, WARPS, choose_rows
 
     types = [*[scores] * 4, "*i64", scores, "*i64", "*i64", "i32", *["constexpr"] * 3]
-    constants = {(len(types) - 3 + i,): value for i, value in enumerate((truncates, top_k, BLOCK))}
+    constants = {(len(types) - 3 + i,): value for i, value in enumerate((truncates, top_k, SPAN))}
     source = ASTSource(
         fn=choose_rows, signature=dict(zip(choose_rows.arg_names, types, strict=True)), constexprs=constants
     )

@@ -1,7 +1,7 @@
 """Decoding that prunes: any Hugging Face decoder on preallocated keys and values.
 
 Read in this order: `engine` (the loop), `rows` (one sample), `scheduler`, `decoder` (the model), `attention`, `slots`
-(memory), `sampling`, `stopping`. What it asks of a model when it is made is in `probe`.
+(memory), `sampling`.
 """
 
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError

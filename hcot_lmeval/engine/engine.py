@@ -26,17 +26,14 @@ from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.assets import check_name, resolve
 from hcot_lmeval.control import Controller
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.device.loop import DeviceLoop, make_loop, runs_on_device
-from hcot_lmeval.engine.device.program import ScratchPool
-from hcot_lmeval.engine.device.sampling import choose_by, kernel_for
+from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
+from hcot_lmeval.engine.device.sampling import chooser_for
 from hcot_lmeval.engine.device.state import Rule
-from hcot_lmeval.engine.native.sampler import sampler_for
 from hcot_lmeval.engine.options import read_options
-from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row
+from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, StopStrings
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
-from hcot_lmeval.engine.stopping import StopStrings
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
@@ -249,13 +246,7 @@ class Engine:
             self._accept(row, choice)
 
     def _chooser(self, dtype: torch.dtype, device: torch.device) -> Chooser | None:
-        """A kernel that chooses tokens, if there is one for such logits and the options allow it."""
-        if self.options.compute == "torch":
-            return None
-        if device.type == "cpu":
-            return sampler_for(dtype)
-        kernel = kernel_for(device)
-        return None if kernel is None else partial(choose_by, kernel)
+        return None if self.options.compute == "torch" else chooser_for(dtype, device)
 
     def _accept(self, row: Row, choice: Choice) -> Step | None:
         step = row.accept(choice)

@@ -21,7 +21,7 @@ from hcot_lmeval.trace import Policy
 AUTO = "auto"
 SPEED_ALONE = ("weights", "huge_pages")
 """Options that change no bit of a result."""
-ATTENTION = (AUTO, "flash-attn", "flash", "triton", "sdpa")
+ATTENTION = (AUTO, "flash", "triton", "sdpa")
 """Who may attend in the device's loop; see `hcot_lmeval.engine.device.choice`."""
 
 
@@ -34,7 +34,6 @@ COMPUTING: dict[str, Allowed] = {
     "attention": one_of(*ATTENTION),
     "reforward": one_of(AUTO, "chunk", "replay"),
     "graphs": FLAG,
-    "compiled": FLAG,
     "run_ahead": whole_number(1, optional=True),
 }
 """Fields of `ComputeOptions`, and what is allowed of each."""
@@ -54,14 +53,13 @@ class ComputeOptions:
             of a checkpoint in bfloat16 from a copy in it, which has the same values and serves few rows; or ``auto``,
             the latter where no more run at a time, it is faster and takes at most half of the free memory.
         huge_pages: on the CPU, keys and values lie on pages of 2 MiB where Linux has them, and compiled code copies the
-            weights there (`hcot_lmeval.engine.native.pages`); they stay the model's parameters.
+            weights there (`hcot_lmeval.engine.slots`); they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host
             (see `hcot_lmeval.engine.device`); or ``auto``, the latter on CUDA for requests that it can serve.
         attention: who attends in the device's loop, one of `ATTENTION`; ``auto``: the first that can and is right.
         reforward: how solutions are read again in the device's loop: ``chunk``, in one piece; ``replay``, token by
             token beside the other rows; or ``auto``, the former for few rows.
         graphs: capture the steps of the device's loop as CUDA graphs, where there is CUDA.
-        compiled: compile the steps of the device's loop with torch.compile, which takes minutes at first.
         run_ahead: steps that the device may be ahead of the host; None: as many as suit the number of rows.
 
     Raises:
@@ -76,7 +74,6 @@ class ComputeOptions:
     attention: str = AUTO
     reforward: str = AUTO
     graphs: bool = True
-    compiled: bool = False
     run_ahead: int | None = None
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen
 
 from bench.work import MARKERS, PAD, SHAPES, Work
 from hcot_lmeval.engine import Engine, Request, SamplingParams
-from hcot_lmeval.engine.native.pages import move_to_huge_pages
+from hcot_lmeval.engine.slots import move_to_huge_pages
 
 POSITIONS = 65536
 """`max_position_embeddings`: beyond every trace that is timed. It costs no memory."""

@@ -1,15 +1,17 @@
-"""Which backend attends: the first that serves every layer and gets the numbers right."""
+"""Who may attend beside `Sdpa`, and who does: the first that serves every layer and gets the numbers right."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hcot_lmeval.engine.attention import Scores, Segments
 from hcot_lmeval.engine.device.attention import Ragged, Sdpa, UnavailableError
-from hcot_lmeval.engine.device.flash import FlashAttn, TorchFlash
 from hcot_lmeval.engine.options import ATTENTION
 from hcot_lmeval.engine.slots import Chunk, LayerSpec
 
@@ -29,16 +31,78 @@ PROBE_CHUNKS = (
 )
 
 
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_DIM = 256
+
+
+def _flash_refusal(layer: LayerSpec) -> str:
+    if layer.device.type != "cuda":
+        return f"it needs CUDA, not {layer.device.type}"
+    if layer.dtype not in FLASH_DTYPES:
+        return f"it computes in float16 and bfloat16, not in {str(layer.dtype).removeprefix('torch.')}"
+    if layer.kv_dtype != layer.dtype:
+        return f"it reads keys and values in the dtype of the queries, not in {layer.kv_dtype}".replace("torch.", "")
+    if layer.key_dim != layer.value_dim or layer.key_dim > FLASH_DIM or layer.key_dim % 8:
+        return f"it needs equal head sizes, multiples of 8 up to {FLASH_DIM}, not {layer.key_dim}/{layer.value_dim}"
+    if layer.sinks:
+        return "it knows no sinks"
+    return "it knows no soft cap" if layer.softcap is not None else ""
+
+
+class TorchFlash(Sdpa):
+    """The operator beneath PyTorch's own attention, from 2.11 on; the public `varlen_attn` has `seqused_k` from 2.12.
+
+    A slot is a sequence that starts anywhere among all keys, of which so many are used; so a sliding window of a single
+    query is a later start.
+    """
+
+    name = "flash"
+
+    def __init__(self, kernel: Any = torch.ops.aten._flash_attention_forward) -> None:
+        self._kernel = kernel
+
+    def refuses(self, layer: LayerSpec) -> str:
+        return _flash_refusal(layer)
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, at: Ragged, scores: Scores) -> Tensor:
+        flat, sizes = (query, keys.flatten(0, 1), values.flatten(0, 1)), (1, keys.shape[1])
+        how = {"scale": scores.scaling, "seqused_k": at.used}
+        out: Tensor = self._kernel(*flat, at.offsets, at.starts, *sizes, 0.0, False, False, **how)[0]
+        return out
+
+    def chunk(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
+        device, chunks, window = keys.device, segments.chunks, scores.window
+        starts = [*(chunk.slot * segments.length for chunk in chunks), 0]  # one more, which nobody reads
+        offsets = [0, *itertools.accumulate(len(chunk.ids) for chunk in chunks)]
+        lengths = segments.tensor("lengths", (chunk.stop for chunk in chunks), torch.int32, device)
+        how: dict[str, Any] = {"scale": scores.scaling, "seqused_k": lengths}
+        if window is not None:
+            how |= {"window_size_left": window - 1, "window_size_right": 0}
+        out: Tensor = self._kernel(
+            query.contiguous(),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            segments.tensor("offsets", offsets, torch.int32, device),
+            segments.tensor("starts", starts, torch.int32, device),
+            max(len(chunk.ids) for chunk in chunks),
+            segments.length,
+            0.0,  # dropout
+            True,  # causal
+            False,  # debugging
+            **how,
+        )[0]
+        return out
+
+
 def _triton() -> Sdpa:
     try:
-        from hcot_lmeval.engine.device.triton_decode import TritonDecode
+        from hcot_lmeval.engine.device.triton_kernels import TritonDecode
     except ImportError as error:
         raise UnavailableError(f"triton cannot be imported ({error})") from error
     return TritonDecode()
 
 
 MAKERS: dict[str, Callable[[], Sdpa]] = {
-    FlashAttn.name: FlashAttn,
     TorchFlash.name: TorchFlash,
     "triton": _triton,
     Sdpa.name: Sdpa,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError, load_kernel
-from hcot_lmeval.engine.native.pages import move_to_huge_pages
 from hcot_lmeval.engine.native.weights import (
     MATRICES,
     NORMS,
@@ -27,7 +26,7 @@ from hcot_lmeval.engine.native.weights import (
     read_weights,
 )
 from hcot_lmeval.engine.options import ComputeOptions
-from hcot_lmeval.engine.slots import Chunk, KVPool
+from hcot_lmeval.engine.slots import Chunk, KVPool, move_to_huge_pages
 
 logger = logging.getLogger(__name__)
 

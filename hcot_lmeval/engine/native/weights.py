@@ -22,7 +22,7 @@ import psutil
 import torch
 from torch import nn
 
-from hcot_lmeval.engine.native.pages import LEAST_BYTES, allocate
+from hcot_lmeval.engine.slots import LEAST_BYTES, allocate
 
 logger = logging.getLogger(__name__)
 
@@ -390,7 +390,12 @@ class WeightReader:
             self._try_to_copy(owner, asked=asked)
         forms = [True] if asked else [False] if self.copy is None else [False, True]
         ways = [Reading(copied, distance) for copied in forms for distance in DISTANCES]
-        self._use(choose_reading(ways, lambda way: (self._use(way), seconds())[1]) if large else ways[0])
+
+        def timed(way: Reading) -> float:
+            self._use(way)
+            return seconds()
+
+        self._use(choose_reading(ways, timed) if large else ways[0])
         logger.info("for a single row, weights are read %s", self.reading)
         if not self.reading.copied:
             self.copy = None
