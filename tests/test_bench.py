@@ -312,7 +312,7 @@ WRONG = {
     "--batch 0": "batch=0",
     "--top-p 0.5": "--top-p and --top-k do nothing at --temperature 0",
     "--temperature nan": "temperature=nan",
-    "--option compute=cuda": "compute='cuda' is unknown",
+    "--option compute=cuda": "compute='cuda' is not allowed",
     "--option foo=1": "foo",
 }
 
