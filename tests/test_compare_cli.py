@@ -83,7 +83,7 @@ def test_help_needs_no_heavy_library(command):
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "examples:" in shown.stdout and "read flat=out_a hcot=out_b" in shown.stdout
+    assert "have examples" in shown.stdout.replace("\n", " ")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.splitlines()}
     assert "argparse" in imported
     assert imported & {"torch", "numpy", "scipy", "matplotlib", "lm_eval", "transformers"} == set()

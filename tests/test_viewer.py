@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from hcot_lmeval.report.viewer import page as page_module
 from hcot_lmeval.report.viewer.cli import main
 from hcot_lmeval.report.viewer.page import shorten_titles, utf16_units, write_page
 from hcot_lmeval.report.viewer.reading import ViewerError, find_sources, note_traces
-from hcot_lmeval.report.viewer.terminal import Style, curve, print_trace, visible
+from hcot_lmeval.report.viewer.terminal import curve, print_trace, visible
 from hcot_lmeval.report.viewer.tree import outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
 from hcot_lmeval.trace import Kind
@@ -179,12 +180,12 @@ def test_titles_leave_out_the_lines_that_all_prompts_share():
 # --- terminal and command ---------------------------------------------------------------------------------------------
 
 
-def printed(tmp_path, ids, expand=False, width=60, colors=False):
+def printed(tmp_path, ids, expand=False, width=120, colors=False):
     (source,) = find_sources([write_notes(tmp_path / "n.jsonl", [(ids, 1)], words={7: "\x1b[2J\u202e"})])
     (trace,) = note_traces(source)
-    file = io.StringIO()
-    print_trace(trace, Verdicts(), Style(file, width, colors), expand=expand)
-    return file.getvalue()
+    console = Console(file=io.StringIO(), width=width, force_terminal=colors, highlight=False)
+    print_trace(trace, Verdicts(), console, expand=expand)
+    return console.file.getvalue()
 
 
 def test_terminal_folds_what_was_pruned(tmp_path):

@@ -28,16 +28,9 @@ Compares language models with and without pruning of their chain of thought.
   run    evaluate a grid of models x policies x context windows x tasks x seeds, then compare;
          what is finished is not run again, so start it once more after a kill
   read   compare results that lm_eval wrote (--log_samples --output_path DIR), of any model
-"""
-EXAMPLES = """\
-examples:
-  %(prog)s run --models tiny-hcot tiny-flat --tasks hcot_arith --windows 128 256 --limit 20 --device cpu --out cmp
-  %(prog)s run scripts/configs/compare-demo.yaml --out cmp
-  %(prog)s read cmp                              the finished cells of a grid once more
-  %(prog)s read out_off out_pruned               two output folders of lm_eval
-  %(prog)s read flat=out_a hcot=out_b --baseline flat --by level --out tables
 
-The tables go to the terminal and, as Markdown, CSV, LaTeX, JSON and plots, into --out.
+The tables go to the terminal and, as Markdown, CSV, LaTeX, JSON and plots, into --out. `run --help` and `read --help`
+have examples.
 """
 RUN_EXAMPLES = """\
 examples:
@@ -54,7 +47,7 @@ READ_EXAMPLES = """\
 examples:
   %(prog)s out_off out_pruned                    two output folders of lm_eval, named by their settings
   %(prog)s flat=out_a hcot=out_b --baseline flat
-  %(prog)s cmp                                   the folder of a grid: its finished cells
+  %(prog)s cmp --by level --out tables           the folder of a grid: its finished cells
 """
 EXAMPLE_LINE = "models: [tiny-hcot]"
 
@@ -77,7 +70,7 @@ def _run_command_line(argv: Sequence[str] | None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser; every option of ``run`` that a grid file may hold has the name of the key there."""
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, **form)
+    parser = argparse.ArgumentParser(description=SUMMARY, **form)
     kinds = parser.add_subparsers(required=True, metavar="{run,read}")
     summary = "evaluate what is missing of a grid, then compare"
     run = kinds.add_parser("run", help=summary, description=f"{summary.capitalize()}.", epilog=RUN_EXAMPLES, **form)

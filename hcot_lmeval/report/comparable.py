@@ -23,6 +23,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from os.path import commonprefix
 from statistics import fmean
 from typing import Any
 
@@ -423,15 +424,9 @@ def _differ_in_time_alone(one: Run, other: Run) -> bool:
 
 def _changed(old: str, new: str) -> tuple[str, str]:
     """What stands between the beginning and the end that two texts have in common."""
-    start = _common(old, new)
-    end = _common(old[start:][::-1], new[start:][::-1])
+    start = len(commonprefix([old, new]))  # noqa: RUF071 - of characters
+    end = len(commonprefix([old[start:][::-1], new[start:][::-1]]))  # noqa: RUF071
     return old[start : len(old) - end], new[start : len(new) - end]
-
-
-def _common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 # --- what a reader should know ----------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ All of it is said at once. What only the loading of a model can tell is left to 
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from hcot_lmeval.assets import BUNDLED, resolve
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.provenance import tasks_folder
 from hcot_lmeval.record import CONFIG_NAME, check_policy, read_config
 from hcot_lmeval.report.grid import Cell, record_of
@@ -46,7 +46,7 @@ def _model_faults(cells: Sequence[Cell]) -> Iterator[str]:
 
     known = sorted(model_registry.keys())
     for name in (name for name in named if name not in known):
-        yield f"lm-eval has no model {name}{_near(name, known) or '; it has ' + ', '.join(known)}"
+        yield f"lm-eval has no model {name}{did_you_mean(name, known) or '; it has ' + ', '.join(known)}"
 
 
 def _kwarg_faults(cells: Sequence[Cell]) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _checkpoint_faults(cells: Sequence[Cell]) -> Iterator[str]:
             name = args["pretrained"]
             yield (
                 f"{name} is neither a directory with a {CONFIG_NAME}, nor a bundled checkpoint ({', '.join(BUNDLED)}), "
-                f"nor an id on a hub within reach{_near(name, BUNDLED)}"
+                f"nor an id on a hub within reach{did_you_mean(name, BUNDLED)}"
             )
 
 
@@ -100,7 +100,7 @@ def _task_faults(cells: Sequence[Cell]) -> Iterator[str]:
     known = known_tasks(folders, usual=True)
     for name in names:
         if name not in known:
-            yield f"there is no task {name}{_near(name, known) or '; `lm_eval ls tasks` lists them'}"
+            yield f"there is no task {name}{did_you_mean(name, known) or '; `lm_eval ls tasks` lists them'}"
 
 
 def known_tasks(folders: Sequence[Path], *, usual: bool) -> set[str]:
@@ -119,8 +119,3 @@ def known_tasks(folders: Sequence[Path], *, usual: bool) -> set[str]:
         return set(TaskManager(include_path=[str(folder) for folder in folders], include_defaults=usual).all_tasks)
     finally:
         log.setLevel(level)
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""

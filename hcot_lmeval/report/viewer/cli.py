@@ -31,10 +31,10 @@ from hcot_lmeval.report.viewer.reading import (
     find_sources,
     note_traces,
     plain_traces,
+    plural,
     tokenizer_cut,
 )
 from hcot_lmeval.report.viewer.serve import serve
-from hcot_lmeval.report.viewer.terminal import Style, plural, print_trace
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
 from hcot_lmeval.store import check_folder
 from hcot_lmeval.trace import Policy
@@ -100,8 +100,6 @@ def parser() -> argparse.ArgumentParser:
     terminal = parse.add_argument_group("terminal")
     terminal.add_argument("--terminal", action="store_true", help="print instead of writing a page")
     terminal.add_argument("--expand", action="store_true", help="print the thoughts too, not only what came of them")
-    terminal.add_argument("--width", type=_positive, help="columns to use (those of the terminal)")
-    terminal.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
     return parse
 
 
@@ -140,10 +138,13 @@ def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace
 
 
 def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts) -> None:
-    style = Style.of(sys.stdout, args.width, args.color)
-    printed = False
+    from rich.console import Console
+
+    from hcot_lmeval.report.viewer.terminal import print_trace
+
+    console, printed = Console(highlight=False), False
     for trace in traces:
-        print_trace(trace, verdicts, style, expand=args.expand)
+        print_trace(trace, verdicts, console, expand=args.expand)
         printed = True
     if not printed:
         raise ViewerError("no trace fits --task, --doc; leave them out to see all")

@@ -176,6 +176,11 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield record.data
 
 
+def plural(count: int, noun: str) -> str:
+    """Returns ``1 token`` or ``3 tokens``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 # --- notes of the engine ----------------------------------------------------------------------------------------------
 
 
