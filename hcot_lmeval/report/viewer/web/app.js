@@ -7,17 +7,12 @@ const SORTS = {
   "by problem": (a, b) => byName(a.task, b.task) || byName(a.doc, b.doc) || a.repeat - b.repeat || a.source - b.source,
   "as in the file": () => 0,
   "generated ↓": (a, b) => b.generated_tokens - a.generated_tokens,
-  "generated ↑": (a, b) => a.generated_tokens - b.generated_tokens,
   "peak live ↓": (a, b) => b.peak_live_tokens - a.peak_live_tokens,
-  "share pruned ↓": (a, b) => share(b) - share(a),
-  "blocks ↓": (a, b) => b.blocks - a.blocks,
-  "depth ↓": (a, b) => b.max_depth - a.max_depth,
   "faults ↓": (a, b) => b.faults - a.faults,
   "wrong first": (a, b) => (a.score ?? 2) - (b.score ?? 2),
   "hits ↓": (a, b, hits) => (hits?.get(b.place) ?? 0) - (hits?.get(a.place) ?? 0),
 };
 const byName = (a, b) => String(a).localeCompare(String(b), "en", { numeric: true });
-const share = (row) => row.pruned_tokens / Math.max(row.generated_tokens, 1);
 const FILTERS = [
   ["run", (row) => [SOURCES[row.source].name]],
   ["task", (row) => [row.task]],
@@ -272,8 +267,6 @@ const ACTIONS = {
   N: () => panes[0].nextHit(-1),
   e: () => panes.forEach((pane) => pane.foldAll(false)),
   c: () => panes.forEach((pane) => pane.foldAll(true)),
-  f: () => panes[0].nextFault(1),
-  F: () => panes[0].nextFault(-1),
   m: () => setMode(MODES[(MODES.findIndex(([name]) => name === mode) + 1) % MODES.length][0]),
   s: () => compare(!compared),
 };
@@ -301,20 +294,12 @@ function escape(field) {
     search("");
   }
   field?.blur();
-  drawer(false);
-}
-
-function drawer(open) {
-  byId("side").classList.toggle("open", open);
-  byId("drawer").setAttribute("aria-expanded", String(open));
 }
 
 function listen() {
   document.addEventListener("keydown", pressed);
   byId("query").addEventListener("input", typed);
   byId("side-by-side").addEventListener("click", () => compare(!compared));
-  byId("drawer").addEventListener("click", () => drawer(!byId("side").classList.contains("open")));
-  for (const id of ["list", "panes"]) byId(id).addEventListener("click", () => drawer(false));
   document.querySelector(".modes").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;

@@ -353,13 +353,6 @@ class Pane {
     if (marks.length) marks[0].scrollIntoView({ block: "center" });
     else this.scrollTo(this.tokenOf(at));
   }
-
-  nextFault(step) {
-    const places = this.trace.faults;
-    if (!places.length) return;
-    const next = step > 0 ? places.find((p) => p > this.curve.token) : places.filter((p) => p < this.curve.token).pop();
-    this.goTo(next ?? places[step > 0 ? 0 : places.length - 1]);
-  }
 }
 
 const TOKENS = new Set(["prompt_tokens", "pruned_tokens", "reforwarded_tokens"]);
