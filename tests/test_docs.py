@@ -15,7 +15,7 @@ from lm_eval._cli.harness import HarnessCLI
 from lm_eval.utils import simple_parse_args_string
 
 from hcot_lmeval.command import PARTS
-from hcot_lmeval.lm.options import split_model_args
+from hcot_lmeval.lm.options import known_names, split_model_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tasks" / "README.md"])
@@ -46,7 +46,7 @@ def parse(words: list[str]) -> None:
         given = (
             args.model_args if isinstance(args.model_args, dict) else simple_parse_args_string(args.model_args or "")
         )
-        split_model_args(given)
+        assert set(split_model_args(given)[1]) <= known_names()
     elif program == "hcot" and rest[0] == "eval":
         parse(["lm_eval", "--model", "hcot", *rest[1:]])
     elif program == "hcot":
