@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import Form, Message, Reply, Task
+from hcot_lmeval.prepare.teacher.questions import AnswerStore, Form, Message, Reply, Task
 from hcot_lmeval.prepare.teacher.runner import Teacher, ask
-from hcot_lmeval.prepare.teacher.store import AnswerStore
 from tests.scripted_teacher import ScriptedTeacher
 
 CANARY = "canary-4be1c0ffee-key"

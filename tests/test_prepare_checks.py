@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 
 import pytest
@@ -11,23 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.checks import CHECKING, Checker, CheckOptions
-from hcot_lmeval.prepare.contamination import EvaluationRows, load_problems
-from hcot_lmeval.prepare.duplicates import (
-    DuplicateIndex,
-    Fingerprint,
-    band_width,
-    fingerprint,
-    ngrams,
-    similarity,
-    words,
-)
-from hcot_lmeval.prepare.measure import cut, make_counter
-from hcot_lmeval.prepare.outline import Block, Outline, assemble
-from hcot_lmeval.prepare.repair import check_and_repair
+from hcot_lmeval.prepare.checks import Checker, CheckOptions, check_and_repair
+from hcot_lmeval.prepare.duplicates import EvaluationRows, fingerprint, load_problems
+from hcot_lmeval.prepare.measure import cut, departure, make_counter
+from hcot_lmeval.prepare.outline import Block, Outline, assemble, find_control, fold, spelled_markers
+from hcot_lmeval.prepare.reasons import CHECKING
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
-from hcot_lmeval.prepare.spelled import find_control, fold, spelled_markers
-from hcot_lmeval.prepare.words import compare
 
 HCOT = PRESETS["hcot"]
 PIECES = ("We need to add two and three. ", "Two and three make 5. ", "So it is 5. ", "Now I am done with it all. ")
@@ -78,7 +66,7 @@ FAULTS = [
     ("words_changed", replace(row(), pieces=("Other. ", *PIECES[1:])), {}),
     ("words_changed", bare(row().trace + " More words.", original="".join(PIECES)), {}),
     ("words_changed", bare(row().trace.replace("need to", ""), original="".join(PIECES)), {}),
-    ("formulas_changed", bare(row().trace.replace("make 5", "make 6"), original="".join(PIECES)), {"max_changed": 0.2}),
+    ("words_changed", bare(row().trace.replace("make 5", "make 6"), original="".join(PIECES)), {}),
     ("answer_missing", row(response="\nIt is five."), {}),
     ("answer_missing", row(response=""), {}),
     ("answer_differs", row(response="\\boxed{6}"), {}),
@@ -101,7 +89,6 @@ def test_each_fault_has_its_code(code, one, options):
 def test_every_code_of_a_check_is_tested_here_or_below():
     elsewhere = {
         "duplicate",
-        "near_duplicate",
         "repeated_id",
         "contaminated",
         "answer_unchecked",
@@ -168,12 +155,15 @@ def test_folding_is_idempotent_where_it_matters(text):
 def test_solutions_may_be_added_and_nothing_else():
     original = "Two and three make 5. So it is 5. Done."
     trace = "[THOUGHT]Two and three make 5.[SOLUTION]2 + 3 = 5[RETURN] So it is 5. Done."
-    assert compare(original, cut(trace, HCOT, COUNT), HCOT).share == 0
-    rewritten = trace.replace("three make", "3 give")
-    changes = compare(original, cut(rewritten, HCOT, COUNT), HCOT)
-    assert (changes.lost, changes.added, changes.formulas) == (("three", "make"), ("3", "give"), ["3"])
-    moved = compare("a = 1 then b", cut("then a = 1 b", HCOT, COUNT), HCOT)
-    assert moved.share > 0 and moved.formulas == []
+
+    def behind(text):
+        return departure(original, cut(text, HCOT, COUNT), HCOT)
+
+    assert behind(trace) is None
+    assert behind(trace.replace("three make", "3 give")) == ""
+    assert behind(trace.replace("Done", "Gone")) == "Twoandthreemake5."
+    assert behind(trace.removesuffix(" Done.")).endswith("make5.Soitis5.")
+    assert behind(trace + " And more.") == "Twoandthreemake5."
 
 
 @settings(max_examples=60)
@@ -184,7 +174,7 @@ def test_assembled_traces_are_explained_whatever_the_blocks(data):
     stop = data.draw(st.integers(start + 1, len(pieces)))
     outline = Outline(len(pieces), (Block(start, stop, solution=data.draw(st.sampled_from(["x = 3.5", "So.", "5"]))),))
     trace = assemble(pieces, outline, HCOT)
-    assert compare("".join(pieces), cut(trace, HCOT, COUNT), HCOT).share == 0
+    assert departure("".join(pieces), cut(trace, HCOT, COUNT), HCOT) is None
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
@@ -212,23 +202,6 @@ def test_depth_is_cut_from_within():
     assert (faults, shallow.outline.depth) == ([], 1)
 
 
-@pytest.mark.parametrize(
-    ("trace", "expected"),
-    [
-        ("[THOUGHT]a b c[SOLUTION]b[RETURN]d[RETURN]", "[THOUGHT]a b c[SOLUTION]b[RETURN]d"),
-        ("x[SOLUTION]y[THOUGHT]a b c[SOLUTION]b[RETURN]", "xy[THOUGHT]a b c[SOLUTION]b[RETURN]"),
-        ("[THOUGHT]a[THOUGHT]a b c[SOLUTION]b[RETURN]", "a[THOUGHT]a b c[SOLUTION]b[RETURN]"),
-        ("[THOUGHT]u v[RETURN][THOUGHT]a b c[SOLUTION]b[RETURN]", "u v[THOUGHT]a b c[SOLUTION]b[RETURN]"),
-        ("[THOUGHT]a b[SOLUTION]c d[SOLUTION]b[RETURN]", "[THOUGHT]a bc d[SOLUTION]b[RETURN]"),
-        ("[THOUGHT]a b c[SOLUTION]b[RETURN]<think>", "[THOUGHT]a b c[SOLUTION]b[RETURN]"),
-    ],
-)
-def test_stray_markers_are_taken_out(trace, expected):
-    fixed, faults, did = mended(bare(trace))
-    assert (fixed.trace, faults) == (expected, [])
-    assert all(line.startswith("took out") for line in did) and did
-
-
 def test_a_broken_trace_is_assembled_anew():
     one = row()
     fixed, faults, did = mended(replace(one, trace=one.trace.replace("[RETURN]", "")))
@@ -241,18 +214,14 @@ def test_what_helps_nothing_is_left_as_it_was():
     broken = bare("[RETURN]no block at all")
     fixed, faults, did = mended(broken)
     assert (fixed, did) == (broken, []) and [fault.code for fault in faults] == ["malformed"]
-    assert mended(bare("a[RETURN][THOUGHT]a b[SOLUTION]c[RETURN]"), repair=False)[2] == []
+    assert mended(row((Block(0, 2, solution="x " * 99), Block(2, 4, solution="done"))), repair=False)[2] == []
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["a b ", "c. ", "d ", *HCOT.markers, *HCOT.think]), max_size=14).map("".join))
-def test_whatever_is_written_is_repaired_without_touching_words(trace):
-    def without(text):
-        return "".join(part.text for part in cut(text, HCOT, COUNT) if not part.mark)
-
+def test_whatever_others_wrote_is_checked_and_left_alone(trace):
     fixed, faults, did = mended(bare(trace, response=RESPONSE), allow_flat=True)
-    assert without(fixed.trace) == without(trace)
-    assert not did or "malformed" not in [fault.code for fault in faults]
+    assert (fixed.trace, did) == (trace, []) and all(fault.code in CHECKING for fault in faults)
 
 
 def test_options_name_what_is_allowed():
@@ -261,73 +230,16 @@ def test_options_name_what_is_allowed():
     with pytest.raises(ValueError, match="Input should be 'boxed', 'stated' or 'off'"):
         CheckOptions(answers="x")
     with pytest.raises(ValueError, match="less than or equal to 1"):
-        CheckOptions(near=2)
+        CheckOptions(contamination=2)
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------
 
 
-def text_of(rng, size=400):
-    return " ".join(rng.choices([f"w{i}" for i in range(500)], k=size))
-
-
-def jaccard(one, other):
-    a, b = (ngrams(words(text), 5, whole=True) for text in (one, other))
-    return len(a & b) / len(a | b)
-
-
-def changed(rng, text, share):
-    return " ".join(word if rng.random() > share else f"n{rng.random()}" for word in text.split())
-
-
-def test_signatures_estimate_the_jaccard_similarity():
-    rng = random.Random(1)
-    errors = []
-    for share in [0.01, 0.02, 0.05, 0.1, 0.3] * 12:
-        one = text_of(rng)
-        other = changed(rng, one, share)
-        exact = jaccard(one, other)
-        errors.append(similarity(fingerprint(one).signature, fingerprint(other).signature) - exact)
-    assert max(map(abs, errors)) < 4 * 0.5 / 128**0.5  # four standard errors
-    assert abs(sum(errors) / len(errors)) < 0.02  # and no bias
-
-
-def test_duplicates_exact_near_and_none():
-    rng = random.Random(2)
-    texts = [text_of(rng) for _ in range(300)]
-    with DuplicateIndex(0.8) as twins:
-        assert [twins.find_or_add(str(i), fingerprint(text)) for i, text in enumerate(texts)] == [None] * 300
-        same = twins.find_or_add("copy", fingerprint(texts[7].upper().replace(" ", ",  ")))
-        assert (same.name, same.exact) == ("7", True)
-        near = [changed(rng, text, 0.01) for text in texts]
-        found = [twins.find_or_add("near", fingerprint(text)) for text in near]
-        for number, (text, twin) in enumerate(zip(near, found, strict=True)):
-            if jaccard(text, texts[number]) > 0.9:
-                assert twin is not None and twin.name == str(number)
-        assert twins.find_or_add("new", fingerprint(text_of(rng))) is None
-
-
-def test_without_near_duplicates_only_the_same_words_count():
-    one = "a b c d e f g"
-    with DuplicateIndex(1) as twins:
-        assert twins.find_or_add("1", fingerprint(one, near=False)) is None
-        assert twins.find_or_add("2", fingerprint(one + " h", near=False)) is None
-        assert twins.find_or_add("3", fingerprint("A b. C d e f g!", near=False)).name == "1"
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
-def test_bands_miss_few_at_the_threshold(threshold):
-    width = band_width(threshold)
-    assert (1 - threshold**width) ** (128 // width) <= 0.02
-
-
-def test_short_texts_and_empty_ones_have_fingerprints():
-    with DuplicateIndex(0.8) as twins:
-        assert twins.find_or_add("1", fingerprint("two words")) is None
-        assert twins.find_or_add("2", fingerprint("...")) is None
-        assert twins.find_or_add("3", fingerprint("two words!")).exact
-    prints = fingerprint("some text of more than five words")
-    assert Fingerprint.from_json(prints.to_json()) == prints
+def test_the_same_words_have_one_fingerprint():
+    same = ["A b. C d e!", "a  b c, d E", "ａ b c d e", "a b c\nd e..."]
+    assert len({fingerprint(text) for text in same}) == 1
+    assert len({fingerprint(text) for text in (same[0], "a b c d", "", "a b c d e f")}) == 4
 
 
 # --- contamination ----------------------------------------------------------------------------------------------------

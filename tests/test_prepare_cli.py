@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hcot_lmeval.prepare.cli import COMMANDS, main
-from hcot_lmeval.prepare.folder import Journal, StepFolder, read_manifest, rows_of
+from hcot_lmeval.prepare.folder import Journal, StepFolder, rows_of
 from hcot_lmeval.prepare.steps import in_order
 from tests.prepare_files import flat_row, read_jsonl, write_flat, write_rows
 
@@ -35,7 +35,7 @@ def segmented(tmp_path, rows=range(8)) -> Path:
 def test_all_steps_in_a_row(tmp_path, capsys):
     out = segmented(tmp_path)
     assert run("check", out, "--quiet") == 0
-    assert run("stats", out, "--page-rows", 2, "--quiet") == 0
+    assert run("stats", out, "--quiet") == 0
     assert run("export", out, "--format", "parquet", "--quiet") == 0
     said = capsys.readouterr().out
     assert "segment: 8 of 8 rows passed, 0 rejected" in said and "check: 8 of 8 rows passed" in said
@@ -84,7 +84,7 @@ def test_the_same_again_does_nothing_and_other_settings_are_refused(tmp_path, ca
     assert run("segment", tmp_path / "flat.jsonl", "--out", out, *BLOCKS, "--workers", 2) == 0
     assert (out / "segment" / "rows.jsonl").stat().st_mtime_ns == stamp
     assert run("segment", tmp_path / "flat.jsonl", "--out", out) == 1
-    assert "made with other settings: target_tokens was 60, is " in capsys.readouterr().err
+    assert "made with other settings: options.target_tokens was 60, is " in capsys.readouterr().err
     write_flat(tmp_path / "flat.jsonl", range(3))
     assert run("segment", tmp_path / "flat.jsonl", "--out", out, *BLOCKS) == 1
     assert "the inputs have changed. Give another --out, or --restart" in capsys.readouterr().err
@@ -117,35 +117,9 @@ def test_steps_run_alone_on_files(tmp_path):
     row = {"question": "1 + 1?", "hierarchical_cot": "[THOUGHT]one and one more[SOLUTION]2[RETURN] so \\boxed{2}"}
     path = write_rows(tmp_path / "theirs.jsonl", [row, {**row, "question": "2?"}])
     assert run("check", path, "--out", tmp_path / "a") == 0
-    assert run("stats", path, "--out", tmp_path / "b", "--no-plots") == 0
+    assert run("stats", path, "--out", tmp_path / "b") == 0
     assert run("export", path, "--to", tmp_path / "c.jsonl", "--out", tmp_path / "c", "--form", "chat") == 0
     assert read_jsonl(tmp_path / "c.jsonl")[0]["messages"][1]["content"].startswith("<think>[THOUGHT]one")
-    assert not (tmp_path / "b" / "stats" / "before-after.html").exists()  # nobody knows what was before
-
-
-def test_options_come_from_a_file_and_the_command_line_comes_first(tmp_path, capsys):
-    (tmp_path / "options.yaml").write_text("segment: {target_tokens: 60, min_tokens: 30, max_tokens: 120, limit: 2}\n")
-    flat, out = write_flat(tmp_path / "flat.jsonl", range(5)), tmp_path / "run"
-    assert run("segment", flat, "--out", out, "--config", tmp_path / "options.yaml", "--limit", 3) == 0
-    arguments = read_manifest(out / "segment")["identity"]["arguments"]
-    assert (arguments["limit"], arguments["options"]["target_tokens"]) == (3, 60)
-    (tmp_path / "options.yaml").write_text("check: {answers: off, repair: false, against: []}\n")
-    assert run("check", out, "--config", tmp_path / "options.yaml", "--repair", "--tolerate", "too_deep") == 0
-    arguments = read_manifest(out / "check")["identity"]["arguments"]
-    assert (arguments["answers"], arguments["repair"], arguments["tolerate"]) == ("off", True, ["too_deep"])
-    for text, told in (
-        ("segment: {target: 60}", "segment.target is unknown; did you mean target_tokens?"),
-        ("segmnet: {}", "segmnet is unknown; did you mean segment?"),
-        (
-            "segment: {min_tokens: many}",
-            "segment cannot be used: min_tokens: Input should be a valid integer, unable to parse",
-        ),
-        ("segment: {min_tokens: 900}", "not in ascending order"),
-        ("[1]", "holds list; expected keys and values"),
-    ):
-        (tmp_path / "options.yaml").write_text(text)
-        assert run("segment", flat, "--out", tmp_path / "x", "--config", tmp_path / "options.yaml") == 1
-        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -157,7 +131,6 @@ def test_options_come_from_a_file_and_the_command_line_comes_first(tmp_path, cap
         (["check", "flat.jsonl", "--out", "x"], "Flat traces go through `segment` first"),
         (["check", "run", "--tolerate", "x"], "tolerate: 'x' is no code of a check; known are malformed"),
         (["check", "run", "--against", "aime"], "choose one of aime24, aime25, math500, polymath, or a file"),
-        (["export", "run", "--push", "name"], "give owner/name"),
     ],
 )
 def test_errors_name_what_is_allowed(tmp_path, monkeypatch, capsys, words, told):
@@ -213,7 +186,7 @@ def test_real_traces_pass_with_their_words_and_the_evaluation_problem_is_found(t
     source, out = Path(str(DATA)) / "traces" / "reasoning_traces.jsonl", tmp_path / "run"
     assert run("segment", source, "--out", out) == 0
     assert run("check", out, "--against", "aime24", "aime25", "--max-depth", 2) == 0
-    assert run("stats", out, "--no-plots") == 0
+    assert run("stats", out) == 0
     rows = {row["id"]: row for row in read_jsonl(out / "check" / "rows.jsonl")}
     flat = read_jsonl(source)
     assert len(rows) == len(flat) == 26

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from hcot_lmeval.files import find_inputs
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.export import FORMATS, ExportOptions, export, exported, format_of, push
+from hcot_lmeval.prepare.export import FORMATS, ExportOptions, export, format_of
 from hcot_lmeval.prepare.reading import read_prepared
 from hcot_lmeval.prepare.rows import PreparedRow
 from tests.prepare_files import flat_row, prepared
@@ -106,52 +105,6 @@ def test_options_name_what_is_allowed():
         ExportOptions(format="csv")
     with pytest.raises(ValueError, match="Input should be 'original', 'outline'"):
         ExportOptions(extras=("x",))
-    with pytest.raises(ValueError, match="give owner/name"):
-        ExportOptions(push="name")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that takes everything and remembers it."""
-    import datasets
-    import huggingface_hub
-
-    taken = SimpleNamespace(rows=None, options=None, card=None)
-
-    def push_to_hub(self, name, **options):
-        taken.rows, taken.options = list(self), {"name": name, **options}
-
-    card = SimpleNamespace(text="", push_to_hub=lambda name: setattr(taken, "card", card.text))
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", push_to_hub)
-    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name: card)
-    return taken
-
-
-def test_pushes_rows_and_a_card(tmp_path, hub):
-    options = ExportOptions(format="parquet", push="me/traces")
-    path = write(tmp_path / "a.parquet", rows(3), format="parquet")
-    history = [
-        {"step": "segment", "identity": {"arguments": {}}, "versions": {}, "summary": {"rows": 3}, "state": "done"}
-    ]
-    assert push(path, options, history) == "https://huggingface.co/datasets/me/traces"
-    assert hub.rows == [exported(row, options) for row in rows(3)]
-    assert hub.options == {"name": "me/traces", "split": "train", "private": True}
-    assert hub.card.strip().startswith("3 chains of thought") and '"segment"' in hub.card
-
-
-def test_a_refusal_of_the_hub_tells_no_token(tmp_path, monkeypatch):
-    import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def refuse(self, name, **options):
-        request = httpx.Request("POST", "https://hub", headers={"authorization": "Bearer hf_secret"})
-        raise HfHubHTTPError("401 hf_secret", response=httpx.Response(401, request=request))
-
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", refuse)
-    with pytest.raises(ValueError, match=r"refuses to take me/traces \(HfHubHTTPError, 401\); log in") as caught:
-        push(write(tmp_path / "a.jsonl", rows(1)), ExportOptions(push="me/traces"), [])
-    assert "secret" not in str(caught.value)
 
 
 def test_a_few_steps_of_training_and_generation_by_the_engine(tmp_path):

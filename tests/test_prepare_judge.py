@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.measure import block_sizes, cut, make_counter
 from hcot_lmeval.prepare.outline import Outline, assemble
-from hcot_lmeval.prepare.protocols.asking import AskingOptions
-from hcot_lmeval.prepare.protocols.judge import judged, parts
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
+from hcot_lmeval.prepare.teacher.judge import judged, parts
+from hcot_lmeval.prepare.teacher.protocols import AskingOptions
 from tests.test_prepare_protocols import HCOT, PIECES, judge, outlines, read
 
 TRACE = "A. [THOUGHT]b [THOUGHT]c[SOLUTION]d[RETURN] e[SOLUTION]f[RETURN] G. [THOUGHT]h[SOLUTION]i[RETURN] J."
@@ -48,7 +48,7 @@ def test_judge_must_speak_of_the_blocks_it_was_asked_about(numbers):
 def test_judge_takes_long_traces_part_by_part_and_shows_what_follows():
     trace = "".join(f"{PIECES[n]}[THOUGHT]{PIECES[n]}[SOLUTION]s{n}[RETURN]" for n in range(12))
     row = PreparedRow(SourceRow("r", "q?", "", "Done."), trace)
-    tasks = judge(AskingOptions(window_tokens=80, overlap_tokens=20)).about(row)
+    tasks = judge(AskingOptions(window_tokens=80)).about(row)
     assert len(tasks) > 2
     asked = [[int(n) for n in re.findall(r"\d+", t.messages[1].text.rpartition("blocks ")[2])] for t in tasks]
     assert [n for numbers in asked for n in numbers] == list(range(12))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,25 +13,23 @@ from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.measure import block_sizes, cut, make_counter
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
-from hcot_lmeval.prepare.protocols.asking import (
-    TEACHING,
-    Asking,
-    AskingOptions,
-    cut_windows,
-    load_prompt,
-    merge,
-    parse_prompt,
-)
-from hcot_lmeval.prepare.protocols.judge import Judge
-from hcot_lmeval.prepare.protocols.refine import Refine, RefineOptions
-from hcot_lmeval.prepare.protocols.rewrite import Rewrite
-from hcot_lmeval.prepare.protocols.segment import Segment
+from hcot_lmeval.prepare.reasons import FAILURES, REASONS, Refused
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
 from hcot_lmeval.prepare.sentences import split_sentences
-from hcot_lmeval.prepare.steps import REASONS
+from hcot_lmeval.prepare.teacher.judge import Judge
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import Failure, Reply, Unusable
+from hcot_lmeval.prepare.teacher.protocols import (
+    Asking,
+    AskingOptions,
+    Refine,
+    RefineOptions,
+    Segment,
+    cut_windows,
+    load_prompt,
+    parse_prompt,
+)
+from hcot_lmeval.prepare.teacher.questions import Failure, Reply
 from tests.scripted_teacher import Say, ScriptedTeacher
 from tests.teacher_runs import MODELS, ask_all, options_for
 
@@ -40,7 +37,7 @@ HCOT = PRESETS["hcot"]
 TEACHER = TeacherOptions(teacher=MODELS["openai"])
 WHOLE = AskingOptions()
 BLOCKS = SegmenterOptions()
-SMALL = AskingOptions(window_tokens=60, overlap_tokens=25)
+SMALL = AskingOptions(window_tokens=60)
 TEXT = "".join(f"Sentence {n} is about x = {n}. " for n in range(40))
 ROW = SourceRow("r", "What is x?", TEXT)
 PIECES = split_sentences(TEXT)
@@ -81,7 +78,7 @@ def block(start, end, solution="S.", solution_from=None, kind="subproblem"):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["segment", "refine", "rewrite", "judge"])
+@pytest.mark.parametrize("name", ["segment", "refine", "judge"])
 def test_prompts_are_whole(name):
     prompt = load_prompt(name)
     assert prompt.label == f"{name}/{prompt.version}" and prompt.version >= 1
@@ -128,16 +125,6 @@ def test_the_example_of_refine_is_good():
     require_short(refined)
 
 
-@pytest.mark.parametrize("markup", PRESETS.values(), ids=lambda markup: markup.name)
-def test_the_example_of_rewrite_is_good(markup):
-    source = re.search(r"The text\n(.*)\n\nis written\n", load_prompt("rewrite").sections["system"])[1]
-    [task] = Rewrite(asking("rewrite"), markup).questions(SourceRow("r", "q", source))
-    written = task.messages[0].text.partition("\n\nis written\n")[2].partition("\n\n")[0]
-    assert task.read(Reply("k", written)).failure is None
-    sizes = block_sizes(cut(written, markup, make_counter(None)), markup)
-    assert len(sizes) == 3 and all(0 < size.solution < size.thought for size in sizes)
-
-
 def test_the_example_of_judge_is_good():
     [line] = re.findall(r"^<block 0>.*$", load_prompt("judge").sections["system"], re.MULTILINE)
     marks = {"</block": "[RETURN]", "<solution": "[SOLUTION]", "<block": "[THOUGHT]"}
@@ -182,37 +169,13 @@ BODY = (
 lengths = st.lists(st.integers(0, 40), max_size=60)
 
 
-@given(lengths, st.integers(1, 120), st.integers(0, 59))
-def test_windows_cover_everything_and_go_on(sizes, size, overlap):
-    if 2 * overlap >= size:
-        with pytest.raises(ValueError, match="an overlap of"):
-            cut_windows(sizes, size, overlap)
-        return
-    windows = cut_windows(sizes, size, overlap)
-    assert {n for start, stop in windows for n in range(start, stop)} == set(range(len(sizes)))
+@given(lengths, st.integers(1, 120))
+def test_windows_cover_everything_and_are_as_long_as_they_may_be(sizes, size):
+    windows = cut_windows(sizes, size)
+    assert [n for start, stop in windows for n in range(start, stop)] == list(range(len(sizes)))
+    assert all(start < stop for start, stop in windows)
     assert all(stop - start == 1 or sum(sizes[start:stop]) <= size for start, stop in windows)
-    for (start, stop), (begin, end) in pairwise(windows):
-        assert start < begin <= stop < end and sum(sizes[begin:stop]) <= overlap
-    for (_, stop), (begin, _) in zip(windows, windows[2:], strict=False):
-        assert stop <= begin  # only neighbours meet
-
-
-@given(st.data())
-def test_merged_blocks_are_an_outline_and_those_of_one_mind_are_all_kept(data):
-    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=40))
-    windows = cut_windows(sizes, 60, 25)
-    found = [data.draw(outlines(start, stop)) for start, stop in windows]
-    merged = merge(windows, found)
-    assert set(Outline(len(sizes), tuple(merged)).blocks) <= {each for blocks in found for each in blocks}
-    whole = data.draw(outlines(0, len(sizes)))
-    alike = [[b for b in whole if start <= b.start and b.stop <= stop] for start, stop in windows]
-    kept = merge(windows, alike)
-    for one in whole:
-        cuts = [stop for _, stop in windows[:-1]] + [start for start, _ in windows[1:]]
-        if not any(one.start < place < one.stop for place in cuts) and not any(
-            begin <= one.stop and one.start <= stop for (_, stop), (begin, _) in pairwise(windows)
-        ):
-            assert one in kept  # far from every seam
+    assert all(sum(sizes[start : stop + 1]) > size for start, stop in windows[:-1])
 
 
 @st.composite
@@ -233,15 +196,6 @@ def outlines(draw, start, stop):
     return list(Outline(stop, tuple(found)).blocks)
 
 
-def test_the_seam_is_where_no_block_is_cut_and_near_the_middle():
-    windows = [(0, 10), (4, 14)]
-    assert merge(windows, [[Block(0, 6, "a")], [Block(6, 9, "b")]]) == [Block(0, 6, "a"), Block(6, 9, "b")]
-    assert merge(windows, [[Block(3, 10, "a")], [Block(10, 12, "b")]]) == [Block(3, 10, "a"), Block(10, 12, "b")]
-    both = [Block(5, 9, "a")], [Block(5, 9, "b")]
-    assert merge(windows, both) == [Block(5, 9, "b")]  # 5 and 9 are as near to 7: ties go to the earlier place
-    assert merge([], []) == [] and merge([(0, 3)], [[Block(0, 2, "a")]]) == [Block(0, 2, "a")]
-
-
 # --- segment ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +207,6 @@ def test_segment_shows_the_numbers_and_says_what_is_wanted():
     assert "What is x?" in user and "[0] Sentence 0 is about x = 0.\n[1] Sentence 1" in user
     assert "Sentences 0 to 39 of a chain of thought of 40 sentences" in user and "{{" not in system + user
     assert task.kind == "segment" and task.repair
-    assert segment(AskingOptions(ask_again=False)).questions(ROW)[0].repair is None
     told = protocol.made_by
     assert told["prompt"] == load_prompt("segment").label and told["teacher"] == MODELS["openai"]
     assert told["options"]["max_depth"] == 3
@@ -296,7 +249,7 @@ def test_a_failure_is_passed_on_with_where_it_happened():
     first, *rest = protocol.questions(ROW)
     good = read(rest, *[{"blocks": []}] * len(rest))
     assert len(rest) > 2
-    with pytest.raises(Unusable, match=r"truncated: cut off \(sentences 0 to \d+\)"):
+    with pytest.raises(Refused, match=r"cut off \(sentences 0 to \d+\)"):
         protocol.entry(ROW, [Reply(first.key, failure=Failure("truncated", "cut off")), *good])
 
 
@@ -320,15 +273,17 @@ def teach(asked):
     return Say(json.dumps({"blocks": [block(n, n + 4, f"x = {n + 4}") for n in starts]}))
 
 
-@pytest.mark.parametrize("options", [WHOLE, AskingOptions(window_tokens=150, overlap_tokens=60)])
+@pytest.mark.parametrize("options", [WHOLE, AskingOptions(window_tokens=100)])
 def test_segment_over_the_wire(tmp_path, keys, options):
     with ScriptedTeacher(teach) as server:
         protocol = segment(options, teacher=options_for(server))
         tasks = protocol.questions(ROW)
         replies = ask_all(protocol.asking.teacher, tasks, tmp_path)
     row = PreparedRow.from_record(protocol.entry(ROW, [replies[task.key] for task in tasks])["row"])
-    assert row.outline.blocks == tuple(Block(n, n + 5, f"x = {n + 4}") for n in range(0, 40, 5))
-    assert len(server.requests) == len(tasks) == (1 if options is WHOLE else 4)
+    windows = protocol.asking.windows(PIECES)
+    whole = [n for n in range(0, 40, 5) if any(start <= n and n + 5 <= stop for start, stop in windows)]
+    assert row.outline.blocks == tuple(Block(n, n + 5, f"x = {n + 4}") for n in whole)
+    assert len(server.requests) == len(tasks) == len(windows) == (1 if options is WHOLE else 4) and len(whole) >= 5
 
 
 # --- refine -----------------------------------------------------------------------------------------------------------
@@ -401,54 +356,8 @@ def test_refined_outlines_keep_the_old_blocks(data):
     assert [b for b in refined.outline.blocks if b.kind == "subproblem"] == list(old.blocks)
 
 
-# --- rewrite ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("markup", PRESETS.values(), ids=lambda markup: markup.name)
-def test_rewrite_gives_back_the_words(markup):
-    protocol = Rewrite(asking("rewrite"), markup)
-    text = "\n " + "\n".join(PIECES[n].strip() for n in range(8)) + "\n\n"
-    row = SourceRow("r", "q", text)
-    [task] = protocol.questions(row)
-    assert all(marker in task.messages[0].text for marker in markup.markers) and task.form is None
-    inner = text.strip()
-    trace = f"{markup.open}{inner[:40]}{markup.split}{markup.lead or ''}x = 0{markup.close}{inner[40:]}"
-    assert made(protocol, row, trace).trace == f"\n {trace}\n\n"
-
-
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        (lambda t: t.replace("x = 7", "x = 8"), "formulas_differ"),
-        (lambda t: t.replace("Sentence 7 is about x = 7. ", ""), "formulas_differ"),
-        (lambda t: t.replace("about", "on"), "words_differ"),
-        (lambda t: t.replace("[RETURN]", "", 1), "malformed"),
-        (lambda t: f"[THOUGHT]a word or two more than there were[SOLUTION]b[RETURN]{t}", "words_differ"),
-        (lambda t: f"[THOUGHT][THOUGHT]{t}[SOLUTION]b[RETURN][SOLUTION]b[RETURN]", "too_deep"),
-    ],
-)
-def test_rewrite_compares_every_word(change, code):
-    good = "[THOUGHT]" + "".join(PIECES[:20]) + "[SOLUTION]x = 19[RETURN]" + "".join(PIECES[20:])
-    [task] = Rewrite(asking("rewrite"), HCOT).questions(ROW)
-    assert task.read(Reply("k", good)).failure is None
-    assert task.read(Reply("k", TEXT.replace("Sentence 3 is", "Sentence 3 was"))).failure is None  # a few words may
-    assert task.read(Reply("k", change(good))).failure.code == code and code in REASONS
-
-
-def test_rewrite_joins_its_parts():
-    protocol = Rewrite(asking("rewrite", SMALL), HCOT)
-    tasks = protocol.questions(ROW)
-    assert len(tasks) > 3 and "Part 2 of" in tasks[1].messages[1].text
-    parts = ("".join(PIECES[start:stop]).strip() for start, stop in protocol.windows(PIECES))
-    trace = made(protocol, ROW, *(f"[THOUGHT]{part}[SOLUTION]s[RETURN]" for part in parts)).trace
-    assert trace.count("[THOUGHT]") == len(tasks)
-    assert re.sub(r"\[THOUGHT\]|\[SOLUTION\]s\[RETURN\]", "", trace) == TEXT
-    short = Rewrite(asking("rewrite", WHOLE, TeacherOptions(teacher="openai:m", output_tokens=100)), HCOT)
-    assert len(short.questions(ROW)) > 3  # a part has to fit into a reply
-
-
 # --- codes ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_code_is_explained():
-    assert TEACHING.keys() | OTHERS <= REASONS.keys()
+    assert FAILURES.keys() | OTHERS <= REASONS.keys()

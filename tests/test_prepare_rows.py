@@ -14,7 +14,8 @@ from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
 from hcot_lmeval.prepare.reading import read_prepared, read_rows, split_thinking
-from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable
+from hcot_lmeval.prepare.reasons import READING
+from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
 
 SAID = "<think>\nFirst.\nThen 2.\n</think>\nIt is \\boxed{2}."
 REASONING, RESPONSE = "\nFirst.\nThen 2.\n", "\nIt is \\boxed{2}."

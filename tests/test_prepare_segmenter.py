@@ -5,24 +5,28 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.discourse import Cues, guess_language, read_sentences
-from hcot_lmeval.prepare.measure import cut, make_counter
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError, assemble
-from hcot_lmeval.prepare.segmenter import SegmenterOptions, best_cuts, count_tokens, segment
-from hcot_lmeval.prepare.sentences import split_sentences
-from hcot_lmeval.prepare.solutions import Material, quotation, quote, trailing_result
-from hcot_lmeval.prepare.surprise import model_surprise
-from hcot_lmeval.prepare.words import compare
+from hcot_lmeval.prepare.measure import cut, departure, make_counter
+from hcot_lmeval.prepare.outline import Block, Outline, assemble
+from hcot_lmeval.prepare.reasons import Refused
+from hcot_lmeval.prepare.segmenter import (
+    Material,
+    SegmenterOptions,
+    best_cuts,
+    count_tokens,
+    quotation,
+    quote,
+    segment,
+    trailing_result,
+)
+from hcot_lmeval.prepare.sentences import Cues, guess_language, read_sentences, split_sentences
 from hcot_lmeval.settings import parse_settings
 from hcot_lmeval.trace import LiveContext, push_all
 from tests.reference import FIRST_TEXT, MARKERS
 from tests.test_prepare_text import is_legal, needs_data, real_traces, token_ids
-from tests.tiny import tiny_model, tiny_tokenizer
 
 MARKUP = PRESETS["hcot"]
 SMALL = SegmenterOptions(target_tokens=40, min_tokens=15, max_tokens=90, solution_tokens=25, conclusion_tokens=30)
@@ -65,7 +69,7 @@ def is_quoted(solution: str, sentences: list[str]) -> bool:
 def check(pieces: list[str], outline: Outline, depth: int) -> str:
     """Everything that is promised of an outline; returns the trace."""
     trace = assemble(pieces, outline, MARKUP)
-    assert compare("".join(pieces), cut(trace, MARKUP, make_counter(None)), MARKUP).share == 0
+    assert departure("".join(pieces), cut(trace, MARKUP, make_counter(None)), MARKUP) is None
     assert is_legal(trace, "hcot")
     assert outline.depth <= depth
     for block in outline.blocks:
@@ -158,7 +162,7 @@ def test_a_result_that_is_too_long_is_not_the_solution():
 
 
 def test_text_that_spells_a_marker_is_refused():
-    with pytest.raises(OutlineError) as fault:
+    with pytest.raises(Refused) as fault:
         segment(["So [RETURN] it is. ", "Done."])
     assert fault.value.code == "marker_in_source"
 
@@ -283,48 +287,3 @@ def test_words_are_whole_words_and_may_be_led_in():
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(ValueError, match=words):
         parse_settings(SegmenterOptions, options)
-
-
-def test_surprise_moves_a_boundary():
-    pieces = [f"The number {i} is here and so are others of them. " for i in range(24)]
-    plain = segment(pieces, options=SMALL)
-    unexpected = {5, 16}
-    options = SegmenterOptions(**{**vars(SMALL), "surprise_weight": 3.0})
-    moved = segment(pieces, options=options, surprise=lambda all_: [9.0 * (i in unexpected) for i in range(len(all_))])
-    starts = [{block.start for block in outline.blocks} for outline in (plain, moved)]
-    assert not unexpected <= starts[0] and unexpected <= starts[1]
-    with pytest.raises(ValueError, match="2 scores for 24 sentences"):
-        segment(pieces, surprise=lambda _: [0.0, 1.0])
-
-
-def test_surprise_of_a_model_is_its_loss():
-    model, tokenizer = tiny_model("qwen2").double(), tiny_tokenizer()
-    pieces = split_sentences(TRACE)[:9]
-    encoded = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
-    ids = [i for part in encoded for i in part]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].float()
-    losses = [0.0] + [-logits[k - 1].log_softmax(-1)[ids[k]].item() for k in range(1, len(ids))]
-    expected, at = [], 0
-    for part in encoded:
-        expected.append(sum(losses[at : at + len(part)]) / len(part))
-        at += len(part)
-    assert model_surprise(model, tokenizer)(pieces) == pytest.approx(expected, rel=1e-5)
-    assert model_surprise(model, tokenizer)([]) == []
-
-
-def test_surprise_in_windows_counts_every_token_once():
-    model, tokenizer = tiny_model("qwen2"), tiny_tokenizer()
-    pieces = split_sentences(TRACE)
-    ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
-    window, seen = 64, []
-    for k in range(1, len(ids)):  # the slow twin: the first window that holds the token, one forward for each
-        start = 0 if k < window else (k - window) // (window // 2) * (window // 2) + window // 2
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[start:k]])).logits[0, -1].float()
-        seen.append(-logits.log_softmax(-1)[ids[k]].item())
-    lengths = [len(tokenizer.encode(piece, add_special_tokens=False)) for piece in pieces]
-    got = model_surprise(model, tokenizer, context=window)(pieces)
-    assert sum(mean * length for mean, length in zip(got, lengths, strict=True)) == pytest.approx(sum(seen), rel=1e-4)
-    with pytest.raises(ValueError, match="context=1"):
-        model_surprise(model, tokenizer, context=1)

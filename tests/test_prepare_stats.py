@@ -1,4 +1,4 @@
-"""Costs counted by stretches equal those of the rule, token by token; tables say what was counted; the page opens."""
+"""Costs counted by stretches equal those of the rule, token by token; tables say what was counted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.measure import Cost, Stretch, block_sizes, costs, cut, is_legal, make_counter, whole_blocks
+from hcot_lmeval.prepare.measure import (
+    Cost,
+    CountOptions,
+    Stretch,
+    block_sizes,
+    costs,
+    cut,
+    is_legal,
+    make_counter,
+    whole_blocks,
+)
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
-from hcot_lmeval.prepare.stats import Distribution, StatsOptions, gather
-from hcot_lmeval.prepare.stats_output import page_rows, write_stats
+from hcot_lmeval.prepare.stats import Distribution, gather, write_stats
 from hcot_lmeval.trace import LiveContext, Policy, compile_trace
 from tests import strategies
 from tests.prepare_files import flat_row, prepared
@@ -108,7 +117,7 @@ def test_quantiles_are_exact(values, share):
 
 def test_numbers_of_a_data_set():
     rows = [prepared(flat_row(number)) for number in range(6)]
-    stats = gather(rows, StatsOptions())
+    stats = gather(rows, CountOptions())
     count = make_counter(None)
     traces = [cut(row.trace, PRESETS["hcot"], count) for row in rows]
     assert stats.rows == 6
@@ -123,37 +132,17 @@ def test_numbers_of_a_data_set():
 
 def test_several_processes_count_the_same():
     rows = [prepared(flat_row(number)) for number in range(20)]
-    assert gather(rows, StatsOptions(), workers=2).as_dict() == gather(rows, StatsOptions()).as_dict()
+    assert gather(rows, CountOptions(), workers=2).as_dict() == gather(rows, CountOptions()).as_dict()
 
 
-def test_tables_plots_and_page_are_written(tmp_path):
+def test_tables_are_written(tmp_path):
     rows = [prepared(flat_row(number)) for number in range(4)]
     rows.append(PreparedRow(SourceRow("bad", "Q?", ""), "[THOUGHT]never closed"))
-    stats = gather(rows, StatsOptions())
-    stats.history = [
-        {
-            "step": "segment",
-            "summary": {
-                "rows": 9, "passed": 7, "rejected": 2, "reasons": {"no_thinking": {"rows": 2, "meaning": "none"}},
-                "teacher": {"requests": 12, "input_tokens": 3000, "usd": 0.0125},
-            },
-        }
-    ]  # fmt: skip
-    written = {path.name for path in write_stats(stats, tmp_path, page_rows(rows, 3))}
-    assert {"stats.md", "stats.json", "rows.csv", "policies.csv", "steps.csv", "reasons.csv", "teacher.csv"} <= written
-    assert {"live.png", "live.svg", "blocks.png", "blocks.svg", "before-after.html"} <= written
+    written = {path.name for path in write_stats(gather(rows, CountOptions()), tmp_path)}
+    assert written == {"stats.md", "stats.json", "rows.csv", "policies.csv"}
     found = json.loads((tmp_path / "stats.json").read_text())
     assert found["rows"] == 5 and found["counted"].startswith("pieces (words")
     assert "1 rows have malformed blocks" in (tmp_path / "stats.md").read_text()
     policies = list(csv.DictReader((tmp_path / "policies.csv").open()))
     assert [row["policy"] for row in policies] == ["off", "recompute", "evict"]
     assert float(policies[0]["peak_percent"]) == 100 > float(policies[1]["peak_percent"])
-    assert [row["usd"] for row in csv.DictReader((tmp_path / "teacher.csv").open())] == ["0.0125"]
-    page = (tmp_path / "before-after.html").read_text()
-    assert '"before"' in page and '"after"' in page and "row-0" in page and "row-3" not in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(written)
-
-
-def test_without_plots_and_page(tmp_path):
-    stats = gather([prepared(flat_row(1))], StatsOptions(plots=False))
-    assert {path.suffix for path in write_stats(stats, tmp_path)} == {".md", ".csv", ".json"}

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcot_lmeval.prepare.reasons import FAILURES, Refused
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import FAILURES, Reply, Unusable
+from hcot_lmeval.prepare.teacher.questions import Reply
 from hcot_lmeval.prepare.teacher.runner import LONGEST, PATIENCE, REFUSALS, TeacherError, delay
 from tests.scripted_teacher import Raw, Reset, Say, ScriptedTeacher, Status
 from tests.teacher_runs import CANARY, GOOD, MODELS, Number, ask_all, ask_one, make_task, options_for
@@ -188,7 +189,7 @@ def test_so_many_requests_at_once_and_no_more(tmp_path):
 
 def accept_even(number):
     if number.a % 2:
-        raise Unusable("odd", f"{number.a} is odd")
+        raise Refused("schema", f"{number.a} is odd")
     return number.a
 
 
@@ -200,11 +201,11 @@ def test_the_fault_of_a_reply_is_told_once_and_not_asked_twice(tmp_path):
             reply = ask_all(options, [task], tmp_path)[task.key]
             assert (reply.value, reply.failure, reply.spent[:3]) == (4, None, (2, 200, 20))
     assert [len(asked.turns) for asked in server.requests] == [1, 3]
-    assert server.requests[1].turns[1:] == [("assistant", '{"a": 3}'), ("user", "No: odd: 3 is odd")]
+    assert server.requests[1].turns[1:] == [("assistant", '{"a": 3}'), ("user", "No: schema: 3 is odd")]
     with ScriptedTeacher([Say("{}"), Say('{"a": 5}')]) as server:
         task = make_task(options_for(server), accept=accept_even, repair="No: {{fault}}")
         reply = ask_all(options_for(server), [task], tmp_path / "b")[task.key]
-    assert reply.failure.code == "odd" and reply.failure.detail.endswith("(asked twice)")
+    assert reply.failure.code == "schema" and reply.failure.detail.endswith("(asked twice)")
 
 
 def test_what_cannot_be_mended_is_not(tmp_path):

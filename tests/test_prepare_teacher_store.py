@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.prepare.teacher.budget import Budget, input_tokens
-from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Message, Reply, Spent, Task
-from hcot_lmeval.prepare.teacher.runner import Teacher, ask, estimate
-from hcot_lmeval.prepare.teacher.store import AnswerStore
+from hcot_lmeval.prepare.reasons import TEMPORARY
+from hcot_lmeval.prepare.teacher.options import Budget, TeacherOptions, input_tokens
+from hcot_lmeval.prepare.teacher.questions import AnswerStore, Failure, Form, Message, Reply, Spent, Task
+from hcot_lmeval.prepare.teacher.runner import Teacher, ask, estimated
 from hcot_lmeval.store import StoreError
 from tests.scripted_teacher import Say, ScriptedTeacher, Status
-from tests.teacher_runs import GOOD, KEYS, MODELS, ask_all, make_task, options_for
+from tests.teacher_runs import GOOD, KEYS, MODELS, Number, ask_all, make_task, options_for
 
 # --- the store --------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ def test_what_was_kept_is_there_again(tmp_path_factory, said, torn, seed):
         file.write(torn.replace(b"\n", b""))  # as a kill in the middle of a line leaves it
     random.Random(seed).shuffle(said)
     with AnswerStore(path) as store:
-        assert len(store) == sum(reply.is_final for reply in said)
+        assert len(list(store)) == sum(reply.is_final for reply in said)
         for reply in said:
             assert store.get(reply.key) == (reply if reply.is_final else None)
             assert (reply.key in store) == reply.is_final
@@ -126,7 +127,7 @@ def test_the_key_of_a_question_is_all_that_the_reply_depends_on():
         make_task(TeacherOptions(teacher=MODELS["openai"], temperature=0.5)),
         make_task(TeacherOptions(teacher=MODELS["openai"], base_url="http://localhost/v1")),
         Task("else", one.messages, one.form, options.identity),
-        Task("test", one.messages, None, options.identity),
+        Task("test", one.messages, Form, options.identity),
     ]
     assert len({task.key for task in others} | {one.key}) == 7
 
@@ -198,7 +199,7 @@ def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit,
     rng = random.Random(seed)
 
     async def one(budget, gate, size, share_in, share_out):
-        task = Task("t", (Message("user", "x" * size),), None, {})
+        task = Task("t", (Message("user", "x" * size),), Number, {})
         async with gate:
             reserved = await budget.reserve(task)
             if isinstance(reserved, str):
@@ -221,21 +222,23 @@ def test_a_budget_is_never_crossed_and_refuses_only_what_cannot_fit(work, limit,
 # --- the estimate -----------------------------------------------------------------------------------------------------
 
 
-def test_an_estimate_needs_neither_key_nor_network(monkeypatch):
+def test_an_estimate_needs_neither_key_nor_network(monkeypatch, tmp_path):
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     pytest.importorskip("genai_prices")
     options = TeacherOptions(teacher=MODELS["openai"], base_url="http://127.0.0.1:9/v1", output_tokens=1000)
     tasks = [make_task(options, "u" * 3000 + str(n % 8)) for n in range(10)]
-    found = estimate(tasks, options, {tasks[0].key})
-    expected, most = found.expected, found.most
-    assert (expected.requests, found.stored) == (7, 3)
-    assert expected.input_tokens == sum(input_tokens(task) for task in tasks[1:8]) >= 7000
-    assert expected.output_tokens == 7 * int(0.2 * input_tokens(tasks[1]))
-    assert most[:3] == (7, expected.input_tokens, 7000)
-    assert 0 < expected.usd < most.usd < 0.1
-    unknown = estimate(tasks, TeacherOptions(teacher="local:m", base_url="http://x/v1"))
-    assert unknown.expected.usd is None and unknown.most.usd is None
+    with AnswerStore(tmp_path / "replies.jsonl") as store:
+        store.add(Reply(tasks[0].key, GOOD))
+    asking = SimpleNamespace(questions=lambda task: [task])
+    size = sum(input_tokens(task) for task in tasks[1:8])
+    told = estimated(tmp_path, asking, tasks, options).splitlines()
+    assert told[0] == "requests        7 (3 replies are there already)"
+    assert told[1] == f"input tokens    {size:,}" and size >= 7000
+    assert told[2] == f"output tokens   {7 * int(0.2 * input_tokens(tasks[1])):,}, at most 7,000"
+    assert re.fullmatch(r"US dollars      0\.0\d, at most 0\.0\d", told[3])
+    unknown = TeacherOptions(teacher="local:m", base_url="http://x/v1")
+    assert "no price is known" in estimated(tmp_path / "none", asking, tasks, unknown)
 
 
 def test_the_store_holds_plain_lines(tmp_path, keys):

@@ -62,10 +62,9 @@ def test_blocks_of_a_teacher_become_rows_that_pass_the_checks(tmp_path, capsys):
     spent = read_manifest(out / "segment")["summary"]["teacher"]
     assert (spent["requests"], spent["input_tokens"], spent["output_tokens"]) == (12, 1200, 120)
     assert spent["usd"] == pytest.approx(12 * (100 * 1.0 + 10 * 10.0) / 1e6)
-    assert main(["stats", str(out), "--no-plots", "--page-rows", "0"]) == 0
+    assert main(["stats", str(out), "--quiet"]) == 0
     said = capsys.readouterr().out
     assert "the teacher: 12 requests, 1,200 input and 120 output tokens, $0.0024" in said
-    assert "What the teacher cost" in said
 
 
 BAD = {
@@ -160,15 +159,16 @@ def test_windows_come_together_and_rows_that_ask_the_same_share_a_reply(tmp_path
 
     with ScriptedTeacher(blocks) as server:
         flat, out = write_rows(tmp_path / "flat.jsonl", rows), tmp_path / "run"
-        assert segment(server, flat, out, "--window-tokens", 300, "--overlap-tokens", 140) == 0
+        assert segment(server, flat, out, "--window-tokens", 300) == 0
     counts = Counter(number_of(asked) for asked in server.requests)
     assert counts.keys() == {0, 1, 2} and min(counts.values()) > 2 and counts[0] < 2 * min(counts.values())
     for row in read_jsonl(out / "segment" / "rows.jsonl"):
         starts = [block["start"] for block in row["outline"]["blocks"]]
-        assert starts == list(range(0, len(row["sentences"]) - 4, 5))
+        assert starts == sorted(starts) and {start % 5 for start in starts} == {0}
+        assert len(starts) >= len(row["sentences"]) // 5 - counts[int(row["id"].removeprefix("row-"))]
 
 
-# --- refine, judge, rewrite -------------------------------------------------------------------------------------------
+# --- refine, judge ----------------------------------------------------------------------------------------------------
 
 
 def run(step: str, server: ScriptedTeacher, out, *words) -> int:
@@ -260,33 +260,13 @@ def test_a_judged_block_is_opened_up_where_repairs_are_wanted(tmp_path):
     assert read_manifest(out / "check")["summary"]["teacher"]["requests"] == 3
 
 
-def test_rewritten_traces_are_compared_word_by_word(tmp_path):
-    flat, out = write_flat(tmp_path / "flat.jsonl", range(3)), tmp_path / "run"
-
-    def rewrites(asked: Asked) -> Say:
-        number = number_of(asked)
-        text = flat_row(number)["generated_solution"].partition("</think>")[0].removeprefix("<think>").strip()
-        text = text.replace("the", "a") if number == 1 else text
-        cut = text.index(". ", 200) + 1
-        changed = text[:cut] + " $y = 5$" if number == 2 else text[:cut]
-        return Say(f"[THOUGHT]{changed}[SOLUTION]It is 1.[RETURN]{text[cut:]}")
-
-    with ScriptedTeacher(rewrites) as server:
-        assert segment(server, flat, out, "--rewrite", "--no-ask-again") == 0
-    (row,) = read_jsonl(out / "segment" / "rows.jsonl")
-    assert row["id"] == "row-0" and row["outline"] is None and row["made_by"]["prompt"].startswith("rewrite/")
-    reasons = {row["id"]: row["reason"] for row in read_jsonl(out / "segment" / "rejected.jsonl")}
-    assert reasons == {"row-1": "words_differ", "row-2": "formulas_differ"}
-    assert main(["check", str(out)]) == 0
-
-
 def test_options_that_belong_elsewhere_are_refused(tmp_path, capsys):
     flat = str(write_flat(tmp_path / "flat.jsonl", range(1)))
     assert main(["segment", flat, "--out", str(tmp_path / "run"), "--dry-run"]) == 1
     assert "--dry-run belongs to a teacher; give --teacher PROVIDER:MODEL too" in capsys.readouterr().err
-    words = ["--teacher", "local:m", "--base-url", "http://x", "--surprise", "m"]
+    words = ["--teacher", "local:m", "--base-url", "http://x", "--tokenizer", "m"]
     assert main(["segment", flat, "--out", str(tmp_path / "run"), *words]) == 1
-    assert "--surprise is for segmenting without a teacher" in capsys.readouterr().err
+    assert "--tokenizer is for segmenting without a teacher" in capsys.readouterr().err
     assert main(["segment", flat, "--out", str(tmp_path / "run"), *words[:4], "--workers", "2"]) == 1
     assert "how many requests are open, says --concurrency" in capsys.readouterr().err
     assert main(["refine", flat, "--out", str(tmp_path / "run")]) == 1

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from hcot_lmeval.grammar import Grammar, is_legal_trace
 from hcot_lmeval.markup import PRESETS, Markup
-from hcot_lmeval.prepare.discourse import read_sentences
-from hcot_lmeval.prepare.outline import CODES, Block, Outline, OutlineError, assemble
-from hcot_lmeval.prepare.sentences import split_sentences, whole_spans
-from hcot_lmeval.prepare.spelled import spelled_markers
+from hcot_lmeval.prepare.outline import Block, Outline, assemble, spelled_markers
+from hcot_lmeval.prepare.reasons import CODES, Refused
+from hcot_lmeval.prepare.sentences import read_sentences, split_sentences, whole_spans
 from tests.reference import EOS, FIRST_TEXT, MARKERS
 
 DATA = os.environ.get("HCOT_LMEVAL_TEST_DATA")
@@ -263,7 +262,7 @@ def test_there_and_back(case, notation):
     markup = PRESETS[notation]
     assert Outline.from_json(json.loads(json.dumps(outline.to_json()))) == outline
     if not markup.nested and outline.depth > 1:
-        with pytest.raises(OutlineError, match="depth 2, allowed is 1"):
+        with pytest.raises(Refused, match="depth 2, allowed is 1"):
             assemble(pieces, outline, markup)
         return
     trace = assemble(pieces, outline, markup)
@@ -280,7 +279,7 @@ def test_depth_counts_blocks_around_a_sentence(case):
     assert outline.depth == max(around, default=0)
     outline.require_depth(outline.depth)
     if outline.depth:
-        with pytest.raises(OutlineError) as fault:
+        with pytest.raises(Refused) as fault:
             outline.require_depth(outline.depth - 1)
         assert fault.value.code == "too_deep"
 
@@ -315,7 +314,7 @@ def test_depth_counts_blocks_around_a_sentence(case):
     ],
 )
 def test_faults_have_codes(code, blocks):
-    with pytest.raises(OutlineError) as fault:
+    with pytest.raises(Refused) as fault:
         Outline.from_json({"sentences": 9, "blocks": blocks})
     assert fault.value.code == code
     assert str(fault.value).startswith(CODES[code])
@@ -338,19 +337,19 @@ def test_blocks_are_put_in_order_and_the_first_of_two_is_the_outer_one():
 
 @pytest.mark.parametrize("text", ["a [THOUGHT] b", "c[RETURN]", "a </think>", "<think>"])
 def test_text_that_spells_a_marker_is_refused(text):
-    with pytest.raises(OutlineError) as fault:
+    with pytest.raises(Refused) as fault:
         assemble([text, "b"], Outline(2), PRESETS["hcot"])
     assert fault.value.code == "marker_in_source"
 
 
 def test_a_marker_that_text_and_marker_spell_together_is_refused():
     markup = Markup("odd", "<<", "==", ">>", keep=frozenset())
-    with pytest.raises(OutlineError) as fault:
+    with pytest.raises(Refused) as fault:
         assemble(["a<", "b"], Outline(2, (Block(1, 2, "x"),)), markup)
     assert fault.value.code == "marker_in_source"
 
 
 def test_other_pieces_are_refused():
-    with pytest.raises(OutlineError) as fault:
+    with pytest.raises(Refused) as fault:
         assemble(["a"], Outline(2), PRESETS["hcot"])
     assert fault.value.code == "other_pieces"

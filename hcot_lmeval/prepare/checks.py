@@ -5,20 +5,23 @@
         print(fault.code, CHECKING[fault.code], fault.detail)
 
 A fault is data: the row goes to the rejected ones with it, unless `CheckOptions.tolerate` names its code. Duplicates
-are found between rows, hence later (`prepare.duplicates`); whether a solution says enough is for a teacher to judge.
+are found between rows, hence later (`prepare.steps`); whether a solution says enough is for a teacher to judge.
+
+Some faults are repaired. Words of the source are never touched: a block at fault is opened up.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
 from hcot_lmeval.markup import Markup, get_markup
-from hcot_lmeval.prepare.contamination import EvaluationRows, load_problems
+from hcot_lmeval.prepare.duplicates import EvaluationRows, load_problems
 from hcot_lmeval.prepare.measure import (
     BlockSize,
     CountOptions,
@@ -26,51 +29,25 @@ from hcot_lmeval.prepare.measure import (
     block_sizes,
     costs,
     cut,
+    departure,
     faults_of,
     is_legal,
     load_tokenizer,
     make_counter,
 )
-from hcot_lmeval.prepare.outline import OutlineError, assemble
+from hcot_lmeval.prepare.outline import Outline, assemble, find_control, spelled_markers
+from hcot_lmeval.prepare.reasons import CHECKING, Refused
 from hcot_lmeval.prepare.rows import PreparedRow
-from hcot_lmeval.prepare.spelled import find_control, spelled_markers
-from hcot_lmeval.prepare.words import compare
 from hcot_lmeval.settings import read_off
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.vocabulary import spelled_special
-
-CHECKING = {
-    "malformed": "the markers are not those of well-formed blocks",
-    "no_blocks": "the trace has no block",
-    "too_deep": "blocks are nested deeper than is allowed",
-    "empty_thought": "a block has nothing before its solution",
-    "empty_solution": "a block has no solution, or one that is blank",
-    "solution_not_shorter": "a solution is not shorter than its thought",
-    "solution_insufficient": "the judge says that a solution leaves out what the rest needs",
-    "unjudged": "the judge's reply was of no use",
-    "words_changed": "words of the source are missing, or there are new ones outside of solutions",
-    "formulas_changed": "a number or formula of the source is missing, or there is a new one outside of solutions",
-    "answer_missing": "the row has no final answer in a box",
-    "answer_differs": "the final answer is not the expected one",
-    "answer_unchecked": "the final answer could not be compared with the expected one",
-    "marker_in_source": "the source spells a marker or thinking token",
-    "control_token_in_source": "the source spells what looks like a control token",
-    "too_long": "the trace is longer than is allowed",
-    "too_short": "the trace is shorter than is allowed",
-    "peak_too_high": "the live context under pruning grows larger than is allowed",
-    "duplicate": "an earlier row has the same words",
-    "near_duplicate": "an earlier row has nearly the same words",
-    "repeated_id": "an earlier row has the same id",
-    "contaminated": "the row holds a problem of an evaluation task",
-}
-"""Code of a `Fault` -> what it means."""
 
 
 class Fault(NamedTuple):
     """Something wrong with a row.
 
     Attributes:
-        code: a key of `CHECKING`.
+        code: a key of `reasons.CHECKING`.
         detail: what and where.
         block: number of the block in the order of opening, where it is one block's fault.
     """
@@ -88,15 +65,11 @@ class CheckOptions(CountOptions, title="what is allowed"):
     answers: Annotated[Literal["boxed", "stated", "off"], read_off] = Field(
         "boxed", description="what counts as a final answer: the last box, also what is stated in words, or no check"
     )
-    max_changed: float = Field(0.0, ge=0, le=1, description="share of the words that a rewriting may change")
     min_tokens: int | None = Field(None, description="least tokens of trace and response")
     max_tokens: int | None = Field(None, description="most tokens of trace and response")
     max_peak: int | None = Field(None, description="most live tokens under pruning (recompute), question included")
     duplicates: Annotated[Literal["trace", "question", "off"], read_off] = Field(
         "trace", description="which words make a duplicate"
-    )
-    near: float = Field(
-        0.8, ge=0, le=1, description="from which share of common 5-grams on rows are near duplicates; 1: exact ones"
     )
     against: tuple[str, ...] = Field(
         (), description="evaluation tasks (aime24 aime25 math500 polymath) or files whose problems to look for"
@@ -201,21 +174,17 @@ class Checker:
         original = row.source.reasoning
         if not original:
             return
-        if row.outline is not None and row.pieces is not None:
-            try:
-                kept = assemble(row.pieces, row.outline, self.markup) == row.trace and "".join(row.pieces) == original
-                why = "assembled again, the trace is another text"
-            except OutlineError as error:
-                kept, why = False, error.detail
-            if not kept:
-                yield Fault("words_changed", why)
+        if row.outline is None or row.pieces is None:
+            if (behind := departure(original, trace, self.markup)) is not None:
+                yield Fault("words_changed", f"behind {behind!r} the trace goes on with other words")
             return
-        changes = compare(original, trace, self.markup)
-        if changes.share > self.options.max_changed:
-            changed = f"lost: {_some(changes.lost)}; added: {_some(changes.added)}"
-            yield Fault("words_changed", f"{100 * changes.share:.2f} % of {changes.words} words; {changed}")
-        if changes.formulas:
-            yield Fault("formulas_changed", _some(changes.formulas))
+        try:
+            kept = assemble(row.pieces, row.outline, self.markup) == row.trace and "".join(row.pieces) == original
+            why = "assembled again, the trace is another text"
+        except Refused as error:
+            kept, why = False, error.detail
+        if not kept:
+            yield Fault("words_changed", why)
 
     def _answer(self, row: PreparedRow, trace: Sequence[Stretch]) -> Iterator[Fault]:
         gold = row.source.answer
@@ -257,6 +226,66 @@ class Checker:
                 yield Fault("contaminated", f"{100 * found.share:.0f} % of the 8-grams of {found.name}")
 
 
-def _some(words: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return (" ".join(words[:most]) or "nothing") + more
+# --- repair -----------------------------------------------------------------------------------------------------------
+
+OF_BLOCKS = frozenset({"too_deep", "empty_thought", "empty_solution", "solution_not_shorter", "solution_insufficient"})
+"""Codes that are mended by opening a block up."""
+ROUNDS = 4
+"""Opening up a block may leave another one at fault; so many times it is tried."""
+
+
+def check_and_repair(
+    row: PreparedRow, check: Checker, judged: Sequence[Fault] = ()
+) -> tuple[PreparedRow, list[Fault], list[str]]:
+    """Checks a row and repairs what can be repaired.
+
+    Args:
+        row: as it came.
+        check: tells the faults.
+        judged: faults that were found elsewhere, of the row as it is.
+
+    Returns:
+        The row, its faults, and what was repaired; where nothing helped, the row as it came.
+    """
+    faults = [*check(row), *judged]
+    if not check.options.repair:
+        return row, faults, []
+    mended, left, done = row, faults, list[str]()
+    for _ in range(ROUNDS):
+        step = _repair(mended, left, check.markup)
+        if step is None:
+            break
+        mended, did = step
+        done += did
+        left = check(mended)
+    if not done or _weight(left, check) >= _weight(faults, check):
+        return row, faults, []
+    return replace(mended, made_by={**mended.made_by, "repairs": done}), left, done
+
+
+def _weight(faults: Sequence[Fault], check: Checker) -> int:
+    return sum(fault.code not in check.options.tolerated for fault in faults)
+
+
+def _repair(row: PreparedRow, faults: Sequence[Fault], markup: Markup) -> tuple[PreparedRow, list[str]] | None:
+    """One round: a row that came from an outline is put together anew, without the blocks at fault.
+
+    None where there is nothing to do. Other rows are left as they are: their markers are somebody else's work.
+    """
+    outline, pieces = row.outline, row.pieces
+    if outline is None or pieces is None:
+        return None
+    bad = {fault.block: fault.code for fault in faults if fault.code in OF_BLOCKS and fault.block is not None}
+    broken = {fault.code for fault in faults} & {"malformed", "words_changed"}
+    if not bad and not (broken and "".join(pieces) == row.source.reasoning):
+        return None
+    kept = tuple(block for number, block in enumerate(outline.blocks) if number not in bad)
+    try:
+        left = Outline(outline.sentences, kept)
+        trace = assemble(pieces, left, markup)
+    except Refused:
+        return None
+    if trace == row.trace:
+        return None
+    did = [f"opened block {number}: {code}" for number, code in sorted(bad.items())] or ["assembled anew"]
+    return replace(row, trace=trace, outline=left), did

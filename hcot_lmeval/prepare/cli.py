@@ -15,11 +15,11 @@ Prepares training data: flat chains of thought in, checked hierarchical traces o
   segment   find blocks in flat traces, with a teacher or without; add solutions where the text has none
   refine    let a teacher wrap dead ends and redundant branches as blocks
   check     sort rows into good ones and rejected ones, with reasons; repair common faults
-  stats     count blocks, lengths, live context and forwarded tokens; tables, plots, a page
-  export    write what training reads: JSONL, parquet, chats, a data set on the hub
+  stats     count blocks, lengths, live context and forwarded tokens
+  export    write what training reads: JSONL, parquet, chats
 
-The words of a trace are never changed, but for `segment --rewrite`. Each command works on a run folder (--out) or on
-files, alone or in a row; one that was killed goes on when it is started again.
+The words of a trace are never changed. Each command works on a run folder (--out) or on files, alone or in a row; one
+that was killed goes on when it is started again.
 """
 EXAMPLES = """\
 examples:
@@ -75,7 +75,6 @@ examples:
   %(prog)s traces.jsonl --out run --teacher gemini:gemini-2.5-flash --dry-run         what it would cost
   %(prog)s traces.jsonl --out run --teacher gemini:gemini-2.5-flash --max-usd 5       the key is in GEMINI_API_KEY
   %(prog)s traces.jsonl --out run --teacher local:qwen --base-url http://localhost:8000/v1
-  %(prog)s traces.jsonl --out run --surprise Qwen/Qwen2.5-0.5B    a local model helps to find boundaries
   %(prog)s open-thoughts/OpenThoughts-114k --limit 500 --out run
   %(prog)s mine.jsonl --column question=task text=said --out run
 
@@ -100,7 +99,7 @@ examples:
   %(prog)s run                                           after segment or refine
   %(prog)s run --against aime24 aime25 polymath --drop-contaminated
   %(prog)s traces.jsonl --out run --max-tokens 16384 --tokenizer Qwen/Qwen2.5-1.5B
-  %(prog)s run --tolerate answer_missing near_duplicate  report these, reject for the others
+  %(prog)s run --tolerate answer_missing duplicate       report these, reject for the others
   %(prog)s run --teacher gemini:gemini-2.5-flash --max-usd 5        let it judge whether solutions suffice
   %(prog)s --reasons                                     every code and what it means
 
@@ -114,9 +113,9 @@ tasks are read from a local folder in place of the hub.
 examples:
   %(prog)s run
   %(prog)s run --tokenizer Qwen/Qwen2.5-1.5B --workers 4
-  %(prog)s traces.parquet --out run --page-rows 0 --no-plots
+  %(prog)s traces.parquet --out run
 
-Written to OUT/stats: stats.md, stats.json, a CSV for each table, plots as PNG and SVG, before-after.html.
+Written to OUT/stats: stats.md, stats.json, a CSV for each table.
 """,
     ),
     "export": Command(
@@ -125,7 +124,6 @@ Written to OUT/stats: stats.md, stats.json, a CSV for each table, plots as PNG a
 examples:
   %(prog)s run                                           OUT/export/train.jsonl
   %(prog)s run --format parquet --form chat --to data/train.parquet
-  %(prog)s run --push owner/name                         private unless --public; the token comes from the environment
 """,
     ),
 }  # fmt: skip
@@ -144,7 +142,6 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=description, epilog=examples, formatter_class=raw)
         command.set_defaults(command=name)
         command.add_argument("sources", nargs="+", metavar=sources, help=SOURCES[sources])
-        command.add_argument("--config", metavar="FILE.yaml", help="options by command, as in `check: {max_depth: 2}`")
         out = {"help": "folder of the run"} if name == "segment" else {"help": "folder of the run (that of ROWS)"}
         command.add_argument("--out", type=Path, metavar="RUN", required=name == "segment", **out)
         _add_own(command, name)
@@ -154,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_own(command: argparse.ArgumentParser, name: str) -> None:
-    """Adds what one command has alone and no file of options can hold."""
+    """Adds what one command has alone."""
     if name == "segment":
         command.add_argument(
             "--column", nargs="+", action="extend", default=[], metavar="ROLE=NAME",
@@ -170,7 +167,7 @@ class _Reasons(argparse.Action):
     """Needs no rows, as ``--help`` does not."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from hcot_lmeval.prepare.steps import REASONS
+        from hcot_lmeval.prepare.reasons import REASONS
 
         print("\n".join(f"{code:<24} {meaning}" for code, meaning in REASONS.items()))
         parser.exit()

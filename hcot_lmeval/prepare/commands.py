@@ -12,73 +12,54 @@ from typing import Any, TypeVar
 from hcot_lmeval.files import Input, InputOptions, LimitOptions, count_records, find_inputs
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
-from hcot_lmeval.prepare.contamination import identities, load_problems
-from hcot_lmeval.prepare.duplicates import DuplicateIndex
-from hcot_lmeval.prepare.export import ExportOptions, export, format_of, push
+from hcot_lmeval.prepare.duplicates import identities, load_problems
+from hcot_lmeval.prepare.export import ExportOptions, export, format_of
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
-from hcot_lmeval.prepare.protocols.asking import Asking, AskingOptions, AskingProtocol, load_prompt
-from hcot_lmeval.prepare.protocols.judge import Judge
-from hcot_lmeval.prepare.protocols.refine import Refine, RefineOptions
-from hcot_lmeval.prepare.protocols.rewrite import Rewrite, RewriteOptions
-from hcot_lmeval.prepare.protocols.segment import Segment
+from hcot_lmeval.prepare.measure import CountOptions
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
+from hcot_lmeval.prepare.reasons import REASONS
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
-from hcot_lmeval.prepare.stats import StatsOptions, gather
 from hcot_lmeval.prepare.steps import (
-    REASONS,
     CheckOutcome,
-    FormOptions,
     MakeCheck,
     MakeSegment,
     Outcome,
-    Progress,
     SegmentOutcome,
     WorkOptions,
+    progress,
     run_rows,
 )
+from hcot_lmeval.prepare.teacher.judge import Judge
 from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teaching import estimated, run_asking
-from hcot_lmeval.settings import Section, parse_settings, read_yaml, unknown
+from hcot_lmeval.prepare.teacher.protocols import (
+    Asking,
+    AskingOptions,
+    AskingProtocol,
+    Refine,
+    RefineOptions,
+    Segment,
+    load_prompt,
+)
+from hcot_lmeval.prepare.teacher.runner import estimated, run_asking
+from hcot_lmeval.settings import Section, parse_settings
 
 Options = TypeVar("Options", bound=Section)
 TEACHER = (TeacherOptions, AskingOptions)
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
-    "segment": (InputOptions, FormOptions, SegmenterOptions, *TEACHER, RewriteOptions, WorkOptions),
+    "segment": (InputOptions, CountOptions, SegmenterOptions, *TEACHER, WorkOptions),
     "refine": (LimitOptions, RefineOptions, *TEACHER, WorkOptions),
     "check": (LimitOptions, CheckOptions, *TEACHER, WorkOptions),
-    "stats": (StatsOptions, WorkOptions),
+    "stats": (CountOptions, WorkOptions),
     "export": (ExportOptions, WorkOptions),
 }
 """Command -> its options."""
-EXAMPLE_LINE = "check: {max_depth: 2}"
-"""A line of a file of options."""
 
 
 class Given:
-    """What was given to a command: its arguments, with the options of the file where the command line has none.
-
-    Raises:
-        ValueError: the file, a command or an option in it is not known.
-    """
+    """What was given to a command."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.command, self.sources = args.command, args.sources
-        self.values = (self._file(args.config) if args.config else {}) | vars(args)
-
-    def _file(self, path: str) -> dict[str, Any]:
-        settings = read_yaml(path, EXAMPLE_LINE)
-        for command, values in settings.items():
-            if command not in SECTIONS:
-                raise ValueError(f"{path}: {unknown(str(command), SECTIONS)}")
-            if not isinstance(values, dict):
-                raise ValueError(
-                    f"{path}: {command} holds {type(values).__name__}; expected options such as `{EXAMPLE_LINE}`"
-                )
-            keys = [key for kind in SECTIONS[command] for key in kind.model_fields]
-            for key in values:
-                if key not in keys:
-                    raise ValueError(f"{path}: {unknown(f'{command}.{key}', keys)}")
-        return dict(settings.get(self.command, {}))
+        self.command, self.sources, self.values = args.command, args.sources, vars(args)
 
     def read(self, kind: type[Options], **defaults: Any) -> Options:
         """Returns the options of a kind; `defaults` come before its own.
@@ -127,28 +108,22 @@ def run(args: argparse.Namespace) -> int:
 def run_segment(given: Given) -> int:
     """Segments flat traces; returns the exit status."""
     read, work, teacher = given.read(InputOptions), given.read(WorkOptions), given.read(TeacherOptions)
-    blocks, form, columns = given.read(SegmenterOptions), given.read(FormOptions), _columns(given.values["column"])
+    blocks, form, columns = given.read(SegmenterOptions), given.read(CountOptions), _columns(given.values["column"])
     inputs = find_inputs(given.sources, read)
     rows, count = read_rows(inputs, columns, read.limit), partial(count_records, inputs, read.limit)
     shared = {"columns": columns, "limit": read.limit}
     if teacher.teacher is None:
-        given.refuse(*TEACHER, RewriteOptions, why=WITHOUT_TEACHER)
+        given.refuse(*TEACHER, why=WITHOUT_TEACHER)
         make = MakeSegment(blocks, form)
         made_by = {"method": "segmenter", "options": blocks.model_dump(), "form": form.model_dump()}
         folder = given.folder({**shared, **made_by}, inputs)
         if not folder.open(restart=work.restart):
             run_rows(folder, rows, count, make, work, SegmentOutcome())
         return _report(folder)
-    for name in ("tokenizer", "surprise"):
-        if getattr(form, name) is not None:
-            raise ValueError(f"--{name} is for segmenting without a teacher; leave it out, or leave --teacher out")
-    rewriting, asking = given.read(RewriteOptions), given.read(AskingOptions)
-    protocol: Segment | Rewrite
-    if rewriting.rewrite:
-        words = Asking(load_prompt("rewrite"), teacher, asking)
-        protocol = Rewrite(words, get_markup(form.markup), blocks.max_depth, rewriting.rewrite_changed)
-    else:
-        protocol = Segment(Asking(load_prompt("segment"), teacher, asking), get_markup(form.markup), blocks)
+    if form.tokenizer is not None:
+        raise ValueError("--tokenizer is for segmenting without a teacher; leave it out, or leave --teacher out")
+    asking = Asking(load_prompt("segment"), teacher, given.read(AskingOptions))
+    protocol = Segment(asking, get_markup(form.markup), blocks)
     folder = given.folder({**shared, **protocol.made_by, "blocks": blocks.model_dump()}, inputs)
     return _ask(folder, rows, count, protocol, teacher, work, SegmentOutcome())
 
@@ -173,18 +148,16 @@ def run_check(given: Given) -> int:
     inputs = given.inputs("check")
     rows, count = read_prepared(inputs, read.limit), partial(count_records, inputs, read.limit)
     arguments = {"limit": read.limit, **options.model_dump(), "problems": identities(options.against)}
-    with DuplicateIndex(options.near) as index:
-        outcome = CheckOutcome(options, index)
-        if teacher.teacher is not None:
-            asking = Asking(load_prompt("judge"), teacher, given.read(AskingOptions))
-            judge = Judge(asking, Checker(options))
-            folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
-            return _ask(folder, rows, count, judge, teacher, work, outcome)
-        given.refuse(*TEACHER, why=WITHOUT_TEACHER)
-        folder = given.folder(arguments, inputs)
-        if not folder.open(restart=work.restart):
-            make = MakeCheck(options, tuple(load_problems(options.against)))
-            run_rows(folder, rows, count, make, work, outcome)
+    outcome = CheckOutcome(options)
+    if teacher.teacher is not None:
+        judge = Judge(Asking(load_prompt("judge"), teacher, given.read(AskingOptions)), Checker(options))
+        folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
+        return _ask(folder, rows, count, judge, teacher, work, outcome)
+    given.refuse(*TEACHER, why=WITHOUT_TEACHER)
+    folder = given.folder(arguments, inputs)
+    if not folder.open(restart=work.restart):
+        make = MakeCheck(options, tuple(load_problems(options.against)))
+        run_rows(folder, rows, count, make, work, outcome)
     return _report(folder)
 
 
@@ -222,21 +195,19 @@ def _ask(
 
 
 def run_stats(given: Given) -> int:
-    """Counts and draws; returns the exit status."""
-    from hcot_lmeval.prepare.stats_output import make_tables, page_rows, write_stats
+    """Counts; returns the exit status."""
+    from hcot_lmeval.prepare.stats import gather, make_tables, write_stats
     from hcot_lmeval.report import render
 
-    out, options, work = given.out, given.read(StatsOptions), given.read(WorkOptions)
+    out, options, work = given.out, given.read(CountOptions), given.read(WorkOptions)
     inputs = given.inputs()
-    with Progress("stats", count_records(inputs), 0, work.quiet) as tick:
-        found = gather(read_prepared(inputs), options, work.workers, tick)
+    with progress("stats", count_records(inputs), 0, work.quiet) as bar:
+        found = gather(read_prepared(inputs), options, work.workers, bar.update)
     if found.rows == found.unreadable:
         why = found.first_fault or "the files hold none"
         raise ValueError(f"{' '.join(given.sources)}: there is no row to count: {why}")
-    found.history = manifests(out)
     print("\n\n".join(render.terminal(table) for table in make_tables(found)))
-    shown = page_rows(read_prepared(inputs), options.page_rows)
-    written = write_stats(found, out / "stats", shown)
+    written = write_stats(found, out / "stats")
     print(f"\nwritten to {out / 'stats'}: {', '.join(sorted(path.name for path in written))}")
     return 0
 
@@ -248,13 +219,11 @@ def run_export(given: Given) -> int:
     out, work = given.out, given.read(WorkOptions)
     path = to or out / "export" / f"train.{options.format}"
     inputs, history = given.inputs(), manifests(out)
-    with Progress("export", count_records(inputs), 0, work.quiet) as tick:
-        count, unread = export(read_prepared(inputs), path, options, tick, inputs, history)
+    with progress("export", count_records(inputs), 0, work.quiet) as bar:
+        count, unread = export(read_prepared(inputs), path, options, bar.update, inputs, history)
     print(f"{path}: {count} rows ({', '.join(options.columns)})")
     if unread:
         print(f"{len(unread)} rows could not be read; the first: {unread[0].where}: {unread[0].code}", file=sys.stderr)
-    if options.push:
-        print(push(path, options, history))
     return 0
 
 

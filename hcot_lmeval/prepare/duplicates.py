@@ -1,169 +1,165 @@
-"""Rows that say the same, or nearly: exact by a digest, near ones by MinHash.
+"""Does a row say what another one says, or hold a problem that models are evaluated on?
 
-The fingerprint of a row is made of its words alone, folded as in `prepare.contamination`, so that it can be computed in
-any process; which row is whose duplicate is decided in the order of the rows, and the first one stays.
-
-A MinHash signature estimates the Jaccard similarity of two sets of 5-grams: each of its `HASHES` numbers is the least
-hash of a set under one hash function, and two sets have the same least one with a probability that is their similarity
-(Broder 1997). The estimate has a standard error of at most 0.5 / sqrt(HASHES), here 0.044. Only rows are compared that
-agree on a whole band of numbers; how wide a band is follows from the threshold. The index lies in a temporary SQLite
-file, so that memory does not grow with the rows, as that of datasketch's index would.
+Words are folded: case, punctuation, spaces and the forms of characters do not count. Two rows with the same words are
+duplicates. A problem is looked for by its n-grams of words: a row that holds a large share of them holds the problem,
+whatever stands around it. A single common n-gram says nothing, for contests end their problems with the same sentences.
+Of scripts without spaces each character is a word. A problem that is shorter than an n-gram has to stand there as a
+whole; one of less than `FEWEST` words is not looked for.
 """
 
 from __future__ import annotations
 
-import base64
-import sqlite3
-from collections.abc import Sequence
-from functools import lru_cache
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from hcot_lmeval.prepare.contamination import ngrams, words
+from hcot_lmeval.columns import ROLES
+from hcot_lmeval.files import file_digest, find_inputs
 
-if TYPE_CHECKING:
-    import numpy as np
-
-HASHES = 128
-SHINGLE = 5
+N = 8
 """Words of an n-gram."""
-MISSED = 0.02
-"""At most so large is the probability that two rows exactly at the threshold are not compared."""
+FEWEST = 4
+"""Problems of fewer words are not looked for: they stand everywhere."""
+TASKS = {
+    "aime24": "Maxwell-Jia/AIME_2024",
+    "aime25": "math-ai/aime25",
+    "math500": "HuggingFaceH4/MATH-500",
+    "polymath": "Qwen/PolyMath",
+}
+"""Evaluation task -> its data set."""
+LANGUAGES = "ar bn de en es fr id it ja ko ms pt ru sw te th vi zh".split()
+"""The configurations of PolyMath."""
+QUESTION = ROLES["question"][:3]
+"""Columns in which evaluation rows keep the problem; upper and lower case are the same."""
+
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 
 
-class Fingerprint(NamedTuple):
-    """What is kept of a row.
-
-    Attributes:
-        digest: of all its words.
-        signature: `HASHES` numbers of 32 bits, little-endian; empty where near duplicates are not looked for.
-    """
-
-    digest: bytes
-    signature: bytes = b""
-
-    def to_json(self) -> list[str]:
-        return [base64.b64encode(part).decode("ascii") for part in self]
-
-    @classmethod
-    def from_json(cls, parts: Sequence[str]) -> Fingerprint:
-        return cls(*(base64.b64decode(part) for part in parts))
-
-
-class Duplicate(NamedTuple):
-    """An earlier row with the same words, or nearly.
-
-    Attributes:
-        name: what it was called when it was added.
-        similarity: 1 for the same words, else the estimate.
-        exact: whether the words are the same.
-    """
+@dataclass(frozen=True)
+class Overlap:
+    """A problem that a text holds, and the share of its n-grams that are there."""
 
     name: str
-    similarity: float
-    exact: bool
+    share: float
 
 
-def fingerprint(text: str, *, near: bool = True) -> Fingerprint:
-    """Returns the fingerprint of a text; without a signature unless `near`."""
-    found = words(text)
-    digest = blake2b("\0".join(found).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return Fingerprint(digest, _signature(found) if near and found else b"")
-
-
-def _signature(found: Sequence[str]) -> bytes:
-    import numpy as np
-
-    hashes = np.array([_hash(gram) for gram in ngrams(found, SHINGLE, whole=True)], dtype=np.uint64)
-    factors, offsets = _functions()
-    least = np.full(HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
-    for start in range(0, len(hashes), 1024):  # 1 MiB at once
-        products = hashes[start : start + 1024, None] * factors + offsets  # modulo 2^64
-        least = np.minimum(least, products.min(axis=0))
-    return (least >> np.uint64(32)).astype("<u4").tobytes()
-
-
-def _hash(gram: tuple[str, ...]) -> int:
-    data = "\0".join(gram).encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
-
-
-@lru_cache(maxsize=1)
-def _functions() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Factors and offsets of the hash functions, drawn once and for all: ``(factor · x + offset) mod 2^64``."""
-    import numpy as np
-
-    draw = np.random.default_rng(7)
-    top = np.iinfo(np.uint64).max
-    factors = draw.integers(0, top, HASHES, dtype=np.uint64, endpoint=True) | np.uint64(1)
-    return factors, draw.integers(0, top, HASHES, dtype=np.uint64, endpoint=True)
-
-
-def similarity(one: bytes, other: bytes) -> float:
-    """Returns the estimated Jaccard similarity of two signatures."""
-    return sum(one[i : i + 4] == other[i : i + 4] for i in range(0, 4 * HASHES, 4)) / HASHES
-
-
-def band_width(threshold: float) -> int:
-    """Returns how many numbers a band has, so that rows at the threshold are compared but with probability `MISSED`.
-
-    With bands of r numbers, rows of similarity s agree on one of them with probability 1 - (1 - s^r)^(HASHES / r).
-    """
-    widths = [r for r in (32, 16, 8, 4, 2, 1) if (1 - threshold**r) ** (HASHES // r) <= MISSED]
-    return widths[0] if widths else 1
-
-
-class DuplicateIndex:
-    """The rows seen so far; `find_or_add` tells of an earlier one.
+class EvaluationRows:
+    """The n-grams of evaluation problems.
 
     Args:
-        threshold: from which similarity on rows are near duplicates; 1: only the same words count.
+        problems: pairs of a name and a problem; of problems with the same words the first name is kept.
+        share: from which share of a problem's n-grams on a text holds it.
     """
 
-    def __init__(self, threshold: float = 0.8) -> None:
-        self.threshold = threshold
-        self._band_bytes = 4 * band_width(threshold)
-        self._rows = sqlite3.connect("")  # a temporary file, gone when it is closed
-        self._rows.executescript(
-            """
-            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-            CREATE TABLE row (number INTEGER PRIMARY KEY, name TEXT, digest BLOB UNIQUE, signature BLOB);
-            CREATE TABLE id (name TEXT PRIMARY KEY) WITHOUT ROWID;
-            CREATE TABLE band (key BLOB, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID;
-            """
-        )
+    def __init__(self, problems: Iterable[tuple[str, str]], share: float = 0.5) -> None:
+        self.share = share
+        self._names: list[str] = []
+        self._sizes: list[int] = []
+        self._where: dict[tuple[str, ...], list[int]] = {}
+        for name, text in problems:
+            found = words(text)
+            grams = ngrams(found, N, whole=True) if len(found) >= FEWEST else set()
+            for gram in grams:
+                self._where.setdefault(gram, []).append(len(self._names))
+            self._names.append(name)
+            self._sizes.append(len(grams))
+        self._short = sorted({len(gram) for gram in self._where} - {N})
 
-    def __enter__(self) -> DuplicateIndex:
-        return self
+    def __len__(self) -> int:
+        return len(self._names)
 
-    def __exit__(self, *_: object) -> None:
-        self._rows.close()
+    def find(self, text: str) -> Overlap | None:
+        """Returns the problem that a text holds the largest share of, if that is enough of it."""
+        found = words(text)
+        grams = set().union(*(ngrams(found, size) for size in (N, *self._short)))
+        counts = Counter(number for gram in grams for number in self._where.get(gram, ()))
+        if not counts:
+            return None
+        share, number = max((count / self._sizes[n], -n) for n, count in counts.items())
+        return Overlap(self._names[-number], share) if share >= self.share else None
 
-    def repeats(self, name: str) -> bool:
-        """Returns whether a row of this name came before, and keeps it."""
-        return self._rows.execute("INSERT OR IGNORE INTO id VALUES (?)", (name,)).rowcount == 0
 
-    def find_or_add(self, name: str, print_: Fingerprint) -> Duplicate | None:
-        """Returns an earlier row that has the words of this one or, without any, keeps this one."""
-        same = self._rows.execute("SELECT name FROM row WHERE digest = ?", (print_.digest,)).fetchone()
-        if same:
-            return Duplicate(same[0], 1.0, True)
-        signature, size = print_.signature, self._band_bytes
-        starts = range(0, len(signature), size) if self.threshold < 1 else ()
-        bands = [bytes([start // size]) + signature[start : start + size] for start in starts]
-        near = self._near(signature, bands)
-        if near is None:
-            added = self._rows.execute(
-                "INSERT INTO row (name, digest, signature) VALUES (?, ?, ?)", (name, print_.digest, signature)
-            )
-            self._rows.executemany("INSERT INTO band VALUES (?, ?)", ((band, added.lastrowid) for band in bands))
-        return near
+def words(text: str) -> list[str]:
+    """Returns the folded words of a text."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
-    def _near(self, signature: bytes, bands: Sequence[bytes]) -> Duplicate | None:
-        candidates = self._rows.execute(
-            "SELECT name, signature FROM row WHERE number IN "
-            f"(SELECT number FROM band WHERE key IN ({','.join('?' * len(bands))})) ORDER BY number",
-            bands,
-        )
-        best = max(((similarity(signature, other), name) for name, other in candidates), default=(0.0, ""))
-        return Duplicate(best[1], best[0], False) if best[0] >= self.threshold else None
+
+def fingerprint(text: str) -> str:
+    """Returns a digest of the folded words of a text; rows with the same one say the same."""
+    return blake2b("\0".join(words(text)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def ngrams(found: Sequence[str], size: int, *, whole: bool = False) -> set[tuple[str, ...]]:
+    """Returns the n-grams of a text; with `whole`, a text that is too short is one itself."""
+    if whole and 0 < len(found) < size:
+        return {tuple(found)}
+    return set(zip(*(found[i:] for i in range(size)), strict=False))
+
+
+def identities(names: Sequence[str]) -> dict[str, str]:
+    """Returns what tells evaluation problems from others: the data set of a task, the digest of a file.
+
+    Raises:
+        ValueError: a name is neither a task nor a file.
+    """
+    return {name: TASKS[name] if name in TASKS else file_digest(_file(name)) for name in names}
+
+
+def _file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise ValueError(f"against={name!r} is neither a file nor a task; choose one of {', '.join(TASKS)}, or a file")
+    return Path(name)
+
+
+def load_problems(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Reads evaluation problems; returns pairs of a name and a problem.
+
+    Args:
+        names: tasks of `TASKS` (from the hub, or from the folder in ``HCOT_LMEVAL_DATA``), or files with a column of
+            `QUESTION`.
+
+    Raises:
+        ValueError: a name is neither, or a file has no such column.
+        ConnectionError: neither the hub nor a local copy is within reach.
+    """
+    return [problem for name in names for problem in (_of_task(name) if name in TASKS else _of_file(_file(name)))]
+
+
+def _of_task(task: str) -> Iterator[tuple[str, str]]:
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    from hcot_lmeval.scoring.data import load
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()  # polymath would show 72 of them
+    try:
+        for subset in LANGUAGES if task == "polymath" else (None,):
+            for split, rows in load(TASKS[task], subset).items():
+                label = "/".join(filter(None, (task, subset, str(split))))
+                for number, row in enumerate(rows):
+                    yield f"{label} {row.get('id', row.get('ID', number))}", _question(row, label)
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    for each in find_inputs([path]):
+        for number, record in enumerate(each.records()):
+            if record.data is not None:
+                yield f"{each.name} {record.data.get('id', number)}", _question(record.data, record.where)
+
+
+def _question(row: Mapping[str, Any], where: str) -> str:
+    folded = {name.casefold(): value for name, value in row.items() if isinstance(value, str)}
+    found = next((folded[name] for name in QUESTION if name in folded), None)
+    if found is None:
+        raise ValueError(f"{where}: no column {', '.join(QUESTION)}; present: {json.dumps(list(row))}")
+    return found

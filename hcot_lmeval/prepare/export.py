@@ -1,4 +1,4 @@
-"""Prepared rows in the form in which they are trained on: JSONL or parquet, as columns or as chats, or to the hub.
+"""Prepared rows in the form in which they are trained on: JSONL or parquet, as columns or as chats.
 
     columns   id, question, hierarchical_cot, expected_answer
     chat      id, messages (the question, the trace), expected_answer
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from hcot_lmeval.columns import surrogate_in
 from hcot_lmeval.files import Input
@@ -29,19 +29,6 @@ BATCH = 256
 ANSWER = "\n\n\\boxed{{{}}}"
 """What ends a message of a row without a response; training puts the same behind a bare trace."""
 
-CARD = """\
-
-{rows} chains of thought with blocks `[THOUGHT] thought [SOLUTION] solution [RETURN]`, made with
-`hcot prepare` of hcot_lmeval. Columns: {columns}.
-
-Steps, with their arguments and the digests of their inputs:
-
-```json
-{history}
-```
-"""
-"""README of the data set on the hub."""
-
 
 class ExportOptions(Section, title="export"):
     """What is written."""
@@ -51,16 +38,6 @@ class ExportOptions(Section, title="export"):
     extras: tuple[Literal["original", "outline", "sentences", "made_by", "meta"], ...] = Field(
         (), description="further columns"
     )
-    push: str | None = Field(None, description="data set on the hub (owner/name) to push to")
-    public: bool = Field(False, description="make the data set on the hub public, if it is new")
-    split: str = Field("train", description="name of the split on the hub")
-
-    @field_validator("push")
-    @classmethod
-    def _named(cls, name: str | None) -> str | None:
-        if name is not None and name.count("/") != 1:
-            raise ValueError("this is no data set on the hub; give owner/name")
-        return name
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -197,34 +174,3 @@ def _table(row: Mapping[str, Any], schema: Any, number: int) -> Any:
         return pyarrow.Table.from_pylist([row], schema)
     except pyarrow.ArrowException as error:
         raise _unwritten(number, row["id"], error) from None
-
-
-def push(path: Path, options: ExportOptions, history: Iterable[Mapping[str, Any]]) -> str:
-    """Pushes an exported file to the hub and returns where it is. The token is that of `huggingface_hub`.
-
-    The manifests of the steps that made the rows, `history`, go on the card.
-
-    Raises:
-        ValueError: the hub refuses; the message never holds the token.
-    """
-    from datasets import load_dataset
-    from huggingface_hub import DatasetCard
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    assert options.push is not None, "there is nowhere to push to"
-    rows = load_dataset("json" if options.format == "jsonl" else "parquet", data_files=str(path), split="train")
-    keys = ("step", "identity", "versions", "summary")
-    steps = json.dumps([{key: manifest[key] for key in keys} for manifest in history], indent=1)
-    card = CARD.format(rows=len(rows), columns=", ".join(options.columns), history=steps)
-    try:
-        rows.push_to_hub(options.push, split=options.split, private=not options.public)
-        found = DatasetCard.load(options.push)  # with what push_to_hub has written about columns and splits
-        found.text = card
-        found.push_to_hub(options.push)
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", "no token")
-        raise ValueError(
-            f"the hub refuses to take {options.push} ({type(error).__name__}, {status}); log in with `hf auth login` "
-            "or set HF_TOKEN to a token that may write there"
-        ) from None
-    return f"https://huggingface.co/datasets/{options.push}"

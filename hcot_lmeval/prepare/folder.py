@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.provenance import versions
+from hcot_lmeval.settings import differences
 from hcot_lmeval.store import JsonLines, line_of, read_json, replacing, write_json
 
 SCHEMA = "hcot-prepare/1"
@@ -65,9 +66,14 @@ class StepFolder:
         if found is not None and found["state"] == "working" and not (journal.exists() and journal.stat().st_size):
             found = None  # it was stopped before the first row, perhaps by an error in the settings
         if found is not None and found["identity"] != self.identity:
-            changed = differences(found["identity"], self.identity)
+            old, new = found["identity"], self.identity
+            changed = [
+                f"{key} was {json.dumps(before)[:60]}, is {json.dumps(after)[:60]}"
+                for key, (before, after) in differences(old["arguments"], new["arguments"]).items()
+            ]
+            changed += ["the inputs have changed"] if old["inputs"] != new["inputs"] else []
             advice = "Give another --out, or --restart to throw it away"
-            raise ValueError(f"{self.path} was made with other settings: {changed}. {advice}")
+            raise ValueError(f"{self.path} was made with other settings: {'; '.join(changed)}. {advice}")
         if found is not None and found["state"] == "done":
             self.summary = found["summary"]
             return True
@@ -156,27 +162,6 @@ class Journal:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Returns the manifest in the folder of a step; None if there is none of this schema."""
     return read_json(path / "manifest.json", SCHEMA)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns in words what differs between the settings of two runs."""
-    before, after = _flat(old["arguments"]), _flat(new["arguments"])
-    changed = [
-        f"{key} was {json.dumps(before.get(key))[:60]}, is {json.dumps(after.get(key))[:60]}"
-        for key in dict.fromkeys((*before, *after))
-        if before.get(key) != after.get(key)
-    ]
-    if old["inputs"] != new["inputs"]:
-        changed.append("the inputs have changed" if len(old["inputs"]) == len(new["inputs"]) else "other inputs")
-    return "; ".join(changed)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with those of the sections within them beside the others."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found.update(_flat(value) if isinstance(value, Mapping) else {key: value})
-    return found
 
 
 def manifests(out: Path) -> list[dict[str, Any]]:

@@ -204,3 +204,24 @@ def costs(stretches: Sequence[Stretch], prompt: int, markup: Markup) -> dict[Pol
                 forwarded += len(context.push(ids[mark]).forward)
         found[policy] = Cost(context.peak, forwarded, len(context.live))
     return found
+
+
+def departure(original: str, stretches: Sequence[Stretch], markup: Markup) -> str | None:
+    """Returns the words of the original behind which a trace goes on otherwise; None if it never does.
+
+    A solution is either words of the original, which stand there next, or added as a whole; nothing else may differ
+    but space.
+    """
+    blocks = whole_blocks(stretches, markup)
+    begins, ends = {block.split for block in blocks}, {block.close for block in blocks}
+    letters, inside = "".join(original.split()), 0
+    ways = {0}  # how much of the original the texts so far may have used
+    for place, stretch in enumerate(stretches):
+        inside += (place in begins) - (place in ends)
+        if stretch.mark == TEXT:
+            said = "".join(stretch.text.split())
+            used = {at + len(said) for at in ways if letters.startswith(said, at)}
+            if not used and not inside:
+                return letters[: max(ways)][-20:]
+            ways = ways | used if inside else used
+    return None if len(letters) in ways else letters[: max(ways)][-20:]

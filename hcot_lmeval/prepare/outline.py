@@ -8,12 +8,13 @@
 Whoever finds the blocks, a teacher or `prepare.segmenter`, only ever names numbers, so that the words cannot change.
 What is added is the markers and the solutions of those blocks that have none of their own in the text.
 
-An `Outline` is valid or does not exist; faults are an `OutlineError` with one of the codes in `CODES`.
+An `Outline` is valid or does not exist; faults are a `Refused` with one of the codes in `reasons.CODES`.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,38 +22,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hcot_lmeval.markup import Markup
-from hcot_lmeval.prepare.spelled import spelled_markers
+from hcot_lmeval.markup import PRESETS, Markup
+from hcot_lmeval.prepare.reasons import Refused
 
 KINDS = ("subproblem", "backtrack")
 """A part of the way; a dead end or redundant branch that was wrapped afterwards."""
-
-CODES = {
-    "not_an_outline": "the data is no outline: a key is missing or unknown, or a value has another type",
-    "unknown_kind": "a block is of another kind than " + " and ".join(KINDS),
-    "out_of_range": "a block or its split lies outside of the sentences, or outside of the block",
-    "empty_block": "a block has no sentence in it, or no thought before its solution",
-    "empty_solution": "a block has no solution, or one that is blank",
-    "both_solutions": "a block has a solution in the text and another one that is added",
-    "overlap": "two blocks overlap and neither is within the thought or within the solution of the other",
-    "too_deep": "blocks are nested deeper than is allowed",
-    "marker_in_solution": "an added solution spells a marker",
-    "marker_in_source": "the text spells a marker",
-    "other_pieces": "the outline is for another number of sentences",
-}
-"""Code of an `OutlineError` -> what it means."""
-
-
-class OutlineError(ValueError):
-    """An outline that cannot be; `code` is a key of `CODES`, the message says what and where."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{CODES[code]}: {detail}")
-        self.code = code
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type[OutlineError], tuple[str, str]]:
-        return type(self), (self.code, self.detail)  # or a worker process could not hand it back
 
 
 @dataclass(frozen=True)
@@ -68,7 +42,7 @@ class Block:
         kind: one of `KINDS`.
 
     Raises:
-        OutlineError: the block makes no sense, whatever it is over.
+        Refused: the block makes no sense, whatever it is over.
     """
 
     start: int
@@ -79,19 +53,19 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise OutlineError("unknown_kind", f"{self} in place of {' or '.join(KINDS)}")
+            raise Refused("unknown_kind", f"{self} in place of {' or '.join(KINDS)}")
         if self.start < 0:
-            raise OutlineError("out_of_range", f"{self} begins before sentence 0")
+            raise Refused("out_of_range", f"{self} begins before sentence 0")
         if self.start >= self.stop or self.split == self.start:
-            raise OutlineError("empty_block", f"{self}")
+            raise Refused("empty_block", f"{self}")
         if self.solution is not None and self.split is not None:
-            raise OutlineError("both_solutions", f"{self}")
+            raise Refused("both_solutions", f"{self}")
         if (self.split is None and not (self.solution or "").strip()) or self.split == self.stop:
-            raise OutlineError("empty_solution", f"{self}")
+            raise Refused("empty_solution", f"{self}")
         if self.split is not None and not self.start < self.split < self.stop:
-            raise OutlineError("out_of_range", f"{self} is split outside of itself")
+            raise Refused("out_of_range", f"{self} is split outside of itself")
         if found := spelled_markers(self.solution or ""):
-            raise OutlineError("marker_in_solution", f"{', '.join(found)} in {self}")
+            raise Refused("marker_in_solution", f"{', '.join(found)} in {self}")
 
     def __str__(self) -> str:
         return f"the block over sentences {self.start} to {self.stop - 1}"
@@ -117,7 +91,7 @@ class Outline:
             one that comes first is the outer one.
 
     Raises:
-        OutlineError: a block ends behind the last sentence, or two blocks overlap.
+        Refused: a block ends behind the last sentence, or two blocks overlap.
     """
 
     sentences: int
@@ -128,7 +102,7 @@ class Outline:
         object.__setattr__(self, "blocks", ordered)
         for block in ordered:
             if block.stop > self.sentences:
-                raise OutlineError("out_of_range", f"{block}, of which there are {self.sentences}")
+                raise Refused("out_of_range", f"{block}, of which there are {self.sentences}")
         for _ in self._stacks():
             pass
 
@@ -138,10 +112,10 @@ class Outline:
         return max((len(stack) for stack in self._stacks()), default=0)
 
     def require_depth(self, limit: int) -> None:
-        """Raises an `OutlineError` (``too_deep``) where blocks are nested deeper than `limit`."""
+        """Raises a `Refused` (``too_deep``) where blocks are nested deeper than `limit`."""
         for stack in self._stacks():
             if len(stack) > limit:
-                raise OutlineError("too_deep", f"{stack[-1]} has depth {len(stack)}, allowed is {limit}")
+                raise Refused("too_deep", f"{stack[-1]} has depth {len(stack)}, allowed is {limit}")
 
     def _stacks(self) -> Iterator[list[Block]]:
         """Yields for each block those that are open when it opens, itself the last."""
@@ -150,7 +124,7 @@ class Outline:
             while stack and stack[-1].stop <= block.start:
                 stack.pop()
             if stack and not stack[-1].holds(block):
-                raise OutlineError("overlap", f"{stack[-1]} and {block}")
+                raise Refused("overlap", f"{stack[-1]} and {block}")
             stack.append(block)
             yield stack
 
@@ -169,13 +143,13 @@ class Outline:
         """Reads what `to_json` has written, or what a teacher has.
 
         Raises:
-            OutlineError: ``not_an_outline``, or what the blocks amount to.
+            Refused: ``not_an_outline``, or what the blocks amount to.
         """
         try:
             found = _OutlineData.model_validate(data)
         except ValidationError as error:
             faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise OutlineError("not_an_outline", "; ".join(faults)) from None
+            raise Refused("not_an_outline", "; ".join(faults)) from None
         return cls(found.sentences, tuple(Block(**block.model_dump(exclude_none=True)) for block in found.blocks))
 
 
@@ -196,11 +170,11 @@ def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
     """Writes the trace: every piece untouched, markers and added solutions between them.
 
     Raises:
-        OutlineError: ``other_pieces``, ``too_deep`` for a notation without nesting, ``marker_in_source``,
+        Refused: ``other_pieces``, ``too_deep`` for a notation without nesting, ``marker_in_source``,
             ``marker_in_solution`` (for a notation that is no preset).
     """
     if len(pieces) != outline.sentences:
-        raise OutlineError("other_pieces", f"{len(pieces)} in place of {outline.sentences}")
+        raise Refused("other_pieces", f"{len(pieces)} in place of {outline.sentences}")
     if not markup.nested:
         outline.require_depth(1)
     _refuse_markers("".join(pieces), outline, markup)
@@ -230,13 +204,58 @@ def assemble(pieces: Sequence[str], outline: Outline, markup: Markup) -> str:
     pattern = "|".join(map(re.escape, sorted((markup.open, split, markup.close), key=len, reverse=True)))
     found = [mark.start() for mark in re.finditer(pattern, trace)]
     if found != [start for place, start in enumerate(starts) if place in marks]:  # what text and marker spell together
-        raise OutlineError("marker_in_source", "where a marker meets the words around it")
+        raise Refused("marker_in_source", "where a marker meets the words around it")
     return trace
 
 
 def _refuse_markers(text: str, outline: Outline, markup: Markup) -> None:
     if found := spelled_markers(text, markup):
-        raise OutlineError("marker_in_source", f"{', '.join(found)} in it")
+        raise Refused("marker_in_source", f"{', '.join(found)} in it")
     for block in outline.blocks:
         if found := spelled_markers(block.solution or "", markup):
-            raise OutlineError("marker_in_solution", f"{', '.join(found)} in {block}")
+            raise Refused("marker_in_solution", f"{', '.join(found)} in {block}")
+
+
+# --- text that spells a control token: it would open a block, or end one, where nobody meant to -----------------------
+
+CONTROL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>")
+"""What control tokens look like: ``<|im_end|>``, in their compatibility form DeepSeek's, ``<pad>``, ``</s>``."""
+UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
+"""Characters without a glyph that are not of the category Cf; variation selectors are found by their range."""
+
+
+def spelled_markers(text: str, markup: Markup | None = None) -> list[str]:
+    """Returns the markers and thinking tokens that a text spells: of `markup`, or of any preset.
+
+    A text is searched as it stands and folded: full-width brackets, mathematical letters and zero-width spaces hide
+    nothing.
+    """
+    markups = PRESETS.values() if markup is None else (markup,)
+    marks = dict.fromkeys(mark for each in markups for mark in (*each.markers, *each.think))
+    folded = fold(text)
+    return [mark for mark in marks if mark in text or fold(mark) in folded]
+
+
+def find_control(text: str) -> str | None:
+    """Returns the first text that looks like a control token of some vocabulary, or None."""
+    found = CONTROL.search(fold(text))
+    return found.group() if found else None
+
+
+def fold(text: str) -> str:
+    """Returns the compatibility form of a text without what cannot be seen."""
+    if text.isascii():
+        return text
+    seen = "".join(char for char in text if not _is_unseen(char))
+    return "".join(char for char in unicodedata.normalize("NFKC", seen) if not _is_unseen(char))
+
+
+def _is_unseen(char: str) -> bool:
+    if char.isascii():
+        return False
+    return (
+        char in UNSEEN
+        or "\ufe00" <= char <= "\ufe0f"
+        or "\U000e0100" <= char <= "\U000e01ef"
+        or unicodedata.category(char) == "Cf"
+    )

@@ -31,10 +31,9 @@ from hcot_lmeval.columns import (
     speaker,
 )
 from hcot_lmeval.files import Input, Record
-from hcot_lmeval.prepare.outline import OutlineError
+from hcot_lmeval.prepare.reasons import Refused
 from hcot_lmeval.prepare.rows import (
     PreparedRow,
-    ReadingError,
     SourceRow,
     Unreadable,
     given_id,
@@ -76,7 +75,7 @@ def read_rows(
             _check_optional(record.data, record.where, given)
         try:
             yield from [_read(each, given) for each in alternatives(record, given)]
-        except ReadingError as error:
+        except Refused as error:
             if error.code == "no_column" and first:
                 raise ValueError(f"{record.where}: {error.detail}") from None
             yield Unreadable(record.where, error.code, error.detail, record.data or {})
@@ -92,7 +91,7 @@ def _check_optional(data: Mapping[str, Any], where: str, given: Mapping[str, str
 def _read(record: Record, columns: Mapping[str, str]) -> SourceRow | Unreadable:
     try:
         return read_row(record, columns)
-    except ReadingError as error:
+    except Refused as error:
         return Unreadable(record.where, error.code, error.detail, record.data or {})
 
 
@@ -114,7 +113,7 @@ def read_prepared(inputs: Iterable[Input], limit: int | None = None) -> Iterator
             )
         try:
             yield PreparedRow.from_record(data)
-        except (ReadingError, OutlineError) as error:
+        except Refused as error:
             yield Unreadable(record.where, error.code, error.detail, data)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             yield Unreadable(record.where, "broken_record", f"{type(error).__name__}: {error}", data)
@@ -142,11 +141,11 @@ def alternatives(record: Record, columns: Mapping[str, str] = {}) -> list[Record
     """Returns a record for each trace that a record lists: one, where it holds texts.
 
     Raises:
-        ReadingError: it has no columns, no trace, or as many traces as responses or verdicts are not.
+        Refused: it has no columns, no trace, or as many traces as responses or verdicts are not.
     """
     data = record.data
     if data is None:
-        raise ReadingError("broken_line", f"{record.line!r}")
+        raise Refused("broken_line", f"{record.line!r}")
     names = resolve_columns(tuple(data), columns)
     listed = [names[role] for role in ("text", "reasoning", "response") if role in names and _lists(data[names[role]])]
     if not listed:
@@ -156,9 +155,9 @@ def alternatives(record: Record, columns: Mapping[str, str] = {}) -> list[Record
     texts = [role for role in ("reasoning", "response", "text") if role in names and data[names[role]]]
     count = sizes[listed[0]]
     if not count:
-        raise ReadingError("no_text", f"{listed[0]} is empty")
+        raise Refused("no_text", f"{listed[0]} is empty")
     if len(set(sizes.values())) > 1 or (count > 1 and any(names[role] not in sizes for role in texts)):
-        raise ReadingError("uneven_lists", ", ".join(f"{name}: {size}" for name, size in sizes.items()))
+        raise Refused("uneven_lists", ", ".join(f"{name}: {size}" for name, size in sizes.items()))
     found = [data | {name: data[name][place] for name in listed} for place in range(count)]
     if count == 1:
         return [Record(record.where, found[0])]
@@ -182,30 +181,30 @@ def read_row(record: Record, columns: Mapping[str, str] = {}) -> SourceRow:
     """Reads a record.
 
     Raises:
-        ReadingError: with the code of what is wrong with it.
+        Refused: with the code of what is wrong with it.
     """
     data = record.data
     if data is None:
-        raise ReadingError("broken_line", f"{record.line!r}")
+        raise Refused("broken_line", f"{record.line!r}")
     names = resolve_columns(tuple(data), columns)
     refuse_surrogates(data)
     try:
         question, said = _question(data, names), _said(data, names)
-    except ReadingError:
+    except Refused:
         raise
     except ValueError as error:
-        raise ReadingError("not_text", str(error)) from None
+        raise Refused("not_text", str(error)) from None
     if not (question or "").strip():
-        raise ReadingError("no_question", f"{question!r}")
+        raise Refused("no_question", f"{question!r}")
     reasoning, response = _sections(said)
     response, answer = settle_answer(response, data.get(names.get("answer", "")))
     _refuse_tags(reasoning, response)
     if not reasoning.strip():
-        raise ReadingError("empty_thinking", f"the text begins {(said.text or response)[:60]!r}")
+        raise Refused("empty_thinking", f"the text begins {(said.text or response)[:60]!r}")
     verdicts = ((name, read_verdict(data[name])) for name in _verdict_columns(data, names))
     name, correct = next(((name, found) for name, found in verdicts if found is not None), ("", True))
     if not correct:
-        raise ReadingError("marked_wrong", f"{name}={data[name]!r}")
+        raise Refused("marked_wrong", f"{name}={data[name]!r}")
     return SourceRow(
         given_id(data.get(names.get("id", ""))) or row_id(question or "", reasoning),
         question or "",
@@ -222,7 +221,7 @@ def _question(data: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
         value = _asked(value)
     elif isinstance(value, (list, Mapping)):
         if isinstance(value, list) and len(value) > 1 and all(isinstance(part, str) for part in value):
-            raise ReadingError("not_text", f"a list of {len(value)} texts, where one question is needed")
+            raise Refused("not_text", f"a list of {len(value)} texts, where one question is needed")
         value = (read_message(value) if isinstance(value, Mapping) else read_content(value)).text
     if not isinstance(value, str) and "messages" in names:
         messages = data[names["messages"]]
@@ -238,7 +237,7 @@ def _question(data: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
 def _asked(messages: list[Any]) -> str | None:
     users = [message for message in messages if speaker(message) == "user"]
     if len(users) > 1:  # the last one alone would be another question
-        raise ReadingError("several_turns", f"{len(users)} messages of the user")
+        raise Refused("several_turns", f"{len(users)} messages of the user")
     return read_message(users[0]).text if users else None
 
 
@@ -256,7 +255,7 @@ def _read_value(value: Any) -> Said:
     if is_conversation(value):
         said = [message for message in value if speaker(message) == "assistant"]
         if len(said) > 1:  # calls of tools, for example: a row holds one
-            raise ReadingError("several_turns", f"{len(said)} messages of the assistant")
+            raise Refused("several_turns", f"{len(said)} messages of the assistant")
         return read_message(said[0]) if said else Said("", None)
     if isinstance(value, Mapping):
         return read_message(value)
@@ -269,11 +268,11 @@ def _sections(said: Said) -> tuple[str, str]:
     if reasoning.strip() and _first_pair(reasoning):
         reasoning, rest = split_thinking(reasoning)
         if rest.strip() and text.strip() not in ("", rest.strip()):
-            raise ReadingError("several_thoughts", f"a response within the reasoning: {rest.strip()[:60]!r}")
+            raise Refused("several_thoughts", f"a response within the reasoning: {rest.strip()[:60]!r}")
         text = rest if rest.strip() else text
     if not reasoning.strip():
         if not text.strip():
-            raise ReadingError("no_text", f"{said.text!r:.200}")
+            raise Refused("no_text", f"{said.text!r:.200}")
         return split_thinking(text)
     if _first_pair(text):
         repeated, rest = split_thinking(text)
@@ -294,18 +293,18 @@ def split_thinking(text: str) -> tuple[str, str]:
     A section without its beginning counts, for many chat templates write the beginning into the prompt.
 
     Raises:
-        ReadingError: there is none, it has no end, or several begin.
+        Refused: there is none, it has no end, or several begin.
     """
     pair = _first_pair(text)
     if pair is None:
-        raise ReadingError("no_thinking", f"neither {PAIRS[0][0]} nor what other models write in {text[:60]!r}")
+        raise Refused("no_thinking", f"neither {PAIRS[0][0]} nor what other models write in {text[:60]!r}")
     marks = list(changes(text, pair, opened=False))
     start = marks[0][1] if marks[0][0] else 0
     if before := text[: max(0, start - len(pair[0]))].strip():
-        raise ReadingError("text_before_thinking", f"{before[:60]!r}")
+        raise Refused("text_before_thinking", f"{before[:60]!r}")
     ends = [at for opens, at in marks if not opens]
     if not ends:
-        raise ReadingError("unclosed_thinking", f"{pair[0]} without {pair[1]} in {len(text)} characters")
+        raise Refused("unclosed_thinking", f"{pair[0]} without {pair[1]} in {len(text)} characters")
     before, behind = AROUND.get(pair[0], ("", ""))
     reasoning = text[start : ends[0] - len(pair[1])].removeprefix(before).removesuffix(behind)
     response = text[ends[0] :]
@@ -316,7 +315,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 def _refuse_tags(*texts: str) -> None:
     for tag in (tag for pair in PAIRS for tag in pair):
         if any(tag in text for text in texts):
-            raise ReadingError("several_thoughts", f"{tag} comes within or behind the thinking section")
+            raise Refused("several_thoughts", f"{tag} comes within or behind the thinking section")
 
 
 def _without_solution_tags(response: str) -> str:
@@ -331,7 +330,7 @@ def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> di
     """Returns role -> column for a record with the columns `present`; those of `given` come before the usual names.
 
     Raises:
-        ReadingError: ``no_column``; the message names those present and those that are needed, or two that could be
+        Refused: ``no_column``; the message names those present and those that are needed, or two that could be
             the same one.
     """
     absent = [f"{role}={name}" for role, name in given.items() if name not in present and role not in OPTIONAL]
@@ -341,11 +340,11 @@ def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> di
         alike = [each for each in present if each.strip().casefold() == name.strip().casefold()]
         if len(alike) > 1 and role not in given:
             which = f"the columns {' and '.join(alike)} differ in case alone"
-            raise ReadingError("no_column", f"{which}; name one of them with --column {role}={name}")
+            raise Refused("no_column", f"{which}; name one of them with --column {role}={name}")
     asked = "question" in names and names.keys() & {"text", "reasoning", "response"}
     if absent or not (asked or "messages" in names):
         wrong = f"there is no column for {', '.join(absent)}" if absent else "no columns of a question and a trace"
-        raise ReadingError("no_column", f"{wrong}. Present: {', '.join(present)}. {_NEEDED}")
+        raise Refused("no_column", f"{wrong}. Present: {', '.join(present)}. {_NEEDED}")
     return names
 
 

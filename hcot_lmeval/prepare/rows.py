@@ -18,29 +18,11 @@ from typing import Any
 
 from hcot_lmeval.columns import is_prose, read_answer, surrogate_in
 from hcot_lmeval.prepare.outline import Outline
+from hcot_lmeval.prepare.reasons import Refused
 from hcot_lmeval.vocabulary import PAIRS
 
 THINK = PAIRS[0]
 """What stands around a thinking section in what is written here."""
-READING = {
-    "broken_line": "the line is no JSON object in UTF-8",
-    "no_column": "the row lacks the columns of a question and a trace, or has two for one of them",
-    "no_question": "the question is missing or blank",
-    "no_text": "the trace is missing, blank or no text",
-    "no_thinking": "the text has no thinking section",
-    "unclosed_thinking": "the thinking section has no end",
-    "several_thoughts": "thinking tags come more than once",
-    "text_before_thinking": "there is text before the thinking section",
-    "empty_thinking": "the thinking section is blank",
-    "lone_surrogate": "a column holds half of a character, which no file of text can hold",
-    "not_text": "a message has a part that is no text",
-    "several_turns": "the conversation has turns before its last question, which a row cannot hold",
-    "no_answer": "the expected answer is none: not a number, infinite, or no plain value",
-    "uneven_lists": "columns list several traces and responses, and not as many of the one as of the other",
-    "marked_wrong": "the data set itself calls the trace wrong",
-    "broken_record": "a column holds something else than prepared rows have there",
-}
-"""Code of a row that could not be read -> what it means."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +99,19 @@ class PreparedRow:
         """Reads what `record` returned, or a row of any data set that has the columns of training.
 
         Raises:
-            ReadingError: the question or the trace is missing.
-            OutlineError: the outline is none.
+            Refused: the question or the trace is missing, or the outline is none.
         """
         record = _decoded(record)
         refuse_surrogates(record)
         question, text = record.get("question"), record.get("hierarchical_cot")
         if not isinstance(question, str) or not question.strip():
-            raise ReadingError("no_question", f"question={question!r:.100}")
+            raise Refused("no_question", f"question={question!r:.100}")
         trace, response = untagged(text) if isinstance(text, str) else ("", "")
         if not isinstance(text, str) or not trace.strip():
-            raise ReadingError("no_text", f"hierarchical_cot={text!r:.100}")
+            raise Refused("no_text", f"hierarchical_cot={text!r:.100}")
         original = record.get("original")
         if not isinstance(original, str | None):
-            raise ReadingError("broken_record", f"original={original!r:.100}")
+            raise Refused("broken_record", f"original={original!r:.100}")
         reasoning = untagged(original or "")[0]
         response, answer = settle_answer(response, record.get("expected_answer"))
         source = SourceRow(
@@ -147,22 +128,13 @@ class PreparedRow:
         return cls(source, trace, Outline.from_json(outline) if outline else None, pieces, made_by)
 
 
-class ReadingError(ValueError):
-    """A row that cannot be read; `code` is a key of `READING`."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{READING[code]}: {detail}")
-        self.code = code
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class Unreadable:
     """What stands in the place of a row that cannot be read.
 
     Attributes:
         where: the file and line.
-        code: a key of `READING`.
+        code: a key of `reasons.READING`.
         detail: more about it.
         record: the row as it was found; empty for a line that is no JSON object.
     """
@@ -203,12 +175,12 @@ def settle_answer(response: str, value: Any) -> tuple[str, str | None]:
     answer becomes the response, and the answer is what it states.
 
     Raises:
-        ReadingError: the value is no answer.
+        Refused: the value is no answer.
     """
     try:
         answer = read_answer(value)
     except ValueError as error:
-        raise ReadingError("no_answer", str(error)) from None
+        raise Refused("no_answer", str(error)) from None
     if answer is None or not is_prose(answer):
         return response, answer
     from hcot_lmeval.answers import extract_answer
@@ -220,13 +192,13 @@ def settle_answer(response: str, value: Any) -> tuple[str, str | None]:
 
 
 def refuse_surrogates(record: Mapping[str, Any]) -> None:
-    """Raises a `ReadingError` where a column holds a lone surrogate: no step would get such a row to training."""
+    """Raises a `Refused` where a column holds a lone surrogate: no step would get such a row to training."""
     try:
         place = surrogate_in(record)
     except RecursionError:
-        raise ReadingError("broken_record", "values within values without an end") from None
+        raise Refused("broken_record", "values within values without an end") from None
     if place:
-        raise ReadingError("lone_surrogate", f"in the column {place}")
+        raise Refused("lone_surrogate", f"in the column {place}")
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Blocks without a teacher: where a chain of thought turns, steps on or concludes, a block ends.
 
 Every place between two sentences gets a score from paragraph breaks, words such as "Now", "Wait" and "Therefore"
-(`prepare.discourse`), and whether a result stands right before it. Blocks are the segmentation with the best sum of
+(`prepare.sentences`), and whether a result stands right before it. Blocks are the segmentation with the best sum of
 
     score of the place where a block ends  -  (log(length / target))²  -  price of a block
 
 found exactly by dynamic programming. The solution of a block is the result that ends it, where the text has one, or
-else a short quotation (`prepare.solutions`). Where the text is long, blocks in a row become the thought of a larger
+else a short quotation. Where the text is long, blocks in a row become the thought of a larger
 block, whose solution comes from theirs, for those are what a reader still sees. What follows the last block, the
 conclusion, stays as it is; so does a span from which nothing short can be quoted.
 
@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 from pydantic import Field, model_validator
 
-from hcot_lmeval.prepare.discourse import read_sentences
-from hcot_lmeval.prepare.outline import Block, Outline, OutlineError
-from hcot_lmeval.prepare.solutions import Material, Span, quotation, quote, trailing_result
-from hcot_lmeval.prepare.spelled import spelled_markers
+from hcot_lmeval.prepare.outline import Block, Outline, spelled_markers
+from hcot_lmeval.prepare.reasons import Refused
+from hcot_lmeval.prepare.sentences import Sentence, read_sentences
 from hcot_lmeval.settings import Section
-
-Surprise = Callable[[Sequence[str]], list[float]]
-"""Gives each sentence how little it was expected, as a language model's mean negative log-likelihood."""
 
 
 class SegmenterOptions(Section, title="blocks"):
@@ -48,7 +44,6 @@ class SegmenterOptions(Section, title="blocks"):
     conclusion_tokens: int = Field(100, ge=0, description="length that the part behind the last block may have")
     max_depth: int = Field(2, ge=0, description="blocks within each other; 0 finds none")
     group: int = Field(4, ge=2, description="blocks in a row that become a larger one, about")
-    surprise_weight: float = Field(0.5, ge=0, description="score of one standard deviation of surprise")
 
     @model_validator(mode="after")
     def _check(self) -> SegmenterOptions:
@@ -60,6 +55,8 @@ class SegmenterOptions(Section, title="blocks"):
         return self
 
 
+Span = tuple[int, int]
+"""Sentences [start, stop)."""
 USUAL = SegmenterOptions()
 _TOKEN = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\?[^\W\d_]+|\d|(?:[^\w\s]|_){1,2}")
 
@@ -74,7 +71,6 @@ def segment(
     *,
     options: SegmenterOptions = USUAL,
     measure: Callable[[str], int] = count_tokens,
-    surprise: Surprise | None = None,
 ) -> Outline:
     """Finds the blocks of a trace.
 
@@ -82,23 +78,18 @@ def segment(
         pieces: its sentences.
         options: how long blocks should be, how deep.
         measure: the length of a text; a tokenizer gives better figures than the default.
-        surprise: where given, a sentence that a model did not expect tends to begin a block.
 
     Returns:
         An outline no deeper than `options.max_depth`. Every solution is shorter than its thought, in tokens and in
         characters.
 
     Raises:
-        OutlineError: ``marker_in_source``.
-        ValueError: `surprise` gives another number of scores than there are pieces.
+        Refused: ``marker_in_source``.
     """
     if found := spelled_markers("".join(pieces)):
-        raise OutlineError("marker_in_source", f"{', '.join(found)} cannot be told from a marker of the trace")
+        raise Refused("marker_in_source", f"{', '.join(found)} cannot be told from a marker of the trace")
     material = Material(read_sentences(pieces), [measure(piece) for piece in pieces], measure)
-    scores = _boundary_scores(material)
-    if surprise is not None:
-        scores = _add_surprise(scores, surprise(pieces), options.surprise_weight)
-    search = _Segmenter(material, scores, options)
+    search = _Segmenter(material, _boundary_scores(material), options)
     return Outline(len(pieces), tuple(block for node in search.nodes() for block in node.blocks))
 
 
@@ -117,16 +108,6 @@ def _boundary_scores(material: Material) -> list[float]:
         score -= 3.0 * (index in inside) + 1.0 * before.asks + 1.0 * before.plays("plan")
         scores.append(score)
     return scores
-
-
-def _add_surprise(scores: Sequence[float], surprise: Sequence[float], weight: float) -> list[float]:
-    if len(surprise) != len(scores):
-        raise ValueError(f"surprise gave {len(surprise)} scores for {len(scores)} sentences")
-    mean, spread = statistics.fmean(surprise or [0]), statistics.pstdev(surprise or [0]) or 1.0
-    return [
-        score + weight * max(-2.0, min(2.0, (value - mean) / spread))
-        for score, value in zip(scores, surprise, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -296,3 +277,125 @@ def best_cuts(gains: Sequence[float], losses: Callable[[int], Iterable[tuple[int
 
 def _within(node: _Node, span: Span) -> bool:
     return span[0] <= node.start and node.stop <= span[1]
+
+
+# --- solutions --------------------------------------------------------------------------------------------------------
+#
+# What to keep of a thought, in its own words: the sentences that end it as a result, or short quotations from it. The
+# unit is the smallest span that can be understood: a sentence, or one that ends in a colon with what it announces.
+
+ENDS_AS_RESULT = 1.75
+"""`Sentence.result` that the sentence at the end of a thought needs in order to be its solution."""
+_ALSO_QUOTED = 1.5
+"""Worth of a unit that is quoted beside the best one."""
+_RECENT = 0.75
+"""How much more the last unit of a thought is worth than its first: results come late."""
+_QUOTES = 3
+
+
+@dataclass(frozen=True)
+class Material:
+    """The sentences of a trace, with what is needed to judge and measure them.
+
+    Attributes:
+        sentences: all of them.
+        tokens: how long each is.
+        measure: how long a text is.
+    """
+
+    sentences: Sequence[Sentence]
+    tokens: Sequence[int]
+    measure: Callable[[str], int]
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Tokens before each sentence, and of all."""
+        return [0, *accumulate(self.tokens)]
+
+    def length(self, start: int, stop: int) -> int:
+        return self._before[stop] - self._before[start]
+
+    def text(self, start: int, stop: int) -> str:
+        return "".join(sentence.text for sentence in self.sentences[start:stop])
+
+    def units(self, start: int, stop: int) -> list[Span]:
+        """Returns the units of a span, in order and without gaps."""
+        found = []
+        while start < stop:
+            end = self._unit_end(start, stop)
+            found.append((start, end))
+            start = end
+        return found
+
+    def _unit_end(self, start: int, stop: int) -> int:
+        end = start + 1
+        while end < stop and (self.sentences[end - 1].announces or self._listed(end, start)):
+            end += 1
+        return end
+
+    def _listed(self, index: int, head: int) -> bool:
+        """Whether a sentence is a further item or formula of those that the unit beginning with `head` announces."""
+        here, before = self.sentences[index], self.sentences[index - 1]
+        alike = (here.is_item and before.is_item) or (here.is_display and before.is_display)
+        return index > head + 1 and self.sentences[head].announces and alike
+
+    def worth(self, unit: Span) -> float:
+        """How much a unit looks like a result; what announces something that does not follow is worth nothing."""
+        first, last = self.sentences[unit[0]], self.sentences[unit[1] - 1]
+        if last.announces:
+            return -3.0
+        return first.result if first is last else max(first.result, last.result) + 0.5
+
+
+def trailing_result(material: Material, start: int, stop: int, limit: float) -> int | None:
+    """Returns where the results begin that end a span, or None where it does not end in one.
+
+    Several results have at most `limit` tokens together; the last one counts however long it is.
+    """
+    split = None
+    for unit in reversed(material.units(start, stop)):
+        too_long = split is not None and material.length(unit[0], stop) > limit
+        if unit[0] == start or material.worth(unit) < ENDS_AS_RESULT or too_long:
+            break
+        split = unit[0]
+    return split
+
+
+def quote(material: Material, units: Sequence[Span], limit: float, single: float) -> list[Span]:
+    """Returns the units that say best what came out of a thought, in their order.
+
+    One has at most `single` tokens, several have at most `limit` together. Where all are longer, that is the shortest.
+    """
+    last = max(1, len(units) - 1)
+    worths = {unit: material.worth(unit) + _RECENT * index / last for index, unit in enumerate(units)}
+    fitting = [unit for unit in units if material.length(*unit) <= single and _says_something(material, unit)]
+    if not fitting:
+        spoken = [unit for unit in units if _says_something(material, unit)]
+        return [min(spoken, key=lambda unit: (material.length(*unit), -unit[0]))] if spoken else []
+    chosen: list[Span] = []
+    for unit in sorted(fitting, key=lambda unit: (-worths[unit], -unit[0])):
+        fits = sum(material.length(*each) for each in (*chosen, unit)) <= limit
+        if not chosen or (fits and worths[unit] >= _ALSO_QUOTED and not _repeats(material, unit, chosen)):
+            chosen.append(unit)
+        if len(chosen) == _QUOTES:
+            break
+    return sorted(chosen)
+
+
+def quotation(material: Material, units: Iterable[Span]) -> str:
+    """Returns the words of units, one behind the other, without blank lines."""
+    joined = "".join(
+        material.text(*unit).rstrip() + ("\n" if material.sentences[unit[1] - 1].breaks else " ") for unit in units
+    )
+    return re.sub(r"\s*\n\s*", "\n", joined).strip()
+
+
+def _says_something(material: Material, unit: Span) -> bool:
+    return any(character.isalnum() for character in material.text(*unit))
+
+
+def _repeats(material: Material, unit: Span, chosen: Sequence[Span]) -> bool:
+    """Whether two thirds of the words of a unit are in those that were chosen."""
+    words = set(re.findall(r"\w+", material.text(*unit)))
+    known = set(re.findall(r"\w+", quotation(material, chosen)))
+    return 3 * len(words & known) >= 2 * len(words)

@@ -2,18 +2,17 @@
 
 Rows are measured one at a time; what is kept is how often each number occurs, so that quantiles are exact and memory
 does not grow with the rows. A row counts as it is trained on: the question, the trace between its thinking tokens, the
-response. The tokens of a chat template and the end token are not counted. `prepare.stats_output` shows the numbers.
+response. The tokens of a chat template and the end token are not counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
-
-from pydantic import Field
 
 from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.prepare.measure import Counter as TokenCounter
@@ -29,6 +28,9 @@ from hcot_lmeval.prepare.measure import (
 )
 from hcot_lmeval.prepare.rows import PreparedRow, Unreadable
 from hcot_lmeval.prepare.steps import in_order
+from hcot_lmeval.report import render
+from hcot_lmeval.report.tables import Head, Table
+from hcot_lmeval.store import write_json
 from hcot_lmeval.trace import Policy
 
 OF_ROWS = {
@@ -50,22 +52,12 @@ OF_BLOCKS = {
 }
 """Number of a block -> what it counts."""
 OF_POLICIES = ("peak", "forwarded")
-SCATTER = 5000
-"""Rows whose peak and length are kept for the plot, the first ones."""
-
-
-class StatsOptions(CountOptions, title="statistics"):
-    """How rows are counted and shown."""
-
-    page_rows: int = Field(50, ge=0, description="rows on the page that shows before and after; 0: no page")
-    plots: bool = Field(True, description="draw plots")
-
 
 Measures = dict[str, list[int]]
 """Name of a number -> its values in one row: one for each row, policy or block."""
 
 
-def _make_measure(options: StatsOptions) -> Callable[[PreparedRow | Unreadable], Measures | None]:
+def _make_measure(options: CountOptions) -> Callable[[PreparedRow | Unreadable], Measures | None]:
     return partial(measure, count=make_counter(options.tokenizer), markup=get_markup(options.markup))
 
 
@@ -146,17 +138,13 @@ class Stats:
         unreadable: how many could not be.
         first_fault: where the first of them is, and what is wrong with it.
         numbers: name -> distribution.
-        scatter: of the first rows, peak without and with pruning.
-        history: the manifests of the steps that made the rows.
     """
 
-    options: StatsOptions
+    options: CountOptions
     rows: int = 0
     unreadable: int = 0
     first_fault: str = ""
     numbers: dict[str, Distribution] = field(default_factory=dict)
-    scatter: list[tuple[int, int]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, row: PreparedRow | Unreadable, found: Measures | None) -> None:
         """Counts a row."""
@@ -168,8 +156,6 @@ class Stats:
         assert found is not None, "a row that can be read has numbers"
         for name, values in found.items():
             self.numbers.setdefault(name, Distribution()).counts.update(values)
-        if len(self.scatter) < SCATTER:
-            self.scatter.append((found["off peak"][0], found["recompute peak"][0]))
 
     def of(self, name: str) -> Distribution:
         """Returns the distribution of a number, empty where there are none."""
@@ -182,13 +168,12 @@ class Stats:
             "unreadable": self.unreadable,
             "counted": counter_name(self.options.tokenizer),
             "numbers": {name: found.as_dict() for name, found in self.numbers.items()},
-            "steps": [{"step": manifest["step"], **manifest["summary"]} for manifest in self.history],
         }
 
 
 def gather(
     rows: Iterable[PreparedRow | Unreadable],
-    options: StatsOptions,
+    options: CountOptions,
     workers: int = 1,
     tick: Callable[[], Any] = lambda: None,
 ) -> Stats:
@@ -198,3 +183,71 @@ def gather(
         stats.add(row, found)
         tick()
     return stats
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+SUMMED = frozenset({"question", "original", "trace", "response", "blocks", "thought", "solution"})
+"""Numbers whose sum means something."""
+
+
+def write_stats(stats: Stats, path: Path) -> list[Path]:
+    """Writes the tables into a folder, and returns the files."""
+    path.mkdir(parents=True, exist_ok=True)
+    tables = make_tables(stats)
+    texts = {"stats.md": "\n".join(render.markdown(table) for table in tables)}
+    texts |= {f"{table.key}.csv": render.csv_text(table) for table in tables}
+    for name, text in texts.items():
+        (path / name).write_text(text, encoding="utf-8")
+    values = {table.key: render.json_value(table) for table in tables}
+    write_json(path / "stats.json", stats.as_dict() | {"tables": values})
+    return [path / name for name in (*texts, "stats.json")]
+
+
+def make_tables(stats: Stats) -> list[Table]:
+    """Returns the tables."""
+    return [_rows_table(stats), _policies_table(stats)]
+
+
+def _rows_table(stats: Stats) -> Table:
+    quantiles = (Head("mean", digits=1), Head("least"), Head("median"), Head("p90"), Head("most"))
+    heads = (Head(""), *quantiles, Head("sum"), Head("n", "rows, or blocks"))
+    names = {name: meaning for name, meaning in {**OF_ROWS, **OF_BLOCKS}.items() if name in stats.numbers}
+    rows = []
+    for name in names:
+        found = stats.of(name)
+        cells = (found.mean, *(found.quantile(share) for share in (0, 0.5, 0.9, 1)))
+        rows.append((name, *cells, found.sum if name in SUMMED else None, found.size))
+    meanings = (f"{name}: {meaning}" for name, meaning in names.items())
+    notes = (*meanings, f"counted in {counter_name(stats.options.tokenizer)}", *_left_out(stats))
+    return Table("rows", f"Traces: {stats.rows} rows", heads, tuple(rows), notes)
+
+
+def _left_out(stats: Stats) -> Iterator[str]:
+    if stats.unreadable:
+        yield f"{stats.unreadable} rows could not be read"
+    if malformed := stats.of("malformed").sum:
+        yield f"{malformed} rows have malformed blocks, which count as none"
+
+
+def _policies_table(stats: Stats) -> Table:
+    heads = (
+        Head("policy"),
+        Head("peak mean", "largest number of live tokens of a row, question included", 0, key="peak_mean"),
+        *(Head(f"peak {name}", key=f"peak_{name}") for name in ("median", "p90", "max")),
+        Head("peak % of off", "mean peak over that without pruning", key="peak_percent"),
+        Head("forwarded mean", "tokens that go through the model for a row", key="forwarded_mean"),
+        Head("forwarded sum", key="forwarded_sum"),
+        Head("forwarded % of off", "forwarded tokens over those without pruning", key="forwarded_percent"),
+    )
+    off = {what: stats.of(f"off {what}").sum or 1 for what in OF_POLICIES}
+    rows = []
+    for policy in Policy:
+        peak, forwarded = (stats.of(f"{policy.value} {what}") for what in OF_POLICIES)
+        quantiles = (peak.quantile(share) for share in (0.5, 0.9, 1))
+        shares = (100 * peak.sum / off["peak"], 100 * forwarded.sum / off["forwarded"])
+        rows.append((policy.value, peak.mean, *quantiles, shares[0], forwarded.mean, forwarded.sum, shares[1]))
+    counted = f"counted in {counter_name(stats.options.tokenizer)}"
+    notes = (counted, "recompute reads solutions again without thoughts")
+    return Table("policies", "Live context and forwarded tokens under each policy", heads, tuple(rows), notes)

@@ -21,21 +21,17 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare.checks import CHECKING, Checker, CheckOptions, Fault
-from hcot_lmeval.prepare.duplicates import DuplicateIndex, Fingerprint, fingerprint
+from hcot_lmeval.prepare.checks import Checker, CheckOptions, Fault, check_and_repair
+from hcot_lmeval.prepare.duplicates import fingerprint
 from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.measure import CountOptions, make_counter
-from hcot_lmeval.prepare.outline import CODES, OutlineError, assemble
-from hcot_lmeval.prepare.protocols.asking import TEACHING
-from hcot_lmeval.prepare.repair import check_and_repair
-from hcot_lmeval.prepare.rows import READING, PreparedRow, SourceRow, Unreadable
+from hcot_lmeval.prepare.outline import assemble
+from hcot_lmeval.prepare.reasons import REASONS, Refused
+from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
 from hcot_lmeval.prepare.segmenter import SegmenterOptions, count_tokens, segment
 from hcot_lmeval.prepare.sentences import split_sentences
 from hcot_lmeval.prepare.teacher.questions import Spent
 from hcot_lmeval.settings import Section
-
-REASONS: dict[str, str] = {**READING, **CODES, **TEACHING, **CHECKING}
-"""Code of a rejected row -> what it means: of reading, of outlines, of a teacher's replies, of checks."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -151,10 +147,10 @@ def run_rows(
         work: how.
         outcome: what becomes of an entry.
     """
-    with folder.journal() as journal, Progress(folder.step, count(), len(journal.done), work.quiet) as tick:
+    with folder.journal() as journal, progress(folder.step, count(), len(journal.done), work.quiet) as bar:
         for (number, _), entry in in_order(numbered(rows, journal.done), partial(_of_row, make), work.workers):
             journal.add(number, entry)
-            tick()
+            bar.update()
     folder.finish(outcome, outcome.summary)
 
 
@@ -169,28 +165,12 @@ def numbered(rows: Iterable[Any], done: Collection[int]) -> Iterator[Numbered]:
     return ((number, row) for number, row in enumerate(rows) if number not in done)
 
 
-class Progress:
-    """A bar with the time left on a terminal; elsewhere nothing."""
+def progress(title: str, total: int | None, done: int, quiet: bool = False) -> Any:
+    """Returns a bar with the time left on a terminal; elsewhere nothing is shown."""
+    from tqdm import tqdm
 
-    def __init__(self, title: str, total: int | None, done: int, quiet: bool = False) -> None:
-        from tqdm import tqdm
-
-        hidden = True if quiet else None  # None: where there is no terminal
-        self._bar = tqdm(total=total, initial=done, desc=title, unit=" rows", disable=hidden, file=sys.stderr)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __call__(self) -> None:
-        """Counts a row."""
-        self._bar.update()
-
-    def show(self, words: str) -> None:
-        """Shows some words behind the bar."""
-        self._bar.set_postfix_str(words, refresh=False)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    hidden = True if quiet else None  # None: where there is no terminal
+    return tqdm(total=total, initial=done, desc=title, unit=" rows", disable=hidden, file=sys.stderr)
 
 
 def in_order(
@@ -247,31 +227,18 @@ def _work_on(chunk: list[Any]) -> list[Any]:
 # --- segment ----------------------------------------------------------------------------------------------------------
 
 
-class FormOptions(CountOptions, title="form"):
-    """In which notation traces are written, and by what their lengths are measured."""
-
-    surprise: str | None = Field(
-        None, description="local language model: where it is surprised, a block tends to begin"
-    )
-
-
 @dataclass(frozen=True)
 class MakeSegment:
     """Makes the function that segments a row without a teacher."""
 
     options: SegmenterOptions
-    form: FormOptions
+    form: CountOptions
 
     def __call__(self) -> Callable[[SourceRow], dict[str, Any]]:
         """Returns the function; loads what it needs."""
-        form, surprise = self.form, None
-        if form.surprise is not None:
-            from hcot_lmeval.prepare.surprise import load_surprise
-
-            surprise = load_surprise(form.surprise)
-        count = make_counter(form.tokenizer)
+        form, count = self.form, make_counter(self.form.tokenizer)
         measure = count_tokens if form.tokenizer is None else lambda text: count([text])[0]
-        find = partial(segment, options=self.options, measure=measure, surprise=surprise)
+        find = partial(segment, options=self.options, measure=measure)
         made_by = {"method": "segmenter", **form.model_dump(), "options": self.options.model_dump()}
         return partial(self._entry, find, made_by)
 
@@ -280,7 +247,7 @@ class MakeSegment:
             pieces = tuple(split_sentences(row.reasoning))
             outline = find(pieces)
             trace = assemble(pieces, outline, get_markup(self.form.markup))
-        except OutlineError as error:
+        except Refused as error:
             return refused(row, error.code, error.detail)
         return {"row": PreparedRow(row, trace, outline, pieces, made_by).record()}
 
@@ -326,7 +293,7 @@ def checked_entry(check: Checker, row: PreparedRow, faults: Sequence[Fault], rep
         text = row.source.question
         if options.duplicates == "trace":
             text = f"{text}\n{row.source.text if row.source.reasoning else row.text}"
-        entry["print"] = fingerprint(text, near=options.near < 1).to_json()
+        entry["print"] = fingerprint(text)
     return entry
 
 
@@ -336,19 +303,23 @@ class CheckOutcome(Outcome):
     Only rows that pass are remembered: a copy of a rejected row is no duplicate of anything that is left.
     """
 
-    def __init__(self, options: CheckOptions, index: DuplicateIndex) -> None:
+    def __init__(self, options: CheckOptions) -> None:
         super().__init__()
-        self._options, self._index = options, index
+        self._options = options
+        self._ids: set[str] = set()
+        self._names: dict[str, str] = {}  # fingerprint -> the first row that has it
         self.repaired: Counter[str] = Counter()
 
     def decide(self, entry: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         if "reject" in entry:
             return super().decide(entry)
         record, faults = entry["row"], [Fault(*fault) for fault in entry["faults"]]
-        if self._index.repeats(str(record["id"])):
-            faults.append(Fault("repeated_id", f"{record['id']!r} names an earlier row too"))
-        if "print" in entry and not self._grave(faults):
-            faults += self._duplicate(str(record["id"]), Fingerprint.from_json(entry["print"]))
+        name, words = str(record["id"]), entry.get("print")
+        if name in self._ids:
+            faults.append(Fault("repeated_id", f"{name!r} names an earlier row too"))
+        self._ids.add(name)
+        if words is not None and not self._grave(faults) and self._names.setdefault(words, name) is not name:
+            faults.append(Fault("duplicate", f"all of {self._names[words]}"))
         grave = self._grave(faults)
         remarks = [fault for fault in faults if fault not in grave]
         self.remarks.update(fault.code for fault in remarks)
@@ -360,14 +331,6 @@ class CheckOutcome(Outcome):
 
     def _grave(self, faults: Sequence[Fault]) -> list[Fault]:
         return [fault for fault in faults if fault.code not in self._options.tolerated]
-
-    def _duplicate(self, name: str, print_: Fingerprint) -> list[Fault]:
-        earlier = self._index.find_or_add(name, print_)
-        if earlier is None:
-            return []
-        if earlier.exact:
-            return [Fault("duplicate", f"all of {earlier.name}")]
-        return [Fault("near_duplicate", f"{100 * earlier.similarity:.0f} % of {earlier.name}")]
 
     def summary(self) -> dict[str, Any]:
         against = self._options.against

@@ -16,8 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hcot_lmeval.prepare.teacher.budget import Prices
-from hcot_lmeval.prepare.teacher.options import Secret, TeacherOptions, find_key
+from hcot_lmeval.prepare.teacher.options import Prices, Secret, TeacherOptions, find_key
 from hcot_lmeval.prepare.teacher.questions import Message, Spent, Task, schema_of
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class RequestFailed(Exception):
     """A request that brought no reply.
 
     Attributes:
-        code: a key of `questions.FAILURES`, or one of `FATAL`.
+        code: a key of `reasons.FAILURES`, or one of `FATAL`.
         detail: what the server said, without the key.
         retry: whether another attempt may help.
         after: seconds that the server asks to wait; None if it does not.
@@ -109,7 +108,7 @@ class Client:
         from pydantic_ai.output import OutputObjectDefinition
 
         parameters = ModelRequestParameters()
-        if task.form is not None and self._native:
+        if self._native:
             form = OutputObjectDefinition(json_schema=deepcopy(schema_of(task.form)), name=task.kind, strict=True)
             parameters = ModelRequestParameters(output_mode="native", output_object=form)
         return await model_request(

@@ -1,39 +1,23 @@
-"""What a teacher is asked and what comes back.
+"""What a teacher is asked, what comes back, and where that is kept.
 
-A reply that is of no use is data: it has a `Failure` with a code of `FAILURES`, and the row goes to the rejected ones.
+A reply that is of no use is data: it has a `Failure`, and the row goes to the rejected ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcot_lmeval.columns import surrogate_in
-
-FAILURES = {
-    "wrong_json": "the reply is no JSON",
-    "schema": "the reply is JSON of another form than was asked for",
-    "truncated": "the reply ends at the limit of output tokens",
-    "refused": "the teacher or its content filter declined to answer",
-    "empty_reply": "the reply has no text",
-    "broken_text": "the reply holds half of a character (a lone surrogate)",
-    "bad_request": "the server does not accept the question, perhaps for its length",
-    "broken_response": "the server's response could not be read",
-    "timeout": "no reply came in time",
-    "rate_limited": "the server kept asking to come back later",
-    "server_error": "the server kept failing",
-    "connection": "the connection kept breaking",
-    "budget": "it was not asked, for a limit of requests, tokens or money would have been crossed",
-}
-"""Code of a `Failure` -> what it means. Protocols add those of their own."""
-TEMPORARY = frozenset({"timeout", "rate_limited", "server_error", "connection", "budget", "broken_response"})
-"""Codes that may be gone next time: such a question is asked again by the next run."""
+from hcot_lmeval.prepare.reasons import TEMPORARY, Refused
+from hcot_lmeval.store import JsonLines, StoreError
 
 
 class Form(BaseModel):
@@ -64,20 +48,12 @@ class Failure(NamedTuple):
     """Why a reply is of no use.
 
     Attributes:
-        code: a key of `FAILURES`, or of what the protocol adds.
+        code: a key of `reasons.REASONS`.
         detail: more about it; never a key of the environment.
     """
 
     code: str
     detail: str
-
-
-class Unusable(ValueError):
-    """A reply that a protocol cannot use; `code` says why."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code, self.detail = code, detail
 
 
 class Spent(NamedTuple):
@@ -176,9 +152,9 @@ class Task:
     Attributes:
         kind: the protocol.
         messages: the conversation so far.
-        form: of the reply; None for plain text.
+        form: of the reply.
         depends: what the reply depends on besides: the model, its settings, the version of the prompt.
-        accept: makes something of a reply, given as its form or text; raises `Unusable` for one of no use. Not part of
+        accept: makes something of a reply, given as its form; raises `Refused` for one of no use. Not part of
             the key: a stored reply is read anew each time.
         repair: what is said when a reply cannot be used, with ``{{fault}}`` where the fault is to stand; None: nothing.
         share: output tokens to be expected, over those of the input, thinking apart; for estimates.
@@ -186,7 +162,7 @@ class Task:
 
     kind: str
     messages: Sequence[Message]
-    form: type[Form] | None
+    form: type[Form]
     depends: Mapping[str, Any]
     accept: Callable[[Any], Any] = lambda value: value
     repair: str | None = None
@@ -195,7 +171,7 @@ class Task:
     @cached_property
     def key(self) -> str:
         """A digest of everything that the reply depends on."""
-        parts = (self.kind, list(self.messages), self.form and schema_of(self.form), dict(self.depends))
+        parts = (self.kind, list(self.messages), schema_of(self.form), dict(self.depends))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def again(self, reply: Reply) -> Task | None:
@@ -212,32 +188,30 @@ class Task:
             return reply
         try:
             return replace(reply, value=self.accept(_parsed(reply.text, self.form)))
-        except Unusable as error:
+        except Refused as error:
             return reply.failed(error.code, error.detail)
 
     @property
     def size(self) -> int:
         """Bytes of all messages and of the schema."""
-        schema = 0 if self.form is None else len(json.dumps(schema_of(self.form)))
+        schema = len(json.dumps(schema_of(self.form)))
         return schema + sum(len(message.text.encode("utf-8", "surrogatepass")) for message in self.messages)
 
 
-def _parsed(text: str, form: type[Form] | None) -> Any:
+def _parsed(text: str, form: type[Form]) -> Any:
     """The form that a text spells in JSON; a single code fence around it is taken off, nothing else is guessed."""
     if not text.strip():
-        raise Unusable("empty_reply", "there is no text")
+        raise Refused("empty_reply", "there is no text")
     if surrogate_in(text, "text"):
-        raise Unusable("broken_text", "in its text")
-    if form is None:
-        return text
+        raise Refused("broken_text", "in its text")
     try:
         return form.model_validate_json(_unfenced(text))
     except ValidationError as error:
         faults = error.errors(include_url=False)
     if faults[0]["type"] == "json_invalid":
-        raise Unusable("wrong_json", f"{faults[0]['msg']} in {text[:120]!r}")
+        raise Refused("wrong_json", f"{faults[0]['msg']} in {text[:120]!r}")
     listed = (f"{'.'.join(map(str, fault['loc'])) or 'the reply'}: {fault['msg']}" for fault in faults[:3])
-    raise Unusable("schema", "; ".join(listed))
+    raise Refused("schema", "; ".join(listed))
 
 
 def _unfenced(text: str) -> str:
@@ -245,3 +219,68 @@ def _unfenced(text: str) -> str:
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         return text[text.index("\n") : -3].strip()
     return text
+
+
+class AnswerStore:
+    """Every reply of a run, as it comes: an append-only file, so that nothing is asked twice.
+
+        with AnswerStore(path) as store:
+            store.get(task.key) or store.add(reply)
+
+    A reply is on the disk before anybody sees it, and only one process may have the file open. Requests that were under
+    way when a process was killed are not in it: they are asked again.
+
+    Attributes:
+        spent: for all of them, failed ones included; in US dollars as far as prices were known.
+
+    Raises:
+        StoreError: another process has it open, or a line is no reply.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.spent = Spent()
+        self._places: dict[str, int] = {}
+        self._lines = JsonLines(path, alone=True)
+        try:
+            for place, record in self._lines:
+                self._count(self._read(record), place)
+        except BaseException:
+            self._lines.close()
+            raise
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of the replies that are not asked for again."""
+        return iter(self._places)
+
+    def get(self, key: str) -> Reply | None:
+        """Returns the reply to a question; None if there is none yet, or only failures that may be gone."""
+        place = self._places.get(key)
+        return None if place is None else self._read(self._lines.read(place))
+
+    def add(self, reply: Reply) -> Reply:
+        """Keeps a reply; it is on the disk once this returns.
+
+        Raises:
+            ValueError: there is a final one with this key already.
+        """
+        if reply.key in self._places:
+            raise ValueError(f"{self._lines.path} has a reply to {reply.key} already")
+        self._count(reply, self._lines.append(reply.record()))
+        return reply
+
+    def _count(self, reply: Reply, place: int) -> None:
+        self.spent = self.spent.plus(reply.spent._replace(usd=reply.spent.usd or 0.0))
+        if reply.is_final:
+            self._places[reply.key] = place
+
+    def _read(self, record: dict[str, Any]) -> Reply:
+        try:
+            return Reply.from_record(record)
+        except (KeyError, TypeError):
+            raise StoreError(f"{self._lines.path} holds {str(record)[:60]}, which is no reply; move it away") from None

@@ -4,6 +4,10 @@
         for reply in ask(tasks, Teacher.reply, options=options, store=store):
             ...
 
+Replies are kept in ``OUT/replies.jsonl`` as they come, for all steps of a run: a step that was killed or started anew
+asks nothing twice. A row whose reply was of no use is rejected with its code. A row that got none, because a limit was
+reached or the server failed, stays open: the same command asks again, or rejects it with ``--give-up``.
+
 Results come in any order, and rows are taken as there is room for them. What the store has is not asked. A reply of no
 use is a reply with a failure; only what every further request would meet too (a key that is not accepted, a model that
 is not there, an account without credit) ends the run, as a `TeacherError`.
@@ -14,16 +18,23 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from hcot_lmeval.prepare.teacher.budget import BYTES_PER_TOKEN, Budget, Prices, input_tokens
+from hcot_lmeval.prepare.folder import StepFolder
+from hcot_lmeval.prepare.reasons import TEMPORARY, Refused
+from hcot_lmeval.prepare.rows import Unreadable
+from hcot_lmeval.prepare.steps import Numbered, Outcome, WorkOptions, numbered, progress, refused, unread
 from hcot_lmeval.prepare.teacher.client import FATAL, Answer, Client, RequestFailed
-from hcot_lmeval.prepare.teacher.options import TeacherOptions
-from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Failure, Reply, Spent, Task
-from hcot_lmeval.prepare.teacher.store import AnswerStore
+from hcot_lmeval.prepare.teacher.options import BYTES_PER_TOKEN, Budget, Prices, TeacherOptions, input_tokens
+from hcot_lmeval.prepare.teacher.protocols import AskingProtocol
+from hcot_lmeval.prepare.teacher.questions import AnswerStore, Failure, Reply, Spent, Task
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -237,33 +248,101 @@ def _answered(reply: Reply, answer: Answer) -> Reply:
     return reply
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What asking would take.
+# --- steps that ask ---------------------------------------------------------------------------------------------------
 
-    Attributes:
-        expected: requests for what the store does not answer, without thinking and without asking again.
-        most: the same, if every reply is as long as is allowed.
-        stored: questions that the store answers.
+REPLIES = "replies.jsonl"
+"""The store of a run."""
+
+
+def run_asking(
+    folder: StepFolder,
+    rows: Iterable[Any],
+    count: Callable[[], int | None],
+    protocol: AskingProtocol,
+    teacher: TeacherOptions,
+    work: WorkOptions,
+    outcome: Outcome,
+) -> Counter[str]:
+    """Asks a teacher about all rows that are not done, as `run_rows` works on them.
+
+    Returns:
+        Why rows are still open, code -> rows; nothing where the step is finished.
+
+    Raises:
+        TeacherError: the teacher cannot be asked at all.
     """
+    open_: Counter[str] = Counter()
+    with (
+        folder.journal() as journal,
+        AnswerStore(folder.out / REPLIES) as store,
+        progress(folder.step, count(), len(journal.done), work.quiet) as bar,
+    ):
+        waiting, answer = numbered(rows, journal.done), partial(_entry, protocol)
+        show = lambda spent: bar.set_postfix_str(_in_words(spent), refresh=False)  # noqa: E731
+        for number, entry in ask(waiting, answer, options=teacher, store=store, progress=show):
+            if entry.pop("open", False) and not teacher.give_up:
+                open_[entry["reject"]["reason"]] += 1
+            else:
+                journal.add(number, entry)
+            bar.update()
+    if not open_:
+        folder.finish(outcome, outcome.summary)
+    return open_
 
-    expected: Spent
-    most: Spent
-    stored: int
+
+async def _entry(protocol: AskingProtocol, teacher: Teacher, item: Numbered) -> tuple[int, dict[str, Any]]:
+    """The number of a row and its entry of the journal; ``open`` where another run may get a reply."""
+    number, row = item
+    if isinstance(row, Unreadable):
+        return number, unread(row)
+    replies = []
+    try:
+        replies = await asyncio.gather(*map(teacher.reply, protocol.questions(row)))
+        entry = protocol.entry(row, replies)
+    except Refused as error:
+        entry = refused(row, error.code, error.detail) | {"open": error.code in TEMPORARY}
+    if replies:
+        entry["spent"] = reduce(Spent.plus, (reply.spent for reply in replies))._asdict()
+    return number, entry
 
 
-def estimate(tasks: Iterable[Task], options: TeacherOptions, known: Container[str] = ()) -> Estimate:
-    """Counts without asking what the store does not answer, which has the keys `known`; needs no key and no network."""
-    expected, most, seen, stored = Spent(), Spent(), set[str](), 0
-    for task in tasks:
+def _in_words(spent: Spent) -> str:
+    money = f", ${spent.usd:.2f}" if spent.usd else ""
+    return f"{spent.requests} requests, {spent.tokens:,} tokens{money}"
+
+
+def estimated(out: Path, protocol: AskingProtocol, rows: Iterable[Any], teacher: TeacherOptions) -> str:
+    """Returns in words what asking about all rows would take beyond the replies that are there; asks nothing.
+
+    Thinking is in the most alone, and so is asking again. Needs no key and no network.
+    """
+    known: Container[str] = ()
+    if (out / REPLIES).exists():
+        with AnswerStore(out / REPLIES) as store:
+            known = frozenset(store)
+    asked, stored, seen = Spent(), 0, set[str]()
+    for task in (task for row in rows if not isinstance(row, Unreadable) for task in _questions(protocol, row)):
         if task.key in seen or task.key in known:
             stored += 1
             continue
         seen.add(task.key)
         size = input_tokens(task)
-        expected = expected.plus(Spent(1, size, min(options.output_tokens, int(size * task.share))))
-        most = most.plus(Spent(1, size, options.output_tokens))
-    expected, most = (
-        total._replace(usd=Prices(options).at(total.input_tokens, total.output_tokens)) for total in (expected, most)
+        asked = asked.plus(Spent(1, size, min(teacher.output_tokens, int(size * task.share))))
+    most, prices = asked.requests * teacher.output_tokens, Prices(teacher)
+    expected, worst = (prices.at(asked.input_tokens, output) for output in (asked.output_tokens, most))
+    priced = expected is not None and worst is not None
+    return "\n".join(
+        (
+            f"requests        {asked.requests:,} ({stored:,} replies are there already)",
+            f"input tokens    {asked.input_tokens:,}",
+            f"output tokens   {asked.output_tokens:,}, at most {most:,}",
+            f"US dollars      {expected:.2f}, at most {worst:.2f}"
+            if priced
+            else "US dollars      no price is known; give --price-input and --price-output",
+        )
     )
-    return Estimate(expected, most, stored)
+
+
+def _questions(protocol: AskingProtocol, row: Any) -> Iterator[Task]:
+    with suppress(Refused):
+        yield from protocol.questions(row)

@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any
 
 from hcot_lmeval.markup import Markup
-from hcot_lmeval.prepare.checks import Checker, Fault
+from hcot_lmeval.prepare.checks import Checker, Fault, check_and_repair
 from hcot_lmeval.prepare.measure import TEXT, Stretch, cut, is_legal, make_counter, whole_blocks
-from hcot_lmeval.prepare.protocols.asking import Asking, cut_windows
-from hcot_lmeval.prepare.repair import check_and_repair
+from hcot_lmeval.prepare.reasons import TEMPORARY, Refused
 from hcot_lmeval.prepare.rows import PreparedRow
 from hcot_lmeval.prepare.steps import checked_entry
-from hcot_lmeval.prepare.teacher.questions import TEMPORARY, Form, Reply, Task, Unusable
+from hcot_lmeval.prepare.teacher.protocols import Asking, cut_windows
+from hcot_lmeval.prepare.teacher.questions import Form, Reply, Task
+
+FOLLOWING = 1000
+"""Tokens of what follows a window that are shown beside it, about."""
 
 
 class VerdictForm(Form):
@@ -73,7 +76,7 @@ class Judge:
         """Returns the questions about a row that has passed."""
         markup, options = self.check.markup, self.asking.options
         found = list(parts(cut(row.trace, markup, make_counter(None)), markup))
-        windows = cut_windows([part.tokens for part in found], options.window_tokens, 0)
+        windows = cut_windows([part.tokens for part in found], options.window_tokens)
         tasks = []
         for number, (start, stop) in enumerate(windows, 1):
             where = f", part {number} of {len(windows)}" if len(windows) > 1 else ""
@@ -99,7 +102,7 @@ class Judge:
         text, tokens = "", 0
         for part in rest:
             tokens += part.tokens
-            if tokens > max(self.asking.options.overlap_tokens, rest[0].tokens):
+            if tokens > max(FOLLOWING, rest[0].tokens):
                 break
             text += part.text
         else:
@@ -123,11 +126,11 @@ def judged(replies: Sequence[Reply]) -> list[Fault]:
     """Returns the faults that the judge finds in the blocks of a row.
 
     Raises:
-        Unusable: there is no reply yet.
+        Refused: there is no reply yet.
     """
     for failure in (reply.failure for reply in replies if reply.failure):
         if failure.code in TEMPORARY:
-            raise Unusable(*failure)
+            raise Refused(*failure)
         return [Fault("unjudged", f"{failure.code}: {failure.detail}")]
     return [
         Fault("solution_insufficient", f"block {verdict.block}: {verdict.reason}", verdict.block)
@@ -140,7 +143,7 @@ def judged(replies: Sequence[Reply]) -> list[Fault]:
 def _accept(form: VerdictsForm, blocks: tuple[int, ...]) -> list[VerdictForm]:
     verdicts = sorted(form.verdicts, key=lambda verdict: verdict.block)
     if (said := tuple(verdict.block for verdict in verdicts)) != blocks:
-        raise Unusable("blocks_differ", f"there are verdicts for {said}; asked for were {blocks}")
+        raise Refused("blocks_differ", f"there are verdicts for {said}; asked for were {blocks}")
     return verdicts
 
 
