@@ -89,7 +89,8 @@ def traces(work: Path, out: Path) -> int:
     cells = [next((work / "cells").glob(f"*--tiny-hcot--{policy}--128--*")) for policy in ("recompute", "off")]
     sources = [str(cell / "notes") for cell in cells]
     samples = [word for cell in cells for word in ("--samples", str(cell / "results"))]
-    return view([*sources, *samples, "--limit", str(TRACES), "--out", str(out)])
+    problems = [word for doc_id in range(TRACES) for word in ("--doc", str(doc_id))]
+    return view([*sources, *samples, *problems, "--out", str(out)])
 
 
 if __name__ == "__main__":

@@ -131,10 +131,9 @@ def test_without_pruning_nothing_is_folded(show, tmp_path):
 
 def test_live_views_show_what_the_model_saw(show, tmp_path):
     page = show(write_notes(tmp_path / "n.jsonl", [(TREE, 1)]))
-    page.locator("#mode-live").click()
+    page.locator("#mode-moment").click()
     assert words(page) == "w20 w24 w25 w27 w28"
     assert [text.split()[1] for text in page.locator(".scissors").all_inner_texts()] == ["7", "2"]
-    page.locator("#mode-moment").click()
     page.locator(".curve").press("Home")
     for _ in range(5):
         page.keyboard.press("ArrowRight")
@@ -320,7 +319,7 @@ def test_large_traces_are_read_and_searched(show, tmp_path, text):
     search(page, "the end")
     page.locator("#query").press("Enter")
     assert page.locator("mark.current").is_visible()
-    for mode in ("live", "moment", "all"):
+    for mode in ("moment", "all"):
         page.locator(f"#mode-{mode}").click()
     assert page.locator(".row").count() > 0
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--dtype", default="auto", help="of the weights (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    add("--out", type=Path, metavar="DIR", help="also write diagnosis.json and diagnosis.png there")
+    add("--out", type=Path, metavar="DIR", help="also write diagnosis.json there")
     add("--quiet", action="store_true", help="no progress bars")
     return parse
 
@@ -83,4 +83,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{report.table(measured)}\n\n{report.verdict(found)}")
     if args.out:
         write_json(args.out / "diagnosis.json", report.as_dict(measured, found))
-        report.plot(measured, args.out / "diagnosis.png")

@@ -1,9 +1,8 @@
-"""A diagnosis in words, as a table, as JSON and as a plot."""
+"""A diagnosis in words, as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -85,30 +84,3 @@ def verdict(findings: Sequence[Finding]) -> str:
         some = [f"  * {finding.text}" for finding in findings if finding.kind is kind]
         parts += [f"{kind.capitalize()}{'s' if len(some) > 1 else ''}:", *some] if some else []
     return "\n".join(parts)
-
-
-def plot(measured: Measurements, file: Path) -> None:
-    """Draws the probabilities of markers and ends where they are due, and the losses, under each policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2.2, 1), layout="constrained")
-    tokens = list(measured.due(measured.intended))
-    width = 0.8 / len(measured.scores)
-    for number, policy in enumerate(measured.scores):
-        due = measured.due(policy)
-        places = [index + (number - 1) * width for index in range(len(tokens))]
-        heights = [max(due.get(token, 0.0), 1e-8) for token in tokens]
-        left.bar(places, heights, width, label=policy.value)
-        right.bar(number, fmean(measured.losses[policy]))
-    left.set_yscale("log")
-    left.set_ylim(1e-8, 2)
-    left.set_xticks(range(len(tokens)), [measured.names[token] for token in tokens], fontsize=8)
-    left.set_title("probability where it is due", fontsize=9)
-    left.legend(fontsize=8, title="policy", title_fontsize=8)
-    right.set_xticks(range(len(measured.scores)), [policy.value for policy in measured.scores], fontsize=8)
-    right.set_title("loss of the gold traces, nats per token", fontsize=9)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)

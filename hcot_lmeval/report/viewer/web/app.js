@@ -140,8 +140,7 @@ function sparkline(row) {
 
 const MODES = [
   ["all", "Everything", "The tree of thoughts, pruned text folded"],
-  ["live", "Live at the end", "What the model saw when it wrote its last token"],
-  ["moment", "At a moment", "What the model saw at one moment; choose it on the curve"],
+  ["moment", "What the model saw", "At the end, or at another moment; choose it on the curve"],
 ];
 const haystack = new Haystack();
 const panes = [];

@@ -166,7 +166,6 @@ class Pane {
   }
 
   setMode(mode) {
-    if (mode === "moment" && this.curve.token !== undefined && this.mode === "all") this.moment = this.curve.token;
     this.mode = mode;
     if (!this.trace) return;
     const token = mode === "moment" ? this.moment : this.curve.token;
@@ -213,10 +212,10 @@ class Pane {
 
   draw() {
     this.curve.show(this.trace, this.hits.map((at) => this.tokenOf(at)));
-    const rows = this.mode === "all" ? this.trace.tree(0, this.trace.segments.length, this.folded) : this.trace.sight(this.mode === "moment" ? this.moment : this.trace.total - 1);
+    const rows = this.mode === "all" ? this.trace.tree(0, this.trace.segments.length, this.folded) : this.trace.sight(this.moment);
     const prompt = make("div", { class: "prompt" });
     this.painter.prompt(prompt);
-    const told = { all: "prompt", live: "what the model saw at the end: the prompt", moment: `what the model saw just after ${this.trace.row.unit} ${number(this.moment)}: the prompt` };
+    const told = { all: "prompt", moment: `what the model saw just after ${this.trace.row.unit} ${number(this.moment)}: the prompt` };
     this.body.replaceChildren(make("div", { class: "label", text: `${told[this.mode]} · ${number(this.trace.row.prompt_tokens)}` }), prompt, make("div", { class: "label", text: this.mode === "all" ? `generated · ${number(this.trace.row.generated_tokens)}` : "and behind it" }), ...this.elements(rows), make("div", { class: "beyond" }));
     this.root.classList.toggle("seen", this.mode !== "all");
   }
@@ -235,19 +234,13 @@ class Pane {
     return this.folds.get(block.place) ?? (block.gone > 0 && block.gone === block.thought);
   };
 
-  toggle(block, shut = !this.folded(block)) {
-    this.folds.set(block.place, shut);
-    if (this.mode !== "all") return;
-    const nodes = [...this.body.querySelectorAll(":scope > .row")];
-    const begin = nodes.findIndex((node) => node.row.type === "head" && node.row.block === block);
-    if (begin < 0) return;
-    const end = block.close >= 0 ? block.close + 1 : this.trace.segments.length;
-    const stale = nodes.slice(begin).filter((node) => node.row.segment.place < end);
-    const focused = stale[0].contains(document.activeElement);
-    const fresh = this.elements(this.trace.tree(block.open, end, this.folded));
-    stale[0].before(...fresh);
-    for (const node of stale) node.remove();
-    if (focused) fresh[0].querySelector("button").focus({ preventScroll: true });
+  toggle(block) {
+    this.folds.set(block.place, !this.folded(block));
+    const top = this.body.scrollTop;
+    this.draw();
+    this.body.scrollTop = top;
+    const start = this.trace.segments[block.open].start;
+    this.body.querySelector(`.head[data-start="${start}"] button`)?.focus({ preventScroll: true });
     this.follow();
   }
 
@@ -267,12 +260,13 @@ class Pane {
 
   /** Unfolds whatever hides a segment. */
   reveal(segment) {
-    const hiding = [];
+    let hidden = false;
     for (let block = this.trace.blocks[segment.block]; block; block = this.trace.blocks[block.parent]) {
-      if (this.folded(block) && this.trace.inThought(block, segment.place)) hiding.push(block);
+      if (!this.folded(block) || !this.trace.inThought(block, segment.place)) continue;
+      this.folds.set(block.place, false);
+      hidden = true;
     }
-    for (const block of hiding) this.folds.set(block.place, false);
-    if (hiding.length) this.toggle(hiding.pop(), false); // the outermost draws all that are within
+    if (hidden && this.mode === "all") this.draw();
   }
 
   /** The curve was clicked. */
