@@ -35,10 +35,8 @@ Made by `make results` ({machine}; {versions}); the grid is
 of a machine that had other work too, so small differences between them mean nothing.
 
 `tiny-hcot` and `tiny-evict` were trained on hierarchical traces under the policies recompute and evict, `tiny-flat` on
-the same steps written flat ([trained.md](../trained.md)). With pruning off, and under the four ablations, `tiny-hcot`
-runs in contexts that it was not trained on: those rows say what the pruning is to this model. `oracle` prunes when the
-thinking ends, `keep last 2` keeps the thoughts of two blocks, `random` and `oldest` throw away as many tokens as the
-rule at the same moments, but others ([comparison.md](../comparison.md)).
+the same steps written flat ([trained.md](../trained.md)). With pruning off `tiny-hcot` runs in contexts that it was not
+trained on: that row says what the pruning is to this model.
 
 [traces.html](traces.html) holds {traces} problems as `tiny-hcot` solved them, pruned and unpruned side by side; it
 opens in a browser, from disk.

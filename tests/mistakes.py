@@ -48,8 +48,6 @@ MODEL_ARGUMENTS = [
     arguments("pruning=Recompute", "pruning='Recompute'", "recompute"),
     arguments("markup=xml", "'xml'", "hcot", "pencil", "memento"),
     arguments("any_policy=maybe", "any_policy='maybe'", "true, false"),
-    arguments("ablation=keep", "ablation", "keep_last:N"),
-    arguments("ablation=keep_last:x", "ablation", "keep_last"),
     arguments("max_context=0", "max_context=0", "1 or more"),
     arguments("max_context=-5", "max_context=-5", "1 or more"),
     arguments("max_context=many", "max_context='many'", "integer"),

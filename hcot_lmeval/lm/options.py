@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
 from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.errors import did_you_mean
@@ -75,7 +74,6 @@ class Options(ControlOptions, ComputeOptions):
         markup: the notation of the model, a key of `hcot_lmeval.markup.PRESETS`; None: that of its training, and
             ``hcot`` if it does not say.
         any_policy: run a model under another policy or notation than it was trained for.
-        ablation: throw away something else than the rule does; see `hcot_lmeval.ablation`.
         max_context: most live tokens of a request, prompt included; None for the model's maximum length.
         max_gen_toks: generated tokens, pruned ones included, of a request that does not name its own limit.
         notes: directory for one JSONL file of notes per rank, or None.
@@ -94,7 +92,6 @@ class Options(ControlOptions, ComputeOptions):
     pruning: Policy | None = None
     markup: str | None = None
     any_policy: bool = False
-    ablation: Ablation | None = None
     max_context: int | None = None
     max_gen_toks: int | None = None
     notes: Path | None = None
@@ -123,7 +120,6 @@ class Options(ControlOptions, ComputeOptions):
             pruning=_policy(values.get("pruning")),
             markup=markup,
             any_policy=_flag("any_policy", values.get("any_policy", False)),
-            ablation=_ablation(values.get("ablation")),
             max_context=_positive("max_context", values.get("max_context")),
             max_gen_toks=_positive("max_gen_toks", values.get("max_gen_toks")),
             notes=_directory("notes", values.get("notes")),
@@ -214,10 +210,6 @@ def _policy(value: Any) -> Policy | None:
     except ValueError:
         allowed = ", ".join(policy.value for policy in Policy)
         raise ValueError(f"pruning={value!r} is not one of {allowed}") from None
-
-
-def _ablation(value: Any) -> Ablation | None:
-    return None if value is None else Ablation.parse(str(value))
 
 
 def _controls(values: Mapping[str, Any]) -> dict[str, Any]:
