@@ -135,7 +135,7 @@ def _responses(given: Mapping[str, Any] | list[Mapping[str, Any]], policy: str) 
 
 
 def _totals(samples: Sequence[Mapping[str, Any]], policy: str, max_context: int) -> dict[str, Any]:
-    """As `hcot_lmeval.lm.statistics.RunStatistics.as_dict`, as far as a comparison looks at it."""
+    """As `hcot_lmeval.lm.reporting.RunStatistics.as_dict`, as far as a comparison looks at it."""
     every = [stats for sample in samples for stats in sample["requests"]]
     summed = "prompt_tokens generated_tokens pruned_tokens reforwarded_tokens live_token_steps prune_events blocks"
     sums = {name: sum(stats[name] for stats in every) for name in summed.split()}

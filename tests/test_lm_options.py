@@ -60,8 +60,8 @@ class TestModelArguments:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"pruning": "on"}, "pruning='on' is not one of off, recompute, evict"),
-            ({"pruning": True}, "pruning=True is not one of off, recompute, evict"),
+            ({"pruning": "on"}, "pruning='on' is not allowed; choose one of off, recompute, evict"),
+            ({"pruning": True}, "pruning=True is not allowed; choose one of off, recompute, evict"),
             ({"markup": "hcott"}, "choose one of hcot"),
             ({"attention": "fast"}, "attention='fast' is not allowed; choose one of auto, flash, triton, sdpa"),
             ({"weights": "int8"}, "weights='int8' is not allowed; choose one of auto, plain, packed"),
@@ -69,11 +69,11 @@ class TestModelArguments:
                 {"kv_dtype": "fp8"},
                 "kv_dtype='fp8' is not allowed; choose one of auto, bfloat16, float16, float8_e4m3fn",
             ),
-            ({"max_context": -4.0}, "max_context=-4 is too small: it has to be 1 or more"),  # as lm-eval reads -4
-            ({"max_context": "4k"}, "max_context='4k' is not an integer"),
-            ({"max_gen_toks": True}, "max_gen_toks=True is not an integer"),
+            ({"max_context": -4.0}, "max_context=-4 is not allowed; give a whole number from 1 up"),  # as lm-eval reads -4
+            ({"max_context": "4k"}, "max_context='4k' is not allowed; give a whole number"),
+            ({"max_gen_toks": True}, "max_gen_toks=True is not allowed; give a whole number"),
             ({"journal": True}, "neither a directory nor 'off'"),
-            ({"think_start_token": 7}, "think_start_token=7 is no text"),
+            ({"think_start_token": 7}, "think_start_token=7 is not allowed; give a text"),
             ({"tp_plan": "auto"}, "use parallelize=True"),
             ({"mixed_precision_dtype": "bfloat16"}, "dtype="),
         ],

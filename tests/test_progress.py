@@ -1,10 +1,9 @@
 """The bar of a run: what fits into a terminal is shown whole."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from hcot_lmeval.lm.progress import ProgressBar
+from hcot_lmeval.engine import Progress
+from hcot_lmeval.lm.reporting import ProgressBar
 
 
 @pytest.mark.parametrize(
@@ -12,10 +11,10 @@ from hcot_lmeval.lm.progress import ProgressBar
 )
 def test_no_number_is_cut(columns, shown, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    live = SimpleNamespace(generated_tokens=0, prune_events=0, live_tokens=0)
-    with ProgressBar(SimpleNamespace(live=live), 30) as bar:
+    live = Progress()
+    with ProgressBar(live, 30) as bar:
         live.generated_tokens, live.prune_events, live.live_tokens = 123_456, 789, 4321
-        bar.advance(12)
+        bar.advance()
     last = capsys.readouterr().err.split("\r")[-1].strip()
     assert [name for name in ("tok/s", "prunes", "live/generated") if name in last] == shown
     assert last.endswith("]")

@@ -149,7 +149,7 @@ def test_what_becomes_of_prompts_is_part_of_the_fingerprint(model) -> None:
 
 
 def test_an_unknown_way_is_refused(model) -> None:
-    with pytest.raises(ValueError, match="prompt_markers='yes' is not one of text, tokens, acting"):
+    with pytest.raises(ValueError, match="prompt_markers='yes' is not allowed; choose one of text, tokens, acting"):
         hcot(model, prompt_markers="yes")
 
 

@@ -1,4 +1,4 @@
-"""What `lm_eval.simple_evaluate` was asked for, looked at before weights are loaded.
+"""What lm-eval was asked for, looked at before weights are loaded and while it builds its requests.
 
 lm-eval hands generation kwargs to the model with the first requests, and writes results at the very end, where a
 failure is no more than a warning. Both are known at the start.
@@ -6,6 +6,7 @@ failure is no more than a warning. Both are known at the start.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -13,11 +14,15 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.task import Task
 from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
 from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.lm.requests import GenerationSettings
+from hcot_lmeval.scoring.task import BoxedTask, check_task
 from hcot_lmeval.store import check_folder
+
+logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 255
 """Bytes of a file's name, on the usual file systems."""
@@ -93,3 +98,38 @@ def check_output(output: Path, model_args: str | Mapping[str, Any]) -> None:
     folder = output.parent if output.suffix == ".json" else output
     advice = "no results could be saved; name another directory with --output_path DIR"
     check_folder(folder, f"output_path={output}", advice)
+
+
+def watch_building() -> None:
+    """Wraps `Task.build_all_requests` of lm-eval for this process; idempotent.
+
+    lm-eval's cache of requests (``--cache_requests``) is keyed by the name of the task: its entries hold the generation
+    kwargs, documents and rendered prompts of the run that wrote them, whatever this one asks for. Building takes a
+    moment, so it is done anew. A request says whether its prompt was rendered, for no text tells that by itself.
+    """
+    build = Task.build_all_requests
+    if hasattr(build, "_hcot_lmeval"):
+        return
+
+    @functools.wraps(build)
+    def build_all_requests(self: Any, **options: Any) -> None:
+        wanted = (self.config.metadata or {}).get("repeats", self.config.repeats)
+        if wanted != self.config.repeats:
+            raise ValueError(
+                f"repeats={wanted} of the metadata does nothing in {self.config.task}, which asks a question "
+                f"{self.config.repeats}x; leave it out, or run that task apart from those it is meant for (..._avg)"
+            )
+        if not isinstance(self, BoxedTask):  # which looks at itself, for every model
+            check_task(self)
+        if options.get("cache_requests"):
+            logger.warning(
+                "cache_requests: the requests of %s are built anew, for lm-eval's cache of them keeps the generation "
+                "kwargs and prompts of the run that wrote it",
+                self.config.task,
+            )
+        build(self, **{**options, "cache_requests": False})
+        for instance in self.instances:
+            instance.chat_rendered = bool(options.get("apply_chat_template"))
+
+    build_all_requests._hcot_lmeval = True  # type: ignore[attr-defined]
+    Task.build_all_requests = build_all_requests

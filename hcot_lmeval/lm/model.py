@@ -36,13 +36,12 @@ from transformers import BitsAndBytesConfig
 from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Completion, Engine, Request
 from hcot_lmeval.engine.options import SPEED_ALONE
-from hcot_lmeval.lm.building import watch_building
-from hcot_lmeval.lm.checks import NO_CACHE
-from hcot_lmeval.lm.journal import Journal, held_time
+from hcot_lmeval.lm.checks import NO_CACHE, watch_building
+from hcot_lmeval.lm.journal import Journal, Notes, Worklist, held_time
 from hcot_lmeval.lm.loading import blamed, default_device, merge_arguments, prepare_cpu_ranks, settle_arguments, whole
 from hcot_lmeval.lm.options import QUANTIZATION_KWARGS, plain_arguments, split_model_args
-from hcot_lmeval.lm.progress import ProgressBar
 from hcot_lmeval.lm.prompts import Prompt, PromptEncoder, applied, at_time, check_switch, check_template
+from hcot_lmeval.lm.reporting import ProgressBar, RunStatistics
 from hcot_lmeval.lm.requests import (
     NEUTRAL,
     GenerationSettings,
@@ -52,8 +51,6 @@ from hcot_lmeval.lm.requests import (
     warn_of_unsupported,
     warn_of_unused_limit,
 )
-from hcot_lmeval.lm.statistics import RunStatistics
-from hcot_lmeval.lm.worklist import Notes, Worklist
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.provenance import code_digest, digest, installed, model_facts, tokenizer_digest, weights_digest
@@ -270,7 +267,7 @@ class HcotLM(HFLM):
         if not todo:
             return
         start = time.perf_counter()
-        with ProgressBar(self.engine, len(work), work.finished, disable=disable) as bar:
+        with ProgressBar(self.engine.live, len(work), work.finished, disable=disable) as bar:
             for completion in self.engine.stream(todo, self._notes):
                 response = self._response(completion)
                 work.finish(completion.request, response, completion.request.meta)

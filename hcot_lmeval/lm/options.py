@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hcot_lmeval.control import CLOSING_TOKENS, ControlOptions
+from hcot_lmeval.control import CONTROLS, ControlOptions
 from hcot_lmeval.engine.options import ComputeOptions
-from hcot_lmeval.errors import did_you_mean
+from hcot_lmeval.errors import FLAG, Allowed, check_values, did_you_mean, one_of, whole_number
 from hcot_lmeval.lm.journal import default_root
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.trace import Policy
@@ -58,8 +58,6 @@ IRRELEVANT = frozenset(
     token tokenizer use_safetensors""".split()
 )
 """Arguments of lm-eval's ``hf`` that do not change what is generated, are told apart by content, or are secret."""
-
-PROMPT_MARKERS = ("text", "tokens", "acting")
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ class Options(ControlOptions, ComputeOptions):
     def __post_init__(self) -> None:
         ControlOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)
+        check_values(self, OPTIONS)
         self.check_room(self.max_context)
 
     @classmethod
@@ -113,29 +112,31 @@ class Options(ControlOptions, ComputeOptions):
         Raises:
             ValueError: a value is not allowed; the message says which are.
         """
-        markup = None if values.get("markup") is None else str(values["markup"])
-        if markup is not None:
-            get_markup(markup)
-        read = dict(
-            pruning=_policy(values.get("pruning")),
-            markup=markup,
-            any_policy=_flag("any_policy", values.get("any_policy", False)),
-            max_context=_positive("max_context", values.get("max_context")),
-            max_gen_toks=_positive("max_gen_toks", values.get("max_gen_toks")),
-            notes=_directory("notes", values.get("notes")),
-            journal=_directory("journal", values.get("journal", default_root())),
-            apply_chat_template=_switch("apply_chat_template", values.get("apply_chat_template", "auto")),
-            think_start_token=_text("think_start_token", values.get("think_start_token")),
-            seed=None if values.get("seed") is None else _integer("seed", values["seed"]),
-            prompt_markers=_prompt_markers(values.get("prompt_markers", "text")),
-            **_controls(values),
-            **_computing(values),
-        )
-        unread = sorted(values.keys() - read.keys())
-        assert not unread, f"a field that is not read here: {unread}"
-        return cls(**read)
+        off = {name for name, value in values.items() if name in CONTROLS and (value is False or value == "off")}
+        read = {name: value for name, value in values.items() if value is not None and name not in off}
+        if (pruning := read.get("pruning")) is not None:  # YAML reads a bare `off` as false
+            read["pruning"] = Policy.OFF if pruning is False else pruning
+        if "markup" in read:
+            read["markup"] = get_markup(str(read["markup"])).name
+        for name in ("max_context", "max_gen_toks", "seed"):  # lm-eval reads a negative number as a float
+            if isinstance(value := read.get(name), float) and value.is_integer():
+                read[name] = int(value)
+        for name, value in {"notes": values.get("notes"), "journal": values.get("journal", default_root())}.items():
+            read[name] = _directory(name, value)
+        read["apply_chat_template"] = _switch("apply_chat_template", read.get("apply_chat_template", "auto"))
+        options = cls(**read)
+        return options if options.pruning is None else replace(options, pruning=Policy(options.pruning))
 
 
+OPTIONS: dict[str, Allowed] = {
+    "pruning": one_of(*Policy, None),
+    "any_policy": FLAG,
+    **dict.fromkeys(("max_context", "max_gen_toks"), whole_number(1, optional=True)),
+    "think_start_token": (lambda value: value is None or (isinstance(value, str) and value != ""), "give a text"),
+    "seed": (lambda value: value is None or type(value) is int, "give a whole number"),
+    "prompt_markers": one_of("text", "tokens", "acting"),
+}
+"""Fields of `Options`, and what is allowed of each."""
 OPTION_NAMES = frozenset(field.name for field in fields(Options))
 
 
@@ -198,60 +199,6 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:
 def _named_parameters(function: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
-
-
-def _policy(value: Any) -> Policy | None:
-    if value is None:
-        return None
-    if value is False:  # YAML reads a bare `off` as false
-        return Policy.OFF
-    try:
-        return Policy(value)
-    except ValueError:
-        allowed = ", ".join(policy.value for policy in Policy)
-        raise ValueError(f"pruning={value!r} is not one of {allowed}") from None
-
-
-def _controls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ControlOptions`, which checks them; ``off`` is None for each."""
-    found = {field.name: values.get(field.name) for field in fields(ControlOptions)}
-    found = {name: None if value is False or value == "off" else value for name, value in found.items()}
-    return found | {"closing_tokens": CLOSING_TOKENS if found["closing_tokens"] is None else found["closing_tokens"]}
-
-
-def _prompt_markers(value: Any) -> str:
-    if value not in PROMPT_MARKERS:
-        raise ValueError(f"prompt_markers={value!r} is not one of {', '.join(PROMPT_MARKERS)}")
-    return str(value)
-
-
-def _computing(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ComputeOptions`, which checks them."""
-    return {field.name: values[field.name] for field in fields(ComputeOptions) if field.name in values}
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ValueError(f"{name}={value!r} is no text")
-    return value
-
-
-def _integer(name: str, value: Any) -> int:
-    """lm-eval reads a negative number as a float."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not an integer")
-    return value
-
-
-def _positive(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    number = _integer(name, value)
-    if number < 1:
-        raise ValueError(f"{name}={number} is too small: it has to be 1 or more; leave it out for the default")
-    return number
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -1,11 +1,72 @@
-"""Sums over the requests of a run, for the ``config`` section of ``results_*.json``."""
+"""What a run tells of itself: a progress bar while it goes on, and sums over its requests for ``results_*.json``."""
 
 from __future__ import annotations
 
+import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from tqdm import tqdm
+
+from hcot_lmeval.engine import Progress
+
+OWN_COLUMNS = 62
+"""What tqdm takes of a line for the rest: name, share, counts and times."""
+REFRESH_SECONDS = 1.0
+"""How often the numbers are renewed between two finished requests."""
+
+
+class ProgressBar:
+    """Requests done of all, tokens per second, prunes, and live of all generated tokens, renewed once a second.
+
+    Args:
+        live: the running totals of an engine.
+        total: requests of the call.
+        done: of them finished before (in an earlier run).
+        disable: show nothing.
+    """
+
+    def __init__(self, live: Progress, total: int, done: int = 0, *, disable: bool = False) -> None:
+        self._live, self._before, self._start = live, replace(live), time.perf_counter()
+        self._bar = tqdm(total=total, initial=done, disable=disable, desc="generate_until", dynamic_ncols=True)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ProgressBar:
+        if not self._bar.disable:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.refresh()
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Notes that a request is finished."""
+        self._bar.update()
+
+    def refresh(self) -> None:
+        """Shows the numbers of now."""
+        tokens = self._live.generated_tokens - self._before.generated_tokens
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        told = [f"{tokens / seconds:.0f} tok/s", f"{self._live.prune_events - self._before.prune_events} prunes"]
+        told.append(f"live/generated {self._live.live_tokens}/{tokens}")
+        room = shutil.get_terminal_size().columns - OWN_COLUMNS
+        while len(told) > 1 and len(", ".join(told)) > room:  # whole numbers or none: tqdm would cut within one
+            told.pop()
+        self._bar.set_postfix_str(", ".join(told))
+
+    def _watch(self) -> None:
+        while not self._over.wait(REFRESH_SECONDS):
+            self.refresh()
+
 
 SUMMED = (
     "prompt_tokens",
