@@ -15,7 +15,7 @@ from hcot_lmeval.engine import Engine
 from hcot_lmeval.record import read_record
 from hcot_lmeval.synthetic import problems
 from hcot_lmeval.tokens import encode_prompt
-from hcot_lmeval.training.monitor.evaluation import free_run
+from hcot_lmeval.training.evaluation import free_run
 
 POLICIES = {"tiny-hcot": "recompute", "tiny-evict": "evict", "tiny-flat": "off"}
 CONTEXT = 128

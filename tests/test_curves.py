@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hcot_lmeval.training.monitor.curves import Curves, draw, read_records, save_figure, series, verdict
+from hcot_lmeval.training.curves import Curves, draw, read_records, save_figure, series, verdict
 
 TRAIN = [{"step": step, "loss": 9.0, "cross_entropy": 30 / step} for step in range(10, 101, 10)]
 HELD_OUT = [
@@ -165,7 +165,7 @@ def test_the_png_is_written_whole(tmp_path, records):
 
 
 def test_logging_needs_no_matplotlib():
-    code = "import sys, hcot_lmeval.training.monitor.curves; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    code = "import sys, hcot_lmeval.training.curves; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.masks import dense_mask
 from hcot_lmeval.trace import IGNORE
+from hcot_lmeval.training.data.dataset import DOCUMENT_FEATURES
 from hcot_lmeval.training.data.documents import COLUMNS, Document, Example, compile_document
-from hcot_lmeval.training.data.preparation import DOCUMENT_FEATURES
 from hcot_lmeval.training.data.rows import PackedRows, assign, collate
 from tests.random_traces import random_trace
 from tests.reference import EOS, MARKERS, POLICIES

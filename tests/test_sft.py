@@ -29,7 +29,7 @@ from hcot_lmeval import command
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import read_record
 from hcot_lmeval.training.config import parse_config
-from hcot_lmeval.training.monitor.curves import read_records
+from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
 from tests.full import FULL, only_in_full
 from tests.interrupts import accept_interrupts

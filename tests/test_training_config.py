@@ -73,10 +73,6 @@ WRONG = {
     "neither": (changed(phases=[{}]), ["steps or epochs, one of them"]),
     "no phase": (changed(phases=[]), ["phases", "at least 1 item"]),
     "a missing key": ({k: v for k, v in MINIMAL.items() if k != "model"}, ["model: Field required"]),
-    "flash attention under a mask": (
-        changed(attention="flash_attention_2"),
-        ["flash_attention_2", "policy recompute", "drop the mask", "attention=auto"],
-    ),
 }
 
 
@@ -112,10 +108,6 @@ def test_a_file_that_is_no_mapping_is_told(file) -> None:
     file.write_text("- 1\n")
     with pytest.raises(ValueError, match="expected keys and values"):
         load_config(file)
-
-
-def test_flash_attention_is_fine_where_nothing_is_masked() -> None:
-    assert parse_config(changed(attention="flash_attention_2", phases=[{"policy": "off", "steps": 1}]))
 
 
 def test_every_key_is_described() -> None:

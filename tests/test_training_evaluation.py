@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import TrainingRecord, write_record
-from hcot_lmeval.training.monitor import evaluation
-from hcot_lmeval.training.monitor.evaluation import MEASURES, Sample, evaluation_mode, free_run, held_out_losses
+from hcot_lmeval.training import evaluation
+from hcot_lmeval.training.evaluation import MEASURES, Sample, evaluation_mode, free_run, held_out_losses
 from tests.tiny import MARKERS, THINK, favour, tiny_model, tiny_tokenizer
 
 LOSS_KEYS = ["loss", "loss_text", "loss_markers", "loss_solution", "loss_answer", "structure"]

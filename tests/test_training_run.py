@@ -9,8 +9,8 @@ from transformers import TrainerState
 
 from hcot_lmeval.training.config import SftConfig, load_config
 from hcot_lmeval.training.data.dataset import Finding
-from hcot_lmeval.training.monitor.callbacks import Console
 from hcot_lmeval.training.run import RunDirectory
+from hcot_lmeval.training.trainer import Console
 from tests.test_training_config import MINIMAL
 
 

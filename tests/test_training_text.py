@@ -11,7 +11,7 @@ from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import extend_vocabulary
-from hcot_lmeval.training.data.preparation import question_key
+from hcot_lmeval.training.data.dataset import question_key
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
 from hcot_lmeval.vocabulary import read_vocabulary, special_ids
 from tests.tiny import MARKERS, tiny_tokenizer

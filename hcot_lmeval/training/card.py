@@ -12,7 +12,7 @@ import yaml
 from hcot_lmeval.provenance import hardware
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.monitor.curves import read_records, verdict
+from hcot_lmeval.training.curves import read_records, verdict
 from hcot_lmeval.training.run import RunDirectory
 
 CARD = """---

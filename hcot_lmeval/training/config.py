@@ -148,8 +148,8 @@ class SftConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         "float32", description="of the weights; for mixed precision leave it and set trainer.bf16"
     )
-    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
-        "auto", description="auto: flex_attention for long rows on CUDA, else sdpa under a dense mask"
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
+        "auto", description="auto: flex_attention for long rows on CUDA, else sdpa; flash attention takes no mask"
     )
     output: Path = Field(description="directory of checkpoints, curves and the final model")
     seed: int = Field(0, description="of new weights, the order of the data and dropout")
@@ -159,23 +159,12 @@ class SftConfig(Section):
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
-    adapter: str | None = Field(None, description="adapter to go on with; its base has to be `model`")
     trainer: dict[str, Any] = Field({}, description="any argument of transformers.TrainingArguments")
 
     @property
     def policy(self) -> Policy:
         """The policy of the last phase: the one that the finished model is for."""
         return self.phases[-1].policy
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SftConfig:
-        masked = [phase.policy.value for phase in self.phases if phase.policy is not Policy.OFF]
-        if self.attention.startswith("flash") and masked:
-            raise ValueError(
-                f"attention={self.attention} cannot be used with policy {masked[0]}: flash attention would drop the "
-                "mask that hides pruned thoughts. Use attention=auto, or flex_attention on CUDA."
-            )
-        return self
 
 
 # --- from a file and overrides ----------------------------------------------------------------------------------------

@@ -8,10 +8,7 @@ embedding as a whole may then have any number of rows wherever the adapter is lo
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,13 +37,12 @@ T = TypeVar("T")
 def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Returns the tokenizer, markers and chat template included, and the tokens that it had to be given.
 
-    It is the one that `config` names, else the adapter's, which knows the tokens that the adapter was trained with,
-    else the model's.
+    It is the one that `config` names, else the model's.
 
     Raises:
         ValueError: there is no tokenizer, it lacks the markers and `tokens.add` is false, it lacks `tokens.eos`, a
-            marker swallows blanks, the adapter would have no rows for its new tokens, or the chat template is unknown,
-            unfit for training or does not read a template argument.
+            marker swallows blanks, or the chat template is unknown, unfit for training or does not read a template
+            argument.
     """
     tokens = config.tokens
     tokenizer = _tokenizer(config)
@@ -72,8 +68,7 @@ def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str
 def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
     if config.model == NEW_MODEL and config.tokenizer is None:
         return tiny_tokenizer(config.tokens.markup)
-    own = config.adapter is not None and (Path(config.adapter) / "tokenizer_config.json").is_file()
-    source = config.tokenizer or (config.adapter if own else None) or config.model
+    source = config.tokenizer or config.model
     name = "tokenizer" if config.tokenizer else "model"
     return _from_checkpoint(f"the tokenizer of {name}={source!r}", config, AutoTokenizer.from_pretrained, source)
 
@@ -87,14 +82,7 @@ def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[s
                 "set tokens.add=true, another tokens.markup, or a tokenizer that has them"
             )
         return []
-    new = list(extend_vocabulary(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
-    if new and config.adapter is not None:
-        raise ValueError(
-            f"adapter={config.adapter!r} lacks rows for {', '.join(new)}, which are new to the tokenizer. "
-            "Set tokenizer and tokens.markup to those that it was trained with, or merge it into its base and set lora "
-            "for a new one."
-        )
-    return new
+    return list(extend_vocabulary(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
 
 
 def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,11 +170,6 @@ def attention_of(config: SftConfig) -> str:
         ValueError: the implementation cannot be trained with here.
     """
     gpu = torch.accelerator.is_available() and not config.trainer.get("use_cpu")
-    if config.attention.startswith("flash"):
-        raise ValueError(
-            f"attention={config.attention} cannot run packed rows: it would drop the mask that keeps their documents "
-            "apart. Use attention=auto, or flex_attention on CUDA."
-        )
     if config.attention == "flex_attention" and not gpu:
         raise ValueError(
             "attention=flex_attention cannot train on a CPU, where it has no gradients; use attention=auto"
@@ -198,49 +181,6 @@ def attention_of(config: SftConfig) -> str:
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
-CONFIG_FILE = "adapter_config.json"
-
-
-def check_adapter(config: SftConfig) -> None:
-    """Looks at what `config` says of adapters; no weights are read.
-
-    Raises:
-        ValueError: peft is not installed, `lora` and `adapter` are both set, or the adapter is none, is for another
-            base, or works by virtual tokens.
-    """
-    if config.adapter is None and config.lora is None:
-        return
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora and adapter need peft, which is not installed: pip install 'hcot_lmeval[peft]'")
-    if config.adapter is None:
-        return
-    if config.lora is not None:
-        raise ValueError("lora makes a new adapter and adapter goes on with one that has its shape; set one of them")
-    settings = _settings(Path(config.adapter))
-    base = settings.get("base_model_name_or_path")
-    if not base or not _same(base, config.model):
-        raise ValueError(
-            f"adapter={config.adapter!r} was trained on the base {base!r}, not on model={config.model!r}; its updates "
-            "would mean nothing there. Set model to that base, or leave adapter out and set lora for a new one."
-        )
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(
-            f"adapter={config.adapter!r} is of type {settings.get('peft_type')}; LORA adapters alone are trained here"
-        )
-
-
-def _settings(adapter: Path) -> dict[str, Any]:
-    file = adapter / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"adapter={str(adapter)!r} is no adapter directory: it has no {CONFIG_FILE}")
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return settings
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two names mean the same base: the same id on a hub, or the same directory."""
-    return one == other or Path(resolve(one)).resolve() == Path(resolve(other)).resolve()
-
 
 def with_adapter(config: SftConfig, model: Any, new_ids: Collection[int]) -> Any:
     """Returns the model wrapped for LoRA if `config` asks for that, else the model itself.
@@ -248,23 +188,16 @@ def with_adapter(config: SftConfig, model: Any, new_ids: Collection[int]) -> Any
     Args:
         config: the settings.
         model: with its attention set and with rows for all tokens.
-        new_ids: of tokens that were added; a new adapter trains their rows in full.
+        new_ids: of tokens that were added; the adapter trains their rows in full.
 
     Raises:
-        ValueError: the model has no modules of the names in `lora.target_modules`, or the adapter does not fit.
+        ValueError: the model has no modules of the names in `lora.target_modules`.
     """
-    if config.adapter is None and config.lora is None:
+    if config.lora is None:
         return model
     import peft
 
-    if config.adapter is not None:
-        try:
-            wrapped = peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
-        except RuntimeError as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"adapter={config.adapter!r} does not fit model={config.model!r}: {why}") from error
-    else:
-        wrapped = peft.get_peft_model(model, _lora(config.lora or LoraConfig(), model, new_ids))
+    wrapped = peft.get_peft_model(model, _lora(config.lora, model, new_ids))
     # By itself PEFT saves all rows of an embedding that has grown, beside those that it has trained.
     wrapped.save_pretrained = functools.partial(wrapped.save_pretrained, save_embedding_layers=False)
     return wrapped

@@ -1,10 +1,11 @@
 """A supervised training run from its settings to the finished model: what ``hcot train sft`` does.
 
-Everything that can be wrong with the settings, the data, the tokenizer or the adapter is said before the first step.
+Everything that can be wrong with the settings, the data or the tokenizer is said before the first step.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 from collections.abc import Iterator, Sequence
@@ -35,23 +36,21 @@ from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.arguments import check_trackers, training_arguments
 from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.rows import collate
+from hcot_lmeval.training.evaluation import Data, Evaluator
 from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import (
     attention_of,
-    check_adapter,
     check_model,
     end_ids,
     load_model,
     load_tokenizer,
     with_adapter,
 )
-from hcot_lmeval.training.monitor.callbacks import Console, CurveCallback, Steering
-from hcot_lmeval.training.monitor.curves import read_records
-from hcot_lmeval.training.monitor.evaluation import Data, Evaluator
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.trainer import PackedTrainer, Phase, Schedule, steps_of
+from hcot_lmeval.training.trainer import Console, CurveCallback, PackedTrainer, Phase, Schedule, Steering, steps_of
 from hcot_lmeval.vocabulary import marker_ids, read_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -73,8 +72,8 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         command: the command line, for the record.
 
     Raises:
-        ValueError: a setting cannot be used, nothing is held out, the tokenizer lacks the markers, the adapter is for
-            another base, or the directory holds another run.
+        ValueError: a setting cannot be used, nothing is held out, the tokenizer lacks the markers, or the directory
+            holds another run.
         FileNotFoundError: a data file does not exist.
         KeyboardInterrupt: Ctrl-C came, a checkpoint of the step was saved, and the message says where it will go on. A
             second Ctrl-C stops within the step, without one.
@@ -136,7 +135,7 @@ def announce_length(checkpoint: Path | None, schedule: Schedule) -> None:
 
 
 def check_settings(config: SftConfig) -> None:
-    """Raises `ValueError` for settings that do not go together, or an adapter for another base."""
+    """Raises `ValueError` for settings that do not go together."""
     if not config.data.held_out and not config.data.held_out_share:
         raise ValueError(
             "nothing is held out, so overfitting would go unseen; set data.held_out or data.held_out_share"
@@ -149,7 +148,8 @@ def check_settings(config: SftConfig) -> None:
     if config.revision is not None and Path(resolve(config.model)).is_dir():
         raise ValueError(f"revision={config.revision} is of models on a hub, and {config.model} is here; leave it out")
     attention_of(config)
-    check_adapter(config)
+    if config.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("lora needs peft, which is not installed: pip install 'hcot_lmeval[peft]'")
     check_trackers(training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints))
 
 

@@ -12,31 +12,35 @@ name that says what they were made from and with; the second time they take no t
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from hcot_lmeval import grammar as grammar_rules
+from hcot_lmeval import markup as markup_rules
+from hcot_lmeval import tokens
+from hcot_lmeval import trace as trace_rules
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import Markup
+from hcot_lmeval.provenance import files_digest
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import DataConfig, SourceConfig
-from hcot_lmeval.training.data.preparation import (
-    DOCUMENT_FEATURES,
-    EXAMPLE_FEATURES,
-    compile_rows,
-    preparation_code,
-    tokenise,
-)
+from hcot_lmeval.training.data import documents as document_rules
+from hcot_lmeval.training.data import text as text_rules
+from hcot_lmeval.training.data.documents import COLUMNS, Document, Example, TooLong, compile_document, faults
 from hcot_lmeval.training.data.rows import PackedRows, assign, columns_of, largest, list_lengths
 from hcot_lmeval.training.data.sources import cached_map, load_source
-from hcot_lmeval.training.data.text import TextForm, digest_of
+from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
 
 BATCH = 100
 """Rows that a worker holds at a time."""
@@ -124,10 +128,10 @@ class Report:
 
 
 def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, leaked: bool) -> Report:
-    """Sums up what `preparation` says of each row.
+    """Sums up what `compile_rows` says of each row.
 
     Args:
-        rows: with documents as in `preparation.DOCUMENT_FEATURES`.
+        rows: with documents as in `DOCUMENT_FEATURES`.
         lengths: forwarded tokens of each document, 0 for rows that are left out, int [documents].
         wanted: whether a document is on this side of the held-out split, bool [documents].
         leaked: whether the others ask what a held-out source asks, which is worth a finding each.
@@ -305,3 +309,103 @@ def held_out_problems(
 
 def _digest(documents: Dataset, used: np.ndarray) -> str:
     return hashlib.sha256("".join(columns_of(documents, "digest")["digest"][used]).encode()).hexdigest()
+
+
+# --- what becomes of a row: functions for `Dataset.map`; the processes that run them share nothing --------------------
+
+IDS = List(Value("int32"))
+PLACE = {"source": Value("string"), "row": Value("int64"), "key": Value("string"), "answer": Value("string")}
+EXAMPLE_FEATURES = Features(
+    PLACE | {"prompt_ids": IDS, "completion_ids": IDS, "unusable": Value("string"), "faults": List(Value("string"))}
+)
+DOCUMENT_FEATURES = Features(
+    PLACE
+    | {name: List(Value("int8")) if name in ("states", "classes") else IDS for name in COLUMNS}
+    | {
+        "reasons": List(Value("string")),
+        "blocks": Value("bool"),
+        "truncated": Value("bool"),
+        "trace_tokens": Value("int32"),
+        "targets_count": Value("int32"),
+        "digest": Value("string"),
+    }
+)
+"""A document for each row; one that is left out has no tokens."""
+
+
+def tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[str, Any]:
+    """Returns what `EXAMPLE_FEATURES` has for a row of `sources.FEATURES`."""
+    try:
+        example, unusable = form.example(row), None
+    except Unusable as error:
+        example, unusable = Example((), ()), error.args[0]
+    return {
+        "source": row["source"],
+        "row": row["row"],
+        "key": question_key(row),
+        "answer": row["answer"],
+        "prompt_ids": example.prompt_ids,
+        "completion_ids": example.completion_ids,
+        "unusable": unusable,
+        "faults": sorted([*faults(example, grammar), *form.faults(row)]),
+    }
+
+
+def question_key(row: Mapping[str, Any]) -> str:
+    """Returns a hex digest of what is asked, system messages and surrounding blanks apart."""
+    messages = row["messages"] or [{"role": "user", "content": row["question"]}]
+    asked = [(m["role"], (m["content"] or "").strip()) for m in messages if m["role"] != "system"]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def compile_rows(batch: Mapping[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
+    """Returns what `DOCUMENT_FEATURES` has for a batch of tokenised rows.
+
+    Args:
+        batch: a list for each of `EXAMPLE_FEATURES`.
+        options: grammar, policy, max_length (see `compile_document`); keep_malformed, and cut (whether long traces are
+            cut or left out).
+    """
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    out: dict[str, list[Any]] = {name: [] for name in DOCUMENT_FEATURES}
+    for row in rows:
+        for name, value in _entry(row, **options).items():
+            out[name].append(value)
+    return out
+
+
+def _entry(
+    row: Mapping[str, Any], grammar: Grammar, policy: str, max_length: int, *, keep_malformed: bool, cut: bool
+) -> dict[str, Any]:
+    """Returns what `DOCUMENT_FEATURES` has for one row of the source."""
+    example = Example(tuple(row["prompt_ids"]), tuple(row["completion_ids"]), row["answer"])
+    document, reasons = Document(), row["faults"]
+    if row["unusable"] is not None:
+        reasons = [row["unusable"]]
+    elif keep_malformed or not reasons:
+        with suppress(TooLong):
+            document = compile_document(example, grammar, policy, max_length=max_length)
+        if not document.learned or (document.learned < len(example.completion_ids) and not cut):
+            document, reasons = Document(), [*reasons, "too_long"]
+    learned = document.learned
+    return {
+        **{name: row[name] for name in PLACE},
+        **{name: getattr(document, name) for name in COLUMNS},
+        "reasons": reasons,
+        "blocks": grammar.markers.open in example.completion_ids,
+        "truncated": 0 < learned < len(example.completion_ids),
+        "trace_tokens": len(example.prompt_ids) + learned if learned else 0,
+        "targets_count": learned,
+        "digest": _document_digest(document),
+    }
+
+
+def _document_digest(document: Document) -> str:
+    content = b"".join(array("i", getattr(document, name)).tobytes() for name in COLUMNS)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def preparation_code() -> str:
+    """Returns a digest of the code that decides what a row becomes."""
+    modules = (grammar_rules, markup_rules, tokens, trace_rules, document_rules, text_rules)
+    return files_digest((__file__, *(str(module.__file__) for module in modules)))

@@ -115,7 +115,7 @@ class FreeRun:
     samples: tuple[Sample, ...]
 
     def records(self, step: int) -> list[dict[str, Any]]:
-        """Returns the samples as JSON values with the optimiser step, for a log (see `monitor.curves`)."""
+        """Returns the samples as JSON values with the optimiser step, for a log (see `training.curves`)."""
         return [{"step": step, **asdict(sample)} for sample in self.samples]
 
 

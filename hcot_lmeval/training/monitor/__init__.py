@@ -1,1 +1,0 @@
-"""What is measured, shown and judged while a model trains."""
