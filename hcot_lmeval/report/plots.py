@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,28 @@ from hcot_lmeval.store import first_record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart under every common colour blindness."""
-MARKS = "osD^vPX"
 LINES = ("-", "--", ":", "-.")
 """Of the first seven runs, the next seven, and so on."""
-SIZE = (6.4, 3.4)
-"""Inches, without the legend; a column and a half of a paper."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, told apart under every common colour blindness."""
+LOOKS: Any = cycler(linestyle=LINES) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX")))
+STYLE = {
+    "axes.grid": True,
+    "axes.prop_cycle": LOOKS,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "figure.figsize": (6.4, 3.4),  # inches, without the legend; a column and a half of a paper
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
 LEGEND_ROW = 0.18
 """Inches of height for each row of a legend, which has two columns."""
 DODGE = 0.025
@@ -46,6 +58,7 @@ BUDGETS = (
 """Name of a plot, the statistic of a response that is its budget, and the label of that."""
 
 
+@matplotlib.rc_context(STYLE)
 def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path]:
     """Draws every plot that the entries of a task have data for, and returns the files."""
     drawn: dict[str, Figure] = {}
@@ -77,7 +90,7 @@ def by_window(entries: Sequence[Entry], label: str, values: Callable[[Entry], Ma
     figure, axes = _figure("context window (most live tokens)", f"{label}, % of problems")
     windows = sorted({entry.window for entry in entries if entry.window})
     families = list(dict.fromkeys(entry.family for entry in entries))
-    for i, (style, family) in enumerate(zip(styles(marked=True), families, strict=False)):
+    for i, (style, family) in enumerate(zip(itertools.cycle(LOOKS), families, strict=False)):
         mine = [entry for entry in entries if entry.family == family and values(entry)]
         if not mine:
             continue
@@ -100,9 +113,9 @@ def within(entries: Sequence[Entry], statistic: str, label: str) -> Figure:
     figure, axes = _figure(label, "answered right, % of problems")
     curves = {entry.name: budget_curve(entry, statistic) for entry in entries}
     start, end = min(x[0] for x, _ in curves.values()), max(x[-1] for x, _ in curves.values())
-    for style, (name, (x, y)) in zip(styles(), curves.items(), strict=False):
+    for name, (x, y) in curves.items():
         whole = np.concatenate([[start], x, [end]]), np.concatenate([[0.0], 100 * y, [100 * y[-1]]])
-        axes.step(*whole, where="post", label=name, **style)
+        axes.step(*whole, where="post", label=name, marker="")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylim(-4, 104)
@@ -149,17 +162,17 @@ def live_context(notes: Mapping[str, Sequence[Note]], doc_id: Any) -> Figure:
     """
     figure, axes = _figure("generated tokens", "live tokens")
     straight = itertools.cycle(LINES)
-    for style, (name, run) in zip(styles(), notes.items(), strict=False):
+    for look, (name, run) in zip(itertools.cycle(LOOKS), notes.items(), strict=False):
         for note in [note for note in run if note.meta["doc_id"] == doc_id][:1]:
             line = {} if note.statistics.prune_events else {"linestyle": next(straight)}
-            axes.plot(live_curve(note.events), label=name, **style | line, linewidth=1.2)
+            axes.plot(live_curve(note.events), label=name, **look | line | {"marker": ""}, linewidth=1.2)
     shown = [note for run in notes.values() for note in run if note.meta["doc_id"] == doc_id]
     why = (
         "of the response with most prunes"
         if any(note.statistics.prune_events for note in shown)
         else "of the longest response"
     )
-    axes.set_title(f"problem {doc_id}, that {why}", fontsize=9)
+    axes.set_title(f"problem {doc_id}, that {why}")
     axes.set_ylim(bottom=0)
     return _with_legend(figure, axes)
 
@@ -175,26 +188,15 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]
     for path in paths:
         # without a date, so that the same data gives the same file
-        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return paths
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = plt.subplots()
+    axes.set(xlabel=x, ylabel=y)
     return figure, axes
-
-
-def styles(*, marked: bool = False) -> Iterator[dict[str, Any]]:
-    """Endless; the first seven runs differ in colour, the next seven have the same colours and other lines."""
-    looks = itertools.product(LINES, zip(COLOURS, MARKS, strict=True))
-    return itertools.cycle(
-        {"color": colour, "linestyle": line} | ({"marker": mark} if marked else {}) for line, (colour, mark) in looks
-    )
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
@@ -202,5 +204,5 @@ def _with_legend(figure: Figure, axes: Axes) -> Figure:
     if handles:
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + LEGEND_ROW * math.ceil(len(handles) / 2))
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure

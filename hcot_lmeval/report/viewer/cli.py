@@ -24,7 +24,6 @@ from hcot_lmeval.markup import PRESETS, get_markup
 from hcot_lmeval.notes import RunNotes
 from hcot_lmeval.report.viewer.page import write_page
 from hcot_lmeval.report.viewer.reading import (
-    Cut,
     Source,
     Trace,
     ViewerError,
@@ -32,7 +31,6 @@ from hcot_lmeval.report.viewer.reading import (
     note_traces,
     plain_traces,
     plural,
-    tokenizer_cut,
 )
 from hcot_lmeval.report.viewer.serve import serve
 from hcot_lmeval.report.viewer.verdicts import Verdicts, read_verdicts
@@ -56,8 +54,7 @@ def view(args: argparse.Namespace) -> None:
             raise ViewerError(f"--out {args.out} is among the notes, and would take their place; name another file")
     sources = find_sources(args.notes)
     verdicts = _verdicts(args, sources)
-    cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
-    traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
+    traces = _traces(args, sources)
     if args.terminal:
         _print(args, traces, verdicts)
     else:
@@ -83,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--task", action="append", help="only traces of this task (again for more)")
     parse.add_argument("--doc", action="append", help="only traces of this problem (again for more)")
     parse.add_argument("--limit", type=_positive, help="only the first N traces of each run")
-    parse.add_argument("--tokenizer", metavar="NAME", help="count real tokens in plain traces")
     parse.add_argument(
         "--serve", type=int, nargs="?", const=8123, metavar="PORT",
         help="serve the page to this machine, and make it anew when the files grow (%(const)s)",
@@ -116,7 +112,11 @@ def _verdicts(args: argparse.Namespace, sources: Sequence[Source]) -> Verdicts:
     return read_verdicts(sources, args.samples) if args.samples else Verdicts()
 
 
-def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator[Trace]:
+def _traces(args: argparse.Namespace, sources: Sequence[Source]) -> Iterator[Trace]:
+    return chain.from_iterable(_chosen(args, _read(args, source)) for source in sources)
+
+
+def _read(args: argparse.Namespace, source: Source) -> Iterator[Trace]:
     if source.is_notes:
         notes = RunNotes(source.paths)
         if notes.repeated:
@@ -125,7 +125,7 @@ def _read(args: argparse.Namespace, source: Source, cut: Cut | None) -> Iterator
         return note_traces(source, notes)
     given = {"text": args.text_column, "question": args.prompt_column, "answer": args.gold_column}
     columns = {role: name for role, name in given.items() if name}
-    return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns, cut)
+    return plain_traces(source, get_markup(args.markup), Policy(args.policy), columns)
 
 
 def _chosen(args: argparse.Namespace, traces: Iterator[Trace]) -> Iterator[Trace]:
@@ -159,9 +159,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     def write(path: Path, state: str) -> None:
         sources = find_sources(args.notes)
-        cut = tokenizer_cut(args.tokenizer) if args.tokenizer else None
-        traces = chain.from_iterable(_chosen(args, _read(args, source, cut)) for source in sources)
-        write_page(path, traces, sources, _verdicts(args, sources), _title(args, sources), state=state)
+        write_page(path, _traces(args, sources), sources, _verdicts(args, sources), _title(args, sources), state=state)
 
     serve([*args.notes, *args.samples], write, args.serve)
 
