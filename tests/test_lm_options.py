@@ -69,7 +69,7 @@ class TestModelArguments:
                 {"kv_dtype": "fp8"},
                 "kv_dtype='fp8' is not allowed; choose one of auto, bfloat16, float16, float8_e4m3fn",
             ),
-            ({"max_context": -4.0}, "max_context=-4 is not allowed; give a whole number from 1 up"),  # as lm-eval reads -4
+            ({"max_context": -4.0}, "max_context=-4 is not allowed; give a whole number from 1 up"),
             ({"max_context": "4k"}, "max_context='4k' is not allowed; give a whole number"),
             ({"max_gen_toks": True}, "max_gen_toks=True is not allowed; give a whole number"),
             ({"journal": True}, "neither a directory nor 'off'"),
