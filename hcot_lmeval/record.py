@@ -151,46 +151,6 @@ def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def check_policy(
-    record: TrainingRecord | None,
-    policy: Policy | str,
-    allow: bool = False,
-    *,
-    markup: Markup | str | None = None,
-    policy_argument: str = "policy",
-) -> None:
-    """Refuses to decode a model in contexts that it was not trained on.
-
-    Policy off is the baseline and never refused; a model without a record is not either.
-
-    Args:
-        record: of the model.
-        policy: that it is to be decoded with.
-        allow: do not refuse.
-        markup: the notation that it is to be decoded with; None: the record's.
-        policy_argument: what the user calls the policy.
-
-    Raises:
-        ValueError: the record names another policy or another notation.
-    """
-    policy = Policy(policy)
-    if record is None or allow or policy is Policy.OFF:
-        return
-    if record.policy != policy:
-        unpruned = "without pruning, " if record.policy == Policy.OFF else ""
-        raise ValueError(
-            f"{policy_argument}={policy.value}, but the model was trained {unpruned}under policy {record.policy} (its "
-            "training record says so), and it would meet contexts that it does not know. Pass "
-            f"{policy_argument}={record.policy}, or any_policy=True to run it all the same."
-        )
-    name = record.markup if markup is None else get_markup(markup).name
-    if record.markup != name:
-        raise ValueError(
-            f"markup={name}, but the model was trained on the notation {record.markup} (its training record says so). "
-            f"Pass markup={record.markup}, or any_policy=True to run it all the same."
-        )
-
-
 def settle(
     record: TrainingRecord | None,
     policy: Policy | str | None,
@@ -202,7 +162,7 @@ def settle(
     """Returns the policy and the notation to decode with.
 
     What the user leaves open is as the model was trained, which is said in the log; without a record, recompute and
-    hcot.
+    hcot. A model is not decoded in contexts that it was not trained on; policy off is the baseline and never refused.
 
     Args:
         record: of the model, or None.
@@ -212,12 +172,25 @@ def settle(
         policy_argument: what the user calls the policy.
 
     Raises:
-        ValueError: what the user gave is not what the record says (see `check_policy`), or is unknown.
+        ValueError: what the user gave is not what the record says, or is unknown.
     """
     trained = {"policy": Policy.RECOMPUTE, "markup": "hcot"} if record is None else asdict(record)
     if record is not None and policy is None:
         logger.info("%s=%s, as the model was trained (its training record says so)", policy_argument, record.policy)
     chosen = Policy(trained["policy"] if policy is None else policy)
     notation = get_markup(trained["markup"] if markup is None else markup)
-    check_policy(record, chosen, allow, markup=notation, policy_argument=policy_argument)
+    if record is None or allow or chosen is Policy.OFF:
+        return chosen, notation
+    if record.policy != chosen:
+        unpruned = "without pruning, " if record.policy == Policy.OFF else ""
+        raise ValueError(
+            f"{policy_argument}={chosen.value}, but the model was trained {unpruned}under policy {record.policy} (its "
+            "training record says so), and it would meet contexts that it does not know. Pass "
+            f"{policy_argument}={record.policy}, or any_policy=True to run it all the same."
+        )
+    if record.markup != notation.name:
+        raise ValueError(
+            f"markup={notation.name}, but the model was trained on the notation {record.markup} (its training record "
+            f"says so). Pass markup={record.markup}, or any_policy=True to run it all the same."
+        )
     return chosen, notation

@@ -21,7 +21,7 @@ from hcot_lmeval.vocabulary import read_vocabulary, token_id
 
 
 class Added(NamedTuple):
-    """What `extend_vocabulary` did.
+    """What `add_special_tokens` did.
 
     Attributes:
         tokens: token -> id, of those that were added to the tokenizer.
@@ -33,22 +33,6 @@ class Added(NamedTuple):
 
 
 def add_special_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel | None = None,
-    markup: Markup | str = "hcot",
-    seeding: Seeding = DEFAULT_SEEDING,
-) -> int:
-    """Adds the markers and the thinking tokens that the vocabulary lacks, and rows for them to the model.
-
-    Arguments and errors are those of `extend_vocabulary`, which tells more.
-
-    Returns:
-        The number of tokens added.
-    """
-    return len(extend_vocabulary(tokenizer, model, markup, seeding).tokens)
-
-
-def extend_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None = None,
     markup: Markup | str = "hcot",

@@ -16,13 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from hcot_lmeval.control import Budget, Cause, Controller, ControlOptions
+from hcot_lmeval.control import Budget, Cause, Controller, ControlOptions, LoopDetector
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.rows import Limits, Row
 from hcot_lmeval.engine.sampling import sample
 from hcot_lmeval.events import Forced, Illegal, Loop, statistics
 from hcot_lmeval.grammar import Cursor, Grammar, State, is_legal_trace, label_tokens
-from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.trace import LiveContext, Policy
 from tests import strategies
 from tests.full import FULL

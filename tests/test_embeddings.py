@@ -10,7 +10,7 @@ import torch
 
 from hcot_lmeval.embeddings import PHRASES, Seeding, padded
 from hcot_lmeval.markup import PRESETS, Markup
-from hcot_lmeval.tokens import add_special_tokens, extend_vocabulary
+from hcot_lmeval.tokens import add_special_tokens
 from tests.tiny import MARKERS, THINK, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -44,7 +44,7 @@ def test_new_rows_are_means_of_their_phrase_and_old_ones_stay(kind, config, coun
     tokenizer, before, model = bare_tokenizer(), bare_tokenizer(), tiny_model(kind, dtype, **config)
     old = {name: table.detach().clone() for name, table in tables(model).items()}
     assert len(old) == count
-    assert add_special_tokens(tokenizer, model) == 5
+    assert len(add_special_tokens(tokenizer, model).tokens) == 5
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == 384
     new = tables(model)
     assert new.keys() == old.keys()
@@ -115,7 +115,7 @@ def test_the_seed_decides_and_the_global_random_state_stays(method):
 
 def test_method_none_reads_no_phrase():
     markup = Markup("own", "<a>", "<b>", "<c>", keep=frozenset())
-    added = extend_vocabulary(bare_tokenizer(), tiny_model("qwen2"), markup, Seeding("none"))
+    added = add_special_tokens(bare_tokenizer(), tiny_model("qwen2"), markup, Seeding("none"))
     assert added.seeding == {"method": "none", "seed": 0, "rows": {}}
     assert list(added.tokens) == ["<a>", "<b>", "<c>", *THINK]
 
@@ -135,20 +135,20 @@ def test_spare_rows_of_a_padded_embedding_are_seeded_and_the_others_stay():
 def test_only_what_is_missing_is_seeded():
     tokenizer, model = tiny_tokenizer(markers=True, think=False), tiny_model("llama")
     old = model.get_input_embeddings().weight.detach().clone()
-    added = extend_vocabulary(tokenizer, model)
+    added = add_special_tokens(tokenizer, model)
     assert list(added.tokens) == list(added.seeding["rows"]) == list(THINK)
     assert torch.equal(model.get_input_embeddings().weight[:VOCAB_SIZE], old)
     again = model.get_input_embeddings().weight.detach().clone()
-    assert extend_vocabulary(tokenizer, model) == ({}, {"method": "mean", "seed": 0, "rows": {}})
+    assert add_special_tokens(tokenizer, model) == ({}, {"method": "mean", "seed": 0, "rows": {}})
     assert torch.equal(model.get_input_embeddings().weight, again)
 
 
 def test_tokens_that_only_the_tokenizer_has_get_rows():
     """A tokenizer saved with the markers, beside the base model."""
     tokenizer, model = bare_tokenizer(), tiny_model("llama")
-    assert add_special_tokens(tokenizer) == 5
+    assert len(add_special_tokens(tokenizer).tokens) == 5
     old = model.get_input_embeddings().weight.detach().clone()
-    added = extend_vocabulary(tokenizer, model)
+    added = add_special_tokens(tokenizer, model)
     assert added.tokens == {}
     assert list(added.seeding["rows"]) == [*MARKERS, *THINK]
     row = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("[RETURN]")]
@@ -165,7 +165,7 @@ def test_users_phrases_come_before_ours_and_what_was_done_is_told():
     tokenizer, before, model = bare_tokenizer(), bare_tokenizer(), tiny_model("qwen3")
     old = model.get_input_embeddings().weight.detach().clone()
     seeding = Seeding("noise", noise=0.0, phrases={"[THOUGHT]": "open a book"}, seed=7)
-    told = extend_vocabulary(tokenizer, model, "hcot", seeding).seeding
+    told = add_special_tokens(tokenizer, model, "hcot", seeding).seeding
     assert {name: told[name] for name in ("method", "noise", "seed")} == {"method": "noise", "noise": 0.0, "seed": 7}
     ids = before.encode("open a book", add_special_tokens=False)
     assert told["rows"]["[THOUGHT]"] == {"phrase": "open a book", "ids": ids}
@@ -220,7 +220,7 @@ def test_a_model_is_extended_before_it_is_wrapped():
     add_special_tokens(tokenizer, model)
     wrapped = peft.get_peft_model(model, config)
     assert wrapped(torch.tensor([tokenizer.encode("a[THOUGHT]b")])).logits.isfinite().all()
-    assert add_special_tokens(tokenizer, wrapped) == 0
+    assert len(add_special_tokens(tokenizer, wrapped).tokens) == 0
 
 
 def test_an_extended_checkpoint_comes_back_as_it_was(tmp_path):
@@ -233,5 +233,5 @@ def test_an_extended_checkpoint_comes_back_as_it_was(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(tables(model).values(), tables(loaded).values(), strict=True))
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert add_special_tokens(again, loaded) == 0
+    assert len(add_special_tokens(again, loaded).tokens) == 0
     assert again.encode("[THOUGHT]a</think>") == tokenizer.encode("[THOUGHT]a</think>")

@@ -17,7 +17,7 @@ from hcot_lmeval.embeddings import rows_of
 from hcot_lmeval.engine import Engine
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.record import read_record
-from hcot_lmeval.tokens import extend_vocabulary
+from hcot_lmeval.tokens import add_special_tokens
 from hcot_lmeval.training import loading, sft
 from hcot_lmeval.training.config import parse_config
 from hcot_lmeval.training.curves import read_records
@@ -263,7 +263,7 @@ def test_rows_are_seeded_though_the_tokenizer_had_the_tokens_first(folder, tmp_p
     tokenizer, new = load_tokenizer(config)
     model, added = load_model(config, tokenizer, new)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
-    together = extend_vocabulary(bare_tokenizer(), expected)
+    together = add_special_tokens(bare_tokenizer(), expected)
     assert added == together and list(added.seeding["rows"]) == NEW
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.state_dict().items())
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcot_lmeval.loops import REPEATS, LoopDetector
+from hcot_lmeval.control import REPEATS, LoopDetector
 
 OPEN, CLOSE = 3, 5
 

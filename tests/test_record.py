@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hcot_lmeval.engine import Engine
 from hcot_lmeval.lm import HcotLM
-from hcot_lmeval.record import FILE_NAME, TrainingRecord, check_policy, read_record, settle, write_record
-from hcot_lmeval.tokens import add_special_tokens, extend_vocabulary
+from hcot_lmeval.record import FILE_NAME, TrainingRecord, read_record, settle, write_record
+from hcot_lmeval.tokens import add_special_tokens
 from hcot_lmeval.trace import Policy
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -30,7 +30,7 @@ def recorded(policy="recompute", markup="hcot", kind="qwen2"):
 
 
 def full_record() -> TrainingRecord:
-    seeding = extend_vocabulary(tiny_tokenizer(markers=False, think=False), tiny_model("qwen2")).seeding
+    seeding = add_special_tokens(tiny_tokenizer(markers=False, think=False), tiny_model("qwen2")).seeding
     return TrainingRecord(
         policy="evict",
         markup="hcot",
@@ -127,23 +127,23 @@ class TestRule:
     def test_a_model_is_decoded_as_it_was_trained_or_without_pruning(self, trained, policy):
         record = TrainingRecord(trained)
         if policy in (trained, Policy.OFF):
-            check_policy(record, policy)
+            settle(record, policy, None)
         else:
             with pytest.raises(
                 ValueError, match=f"policy={policy.value}, but .*{trained.value}.* Pass policy={trained}"
             ):
-                check_policy(record, policy)
-        check_policy(record, policy, allow=True)
-        check_policy(None, policy)
+                settle(record, policy, None)
+        settle(record, policy, None, allow=True)
+        settle(None, policy, None)
 
     def test_the_notation_too(self):
         record = TrainingRecord("evict", "pencil")
-        check_policy(record, "evict")
-        check_policy(record, "evict", markup="pencil")
-        check_policy(record, "off", markup="hcot")
-        check_policy(record, "evict", True, markup="hcot")
+        settle(record, "evict", None)
+        settle(record, "evict", "pencil")
+        settle(record, "off", "hcot")
+        settle(record, "evict", "hcot", allow=True)
         with pytest.raises(ValueError, match=r"markup=hcot, but .*pencil.* Pass markup=pencil, or any_policy=True"):
-            check_policy(record, "evict", markup="hcot")
+            settle(record, "evict", "hcot")
 
     def test_what_is_left_open_is_as_trained_and_said_once(self, caplog):
         caplog.set_level(logging.INFO, "hcot_lmeval")

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.tokens import add_special_tokens, encode_prompt, extend_vocabulary
+from hcot_lmeval.tokens import add_special_tokens, encode_prompt
 from hcot_lmeval.vocabulary import marker_ids, special_ids, token_id
 from tests.tiny import MARKERS, THINK, tiny_model, tiny_tokenizer
 
@@ -31,13 +31,13 @@ def test_missing_markers_are_named_with_the_remedy(markup):
 def test_added_tokens_leave_the_others_alone(markup):
     tokenizer, model = tiny_tokenizer(markers=False, think=False), tiny_model("llama")
     before, weights = tokenizer.get_vocab(), model.get_input_embeddings().weight.clone()
-    added = add_special_tokens(tokenizer, model, markup)
+    added = len(add_special_tokens(tokenizer, model, markup).tokens)
     assert added == len(PRESETS[markup].markers) + 2
     assert before.items() <= tokenizer.get_vocab().items()
     rows = model.get_input_embeddings().weight.shape[0]
     assert rows % 64 == 0 and rows >= len(tokenizer)
     assert (model.get_input_embeddings().weight[: len(weights)] == weights).all()
-    assert add_special_tokens(tokenizer, model, markup) == 0
+    assert not add_special_tokens(tokenizer, model, markup).tokens
     assert model.get_input_embeddings().weight.shape[0] == rows
     marker_ids(tokenizer, markup)
 
@@ -48,7 +48,7 @@ def test_nothing_of_the_tokenizer_is_lost(tmp_path):
     tokenizer.add_tokens(["plainword"])
     tokenizer.add_tokens([AddedToken("<tool>", special=True)])
     vocabulary, template, special = tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.all_special_tokens
-    added = extend_vocabulary(tokenizer).tokens
+    added = add_special_tokens(tokenizer).tokens
     assert list(added) == [*MARKERS, *THINK]
     assert sorted(added.values()) == list(range(len(vocabulary), len(tokenizer)))
     tokenizer.save_pretrained(tmp_path)
@@ -72,7 +72,7 @@ def test_tokens_that_are_there_stay_as_they_are():
     tokenizer = tiny_tokenizer(markers=False, think=False)
     tokenizer.add_tokens([AddedToken(text, special=False) for text in THINK])
     ids = [token_id(tokenizer, text) for text in THINK]
-    assert list(extend_vocabulary(tokenizer).tokens) == list(MARKERS)
+    assert list(add_special_tokens(tokenizer).tokens) == list(MARKERS)
     assert [token_id(tokenizer, text) for text in THINK] == ids
     assert not special_ids(tokenizer) & set(ids)
 

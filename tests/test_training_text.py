@@ -10,7 +10,7 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow
 from hcot_lmeval.provenance import tokenizer_digest
-from hcot_lmeval.tokens import extend_vocabulary
+from hcot_lmeval.tokens import add_special_tokens
 from hcot_lmeval.training.data.dataset import question_key
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
 from hcot_lmeval.vocabulary import read_vocabulary, special_ids
@@ -119,7 +119,7 @@ def test_completions(trace, answer, expected):
 def test_a_vocabulary_with_thinking_tokens_of_its_own_is_taught_these(trace):
     made = tokenizer(think=False)
     made.add_tokens([AddedToken(text, special=True) for text in ("[THINK]", "[/THINK]")])
-    assert extend_vocabulary(made).tokens == {}
+    assert add_special_tokens(made).tokens == {}
     form = TextForm(made, HCOT)
     written = form.completion_text(trace, "7", form.prompt_text(row()))
     assert written.startswith(f"[THINK]{BLOCK}[/THINK]") and "think>" not in written

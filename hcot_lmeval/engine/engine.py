@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hcot_lmeval.assets import check_name, resolve
-from hcot_lmeval.control import Controller
+from hcot_lmeval.control import Controller, LoopDetector
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
 from hcot_lmeval.engine.device.sampling import chooser_for
@@ -34,7 +34,6 @@ from hcot_lmeval.engine.sampling import Choice, Chooser, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.grammar import Grammar
-from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
 from hcot_lmeval.record import read_record, settle

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcot_lmeval.control import FREE, Budget, Controller
+from hcot_lmeval.control import FREE, Budget, Controller, LoopDetector
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
 from hcot_lmeval.engine.slots import Chunk, Span
 from hcot_lmeval.events import Recorder, Statistics, statistics
-from hcot_lmeval.loops import LoopDetector
 from hcot_lmeval.notes import Note
 from hcot_lmeval.trace import LiveContext, Policy, Step
 from hcot_lmeval.vocabulary import Pair, changes

@@ -13,7 +13,7 @@ from pathlib import Path
 from hcot_lmeval.assets import BUNDLED, resolve
 from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.provenance import tasks_folder
-from hcot_lmeval.record import CONFIG_NAME, check_policy, read_config
+from hcot_lmeval.record import CONFIG_NAME, read_config, settle
 from hcot_lmeval.report.grid import Cell, record_of
 
 FROM_TRANSFORMERS = ("hcot", "hf")
@@ -79,9 +79,8 @@ def _policy_faults(cells: Sequence[Cell]) -> Iterator[str]:
             continue
         allowed, markup = bool(cell.model_args.get("any_policy")), cell.model_args.get("markup")
         try:
-            check_policy(
-                record_of(cell.model, cell.model_args), cell.policy, allowed, markup=markup, policy_argument="policies"
-            )
+            record = record_of(cell.model, cell.model_args)
+            settle(record, cell.policy, markup, allow=allowed, policy_argument="policies")
         except ValueError as error:
             yield f"{cell.model.name}: {error}"
 

@@ -20,7 +20,7 @@ from hcot_lmeval.embeddings import Seeding
 from hcot_lmeval.engine.decoder import refuse_recurrent
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.templates import check_template, load_template, with_defaults
-from hcot_lmeval.tokens import Added, check_markers, extend_vocabulary
+from hcot_lmeval.tokens import Added, add_special_tokens, check_markers
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import LoraConfig, SftConfig
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
@@ -82,7 +82,7 @@ def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[s
                 "set tokens.add=true, another tokens.markup, or a tokenizer that has them"
             )
         return []
-    return list(extend_vocabulary(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
+    return list(add_special_tokens(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
 
 
 def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,7 +141,7 @@ def load_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase, new: Colle
     model.set_attn_implementation(attention_of(config))
     if not config.tokens.add:
         return model, Added({}, {})
-    added = extend_vocabulary(tokenizer, model, config.tokens.markup, _seeding(config), new=new)
+    added = add_special_tokens(tokenizer, model, config.tokens.markup, _seeding(config), new=new)
     return model, Added({text: tokenizer.convert_tokens_to_ids(text) for text in new}, added.seeding)
 
 
