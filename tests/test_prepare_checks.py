@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.checks import Checker, CheckOptions, check_and_repair
-from hcot_lmeval.prepare.duplicates import EvaluationRows, fingerprint, load_problems
+from hcot_lmeval.prepare.checks import (
+    Checker,
+    CheckOptions,
+    EvaluationRows,
+    check_and_repair,
+    fingerprint,
+    load_problems,
+)
 from hcot_lmeval.prepare.measure import cut, departure, make_counter
 from hcot_lmeval.prepare.outline import Block, Outline, assemble, find_control, fold, spelled_markers
 from hcot_lmeval.prepare.reasons import CHECKING

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from hcot_lmeval.files import find_inputs
 from hcot_lmeval.markup import PRESETS
-from hcot_lmeval.prepare.export import FORMATS, ExportOptions, export, format_of
+from hcot_lmeval.prepare.export import ExportOptions, export
 from hcot_lmeval.prepare.reading import read_prepared
 from hcot_lmeval.prepare.rows import PreparedRow
-from tests.prepare_files import flat_row, prepared
-
-FORMS = [(format_, form) for format_ in ("jsonl", "parquet") for form in ("columns", "chat")]
+from tests.prepare_files import flat_row, prepared, read_jsonl
 
 
 def rows(count: int = 5, response: bool = True) -> list[PreparedRow]:
@@ -34,15 +33,15 @@ def write(path, found, **options):
 
 
 @pytest.mark.parametrize("response", [True, False])
-@pytest.mark.parametrize(("format_", "form"), FORMS)
-def test_training_reads_every_form_as_the_same_text(tmp_path, format_, form, response):
+@pytest.mark.parametrize("form", ["columns", "chat"])
+def test_training_reads_every_form_as_the_same_text(tmp_path, form, response):
     from hcot_lmeval.training.config import SourceConfig
     from hcot_lmeval.training.data.sources import load_source
     from hcot_lmeval.training.data.text import TextForm
     from tests.tiny import tiny_tokenizer
 
     found = rows(response=response)
-    path = write(tmp_path / f"train.{format_}", found, format=format_, form=form)
+    path = write(tmp_path / "train.jsonl", found, form=form)
     text = TextForm(tiny_tokenizer(), PRESETS["hcot"])
     loaded = load_source(SourceConfig(path=str(path)))
     assert len(loaded) == len(found)
@@ -56,9 +55,11 @@ def test_training_reads_every_form_as_the_same_text(tmp_path, format_, form, res
 
 def test_extra_columns_lead_back_to_the_row(tmp_path):
     extras = ("original", "outline", "sentences", "made_by", "meta")
-    for format_ in ("jsonl", "parquet"):
-        path = write(tmp_path / f"all.{format_}", rows(), format=format_, extras=extras)
-        assert list(read_prepared(find_inputs([path]))) == rows()
+    path = write(tmp_path / "all.jsonl", rows(), extras=extras)
+    assert list(read_prepared(find_inputs([path]))) == rows()
+    texts = [{k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in r.items()} for r in read_jsonl(path)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), tmp_path / "all.parquet")  # which keeps them as texts
+    assert list(read_prepared(find_inputs([tmp_path / "all.parquet"]))) == rows()
 
 
 def test_an_export_is_whole_or_not_there(tmp_path):
@@ -66,43 +67,31 @@ def test_an_export_is_whole_or_not_there(tmp_path):
         yield rows(1)[0]
         raise RuntimeError("killed")
 
-    for format_ in ("jsonl", "parquet"):
-        path = write(tmp_path / f"a.{format_}", rows(2), format=format_)
-        before = path.read_bytes()
-        with pytest.raises(RuntimeError):
-            export(torn(), path, ExportOptions(format=format_))
-        assert path.read_bytes() == before
-        with pytest.raises(ValueError, match="there is no row to export: the files hold none"):
-            export([], path, ExportOptions(format=format_))
-    names = ["a.jsonl", "a.jsonl.manifest.json", "a.parquet", "a.parquet.manifest.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    path = write(tmp_path / "a.jsonl", rows(2))
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError):
+        export(torn(), path, ExportOptions())
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="there is no row to export: the files hold none"):
+        export([], path, ExportOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.manifest.json"]
 
 
-@pytest.mark.parametrize("format_", FORMATS)
-def test_a_row_that_no_file_can_hold_is_named(tmp_path, format_):
+def test_a_row_that_no_file_can_hold_is_named(tmp_path):
     good, other = rows(2)
     bad = replace(other, source=replace(other.source, question="lone \ud83d half"))
-    with pytest.raises(ValueError, match=r"row 2 \(id 'row-1'\) cannot be written: .*half of a character in question"):
-        write(tmp_path / f"a.{format_}", [good, bad], format=format_)
-    wrong = replace(other, source=replace(other.source, answer=28))
-    if format_ == "parquet":
-        with pytest.raises(ValueError, match=r"row 2 \(id 'row-1'\) cannot be written: "):
-            write(tmp_path / "a.parquet", [good, wrong], format=format_)
+    with pytest.raises(ValueError, match=r"row 2 \(id 'row-1'\) cannot be written: half of a character in question"):
+        write(tmp_path / "a.jsonl", [good, bad])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_name_of_a_file_decides_its_format(tmp_path):
-    assert [format_of(Path(f"a.{name}")) for name in FORMATS] == list(FORMATS)
-    for name in ("a.csv", "a.json", "a.jsonl.gz", "a.JSONL", "a"):
-        with pytest.raises(ValueError, match=rf"{name}: files are written as jsonl or parquet; let the name end with"):
-            write(tmp_path / name, rows(1))
-    with pytest.raises(ValueError, match=r"a.parquet is to be jsonl; let its name end with .jsonl"):
-        write(tmp_path / "a.parquet", rows(1), format="jsonl")
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl.gz", "a.JSONL", "a", "a.parquet"])
+def test_a_file_is_called_as_what_it_holds(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: rows are written as JSONL; let the name end with .jsonl"):
+        write(tmp_path / name, rows(1))
 
 
 def test_options_name_what_is_allowed():
-    with pytest.raises(ValueError, match="Input should be 'jsonl' or 'parquet'"):
-        ExportOptions(format="csv")
     with pytest.raises(ValueError, match="Input should be 'original', 'outline'"):
         ExportOptions(extras=("x",))
 

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from hcot_lmeval.files import Input, InputOptions, LimitOptions, count_records, find_inputs
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare.checks import Checker, CheckOptions
-from hcot_lmeval.prepare.duplicates import identities, load_problems
-from hcot_lmeval.prepare.export import ExportOptions, export, format_of
+from hcot_lmeval.prepare.checks import Checker, CheckOptions, identities, load_problems
+from hcot_lmeval.prepare.export import ExportOptions, export
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
 from hcot_lmeval.prepare.measure import CountOptions
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
@@ -61,14 +60,14 @@ class Given:
     def __init__(self, args: argparse.Namespace) -> None:
         self.command, self.sources, self.values = args.command, args.sources, vars(args)
 
-    def read(self, kind: type[Options], **defaults: Any) -> Options:
-        """Returns the options of a kind; `defaults` come before its own.
+    def read(self, kind: type[Options]) -> Options:
+        """Returns the options of a kind.
 
         Raises:
             ValueError: a value is not allowed.
         """
         found = {key: self.values[key] for key in kind.model_fields if key in self.values}
-        return parse_settings(kind, defaults | found, f"the options of {self.command}")
+        return parse_settings(kind, found, f"the options of {self.command}")
 
     def refuse(self, *kinds: type[Section], why: str) -> None:
         """Raises an error where an option of these kinds is given, which means nothing here."""
@@ -214,10 +213,8 @@ def run_stats(given: Given) -> int:
 
 def run_export(given: Given) -> int:
     """Exports prepared rows; returns the exit status."""
-    to = given.values.get("to")
-    options = given.read(ExportOptions, **({} if to is None else {"format": format_of(to)}))
-    out, work = given.out, given.read(WorkOptions)
-    path = to or out / "export" / f"train.{options.format}"
+    out, options, work = given.out, given.read(ExportOptions), given.read(WorkOptions)
+    path = given.values.get("to") or out / "export" / "train.jsonl"
     inputs, history = given.inputs(), manifests(out)
     with progress("export", count_records(inputs), 0, work.quiet) as bar:
         count, unread = export(read_prepared(inputs), path, options, bar.update, inputs, history)

@@ -1,4 +1,4 @@
-"""Prepared rows in the form in which they are trained on: JSONL or parquet, as columns or as chats.
+"""Prepared rows in the form in which they are trained on: JSONL, as columns or as chats.
 
     columns   id, question, hierarchical_cot, expected_answer
     chat      id, messages (the question, the trace), expected_answer
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +21,6 @@ from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
 from hcot_lmeval.settings import Section
 from hcot_lmeval.store import replacing, write_json
 
-FORMATS = ("jsonl", "parquet")
-BATCH = 256
-"""Rows of a row group in parquet files; so many are in memory."""
-
 ANSWER = "\n\n\\boxed{{{}}}"
 """What ends a message of a row without a response; training puts the same behind a bare trace."""
 
@@ -33,7 +28,6 @@ ANSWER = "\n\n\\boxed{{{}}}"
 class ExportOptions(Section, title="export"):
     """What is written."""
 
-    format: Literal["jsonl", "parquet"] = Field("jsonl", description="of the file")
     form: Literal["columns", "chat"] = Field("columns", description="a column for each part, or a conversation")
     extras: tuple[Literal["original", "outline", "sentences", "made_by", "meta"], ...] = Field(
         (), description="further columns"
@@ -75,19 +69,19 @@ def export(
         path: the file.
         options: the form.
         tick: is called after each row.
-        inputs: where the rows are from, for the manifest, as is
-        history: manifests of the steps that made them.
+        inputs: where the rows are from, for the manifest.
+        history: manifests of the steps that made them, for the same.
 
     Returns:
         The number of rows that were written, and those that could not be read.
 
     Raises:
-        ValueError: the path has another suffix than the format, there is no row, or a row cannot be written; the
-            message names it.
+        ValueError: the path has another suffix than .jsonl, there is no row, or a row cannot be written; the message
+            names it.
         OSError: the file cannot be written.
     """
-    if format_of(path) != options.format:
-        raise ValueError(f"{path} is to be {options.format}; let its name end with .{options.format}")
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: rows are written as JSONL; let the name end with .jsonl")
     if any(each.file is not None and path.exists() and path.samefile(each.file) for each in inputs):
         raise ValueError(f"{path} is among what is exported; give another --to")
     count, unread = 0, list[Unreadable]()
@@ -101,13 +95,15 @@ def export(
             count += 1
             record = exported(row, options)
             if place := surrogate_in(record):
-                raise _unwritten(count, row.source.id, f"there is half of a character in {place}")
+                named = f"row {count} (id {row.source.id!r})"
+                raise ValueError(f"{named} cannot be written: half of a character in {place}; leave it out, or mend it")
             yield record
             tick()
 
     try:
         with replacing(path) as draft:
-            (_write_jsonl if options.format == "jsonl" else _write_parquet)(draft, records(), options)
+            with draft.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records())
             if not count:
                 why = f"the first is {unread[0].where}: {unread[0].code}" if unread else "the files hold none"
                 raise ValueError(f"there is no row to export: {why}")
@@ -117,60 +113,3 @@ def export(
     manifest = {"rows": count, "arguments": arguments, "inputs": identities, "steps": list(history)}
     write_json(path.with_name(f"{path.name}.manifest.json"), manifest)
     return count, unread
-
-
-def format_of(path: Path) -> str:
-    """Returns the format that the name of a file stands for.
-
-    Raises:
-        ValueError: it ends otherwise.
-    """
-    if path.suffix[1:] not in FORMATS:
-        raise ValueError(f"{path}: files are written as {' or '.join(FORMATS)}; let the name end with .{FORMATS[0]}")
-    return path.suffix[1:]
-
-
-def _unwritten(number: int, name: str, why: object) -> ValueError:
-    return ValueError(f"row {number} (id {name!r}) cannot be written: {why}; leave it out, or mend it")
-
-
-def _write_jsonl(path: Path, records: Iterator[dict[str, Any]], options: ExportOptions) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_json(record) + "\n" for record in records)
-
-
-_AS_JSON = frozenset({"outline", "sentences", "made_by", "meta"})
-"""Columns that parquet keeps as JSON texts, since their keys differ from row to row."""
-
-
-def _write_parquet(path: Path, records: Iterator[dict[str, Any]], options: ExportOptions) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-    kinds = {"messages": pyarrow.list_(message)}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in options.columns])
-    texts = ({key: _json(value) if key in _AS_JSON else value for key, value in row.items()} for row in records)
-    written = 0
-    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        while batch := list(islice(texts, BATCH)):
-            try:
-                tables = [pyarrow.Table.from_pylist(batch, schema)]
-            except pyarrow.ArrowException:  # too many bytes for one table, or a row at fault
-                tables = [_table(row, schema, written + number) for number, row in enumerate(batch, 1)]
-            for table in tables:
-                writer.write_table(table)
-            written += len(batch)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _table(row: Mapping[str, Any], schema: Any, number: int) -> Any:
-    import pyarrow
-
-    try:
-        return pyarrow.Table.from_pylist([row], schema)
-    except pyarrow.ArrowException as error:
-        raise _unwritten(number, row["id"], error) from None

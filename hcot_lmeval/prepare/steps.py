@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from hcot_lmeval.markup import get_markup
-from hcot_lmeval.prepare.checks import Checker, CheckOptions, Fault, check_and_repair
-from hcot_lmeval.prepare.duplicates import fingerprint
+from hcot_lmeval.prepare.checks import Checker, CheckOptions, Fault, check_and_repair, fingerprint
 from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.measure import CountOptions, make_counter
 from hcot_lmeval.prepare.outline import assemble
