@@ -437,3 +437,15 @@ def test_rows_of_the_same_name_stay_apart(tmp_path):
     rows = read_jsonl(tmp_path / "run" / "check" / "rows.jsonl")
     assert [row["id"] for row in rows] == ["same"] * 3
     assert [[each["code"] for each in row.get("remarks", ())] for row in rows] == [[], *[["repeated_id"]] * 2]
+
+
+def test_a_copy_is_one_whatever_its_name(tmp_path):
+    rows = [{**flat_row(0), "id": name} for name in ("a", "a", "b")] + [{**flat_row(1), "id": "a"}]
+    run = str(tmp_path / "run")
+    assert main(["segment", str(write_rows(tmp_path / "rows.jsonl", rows)), "--out", run, "--quiet"]) == 0
+    assert main(["check", run, "--quiet"]) == 0
+    rejected = read_jsonl(tmp_path / "run" / "check" / "rejected.jsonl")
+    assert [(row["id"], row["reason"], row["detail"]) for row in rejected] == [
+        ("a", "duplicate", "all of a"),
+        ("b", "duplicate", "all of a"),
+    ]

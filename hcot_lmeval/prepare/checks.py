@@ -300,10 +300,10 @@ def _repair(row: PreparedRow, faults: Sequence[Fault], markup: Markup) -> tuple[
 # --- other rows, and problems of evaluations --------------------------------------------------------------------------
 #
 # Words are folded: case, punctuation, spaces and the forms of characters do not count, and of scripts without spaces
-# each character is a word. A problem is looked for by its n-grams of words: a row that holds a large share of them holds
-# the problem, whatever stands around it. A single common n-gram says nothing, for contests end their problems with the
-# same sentences. A problem that is shorter than an n-gram has to stand there as a whole; one of less than `FEWEST` words
-# is not looked for.
+# each character is a word. A problem is looked for by its n-grams of words: a row that holds a large share of them
+# holds the problem, whatever stands around it. A single common n-gram says nothing, for contests end their problems
+# with the same sentences. A problem that is shorter than an n-gram has to stand there as a whole; one of less than
+# `FEWEST` words is not looked for.
 
 N = 8
 """Words of an n-gram."""

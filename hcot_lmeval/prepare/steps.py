@@ -317,8 +317,10 @@ class CheckOutcome(Outcome):
         if name in self._ids:
             faults.append(Fault("repeated_id", f"{name!r} names an earlier row too"))
         self._ids.add(name)
-        if words is not None and not self._grave(faults) and self._names.setdefault(words, name) is not name:
-            faults.append(Fault("duplicate", f"all of {self._names[words]}"))
+        if words is not None and not self._grave(faults):
+            if words in self._names:
+                faults.append(Fault("duplicate", f"all of {self._names[words]}"))
+            self._names.setdefault(words, name)
         grave = self._grave(faults)
         remarks = [fault for fault in faults if fault not in grave]
         self.remarks.update(fault.code for fault in remarks)
