@@ -10,6 +10,7 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,9 @@ from hcot_lmeval.store import JsonLines, StoreError, check_schema, scan
 from hcot_lmeval.trace import Malformed
 
 SCHEMA = "hcot-notes/2"
+
+SAME = ("request", "sample", "meta", "prompt_ids")
+"""What two notes of one request have in common."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -201,7 +205,7 @@ class RunNotes:
     """The notes of one run, whose ranks have a file each, with every request once.
 
     A run that was started again may have written a request a second time; the last one counts, as it does in the
-    results.
+    results. The same request has the same id, prompt and meta; without meta, as in chats, every note is one of its own.
 
     Args:
         paths: the files.
@@ -216,7 +220,9 @@ class RunNotes:
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         self._files = [NotesFile(path) for path in paths]
         keys = {
-            (file.path, place): (str(record.get("request")), str(record.get("sample")))
+            (file.path, place): json.dumps(
+                [record.get(key) for key in SAME] if record.get("meta") else [str(file.path), place]
+            )
             for file in self._files
             for place, record in file.records()
         }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 
 from hcot_lmeval.events import Close, Fault, Finish, Open, Prefill, Prune, Split, Tokens
-from hcot_lmeval.notes import SCHEMA, Note, NoteTaker, read_notes
+from hcot_lmeval.notes import SCHEMA, Note, NoteTaker, RunNotes, read_notes
 from hcot_lmeval.trace import LiveContext
 from tests.reference import MARKERS
 from tests.strategies import cases
@@ -110,3 +111,18 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=SCHEMA):
             make(path)
     assert path.read_text() == '{"schema": "something else"}\n'
+
+
+def test_one_request_counts_once_and_notes_without_meta_are_each_their_own(tmp_path):
+    """A run that goes on writes the same request again, perhaps as another rank; a chat counts its replies anew."""
+    asked, elsewhere = note([90, 91], 1), note([89, 91], 1)
+    again = replace(asked, token_ids=(92,), events=note([90, 92], 1).events)
+    for name, meta in (("run", {"task": "t", "doc_id": 0, "repeat": 0}), ("chat", {})):
+        paths = [tmp_path / f"{name}{rank}.jsonl" for rank in range(2)]
+        for path, some in zip(paths, ([asked, elsewhere], [again]), strict=True):
+            with NoteTaker(path) as taker:
+                for one in some:
+                    taker.add(replace(one, request="1", meta=meta))
+        found = RunNotes(paths)
+        tokens = [one.token_ids for one in found]
+        assert (tokens, found.repeated) == (([(91,), (92,)], 1) if meta else ([(91,), (91,), (92,)], 0))
