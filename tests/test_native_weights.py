@@ -116,6 +116,16 @@ def test_changed_weights_are_never_read_from_an_old_copy(large):
     assert all(torch.equal(logits_of(native), fresh) for native in steps.values())
 
 
+def test_changed_rotary_frequencies_are_read_again():
+    model = make()
+    native = NativeStep(model)
+    before = logits_of(native)
+    model.model.rotary_emb.inv_freq.mul_(0.25)
+    native.refresh()
+    assert not torch.equal(logits_of(native), before)
+    assert torch.equal(logits_of(native), logits_of(NativeStep(model)))
+
+
 def test_a_copy_that_cannot_be_made_anew_is_asked_for_again(monkeypatch):
     model = make()
     native = NativeStep(model, weights="packed")

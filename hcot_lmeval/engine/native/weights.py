@@ -152,8 +152,9 @@ class ModelWeights:
 
     @property
     def state(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a parameter is replaced, or changed in place."""
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters)
+        """Changes when a parameter or a rotary frequency is replaced, or changed in place."""
+        read = (*self.parameters, *self.rotary.buffers())
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in read)
 
     def digest(self) -> str:
         """A digest of the sums of the bits of every row; it takes little longer than reading the weights once."""
