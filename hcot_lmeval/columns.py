@@ -40,6 +40,8 @@ TRAINED = {
     "messages": "messages",
 }
 """What training reads -> the column in which preparing writes it, and where training looks unless told otherwise."""
+BOXED = "\n\n\\boxed{{{}}}"
+"""What follows the thinking section of a trace that has no answer part of its own, with the answer in its place."""
 PARTNERS: dict[str, Mapping[str, str]] = {
     "deepseek_reasoning": {"response": "deepseek_solution"},
     "deepseek_thinking_trajectory": {"response": "deepseek_attempt", "verdict": "deepseek_grade"},

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import TrainerState
 
 from hcot_lmeval.training.config import SftConfig, load_config
 from hcot_lmeval.training.data.dataset import Finding
 from hcot_lmeval.training.run import RunDirectory
-from hcot_lmeval.training.trainer import Console
 from tests.test_training_config import MINIMAL
 
 
@@ -39,16 +37,6 @@ def test_who_stops_it_is_told_where_it_goes_on(tmp_path) -> None:
     assert run.stopped_at(3) == "stopped at step 3, before the first checkpoint; the same command starts anew"
     checkpoint(run, 250)
     assert run.stopped_at(490) == "stopped at step 490; the same command goes on from step 250 (checkpoint-250)"
-
-
-def test_the_bar_of_a_run_that_goes_on_starts_there() -> None:
-    console, state = Console(), TrainerState(global_step=250, max_steps=1500, is_world_process_zero=True)
-    console.on_train_begin(None, state, None)
-    state.global_step = 251
-    console.on_step_end(None, state, None)
-    assert (console.training_bar.n, console.training_bar.initial) == (251, 250)
-    assert console.training_bar.format_dict["rate"] is None or console.training_bar.format_dict["rate"] < 1e5
-    console.training_bar.close()
 
 
 def test_settings_are_written_so_that_they_can_be_read_again(tmp_path) -> None:

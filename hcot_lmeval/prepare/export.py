@@ -15,14 +15,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hcot_lmeval.columns import surrogate_in
+from hcot_lmeval.columns import BOXED, surrogate_in
 from hcot_lmeval.files import Input
 from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
 from hcot_lmeval.settings import Section
 from hcot_lmeval.store import replacing, write_json
-
-ANSWER = "\n\n\\boxed{{{}}}"
-"""What ends a message of a row without a response; training puts the same behind a bare trace."""
 
 
 class ExportOptions(Section, title="export"):
@@ -45,7 +42,7 @@ def exported(row: PreparedRow, options: ExportOptions) -> dict[str, Any]:
     record = row.record()
     begin, end = THINK
     if options.form == "chat":  # whole: nothing but the message says where the thinking ends, and what the answer is
-        answer = ANSWER.format(row.source.answer) if row.source.answer else ""
+        answer = BOXED.format(row.source.answer) if row.source.answer else ""
         said = record["hierarchical_cot"] if row.source.response else f"{begin}{row.trace}{end}{answer}"
         record["messages"] = [
             {"role": "user", "content": row.source.question},

@@ -26,6 +26,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from hcot_lmeval import columns as column_rules
 from hcot_lmeval import grammar as grammar_rules
 from hcot_lmeval import markup as markup_rules
 from hcot_lmeval import tokens
@@ -407,5 +408,5 @@ def _document_digest(document: Document) -> str:
 
 def preparation_code() -> str:
     """Returns a digest of the code that decides what a row becomes."""
-    modules = (grammar_rules, markup_rules, tokens, trace_rules, document_rules, text_rules)
+    modules = (column_rules, grammar_rules, markup_rules, tokens, trace_rules, document_rules, text_rules)
     return files_digest((__file__, *(str(module.__file__) for module in modules)))

@@ -24,14 +24,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hcot_lmeval.columns import BOXED
 from hcot_lmeval.markup import Markup
 from hcot_lmeval.provenance import tokenizer_digest
 from hcot_lmeval.tokens import encode_prompt
 from hcot_lmeval.training.data.documents import Example
 from hcot_lmeval.vocabulary import read_vocabulary, spelled_special
-
-ANSWER = "\n\n\\boxed{{{}}}"
-"""What follows the thinking section of a trace that has no answer part of its own."""
 
 
 class Unusable(ValueError):
@@ -132,7 +130,7 @@ class TextForm:
                 trace = trace.replace(theirs, ours)
         if end not in trace:
             body = trace.removeprefix(begin)
-            trace = f"{begin}{body}{end}" + (ANSWER.format(answer) if answer else "")
+            trace = f"{begin}{body}{end}" + (BOXED.format(answer) if answer else "")
         start = prompt.rstrip()
         if start.endswith(begin):
             trace = trace.removeprefix(begin).removeprefix(prompt[len(start) :])
