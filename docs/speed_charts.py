@@ -16,10 +16,10 @@ COLORS = ("#b9c0cb", "#e0a458", "#2f5fb3")
 HEAD = """\
 # How fast the engine decodes
 
-Engines are made to generate the same tokens and take turns in one run ([benchmark.md](benchmark.md) says how). Read the
-ratios: times belong to one machine on one day. The table of each chart is folded below it; all figures are in
-[speed.json](results/speed.json). 26M, 0.5B and 1.5B are shapes of Qwen2 with random weights. The figures are of release 0.1.0,
-whose benchmark had more engines and parts than today's; the commands are those of then.
+Engines are made to generate the same tokens and take turns in one run ([benchmark.md](benchmark.md) says how). Read
+the ratios: times belong to one machine on one day. The table of each chart is folded below it; all figures are in
+[speed.json](results/speed.json). 26M, 0.5B and 1.5B are shapes of Qwen2 with random weights. The figures are of
+release 0.1.0, whose benchmark had more engines and parts than today's; the commands are those of then.
 """
 
 
