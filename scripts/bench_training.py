@@ -37,7 +37,7 @@ from hcot_lmeval.provenance import machine, versions
 if TYPE_CHECKING:
     import torch
 
-    from hcot_lmeval.grammar import Grammar, Label
+    from hcot_lmeval.grammar import Grammar
     from hcot_lmeval.training.data.documents import Document, Example
 
     Batch = dict[str, torch.Tensor]
@@ -160,45 +160,13 @@ def make_grammar() -> Grammar:
 def make_documents(form: str, examples: list[Example]) -> list[Document]:
     """Compiles the traces for one form; none is cut."""
     from hcot_lmeval.trace import Policy
-    from hcot_lmeval.training.data.documents import compile_document
+    from hcot_lmeval.training.data.documents import compile_document, split_stages
 
     grammar, long = make_grammar(), 1 << 30
     if form == "stages":
-        return [stage for example in examples for stage in split_stages(example, grammar)]
+        return [stage for example in examples for stage in split_stages(example, grammar, "recompute", max_length=long)]
     policy = Policy.RECOMPUTE if form == "packed" else Policy.OFF
     return [compile_document(example, grammar, policy, max_length=long) for example in examples]
-
-
-def split_stages(example: Example, grammar: Grammar) -> list[Document]:
-    """Splits a trace at its prunes into plain causal documents: the slow twin of the packed plan.
-
-    A stage is the live context as it stands, on which there is no loss, and the tokens up to and including the next
-    marker that prunes. Each generated token is a target of one stage.
-    """
-    from hcot_lmeval.grammar import label_tokens
-    from hcot_lmeval.trace import IGNORE, LiveContext, Policy
-    from hcot_lmeval.training.data.documents import Document
-
-    def stage(before: list[int], new: list[int], labels: list[Label]) -> Document:
-        size, first = len(before) + len(new), len(before) - 1
-        states, classes = (
-            [0] * first + [int(getattr(label, name)) for label in labels[: len(new)]] + [0]
-            for name in ("state", "token_class")
-        )
-        targets = [IGNORE] * first + new + [IGNORE]
-        return Document(before + new, [*range(size)], [size] * size, targets, states, classes)
-
-    context, documents = LiveContext(grammar.markers, Policy.RECOMPUTE), []
-    for token in example.prompt_ids:
-        context.push_inert(token)
-    labels = label_tokens(example.ids, len(example.prompt_ids), grammar)
-    before, new = list(context.live), list[int]()
-    for token in example.completion_ids:
-        new.append(token)
-        if context.push(token).is_prune:
-            documents.append(stage(before, new, labels))
-            before, new, labels = list(context.live), [], labels[len(new) :]
-    return [*documents, stage(before, new, labels)] if new else documents
 
 
 def all_documents(args: argparse.Namespace, shape: str, blocks: int) -> dict[str, list[Document]]:

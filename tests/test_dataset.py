@@ -13,7 +13,7 @@ from hcot_lmeval.trace import IGNORE
 from hcot_lmeval.training.config import DataConfig
 from hcot_lmeval.training.data import dataset
 from hcot_lmeval.training.data.dataset import Finding, TrainingData, held_out_problems
-from hcot_lmeval.training.data.documents import compile_document
+from hcot_lmeval.training.data.documents import compile_document, split_stages
 from hcot_lmeval.training.data.text import TextForm
 from hcot_lmeval.vocabulary import marker_ids, token_id
 from tests.tiny import THINK, tiny_tokenizer
@@ -91,6 +91,34 @@ def test_rows_are_the_compiled_documents_packed(policy):
     assert (report.packed_rows, report.padding) == (len(prepared.rows), prepared.rows.padding)
 
 
+def test_stages_are_split_and_packed():
+    documents = [d for e in expected_examples(ROWS) for d in split_stages(e, GRAMMAR, "recompute", max_length=200)]
+    stages, packed = data(ROWS, form="stages").train("recompute"), data(ROWS).train("recompute")
+    assert list(stages.rows) == pack(documents, 200) and len(documents) > 40
+    assert learned(stages.rows) == learned(packed.rows)
+    for name in ("rows", "used", "targets", "trace_tokens", "without_answer", "without_block", "findings"):
+        assert getattr(stages.report, name) == getattr(packed.report, name)
+    assert stages.digest != packed.digest
+
+
+def test_rows_are_counted_once_however_many_stages_they_have():
+    reports = [
+        data(MIXED, form=form, malformed="keep", held_out=[save("held.jsonl", MIXED[5:6])]).train("recompute").report
+        for form in ("stages", "packed")
+    ]
+    for name in ("rows", "used", "elsewhere", "truncated", "targets", "trace_tokens", "without_block", "findings"):
+        assert getattr(reports[0], name) == getattr(reports[1], name)
+
+
+def test_without_prunes_the_only_stage_is_the_plain_document():
+    assert list(data(ROWS, form="stages").train("off").rows) == list(data(ROWS).train("off").rows)
+
+
+def test_a_policy_without_stages_is_refused():
+    with pytest.raises(ValueError, match="form=packed"):
+        data(ROWS, form="stages").train("evict")
+
+
 # --- rows that are left out -------------------------------------------------------------------------------------------
 
 BAD = {
@@ -133,13 +161,14 @@ def test_rows_without_a_block_are_counted_by_source():
     assert "without a single" not in str(data(ROWS).train("recompute").report)
 
 
-def test_long_traces_are_cut_or_dropped():
+@pytest.mark.parametrize("form", ["packed", "stages"])
+def test_long_traces_are_cut_or_dropped(form):
     rows = [row(n, f"{n}" + BLOCK * 60) for n in range(3)] + [row(3)]
-    cut = data(rows).train("recompute")
+    cut = data(rows, form=form).train("recompute")
     assert (cut.report.truncated, cut.report.findings) == (3, [])
     assert cut.report.longest <= 200
     assert learned(cut.rows)[TOKENIZER.eos_token_id] == 1  # of the only whole trace
-    dropped = data(rows, too_long="drop").train("recompute").report
+    dropped = data(rows, form=form, too_long="drop").train("recompute").report
     assert [(f.row, f.reasons) for f in dropped.rejected] == [(n, ("too_long",)) for n in range(3)]
 
 
@@ -225,6 +254,7 @@ def test_second_run_comes_from_the_cache(monkeypatch):
         ({"system_prompt": "Think."}, "tokenise"),
         ({"row_length": 150}, "compile_rows"),
         ({"malformed": "keep"}, "compile_rows"),
+        ({"form": "stages"}, "compile_rows"),
         ({"too_long": "drop"}, "compile_rows"),
     ],
 )

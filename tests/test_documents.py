@@ -3,7 +3,6 @@
 import random
 
 import pytest
-from bench_training import split_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from hcot_lmeval.training.data.documents import (
     compile_document,
     faults,
     longest_beginning,
+    split_stages,
 )
 from tests.random_traces import SHAPES, random_trace
 from tests.reference import CLOSE, EOS, LEAD, MARKERS, OPEN, POLICIES, SPLIT, rewrite, stages
@@ -146,7 +146,7 @@ def check_stages(documents, ids, prompt_len, markers):
 @settings(max_examples=150)
 def test_stages_are_those_of_the_twin(case):
     ids, prompt_len, markers, _ = case
-    documents = split_stages(example(ids, prompt_len), grammar(markers))
+    documents = split_stages(example(ids, prompt_len), grammar(markers), "recompute", max_length=10_000)
     check_stages(documents, ids, prompt_len, markers)
 
 
@@ -155,13 +155,37 @@ def test_long_traces_have_the_stages_of_the_twin(notation):
     markers = MARKERS[notation]
     for seed in range(12):
         ids, prompt_len = random_trace(seed, markers, 120)
-        check_stages(split_stages(example(ids, prompt_len), grammar(markers)), ids, prompt_len, markers)
+        check_stages(
+            split_stages(example(ids, prompt_len), grammar(markers), "recompute", max_length=10_000),
+            ids,
+            prompt_len,
+            markers,
+        )
+
+
+@given(cases(policy="recompute"), st.integers(1, 30))
+@settings(max_examples=150)
+def test_stages_are_cut_so_that_each_fits(case, max_length):
+    ids, prompt_len, markers, _ = case
+    if len(ids) == prompt_len:
+        return
+    longest = {
+        n: max(len(tokens) for tokens, _ in reference_stages(ids[:n], prompt_len, markers))
+        for n in boundaries(*case[:3])
+    }
+    stop = next((n for n, size in longest.items() if size <= max_length), None)
+    if stop is None:
+        with pytest.raises(TooLong):
+            split_stages(example(ids, prompt_len), grammar(markers), "recompute", max_length=max_length)
+    else:
+        documents = split_stages(example(ids, prompt_len), grammar(markers), "recompute", max_length=max_length)
+        check_stages(documents, ids[:stop], prompt_len, markers)
 
 
 @given(cases(policy="recompute"))
 def test_stages_and_plan_learn_the_same_tokens_in_the_same_states(case):
     ids, prompt_len, markers, policy = case
-    parts = split_stages(example(ids, prompt_len), grammar(markers))
+    parts = split_stages(example(ids, prompt_len), grammar(markers), "recompute", max_length=10_000)
     whole = compile_document(example(ids, prompt_len), grammar(markers), policy, max_length=10_000)
 
     def learned(document):
@@ -171,9 +195,10 @@ def test_stages_and_plan_learn_the_same_tokens_in_the_same_states(case):
     assert [row for part in parts for row in learned(part)] == learned(whole)
 
 
-def test_empty_prompts_are_refused():
+@pytest.mark.parametrize("make", [compile_document, split_stages])
+def test_empty_prompts_are_refused(make):
     with pytest.raises(ValueError, match=r"prompt"):
-        compile_document(Example((), (9, EOS)), grammar(HCOT), "off", max_length=9)
+        make(Example((), (9, EOS)), grammar(HCOT), "off", max_length=9)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

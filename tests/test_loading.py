@@ -184,6 +184,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"train": [{"path": "{folder}/none.jsonl"}], "held_out_share": 0.3}},
         "no file matches",
     ),
+    "stages of evict": (
+        {
+            "data": {"train": [{"path": "{folder}/rows.jsonl"}], "held_out_share": 0.3, "form": "stages"},
+            "phases": [{"policy": "evict", "steps": 1}],
+        },
+        "data.form=stages exists for policy recompute alone; use form=packed",
+    ),
     "nothing to hold out": ({"data": {"train": [{"path": "{folder}/rows.jsonl"}]}}, "nothing is held out"),
     "an empty share": (
         {"data": {"train": [{"path": "{folder}/rows.jsonl"}], "held_out_share": 1e-9}},

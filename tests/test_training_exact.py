@@ -13,7 +13,7 @@ from bench_training import pack
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.data.documents import Example, compile_document
+from hcot_lmeval.training.data.documents import Example, compile_document, split_stages
 from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.forward import LossSettings, install, loss_sums, token_logprobs
 from tests.random_traces import SHAPES, random_trace
@@ -98,6 +98,20 @@ def test_packed_rows_equal_the_slow_twin(policy, kind, shape, row_length) -> Non
     batch = batch_of(examples, policy, row_length)
     assert len(batch["input_ids"]) == (1 if row_length == 600 else 3)
     assert_same(model, loss_sums(model, batch, PLAIN).objective, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stages_equal_packed_rows(kind, shape) -> None:
+    examples = traces(shape)
+    model = tiny_model(kind, torch.float64)
+    install(model)
+    parts = [stage for example in examples for stage in split_stages(example, GRAMMAR, "recompute", max_length=120)]
+    assert len(parts) > 2 * len(examples)
+    split = loss_sums(model, collate(pack(parts, 120), 120, 0), PLAIN)
+    packed = loss_sums(model, batch_of(examples, Policy.RECOMPUTE, 120), PLAIN)
+    assert split.counts.tolist() == packed.counts.tolist()
+    assert_same(model, packed.objective, split.objective)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])

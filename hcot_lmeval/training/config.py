@@ -64,6 +64,7 @@ class DataConfig(Section):
     malformed: Literal["drop", "keep"] = Field("drop", description="what becomes of malformed traces")
     too_long: Literal["cut", "drop"] = Field("cut", description="what becomes of traces that do not fit into a row")
     row_length: int = Field(4096, ge=8, description="tokens in a packed row; also the longest document")
+    form: Literal["packed", "stages"] = Field("packed", description="one plan a trace, or a document for each stage")
     system_prompt: str | None = Field(None, description="system message before each question")
     workers: int = Field(1, ge=1, description="processes that tokenise and compile")
 

@@ -38,6 +38,7 @@ from hcot_lmeval.training.card import judge, write_card
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
+from hcot_lmeval.training.data.documents import NO_STAGES
 from hcot_lmeval.training.data.rows import collate
 from hcot_lmeval.training.evaluation import Data, Evaluator
 from hcot_lmeval.training.forward import LossSettings
@@ -145,6 +146,8 @@ def check_settings(config: SftConfig) -> None:
             f"evaluation.metric={config.evaluation.metric} is measured by generation; set evaluation.problems, or "
             "metric=loss"
         )
+    if config.data.form == "stages" and any(phase.policy is Policy.EVICT for phase in config.phases):
+        raise ValueError(NO_STAGES)
     if config.revision is not None and Path(resolve(config.model)).is_dir():
         raise ValueError(f"revision={config.revision} is of models on a hub, and {config.model} is here; leave it out")
     attention_of(config)

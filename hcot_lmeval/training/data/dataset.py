@@ -38,7 +38,15 @@ from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.config import DataConfig, SourceConfig
 from hcot_lmeval.training.data import documents as document_rules
 from hcot_lmeval.training.data import text as text_rules
-from hcot_lmeval.training.data.documents import COLUMNS, Document, Example, TooLong, compile_document, faults
+from hcot_lmeval.training.data.documents import (
+    COLUMNS,
+    Document,
+    Example,
+    TooLong,
+    compile_document,
+    faults,
+    split_stages,
+)
 from hcot_lmeval.training.data.rows import PackedRows, assign, columns_of, largest, list_lengths
 from hcot_lmeval.training.data.sources import cached_map, load_source
 from hcot_lmeval.training.data.text import TextForm, Unusable, digest_of
@@ -138,14 +146,14 @@ def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, le
         leaked: whether the others ask what a held-out source asks, which is worth a finding each.
     """
     documents = rows.documents
-    columns = columns_of(documents, "blocks", "truncated", "trace_tokens", "targets_count", "answer", "source")
-    used = wanted & (lengths > 0)
+    columns = columns_of(documents, "first", "blocks", "truncated", "trace_tokens", "targets_count", "answer", "source")
+    first, used = columns["first"], wanted & (lengths > 0)
     unanswered = np.array([answer is None for answer in columns["answer"]], dtype=bool)
     return Report(
-        rows=len(documents),
-        elsewhere=0 if leaked else int((~wanted).sum()),
-        without_answer=int((used & unanswered).sum()),
-        without_block=Counter(columns["source"][used & ~columns["blocks"]].tolist()),
+        rows=int(first.sum()),
+        elsewhere=0 if leaked else int((first & ~wanted).sum()),
+        without_answer=int((first & used & unanswered).sum()),
+        without_block=Counter(columns["source"][first & used & ~columns["blocks"]].tolist()),
         truncated=int((columns["truncated"] & used).sum()),
         trace_tokens=int(columns["trace_tokens"][used].sum()),
         forwarded_tokens=int(lengths[used].sum()),
@@ -154,14 +162,12 @@ def make_report(rows: PackedRows, lengths: np.ndarray, wanted: np.ndarray, *, le
         positions=largest(documents, "positions") + 1,
         packed_rows=len(rows),
         padding=rows.padding,
-        findings=list(_findings(documents, lengths, wanted, leaked)),
+        findings=list(_findings(documents, lengths, wanted, first & leaked)),
     )
 
 
-def _findings(documents: Dataset, lengths: np.ndarray, wanted: np.ndarray, leaked: bool) -> Iterator[Finding]:
-    telling = list_lengths(documents, "reasons") > 0
-    if leaked:
-        telling |= ~wanted
+def _findings(documents: Dataset, lengths: np.ndarray, wanted: np.ndarray, leaked: np.ndarray) -> Iterator[Finding]:
+    telling = (list_lengths(documents, "reasons") > 0) | (leaked & ~wanted)
     for index in np.flatnonzero(telling & (wanted | leaked)).tolist():
         entry = documents[index]
         reasons = (*entry["reasons"], *(() if wanted[index] else ("in_held_out",)))
@@ -249,6 +255,7 @@ class TrainingData:
             "keep_malformed": config.malformed == "keep",
             "cut": config.too_long == "cut",
             "max_length": config.row_length,
+            "stages": config.form == "stages",
         }
         return cached_map(
             self._examples(source),
@@ -324,6 +331,7 @@ DOCUMENT_FEATURES = Features(
     | {name: List(Value("int8")) if name in ("states", "classes") else IDS for name in COLUMNS}
     | {
         "reasons": List(Value("string")),
+        "first": Value("bool"),
         "blocks": Value("bool"),
         "truncated": Value("bool"),
         "trace_tokens": Value("int32"),
@@ -331,7 +339,8 @@ DOCUMENT_FEATURES = Features(
         "digest": Value("string"),
     }
 )
-"""A document for each row; one that is left out has no tokens."""
+"""A document for each row, or several, its stages, of which the first has what is said of the row as a whole; one that
+is left out has no tokens."""
 
 
 def tokenise(row: Mapping[str, Any], form: TextForm, grammar: Grammar) -> dict[str, Any]:
@@ -365,40 +374,45 @@ def compile_rows(batch: Mapping[str, list[Any]], **options: Any) -> dict[str, li
     Args:
         batch: a list for each of `EXAMPLE_FEATURES`.
         options: grammar, policy, max_length (see `compile_document`); keep_malformed, and cut (whether long traces are
-            cut or left out).
+            cut or left out), and stages (whether traces are split at their prunes).
     """
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     out: dict[str, list[Any]] = {name: [] for name in DOCUMENT_FEATURES}
     for row in rows:
-        for name, value in _entry(row, **options).items():
-            out[name].append(value)
+        for entry in _entries(row, **options):
+            for name, value in entry.items():
+                out[name].append(value)
     return out
 
 
-def _entry(
-    row: Mapping[str, Any], grammar: Grammar, policy: str, max_length: int, *, keep_malformed: bool, cut: bool
-) -> dict[str, Any]:
-    """Returns what `DOCUMENT_FEATURES` has for one row of the source."""
+def _entries(
+    row: Mapping[str, Any], *, keep_malformed: bool, cut: bool, stages: bool, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Yields what `DOCUMENT_FEATURES` has for one row of the source."""
     example = Example(tuple(row["prompt_ids"]), tuple(row["completion_ids"]), row["answer"])
-    document, reasons = Document(), row["faults"]
+    documents, reasons = list[Document](), row["faults"]
     if row["unusable"] is not None:
         reasons = [row["unusable"]]
     elif keep_malformed or not reasons:
         with suppress(TooLong):
-            document = compile_document(example, grammar, policy, max_length=max_length)
-        if not document.learned or (document.learned < len(example.completion_ids) and not cut):
-            document, reasons = Document(), [*reasons, "too_long"]
-    learned = document.learned
-    return {
-        **{name: row[name] for name in PLACE},
-        **{name: getattr(document, name) for name in COLUMNS},
-        "reasons": reasons,
-        "blocks": grammar.markers.open in example.completion_ids,
-        "truncated": 0 < learned < len(example.completion_ids),
-        "trace_tokens": len(example.prompt_ids) + learned if learned else 0,
-        "targets_count": learned,
-        "digest": _document_digest(document),
-    }
+            documents = split_stages(example, **options) if stages else [compile_document(example, **options)]
+        learned = sum(document.learned for document in documents)
+        if not learned or (learned < len(example.completion_ids) and not cut):
+            documents, reasons = [], [*reasons, "too_long"]
+    learned = sum(document.learned for document in documents)
+    for number, document in enumerate(documents or [Document()]):
+        first = number == 0
+        yield {
+            **{name: row[name] for name in PLACE},
+            **{name: getattr(document, name) for name in COLUMNS},
+            "reasons": reasons if first else [],
+            "first": first,
+            "blocks": options["grammar"].markers.open in example.completion_ids,
+            "truncated": first and 0 < learned < len(example.completion_ids),
+            "trace_tokens": len(example.prompt_ids) + learned if first and learned else 0,
+            "targets_count": document.learned,
+            "digest": _document_digest(document),
+        }
 
 
 def _document_digest(document: Document) -> str:

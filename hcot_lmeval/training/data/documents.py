@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from hcot_lmeval.grammar import Cursor, Grammar, Label, State, label_tokens
 from hcot_lmeval.markup import MarkerIds
-from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, Policy, compile_trace
+from hcot_lmeval.trace import IGNORE, Kind, LiveContext, Malformed, Plan, Policy, compile_trace
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ COLUMNS = tuple(f.name for f in fields(Document))
 """The lists of a document, which are the columns of a packed row."""
 
 
+NO_STAGES = "data.form=stages exists for policy recompute alone; use form=packed with policy evict"
+
+
 class TooLong(ValueError):
     """No beginning of the trace that ends between blocks fits."""
 
@@ -92,26 +95,58 @@ def compile_document(example: Example, grammar: Grammar, policy: Policy | str, *
     if plan is None or len(plan) > max_length:  # a plan is never shorter than its trace
         ids = ids[: longest_beginning(example, grammar.markers, policy, max_length)]
         plan = compile_trace(ids, start, grammar.markers, policy)
-    labels = label_tokens(ids, start, grammar)
-    rows = [row for row, target in enumerate(plan.targets) if target != IGNORE]
-    return _document(plan.ids, plan.positions, plan.death, plan.targets, rows, labels)
+    return _document(plan, label_tokens(ids, start, grammar))
 
 
-def longest_beginning(example: Example, markers: MarkerIds, policy: Policy | str, max_length: int) -> int:
+def split_stages(example: Example, grammar: Grammar, policy: Policy | str, *, max_length: int) -> list[Document]:
+    """Splits the trace at its prunes into plain causal documents: the slow twin of the packed plan.
+
+    A stage is the live context as it stands, on which there is no loss, and the tokens up to and including the next
+    marker that prunes. Each generated token is a target of one stage. Without prunes (`off`) there is one stage.
+
+    Args:
+        example: prompt and completion.
+        grammar: markers, thinking tokens and end tokens.
+        policy: `recompute` or `off`; under `evict` what is left was computed in other contexts.
+        max_length: most tokens of a stage; the trace is cut as in `compile_document`, so that every stage fits.
+
+    Raises:
+        TooLong: not even the shortest such beginning fits.
+        ValueError: the policy is `evict`, or the prompt is empty.
+    """
+    markers = grammar.markers
+    if Policy(policy) is Policy.EVICT:
+        raise ValueError(NO_STAGES)
+    ids = example.ids[: longest_beginning(example, markers, policy, max_length, stages=True)]
+    labels = label_tokens(ids, len(example.prompt_ids), grammar)
+    context, documents = _after_prompt(example, markers, policy), list[Document]()
+    before, first = list(context.live), len(example.prompt_ids)
+    for end, token in enumerate(ids[first:], start=first + 1):
+        if context.push(token).is_prune or end == len(ids):
+            plan = compile_trace([*before, *ids[first:end]], len(before), markers, Policy.OFF)
+            documents.append(_document(plan, labels[first - len(example.prompt_ids) :]))
+            before, first = list(context.live), end
+    return documents
+
+
+def longest_beginning(
+    example: Example, markers: MarkerIds, policy: Policy | str, max_length: int, *, stages: bool = False
+) -> int:
     """Returns the length of the longest beginning of the trace whose plan has at most `max_length` tokens.
 
     A beginning ends with the trace, right behind a closing marker or right before an opening one, at any depth, and
-    holds at least one generated token.
+    holds at least one generated token. With `stages` each stage has to fit, as long as it is before its prune.
 
     Raises:
         TooLong: there is none.
     """
     context, size, found = _after_prompt(example, markers, policy), len(example.prompt_ids), 0
     for index, token in enumerate(example.completion_ids, start=size):
+        stage = len(context.live) + 1
         step = context.push(token)
         if step.kind is Kind.OPEN and index > len(example.prompt_ids):
             found = index
-        size += len(step.forward)
+        size = stage if stages else size + len(step.forward)
         if size > max_length:
             return _fitting(found, max_length)
         if step.kind is Kind.CLOSE:
@@ -159,16 +194,10 @@ def _fitting(found: int, max_length: int) -> int:
     return found
 
 
-def _document(
-    ids: list[int],
-    positions: list[int],
-    death: list[int],
-    targets: list[int],
-    rows: Sequence[int],
-    labels: Sequence[Label],
-) -> Document:
-    """Puts the labels, one for each generated token in order, beside the targets, which are at `rows`."""
-    states, classes = [0] * len(ids), [0] * len(ids)
+def _document(plan: Plan, labels: Sequence[Label]) -> Document:
+    """Puts the labels, one for each generated token in order, beside the targets of the plan."""
+    states, classes = [0] * len(plan), [0] * len(plan)
+    rows = (row for row, target in enumerate(plan.targets) if target != IGNORE)
     for row, label in zip(rows, labels, strict=False):
         states[row], classes[row] = int(label.state), int(label.token_class)
-    return Document(ids, positions, death, targets, states, classes)
+    return Document(plan.ids, plan.positions, plan.death, plan.targets, states, classes)
