@@ -261,7 +261,7 @@ REFUSED = {
     "trainer.enable_jit_checkpoint cannot be set here: SIGTERM saves": {"enable_jit_checkpoint": True},
     "trainer.label_smoothing_factor cannot be set here: the loss": {"label_smoothing_factor": 0.1},
     "trainer.hub_token cannot be set here: nothing is uploaded": {"hub_token": "x", "push_to_hub": True},
-    "trainer.push_to_hub cannot be set here: .*upload the finished model: hf upload": {"push_to_hub": True},
+    "trainer.push_to_hub cannot be set here: .*hcot push OUTPUT/model --to OWNER/NAME": {"push_to_hub": True},
     "trainer.report_to=dvclive cannot be used: .*pip install dvclive": {"report_to": "dvclive"},
     "trainer.report_to=tensorbord cannot be used: tensorbord is not supported": {"report_to": "tensorbord"},
     "trainer.fsdp shards a model over several processes with a GPU each; here are 1 on cpu": {"fsdp": "full_shard"},

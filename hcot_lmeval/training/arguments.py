@@ -48,6 +48,7 @@ OWNED = {
 """Arguments that follow from the settings named behind them, or that nothing else works with."""
 
 OURS = "the loss and the evaluation are ours; see the sections loss and evaluation"
+PUSH = "upload the finished model: hcot push OUTPUT/model --to OWNER/NAME"
 REFUSED: dict[str, str] = {
     "use_liger_kernel": "it replaces the forward that computes the losses of packed rows",
     "liger_kernel_config": "liger replaces the forward that computes the losses of packed rows",
@@ -56,10 +57,10 @@ REFUSED: dict[str, str] = {
     "ignore_data_skip": "a run that goes on would see rows twice",
     "save_only_model": "a run could not go on from its checkpoints",
     "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
-    "push_to_hub": "checkpoints hold a pickle of all arguments; upload the finished model: hf upload NAME OUTPUT/model",
+    "push_to_hub": f"checkpoints hold a pickle of all arguments; {PUSH}",
     **dict.fromkeys(
         ("hub_strategy", "hub_always_push", "hub_token", "hub_model_id", "hub_private_repo", "hub_revision"),
-        "nothing is uploaded; upload the finished model: hf upload NAME OUTPUT/model",
+        f"nothing is uploaded; {PUSH}",
     ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it does nothing here"),
     **dict.fromkeys(
