@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hcot_lmeval.training.curves import Curves, draw, read_records, save_figure, series, verdict
+from hcot_lmeval.training.curves import Curves, draw, read_records, save_figure, series
 
 TRAIN = [{"step": step, "loss": 9.0, "cross_entropy": 30 / step} for step in range(10, 101, 10)]
 HELD_OUT = [
@@ -149,20 +149,3 @@ def test_the_png_is_written_whole(tmp_path, records):
 def test_logging_needs_no_matplotlib():
     code = "import sys, hcot_lmeval.training.curves; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("losses", "told"),
-    [
-        ([3.0, 2.0, 1.5], "ended at 1.5 nats per token, the training loss at 1. The held-out loss was never lower"),
-        ([3.0, 2.0, 2.5], "The held-out loss is 25.0% above its lowest, 2 at step 20, whose weights are kept."),
-        ([3.0, 0.0, 2.5], "The held-out loss is above its lowest, 0 at step 20"),
-        ([3.0, math.nan, 2.5], "It diverged: a loss is no number."),
-        ([], "were not measured"),
-    ],
-)
-def test_the_verdict_tells_where_the_held_out_loss_was_lowest(losses, told):
-    records = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate(losses, 1)]
-    assert told in verdict([*records, {"step": 30, "loss": 9.0, "cross_entropy": 1.0}])
-    if losses:
-        assert "diverged" in verdict([*records, {"step": 30, "loss": math.inf}])

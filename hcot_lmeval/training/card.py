@@ -12,8 +12,9 @@ import yaml
 from hcot_lmeval.provenance import hardware
 from hcot_lmeval.record import TrainingRecord
 from hcot_lmeval.training.config import SftConfig
-from hcot_lmeval.training.curves import read_records, verdict
+from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
+from hcot_lmeval.training.verdict import verdict
 
 CARD = """---
 library_name: transformers

@@ -80,40 +80,17 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
 
 
-def train_loss(record: Record) -> float | None:
-    """Returns the training loss in a record, or None: the cross-entropy alone where it is told apart."""
-    value = record.get("cross_entropy", record.get("loss"))
-    return None if value is None else float(value)
-
-
-def verdict(records: Iterable[Record]) -> str:
-    """Returns in words how the losses went: where the held-out one was lowest, how far above that it ended.
-
-    The records are those of one phase: a change of the data moves losses for reasons of its own. A single evaluation is
-    noisy, and the words say so; the curves show how much.
-    """
-    records = [_with_train_loss(record) for record in records]
-    (steps, losses), (_, trained) = series(records, "eval_loss"), series(records, TRAIN)
-    if not steps or not trained:
-        return "The losses were not measured."
-    if not all(map(math.isfinite, (*losses, *trained))):
-        return "It diverged: a loss is no number. Lower the learning rate, warm up for longer, or clip gradients."
-    best = min(range(len(steps)), key=losses.__getitem__)
-    ended = f"The held-out loss ended at {losses[-1]:.4g} nats per token, the training loss at {trained[-1]:.4g}"
-    if best == len(steps) - 1:
-        return f"{ended}. The held-out loss was never lower: it may fall further with more steps."
-    rise = f"{losses[-1] / losses[best] - 1:.1%} above" if losses[best] else "above"
-    return (
-        f"{ended}. The held-out loss is {rise} its lowest, {losses[best]:.4g} at step {steps[best]}, whose weights are "
-        "kept. Where that is more than noise it overfits: more steps will not help, more data may."
-    )
-
-
 def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
     """Returns steps, ascending, and values of `key`; the last record counts where a step has several."""
     found = {record["step"]: float(record[key]) for record in records if record.get(key) is not None}
     steps = sorted(found)
     return steps, [found[step] for step in steps]
+
+
+def with_train_loss(record: Record) -> Record:
+    """Returns the record with its training loss, if any, as `TRAIN`: the cross-entropy alone where told apart."""
+    value = record.get("cross_entropy", record.get("loss"))
+    return record if value is None else {**record, TRAIN: float(value)}
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -183,7 +160,7 @@ def draw(records: Sequence[Record], *, phases: Sequence[tuple[int, str]] = (), b
 
     figure = Figure(figsize=(12, 8), layout="constrained")  # not pyplot, which keeps figures and picks a display
     FigureCanvasAgg(figure)
-    records = [_with_train_loss(record) for record in records]
+    records = [with_train_loss(record) for record in records]
     for axes, panel in zip(figure.subplots(2, 2).flat, (LOSSES, CLASSES, GENERATION, TOKENS), strict=True):
         _draw_panel(axes, panel, records)
         _mark(axes, phases, best_step)
@@ -233,10 +210,6 @@ def _mark(axes: Axes, phases: Sequence[tuple[int, str]], best_step: int | None) 
         axes.text(step, 1.01, name, transform=place, fontsize="small", color="grey")  # above, where no legend is
     if best_step is not None:
         axes.axvline(best_step, color="green", linestyle=":", label=f"best checkpoint ({best_step})")
-
-
-def _with_train_loss(record: Record) -> Record:
-    return record if train_loss(record) is None else {**record, TRAIN: train_loss(record)}
 
 
 def _plain(record: Record) -> Record:
