@@ -391,18 +391,8 @@ def _parts(gold: Node, answer: Node) -> bool:
 
 
 _NEGATIONS = frozenset(
-    {
-        "no solution",
-        "no solutions",
-        "none",
-        "no real solutions",
-        "no real solution",
-        "does not exist",
-        "dne",
-        r"\emptyset",
-        "{}",
-    }
-)
+    ("no solution", "no solutions", "no real solution", "no real solutions", "none", "does not exist", "dne")
+) | {r"\emptyset", "{}"}
 
 
 def _texts_equal(gold: Node, answer: Node) -> bool:
