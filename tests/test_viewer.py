@@ -133,7 +133,10 @@ def test_page_loads_nothing_and_allows_one_script_and_one_style(tmp_path, capsys
         assert f"{directive} 'sha256-{digest}';" in policy
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     assert not [a for _, attrs in page.elements for a in attrs if a in ("src", "href", "style") or a.startswith("on")]
-    assert set(re.findall(r"https?://[^\"'\s]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\"'\s]+", html)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1998/Math/MathML",
+    }
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bFunction\(|@import|url\(", html)
 
 
@@ -256,7 +259,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, me
 def test_help_is_light():
     """Nothing heavy is imported to say what the options are."""
     code = "import sys; sys.argv = ['v', '--help']\nfrom hcot_lmeval.report.viewer.cli import main\ntry: main()\n"
-    code += "finally: print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
+    code += "finally: print(sorted({'torch', 'transformers', 'latex2mathml', 'lm_eval'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert result.stdout.strip().endswith("[]") and "--terminal" in result.stdout
 

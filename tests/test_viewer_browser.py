@@ -304,6 +304,21 @@ def test_an_injected_script_would_be_stopped_by_the_policy(browser, tmp_path):
     page.close()
 
 
+def test_formulas_are_drawn(show, tmp_path):
+    text = r"so \(\frac{1}{2}\) and $\foo{1}$ and \[ x^2 \] is \boxed{504} with $\text{<b>bold</b>}$"
+    page = show(write_rows(tmp_path / "t.jsonl", [{"question": "What is $x$?", "text": text}]))
+    assert page.locator(".prompt math mi").text_content() == "x"
+    assert page.locator(".row math").count() == 4 and page.locator(".row math mfrac").count() == 1
+    assert (
+        page.locator(".row math[display=block] msup").count() == 1
+        and page.locator("math .boxed mn").text_content() == "504"
+    )
+    assert "$\\foo{1}$" in page.locator(".row.text").inner_text() and page.locator(".rows b").count() == 0
+    assert (
+        page.locator("mfrac").bounding_box()["height"] > 1.3 * page.locator("mfrac mn").first.bounding_box()["height"]
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [("<script>alert(1)</script> " * 8 + "$x_1$ ") * 950, "y" * 200_000, "[THOUGHT] d " * 1500],

@@ -16,6 +16,8 @@ The second is the structure, in flat lists (a trace may nest a thousand blocks d
 * ``blocks``: ``[open, split, close, depth, thought, solution, pruned]`` each; the first three are indices of segments
   or -1.
 * ``growth``: see `Outline.growth`.
+* ``formulas``, ``prompt_formulas``: ``[start, stop, tree]`` each, tree an index into ``trees``.
+* ``trees``: MathML, see `mathml`.
 
 Characters are counted as JavaScript counts them, in units of UTF-16.
 """
@@ -38,6 +40,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hcot_lmeval.report.viewer.mathml import formulas, mathml
 from hcot_lmeval.report.viewer.reading import Source, Trace, ViewerError
 from hcot_lmeval.report.viewer.tree import Outline, Segment, borders, live_curve, outline_of
 from hcot_lmeval.report.viewer.verdicts import Verdict, Verdicts
@@ -145,6 +148,7 @@ def pack(trace: Trace, outline: Outline) -> str:
 
 def structure(trace: Trace, outline: Outline) -> dict[str, Any]:
     """Returns the second line: what the trace is made of."""
+    trees: dict[str, int] = {}
     return {
         "segments": _segments(trace, outline.segments),
         "blocks": [
@@ -152,6 +156,9 @@ def structure(trace: Trace, outline: Outline) -> dict[str, Any]:
             for b in outline.blocks
         ],
         "growth": outline.growth,
+        "formulas": _formulas(trace.text, borders(trace, outline.segments), trees),
+        "prompt_formulas": _formulas(trace.prompt, [0, len(trace.prompt)], trees),
+        "trees": [json.loads(tree) for tree in trees],
     }
 
 
@@ -213,6 +220,19 @@ def _segments(trace: Trace, segments: Sequence[Segment]) -> list[list[Any]]:
         [s.kind.value[0], s.count, width, s.depth, s.gone or 0, s.fault.value if s.fault else 0]
         for s, width in zip(segments, widths, strict=True)
     ]
+
+
+def _formulas(text: str, edges: Sequence[int], trees: dict[str, int]) -> list[list[int]]:
+    """The formulas within the stretches between `edges`, none across a marker; adds what is new to `trees`."""
+    found: list[tuple[int, int, int]] = []
+    for begin, end in pairwise(edges):
+        for formula in formulas(text[begin:end]):
+            tree = mathml(formula.latex, formula.display)
+            if tree is not None:
+                number = trees.setdefault(json.dumps(tree), len(trees))
+                found.append((begin + formula.start, begin + formula.stop, number))
+    flat = utf16_units(text, [at for start, stop, _ in found for at in (start, stop)])
+    return [[flat[2 * i], flat[2 * i + 1], tree] for i, (_, _, tree) in enumerate(found)]
 
 
 def utf16_units(text: str, indices: Sequence[int]) -> list[int]:

@@ -3,6 +3,15 @@
 // Building elements. Text from a trace only ever becomes a text node; names of elements and attributes are our own.
 
 const SVG = "http://www.w3.org/2000/svg";
+const MATHML = "http://www.w3.org/1998/Math/MathML";
+const MATH_TAGS = new Set(
+  ("math mrow mi mn mo mtext mspace msqrt mstyle mpadded menclose mtable mtr mtd mmultiscripts mprescripts " +
+    "mfrac mroot msub msup munder mover msubsup munderover").split(" "),
+);
+const MATH_ATTRIBUTES = new Set(
+  ("display accent displaystyle fence form largeop movablelimits separator stretchy symmetric mathvariant " +
+    "lspace rspace width minsize maxsize scriptlevel linethickness").split(" "),
+);
 
 /** Makes an element. `props`: class, text, on (listeners), data (data-*), and attributes under their own names. */
 function make(tag, props = {}, ...children) {
@@ -23,6 +32,19 @@ function makeSvg(tag, attributes = {}, ...children) {
   const node = document.createElementNS(SVG, tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, String(value));
   node.append(...children);
+  return node;
+}
+
+/** Builds MathML from a tree `[tag, attributes, child, ...]`. A name that is not on the lists is an error. */
+function makeMath(tree) {
+  const [tag, attributes, ...children] = tree;
+  if (!MATH_TAGS.has(tag)) throw new Error(`element ${tag} is not allowed in a formula`);
+  const enclosed = tag === "menclose"; // browsers lack it; a row with a border does
+  const node = document.createElementNS(MATHML, enclosed ? "mrow" : tag);
+  if (enclosed) node.setAttribute("class", /strike/.test(attributes.notation) ? "struck" : "boxed");
+  if (attributes.columnalign) node.setAttribute("class", `align-${attributes.columnalign}`);
+  for (const [key, value] of Object.entries(attributes)) if (MATH_ATTRIBUTES.has(key)) node.setAttribute(key, value);
+  for (const child of children) node.append(typeof child === "string" ? child : makeMath(child));
   return node;
 }
 
@@ -151,7 +173,8 @@ const CHUNK = 1200; // characters of a row of text, about
 
 class Trace {
   constructor(row, prompt, text, structure) {
-    Object.assign(this, { row, prompt, text, growth: structure.growth });
+    Object.assign(this, { row, prompt, text, growth: structure.growth, trees: structure.trees });
+    Object.assign(this, { formulas: structure.formulas, promptFormulas: structure.prompt_formulas });
     this.total = row.prompt_tokens + row.generated_tokens;
     this.segments = [];
     let token = row.prompt_tokens;
@@ -286,8 +309,14 @@ class Trace {
     let end = this.text.indexOf("\n", from + CHUNK);
     if (end < 0 || end > from + 3 * CHUNK) end = this.text.indexOf(" ", from + 2 * CHUNK);
     if (end < 0 || end > from + 4 * CHUNK) end = from + 2 * CHUNK;
-    return Math.min(to, end + 1);
+    const formula = formulasWithin(this.formulas, end, end + 1)[0];
+    return Math.min(to, formula ? formula[1] : end + 1);
   }
+}
+
+/** The formulas [from, to, tree] that reach beyond `from` and begin before `to`; they are in order. */
+function formulasWithin(formulas, from, to) {
+  return formulas.slice(lastOf(formulas, ([, end]) => end <= from) + 1, lastOf(formulas, ([start]) => start < to) + 1);
 }
 
 // Rows to elements.
@@ -398,12 +427,31 @@ class Painter {
     if (first && !this.trace.segments[segment.place - 1].fault) node.append(make("span", { class: "word solution", text: "solution" }), " ");
     [from, to] = [trimStart(this.trace.text, from, to), trimEnd(this.trace.text, from, to)];
     node.classList.toggle("blank", from >= to && !first);
-    this.marked(node, this.trace.text, from, to, this.hits);
+    this.rich(node, this.trace.text, from, to, this.trace.formulas, this.hits);
   }
 
   prompt(node) {
     node.dir = "auto";
-    this.marked(node, this.trace.prompt, 0, this.trace.prompt.length, this.promptHits);
+    this.rich(node, this.trace.prompt, 0, this.trace.prompt.length, this.trace.promptFormulas, this.promptHits);
+  }
+
+  /** Appends text with its formulas drawn and its hits marked; a formula that holds a hit is marked whole. */
+  rich(parent, text, from, to, formulas, hits) {
+    let at = from;
+    for (const [start, stop, tree] of formulasWithin(formulas, from, to)) {
+      if (start < at || stop > to) continue; // cut off at a moment
+      const display = this.trace.trees[tree][1].display === "block";
+      this.marked(parent, text, at, display ? trimEnd(text, at, start) : start, hits);
+      const hit = hits.find((place) => place < stop && place + this.length > start);
+      const holder = make("span", {
+        class: `math${display ? " display" : ""}${hit === undefined ? "" : " hit"}`, title: text.slice(start, stop),
+        data: hit === undefined ? {} : { hit },
+      });
+      holder.append(makeMath(this.trace.trees[tree]));
+      parent.append(holder);
+      at = display ? trimStart(text, stop, to) : stop;
+    }
+    this.marked(parent, text, at, to, hits);
   }
 
   /** Appends text with its hits marked. */
@@ -431,7 +479,7 @@ function faultBadge(name) {
   return make("span", { class: "badge fault", text: `⚠ ${name.split("_").join(" ")}`, title: INDEX.faults[name] });
 }
 
-/** Spaces at the ends of a row would show as empty lines. */
+/** Spaces at the ends of a row, and around a formula that stands alone, would show as empty lines. */
 function trimEnd(text, from, to) {
   while (to > from && " \n".includes(text[to - 1])) to -= 1;
   return to;
