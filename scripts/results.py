@@ -27,6 +27,7 @@ PLOTS = {
     "accuracy-live": "Answered right within so many live tokens",
     "accuracy-generated": "Answered right within so many generated tokens",
     "live-context": "The live context while one problem is solved",
+    "blocks": "Lengths of thoughts and solutions, and depth",
 }
 HEAD = """# Results of the bundled models
 

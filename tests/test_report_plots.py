@@ -16,7 +16,9 @@ from hcot_lmeval.notes import Note, NoteTaker
 from hcot_lmeval.report.comparison import compare
 from hcot_lmeval.report.plots import (
     LOOKS,
+    blocks,
     budget_curve,
+    closed_blocks,
     live_context,
     most_pruned,
     notes_of,
@@ -28,7 +30,7 @@ from hcot_lmeval.report.tables import entries_of
 from hcot_lmeval.report.viewer.tree import live_curve
 from hcot_lmeval.trace import LiveContext
 from tests.random_traces import random_trace
-from tests.reference import MARKERS, POLICIES
+from tests.reference import MARKERS, POLICIES, rewrite
 from tests.result_files import build_run
 from tests.viewer_files import note_of
 
@@ -52,6 +54,19 @@ def test_the_saw_tooth_is_the_live_context(policy: str) -> None:
         assert live_curve(note.events) == live
         falls += any(b < a for a, b in itertools.pairwise(live))
     assert (falls > 10) == (policy != "off")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lengths_are_those_of_the_rewritten_trace(policy: str) -> None:
+    seen = 0
+    for seed in range(60):
+        found = closed_blocks(noted(seed, policy))
+        blocks = rewrite(*random_trace(seed, HCOT, 60), HCOT).blocks
+        assert sorted(b.thought for b in found) == sorted(b.split - b.open - 1 for b in blocks)
+        assert sorted(b.solution for b in found) == sorted(b.close - b.split - 1 for b in blocks)
+        assert len(found) == len(blocks) and min((b.depth for b in found), default=1) >= 1
+        seen += len(blocks)
+    assert seen > 100
 
 
 def test_budget_curve_by_asking_at_every_budget(tmp_path: Path) -> None:
@@ -144,13 +159,13 @@ def test_runs_that_coincide_both_show(tmp_path: Path) -> None:
     assert axes.get_title() == "problem 0, that of the longest response"
 
 
-def test_notes_bring_the_saw_tooth(tmp_path: Path) -> None:
+def test_notes_bring_the_saw_tooth_and_the_blocks(tmp_path: Path) -> None:
     with NoteTaker(tmp_path / "notes" / "n.jsonl") as taker:
         for doc_id in range(3):
             taker.add(noted(doc_id + 1, "recompute", doc_id=doc_id))
     build_run(tmp_path / "out", [1, 0, 1], model_args={"notes": str(tmp_path / "notes")})
     drawn = {path.name: path for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path)}
-    assert {"toy-live-context.png", "toy-live-context.svg"} <= drawn.keys()
+    assert {"toy-live-context.png", "toy-live-context.svg", "toy-blocks.png"} <= drawn.keys()
     (tmp_path / "again").mkdir()
     for path in plot_task("toy", entries_of(read_runs(tmp_path / "out")), tmp_path / "again"):
         if path.suffix == ".png":
@@ -169,3 +184,17 @@ def test_notes_of_another_run_in_the_same_folder_are_left_out(tmp_path: Path) ->
     found = notes_of(entry)
     assert len(found) == 2
     assert not any(note.statistics.pruned_tokens for note in found)
+
+
+def test_a_curve_of_blocks_is_the_share_that_is_at_most_so_long() -> None:
+    """Also where all are alike, and beside a run that closed none."""
+    found = closed_blocks(noted(1, "recompute"))
+    alike = [found[0]] * 5
+    panels = blocks({"none": [], "some": found, "alike": alike}).axes
+    for axes, kind in zip(panels, ("thought", "solution", "depth"), strict=True):
+        for line, these in zip(axes.lines, (found, alike), strict=True):
+            values = [getattr(block, kind) for block in these]
+            assert (line.get_xdata()[0], line.get_ydata()[0]) == (min(values), 0)
+            for x, y in zip(line.get_xdata()[1:], line.get_ydata()[1:], strict=True):
+                assert y == pytest.approx(100 * sum(value <= x for value in values) / len(values))
+            assert line.get_ydata()[-1] == 100

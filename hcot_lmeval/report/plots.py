@@ -1,4 +1,4 @@
-"""The plots of a comparison, as PNG and SVG: what a window costs, what a budget buys, and the saw-tooth.
+"""The plots of a comparison, as PNG and SVG: what a window costs, what a budget buys, the saw-tooth, and blocks.
 
 Curves over live context and over generated tokens answer the same question under two budgets: of all problems, which
 share is answered right by a response that stayed within x? Each response has one peak and one length, so the curve is
@@ -19,7 +19,7 @@ import numpy as np
 from hcot_lmeval.notes import SCHEMA, Note, NotesFile, RunNotes
 from hcot_lmeval.report.statistics import estimate
 from hcot_lmeval.report.tables import Entry
-from hcot_lmeval.report.viewer.tree import live_curve
+from hcot_lmeval.report.viewer.tree import Block, live_curve, outline_of
 from hcot_lmeval.store import first_record
 
 matplotlib.use("Agg")
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 LINES = ("-", "--", ":", "-.")
 """Of the first seven runs, the next seven, and so on."""
@@ -75,6 +76,9 @@ def plot_task(task: str, entries: Sequence[Entry], directory: Path) -> list[Path
     if notes:
         rule = [entry.name for entry in ours if entry.name in notes and entry.runs[0].setting("ablation") is None]
         drawn["live-context"] = live_context(notes, most_pruned(notes[name] for name in rule or notes))
+    closed = {name: [block for note in run for block in closed_blocks(note)] for name, run in notes.items()}
+    if any(closed.values()):
+        drawn["blocks"] = blocks(closed)
     return [path for name, figure in drawn.items() for path in save(figure, directory / f"{task}-{name}")]
 
 
@@ -181,6 +185,39 @@ def most_pruned(runs: Iterable[Sequence[Note]]) -> Any:
     """Returns the doc_id of the response with most prunes in any of the runs; the longest of equal ones."""
     every = (note for run in runs for note in run)
     return max(every, key=lambda note: (note.statistics.prune_events, len(note.token_ids))).meta["doc_id"]
+
+
+def closed_blocks(note: Note) -> list[Block]:
+    """Returns the blocks of a response that were closed with a solution."""
+    found = outline_of(len(note.prompt_ids), note.events).blocks
+    return [block for block in found if block.close is not None and block.split is not None]
+
+
+def blocks(closed: Mapping[str, Sequence[Block]]) -> Figure:
+    """Distributions of the lengths of thoughts and solutions and of the depth of blocks, a line for each run.
+
+    Runs that solve the same problems rightly may coincide; each line is thinner than the one before, so that all show.
+
+    Args:
+        closed: name of a run -> its blocks.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0))
+    looks = zip(itertools.cycle(LOOKS), np.linspace(4.0, 1.2, len(closed)), closed.items(), strict=False)
+    for style, width, (name, found) in looks:
+        lengths = ((block.thought, block.solution, block.depth) for block in found)
+        for axes, values in zip(panels, zip(*lengths, strict=True), strict=False):  # of no blocks there are no values
+            x, counts = np.unique(values, return_counts=True)
+            share = 100 * np.cumsum([0, *counts]) / len(found)
+            axes.step([x[0], *x], share, where="post", label=name, linewidth=width, **style | {"marker": ""})
+    thoughts, solutions, depths = panels
+    thoughts.set(xlabel="tokens of a thought", ylabel="% of blocks, at most")
+    thoughts.set_xscale("symlog", base=2, linthresh=8)
+    thoughts.xaxis.set_major_locator(LogLocator(base=4))
+    thoughts.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axes, label in ((solutions, "tokens of a solution"), (depths, "depth of a block")):
+        axes.set(xlabel=label, xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _with_legend(figure, thoughts)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
