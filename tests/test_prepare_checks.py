@@ -95,6 +95,7 @@ def test_each_fault_has_its_code(code, one, options):
 def test_every_code_of_a_check_is_tested_here_or_below():
     elsewhere = {
         "duplicate",
+        "near_duplicate",
         "repeated_id",
         "contaminated",
         "answer_unchecked",
@@ -237,6 +238,8 @@ def test_options_name_what_is_allowed():
         CheckOptions(answers="x")
     with pytest.raises(ValueError, match="less than or equal to 1"):
         CheckOptions(contamination=2)
+    with pytest.raises(ValueError, match="near does nothing under duplicates=off"):
+        CheckOptions(duplicates="off", near=0.9)
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------

@@ -78,6 +78,26 @@ def test_rejected_rows_are_kept_with_reasons_and_nothing_is_lost(tmp_path, capsy
     assert [row["reason"] for row in read_jsonl(out / "check" / "rejected.jsonl")][-1] == "contaminated"
 
 
+def test_near_duplicates_are_rejected_or_reported_and_the_first_row_stays(tmp_path):
+    rows = [flat_row(0), flat_row(1), flat_row(0) | {"id": "near"}]
+    rows[2]["problem"] += " Please."
+    assert rows[2]["problem"] != rows[0]["problem"]
+    out = tmp_path / "run"
+    assert run("segment", write_rows(tmp_path / "flat.jsonl", rows), "--out", out, *BLOCKS) == 0
+    for more, passed, rejected, remarked in (
+        ([], 2, ["near_duplicate"], 0),
+        (["--near", 1], 3, [], 0),
+        (["--tolerate", "near_duplicate"], 3, [], 1),
+        (["--duplicates", "off"], 3, [], 0),
+    ):
+        assert run("check", out, *more, "--restart") == 0
+        found = read_jsonl(out / "check" / "rows.jsonl")
+        assert len(found) == passed and sum("remarks" in row for row in found) == remarked
+        late = read_jsonl(out / "check" / "rejected.jsonl")
+        assert [row["reason"] for row in late] == rejected
+        assert all(row["id"] == "near" and row["detail"].endswith("% of row-0") for row in late)
+
+
 def test_the_same_again_does_nothing_and_other_settings_are_refused(tmp_path, capsys):
     out = segmented(tmp_path)
     stamp = (out / "segment" / "rows.jsonl").stat().st_mtime_ns

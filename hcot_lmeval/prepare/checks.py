@@ -23,7 +23,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hcot_lmeval.columns import ROLES
 from hcot_lmeval.files import file_digest, find_inputs
@@ -77,6 +77,9 @@ class CheckOptions(CountOptions, title="what is allowed"):
     duplicates: Annotated[Literal["trace", "question", "off"], read_off] = Field(
         "trace", description="which words make a duplicate"
     )
+    near: float = Field(
+        0.8, gt=0, le=1, description="from which share of common 5-grams on rows are near duplicates; 1: the same alone"
+    )
     against: tuple[str, ...] = Field(
         (), description="evaluation tasks (aime24 aime25 math500 polymath) or files whose problems to look for"
     )
@@ -96,6 +99,12 @@ class CheckOptions(CountOptions, title="what is allowed"):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no code of a check; known are {', '.join(CHECKING)}")
         return codes
+
+    @model_validator(mode="after")
+    def _near_what(self) -> CheckOptions:
+        if self.duplicates == "off" and "near" in self.model_fields_set:
+            raise ValueError("near does nothing under duplicates=off; leave one of them out")
+        return self
 
     @property
     def notation(self) -> Markup:

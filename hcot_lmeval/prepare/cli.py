@@ -99,7 +99,7 @@ examples:
   %(prog)s run                                           after segment or refine
   %(prog)s run --against aime24 aime25 polymath --drop-contaminated
   %(prog)s traces.jsonl --out run --max-tokens 16384 --tokenizer Qwen/Qwen2.5-1.5B
-  %(prog)s run --tolerate answer_missing duplicate       report these, reject for the others
+  %(prog)s run --tolerate answer_missing near_duplicate  report these, reject for the others
   %(prog)s run --teacher gemini:gemini-2.5-flash --max-usd 5        let it judge whether solutions suffice
   %(prog)s --reasons                                     every code and what it means
 

@@ -15,6 +15,7 @@ from hcot_lmeval.prepare.checks import Checker, CheckOptions, identities, load_p
 from hcot_lmeval.prepare.export import ExportOptions, export
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
 from hcot_lmeval.prepare.measure import CountOptions
+from hcot_lmeval.prepare.near import NearRows
 from hcot_lmeval.prepare.reading import check_roles, read_prepared, read_rows
 from hcot_lmeval.prepare.reasons import REASONS
 from hcot_lmeval.prepare.segmenter import SegmenterOptions
@@ -147,17 +148,18 @@ def run_check(given: Given) -> int:
     inputs = given.inputs("check")
     rows, count = read_prepared(inputs, read.limit), partial(count_records, inputs, read.limit)
     arguments = {"limit": read.limit, **options.model_dump(), "problems": identities(options.against)}
-    outcome = CheckOutcome(options)
-    if teacher.teacher is not None:
-        judge = Judge(Asking(load_prompt("judge"), teacher, given.read(AskingOptions)), Checker(options))
-        folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
-        return _ask(folder, rows, count, judge, teacher, work, outcome)
-    given.refuse(*TEACHER, why=WITHOUT_TEACHER)
-    folder = given.folder(arguments, inputs)
-    if not folder.open(restart=work.restart):
-        make = MakeCheck(options, tuple(load_problems(options.against)))
-        run_rows(folder, rows, count, make, work, outcome)
-    return _report(folder)
+    with NearRows(options.near) as near:
+        outcome = CheckOutcome(options, near)
+        if teacher.teacher is not None:
+            judge = Judge(Asking(load_prompt("judge"), teacher, given.read(AskingOptions)), Checker(options))
+            folder = given.folder({**arguments, "judge": judge.made_by}, inputs)
+            return _ask(folder, rows, count, judge, teacher, work, outcome)
+        given.refuse(*TEACHER, why=WITHOUT_TEACHER)
+        folder = given.folder(arguments, inputs)
+        if not folder.open(restart=work.restart):
+            make = MakeCheck(options, tuple(load_problems(options.against)))
+            run_rows(folder, rows, count, make, work, outcome)
+        return _report(folder)
 
 
 WITHOUT_TEACHER = "belongs to a teacher; give --teacher PROVIDER:MODEL too"

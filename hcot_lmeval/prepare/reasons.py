@@ -72,6 +72,7 @@ CHECKING = {
     "too_short": "the trace is shorter than is allowed",
     "peak_too_high": "the live context under pruning grows larger than is allowed",
     "duplicate": "an earlier row has the same words",
+    "near_duplicate": "an earlier row has nearly the same words",
     "repeated_id": "an earlier row has the same id",
     "contaminated": "the row holds a problem of an evaluation task",
 }

@@ -24,6 +24,7 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions, Fault, check_and_repair, fingerprint
 from hcot_lmeval.prepare.folder import StepFolder
 from hcot_lmeval.prepare.measure import CountOptions, make_counter
+from hcot_lmeval.prepare.near import NearRows, signature
 from hcot_lmeval.prepare.outline import assemble
 from hcot_lmeval.prepare.reasons import REASONS, Refused
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
@@ -285,7 +286,7 @@ class MakeCheck:
 
 
 def checked_entry(check: Checker, row: PreparedRow, faults: Sequence[Fault], repairs: Sequence[str]) -> dict[str, Any]:
-    """Returns the entry of a row that was checked, with the fingerprint by which duplicates are found later."""
+    """Returns the entry of a row that was checked, with that by which duplicates are found later."""
     options = check.options
     entry: dict[str, Any] = {"row": row.record(), "faults": [fault[:2] for fault in faults], "repairs": list(repairs)}
     if options.duplicates != "off":
@@ -293,18 +294,20 @@ def checked_entry(check: Checker, row: PreparedRow, faults: Sequence[Fault], rep
         if options.duplicates == "trace":
             text = f"{text}\n{row.source.text if row.source.reasoning else row.text}"
         entry["print"] = fingerprint(text)
+        if options.near < 1:
+            entry["signature"] = signature(text)
     return entry
 
 
 class CheckOutcome(Outcome):
-    """Decides by the faults of a row and whether an earlier one had the same words.
+    """Decides by the faults of a row and whether an earlier one had the same words, or nearly.
 
     Only rows that pass are remembered: a copy of a rejected row is no duplicate of anything that is left.
     """
 
-    def __init__(self, options: CheckOptions) -> None:
+    def __init__(self, options: CheckOptions, near: NearRows) -> None:
         super().__init__()
-        self._options = options
+        self._options, self._near = options, near
         self._ids: set[str] = set()
         self._names: dict[str, str] = {}  # fingerprint -> the first row that has it
         self.repaired: Counter[str] = Counter()
@@ -313,14 +316,12 @@ class CheckOutcome(Outcome):
         if "reject" in entry:
             return super().decide(entry)
         record, faults = entry["row"], [Fault(*fault) for fault in entry["faults"]]
-        name, words = str(record["id"]), entry.get("print")
+        name = str(record["id"])
         if name in self._ids:
             faults.append(Fault("repeated_id", f"{name!r} names an earlier row too"))
         self._ids.add(name)
-        if words is not None and not self._grave(faults):
-            if words in self._names:
-                faults.append(Fault("duplicate", f"all of {self._names[words]}"))
-            self._names.setdefault(words, name)
+        if not self._grave(faults):
+            faults += self._duplicate(name, entry.get("print"), entry.get("signature"))
         grave = self._grave(faults)
         remarks = [fault for fault in faults if fault not in grave]
         self.remarks.update(fault.code for fault in remarks)
@@ -329,6 +330,15 @@ class CheckOutcome(Outcome):
             return False, rejection(record, [*grave, *remarks])
         listed = [{"code": fault.code, "detail": fault.detail} for fault in remarks]
         return True, {**record, "remarks": listed} if listed else record
+
+    def _duplicate(self, name: str, words: str | None, signature: str | None) -> Iterator[Fault]:
+        if words in self._names:
+            yield Fault("duplicate", f"all of {self._names[words]}")
+            return
+        if words is not None:
+            self._names[words] = name
+        if signature is not None and (near := self._near.find_or_add(name, signature)):
+            yield Fault("near_duplicate", f"{near[1]:.0%} of {near[0]}")
 
     def _grave(self, faults: Sequence[Fault]) -> list[Fault]:
         return [fault for fault in faults if fault.code not in self._options.tolerated]
