@@ -36,15 +36,15 @@ def test_all_steps_in_a_row(tmp_path, capsys):
     out = segmented(tmp_path)
     assert run("check", out, "--quiet") == 0
     assert run("stats", out, "--quiet") == 0
-    assert run("export", out, "--quiet") == 0
+    assert run("export", out, "--format", "parquet", "--quiet") == 0
     said = capsys.readouterr().out
     assert "segment: 8 of 8 rows passed, 0 rejected" in said and "check: 8 of 8 rows passed" in said
-    assert "Live context and forwarded tokens" in said and "train.jsonl: 8 rows (id, question, hier" in said
+    assert "Live context and forwarded tokens" in said and "train.parquet: 8 rows (id, question, hier" in said
     flat = {row["id"]: row for row in (flat_row(number) for number in range(8))}
     for row in read_jsonl(out / "check" / "rows.jsonl"):
         assert row["original"] == flat[row["id"]]["generated_solution"]  # word for word, tags and all
         assert row["made_by"]["method"] == "segmenter"
-    manifest = json.loads((out / "export" / "train.jsonl.manifest.json").read_text())
+    manifest = json.loads((out / "export" / "train.parquet.manifest.json").read_text())
     assert [step["step"] for step in manifest["steps"]] == ["segment", "check"]
     inputs = manifest["steps"][0]["identity"]["inputs"]
     assert inputs[0]["file"] == "flat.jsonl" and len(inputs[0]["sha256"]) == 64
@@ -150,6 +150,8 @@ def test_steps_run_alone_on_files(tmp_path):
         (["check", "flat.jsonl"], "is not the folder of one run; name a folder with --out RUN"),
         (["check", "flat.jsonl", "--out", "x"], "Flat traces go through `segment` first"),
         (["check", "run", "--tolerate", "x"], "tolerate: 'x' is no code of a check; known are malformed"),
+        (["export", "run", "--push", "name"], "push: 'name' is no data set on the hub; give owner/name"),
+        (["export", "run", "--public"], "public is of an upload; give push=owner/name too"),
         (["check", "run", "--against", "aime"], "choose one of aime24, aime25, math500, polymath, or a file"),
     ],
 )

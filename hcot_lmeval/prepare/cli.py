@@ -16,7 +16,7 @@ Prepares training data: flat chains of thought in, checked hierarchical traces o
   refine    let a teacher wrap dead ends and redundant branches as blocks
   check     sort rows into good ones and rejected ones, with reasons; repair common faults
   stats     count blocks, lengths, live context and forwarded tokens
-  export    write what training reads: columns or chats as JSONL
+  export    write what training reads: columns or chats, as JSONL or parquet, and to the hub
 
 The words of a trace are never changed. Each command works on a run folder (--out) or on files, alone or in a row; one
 that was killed goes on when it is started again.
@@ -123,7 +123,8 @@ Written to OUT/stats: stats.md, stats.json, a CSV for each table.
         """\
 examples:
   %(prog)s run                                           OUT/export/train.jsonl
-  %(prog)s run --form chat --to data/train.jsonl
+  %(prog)s run --form chat --to data/train.parquet
+  %(prog)s run --format parquet --push owner/name        private unless --public; the token comes from the environment
 """,
     ),
 }  # fmt: skip
@@ -160,7 +161,7 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
     if name == "check":
         command.add_argument("--reasons", action=_Reasons, nargs=0, help="print every code with its meaning, and stop")
     if name == "export":
-        command.add_argument("--to", type=Path, metavar="FILE", help="the file to write (OUT/export/train.jsonl)")
+        command.add_argument("--to", type=Path, metavar="FILE", help="the file to write (OUT/export/train.FORMAT)")
 
 
 class _Reasons(argparse.Action):

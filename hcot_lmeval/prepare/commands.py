@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hcot_lmeval.files import Input, InputOptions, LimitOptions, count_records, find_inputs
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.prepare.checks import Checker, CheckOptions, identities, load_problems
-from hcot_lmeval.prepare.export import ExportOptions, export
+from hcot_lmeval.prepare.export import ExportOptions, export, push
 from hcot_lmeval.prepare.folder import StepFolder, is_run, manifests, rows_of
 from hcot_lmeval.prepare.measure import CountOptions
 from hcot_lmeval.prepare.near import NearRows
@@ -216,13 +216,15 @@ def run_stats(given: Given) -> int:
 def run_export(given: Given) -> int:
     """Exports prepared rows; returns the exit status."""
     out, options, work = given.out, given.read(ExportOptions), given.read(WorkOptions)
-    path = given.values.get("to") or out / "export" / "train.jsonl"
+    path = given.values.get("to") or out / "export" / f"train.{options.format or 'jsonl'}"
     inputs, history = given.inputs(), manifests(out)
     with progress("export", count_records(inputs), 0, work.quiet) as bar:
         count, unread = export(read_prepared(inputs), path, options, bar.update, inputs, history)
     print(f"{path}: {count} rows ({', '.join(options.columns)})")
     if unread:
         print(f"{len(unread)} rows could not be read; the first: {unread[0].where}: {unread[0].code}", file=sys.stderr)
+    if options.push:
+        print(push(path, count, options, history))
     return 0
 
 
