@@ -331,8 +331,11 @@ def test_sums_add_up() -> None:
     for name in ("objective", "cross_entropy", "structure", "counts"):
         torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-12, atol=0)
     assert added.objective.requires_grad
-    assert not added.detach().objective.requires_grad
+    assert not added.map(torch.Tensor.detach).objective.requires_grad
     assert not any(part.requires_grad for part in (added.cross_entropy, added.structure, added.counts))
+    loss, _, by_class = added.means()
+    assert loss == pytest.approx((added.cross_entropy.sum() / added.counts.sum()).item())
+    assert [math.isnan(mean) for mean in by_class] == (added.counts == 0).tolist()
 
 
 def test_a_chunk_has_a_row() -> None:

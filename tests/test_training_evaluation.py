@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import multiprocessing
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import TrainingRecord, write_record
 from hcot_lmeval.training import evaluation
 from hcot_lmeval.training.evaluation import MEASURES, Sample, evaluation_mode, free_run, held_out_losses
+from hcot_lmeval.training.losses import LossSums
 from tests.tiny import MARKERS, THINK, favour, tiny_model, tiny_tokenizer
 
 LOSS_KEYS = ["loss", "loss_text", "loss_markers", "loss_solution", "loss_answer", "structure"]
@@ -251,13 +251,13 @@ def test_wrapped_models_write_what_they_write_bare(tokenizer, problems):
 # --- held-out losses --------------------------------------------------------------------------------------------------
 
 
-def sums(*rows: tuple[int, float], structure: float = 0.0) -> SimpleNamespace:
-    """Sums of (class, loss) targets in the form of LossSums."""
+def sums(*rows: tuple[int, float], structure: float = 0.0) -> LossSums:
+    """The sums of (class, loss) targets."""
     cross_entropy, counts = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     for token_class, loss in rows:
         cross_entropy[token_class] += loss
         counts[token_class] += 1
-    return SimpleNamespace(cross_entropy=cross_entropy, counts=counts, structure=torch.tensor(structure))
+    return LossSums(cross_entropy.sum(), cross_entropy, torch.tensor(structure), counts)
 
 
 BATCHES = [

@@ -191,20 +191,15 @@ def held_out_losses(batches: Iterable[Any], measure: Callable[[Any], LossSums]) 
     Raises:
         ValueError: there is no batch.
     """
-    total: torch.Tensor | None = None
+    total: LossSums | None = None
     with torch.no_grad():
         for batch in batches:
-            sums = measure(batch)
-            parts = torch.cat([sums.cross_entropy, sums.structure.reshape(1), sums.counts]).double()
-            total = parts if total is None else total + parts
+            sums = measure(batch).map(torch.Tensor.double)
+            total = sums if total is None else total + sums
     if total is None:
         raise ValueError("held-out losses need at least one batch")
-    classes = len(TokenClass)
-    losses, counts = total[:classes], total[classes + 1 :]
-    sums_of = torch.cat([losses.sum().reshape(1), losses[[*LOSSES.values()]], total[classes].reshape(1)])
-    counts_of = torch.cat([counts.sum().reshape(1), counts[[*LOSSES.values()]], counts.sum().reshape(1)])
-    means = _mean(sums_of, counts_of, total.device, reduce=True)
-    return dict(zip(("loss", *LOSSES, "structure"), means, strict=True))
+    loss, structure, by_class = total.map(_over_processes).means()
+    return {"loss": loss, **{name: by_class[each] for name, each in LOSSES.items()}, "structure": structure}
 
 
 @contextmanager
@@ -284,6 +279,12 @@ class _Reader:
 def _place() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _over_processes(sums: torch.Tensor) -> torch.Tensor:
+    if _place()[1] > 1:
+        dist.all_reduce(sums)
+    return sums
 
 
 def _mean(sums: torch.Tensor, counts: torch.Tensor, device: torch.device, *, reduce: bool) -> list[float]:

@@ -49,9 +49,18 @@ class LossSums:
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
-    def detach(self) -> LossSums:
-        """Returns the same numbers without gradients."""
-        return LossSums(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LossSums:
+        """Returns what `change` makes of each tensor."""
+        return LossSums(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def means(self) -> tuple[float, float, list[float]]:
+        """Returns cross-entropy and structure term per target, and the cross-entropy per target of each `TokenClass`.
+
+        They are NaN where there is no target.
+        """
+        count = self.counts.sum()
+        by_class: list[float] = (self.cross_entropy / self.counts).tolist()
+        return float(self.cross_entropy.sum() / count), float(self.structure / count), by_class
 
 
 def packed_losses(

@@ -105,30 +105,20 @@ class Parts:
     sums: LossSums | None = None
 
     def add(self, sums: LossSums) -> None:
-        self.sums = sums.detach() if self.sums is None else self.sums + sums.detach()
+        sums = sums.map(torch.Tensor.detach)
+        self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Returns the means in nats per token, over all processes, and starts anew."""
+        """Returns the means in nats per token, over all processes, and starts anew.
+
+        They are cross_entropy, structure and the cross-entropy of each token class; `reduce` adds a tensor up over the
+        processes.
+        """
         if self.sums is None:
             return {}
-        means, self.sums = mean_losses(self.sums, reduce), None
-        return means
-
-
-def mean_losses(sums: LossSums, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> dict[str, float]:
-    """Returns cross_entropy, structure and the cross-entropy of each token class, in nats per token of that class.
-
-    Args:
-        sums: of this process.
-        reduce: adds a tensor up over the processes.
-    """
-    cross_entropy, counts = reduce(sums.cross_entropy), reduce(sums.counts)
-    total = counts.sum().clamp_min(1)
-    means = {"cross_entropy": cross_entropy.sum() / total, "structure": reduce(sums.structure) / total}
-    for token_class in TokenClass:
-        name = f"cross_entropy_{token_class.name.lower()}"
-        means[name] = cross_entropy[token_class] / counts[token_class].clamp_min(1)
-    return {name: float(value) for name, value in means.items()}
+        (cross_entropy, structure, by_class), self.sums = self.sums.map(reduce).means(), None
+        classes = {f"cross_entropy_{each.name.lower()}": by_class[each] for each in TokenClass}
+        return {"cross_entropy": cross_entropy, "structure": structure, **classes}
 
 
 Evaluate = Callable[[Trainer], dict[str, float]]
