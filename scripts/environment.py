@@ -13,9 +13,11 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import urllib.request
 import venv
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +84,21 @@ def answers(index: str) -> bool:
         return False
 
 
+@cache
+def keeps(python: Path) -> bool:
+    """Whether pip's cache can be written: where it cannot, as under a HOME that is read-only, pip builds no wheel."""
+    found = subprocess.run([python, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=False)
+    try:
+        Path(found.stdout.strip()).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found.stdout.strip()):
+            return True
+    except OSError:
+        return False
+
+
 def pip(python: Path, *arguments: str) -> None:
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=False)
+    kept = [] if keeps(python) else ["--no-cache-dir"]
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *kept, *arguments], check=False)
     if done.returncode:
         sys.exit(f"environment: pip could not install {' '.join(arguments)}; what it says is above")
 
