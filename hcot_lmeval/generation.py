@@ -81,7 +81,7 @@ class PrunedGeneration:
         options: of `Engine`: policy, markup, max_context, constraints, ...
 
     Raises:
-        TypeError: the tokenizer is none.
+        TypeError: an argument is not what it should be.
     """
 
     def __init__(
@@ -95,8 +95,14 @@ class PrunedGeneration:
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"tokenizer={tokenizer!r} is no tokenizer; give what AutoTokenizer.from_pretrained returns")
+        for name, value, method in (("note_taker", note_taker, "add"), ("streamer", streamer, "put")):
+            if value is not None and not callable(getattr(value, method, None)):
+                raise TypeError(f"{name}={value!r} has no method {method}; give a {name.replace('_', ' ')}, or none")
         self.tokenizer, self.note_taker, self.streamer = tokenizer, note_taker, streamer
-        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+        strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings or ()
+        self.stop_strings = tuple(strings) if isinstance(strings, Iterable) else ()
+        if not isinstance(strings, Iterable) or not all(isinstance(string, str) for string in self.stop_strings):
+            raise TypeError(f"stop_strings={stop_strings!r} is neither a text nor texts")
         self._options = options
         self._engine: tuple[Any, frozenset[int], Engine] | None = None
 
@@ -114,6 +120,8 @@ class PrunedGeneration:
         Raises:
             ValueError: something is asked for that the engine does not do.
         """
+        if not len(input_ids):
+            raise ValueError("input_ids has no rows; give at least one prompt")
         check_wishes(logits_processor, stopping_criteria, generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -192,10 +200,13 @@ def generate(
         arguments: of ``model.generate``, and options of `Engine`.
 
     Raises:
+        TypeError: an argument is not what it should be.
         ValueError: something is asked for that the engine does not do.
         OSError: no tokenizer is given, and none lies beside the checkpoint.
     """
     if tokenizer is None:
+        if not getattr(model, "name_or_path", ""):
+            raise ValueError("the model does not say from which checkpoint it is; pass its tokenizer=")
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     options = {name: arguments.pop(name) for name in ENGINE_OPTIONS & arguments.keys()}
     pruned = PrunedGeneration(tokenizer, note_taker=note_taker, streamer=streamer, stop_strings=stop_strings, **options)

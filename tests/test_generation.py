@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -179,5 +181,31 @@ def test_one_call_does_all_and_streams(loaded, tmp_path):
     assert torch.equal(generate(model, given["input_ids"], max_new_tokens=100), expected)  # the checkpoint's tokenizer
     with pytest.raises(ValueError, match="a streamer is for a single row, and there are 3"):
         generate(model, **inputs(tokenizer, PROBLEMS), tokenizer=tokenizer, streamer=streamer, max_new_tokens=3)
-    with pytest.raises(TypeError, match="tokenizer='tiny-hcot' is no tokenizer"):
-        PrunedGeneration("tiny-hcot")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"tokenizer": "tiny-hcot"}, "tokenizer='tiny-hcot' is no tokenizer"),
+        ({"note_taker": "notes.jsonl"}, "note_taker='notes.jsonl' has no method add"),
+        ({"streamer": print}, "has no method put"),
+        ({"stop_strings": 3}, "stop_strings=3 is neither a text nor texts"),
+        ({"stop_strings": ["a", 3]}, "is neither a text nor texts"),
+        ({"inputs": torch.zeros(0, 5, dtype=torch.int64)}, "input_ids has no rows"),
+        ({"max_contxt": 3}, "max_contxt"),
+        ({"policy": "evict"}, "trained under policy recompute"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_argument_is_said_at_once(loaded, arguments, told):
+    model, tokenizer = loaded
+    given = {"tokenizer": tokenizer, "inputs": torch.tensor([[5, 6]]), "max_new_tokens": 3, **arguments}
+    with pytest.raises((TypeError, ValueError), match=re.escape(told)):
+        generate(model, given.pop("inputs"), **given)
+
+
+def test_a_model_from_nowhere_needs_a_tokenizer(loaded):
+    model, _ = load("tiny-hcot")
+    model.name_or_path = model.config._name_or_path = ""
+    with pytest.raises(ValueError, match="pass its tokenizer="):
+        generate(model, torch.tensor([[5, 6]]), max_new_tokens=3)
