@@ -85,7 +85,7 @@ class Prune(Marker):
 
 @dataclass(frozen=True, slots=True)
 class Sweep(Prune):
-    """Thoughts that had waited for the end of the thinking were thrown away at once; in notes of older versions."""
+    """The thinking ended, and the thoughts that had waited for it were thrown away at once (ablation ``oracle``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class Statistics:
         live_tokens: live context at the end.
         peak_live_tokens: largest live context, the memory needed.
         live_token_steps: sum over generated tokens of the live context just after each, the area under the saw-tooth.
-        prune_events: blocks closed with a prune.
+        prune_events: times at which something was thrown away; without an ablation, blocks closed with a prune.
         blocks: blocks closed, with or without a prune.
         max_depth: most blocks open at once.
         malformed: `Malformed` kind to count; kinds that did not occur are absent.
@@ -274,7 +274,7 @@ class Recorder:
         if step.malformed is not None:
             self._flush()
             self.events.append(Fault(self._now(), index, step.malformed.value))
-        if step.kind is Kind.TEXT:
+        if step.kind is Kind.TEXT and not step.is_prune:
             if not self._run:
                 self._run_index = index
             self._run.append(token)
@@ -307,7 +307,8 @@ class Recorder:
         if step.is_prune:
             again = sum(source < index for source in step.source)
             peak = step.rewind + len(step.forward) if step.drop else live
-            return Prune(now, index, step.depth, token, step.pruned, again, peak, live)
+            kind = Sweep if step.kind is Kind.TEXT else Prune
+            return kind(now, index, step.depth, token, step.pruned, again, peak, live)
         marker = {Kind.OPEN: Open, Kind.SPLIT: Split, Kind.CLOSE: Close}[step.kind]
         return marker(now, index, step.depth, token)
 

@@ -163,8 +163,11 @@ class LiveContext:
 
     def rows_needed(self, token: int) -> int:
         """Returns how many live tokens have to fit at once for `push(token)`."""
-        prunes = self.policy is Policy.RECOMPUTE and self._span_to_prune(token) is not None
-        return len(self.live) + (not prunes)
+        spans = self._spans_to_prune(token) if self.policy is Policy.RECOMPUTE else ()
+        if not spans:
+            return len(self.live) + 1
+        after = len(self.live) - _size(spans) + self._survives(token)
+        return max(len(self.live), after)
 
     def push_inert(self, token: int) -> Step:
         """Appends a token that cannot act, whatever it spells: the prompt's."""
@@ -214,15 +217,15 @@ class LiveContext:
     def _close(self, token: int) -> Step:
         if not self._blocks:
             return self._append(token, Kind.TEXT, Malformed.STRAY_CLOSE)
-        span = self._span_to_prune(token)
+        spans = self._spans_to_prune(token)
         block = self._blocks.pop()
         if block.split is None:
             return self._append(token, Kind.CLOSE, Malformed.UNSPLIT_CLOSE)
         malformed = self._lead_fault(block.split)
-        if span is None:
+        if not spans:
             return self._append(token, Kind.CLOSE, malformed)
         prune = self._recompute if self.policy is Policy.RECOMPUTE else self._evict
-        return prune(token, *span)._replace(malformed=malformed)
+        return prune(token, spans)._replace(malformed=malformed)
 
     def _lead_fault(self, split: int) -> Malformed | None:
         lead = self._marks.lead
@@ -230,25 +233,30 @@ class LiveContext:
             return None
         return Malformed.MISSING_LEAD
 
-    def _span_to_prune(self, token: int) -> tuple[int, int] | None:
-        """The live span that leaves the context with `push(token)`, or None; asking changes nothing."""
+    def _spans_to_prune(self, token: int) -> Spans:
+        """The live spans, ascending, that leave the context with `push(token)`; asking changes nothing."""
         block = self._blocks[-1] if self._blocks else None
         if self.policy is Policy.OFF or token != self._marks.close or block is None or block.split is None:
-            return None
+            return ()
         start, stop = self._thought(block.open, block.split)
         empty = start == stop and "close" in self._marks.keep  # between surviving markers: nothing to throw away
-        return None if empty else (start, stop)
+        return () if empty else ((start, stop),)
+
+    def _survives(self, token: int) -> bool:
+        """Whether `token`, with which spans leave the context, stays itself."""
+        return "close" in self._marks.keep
 
     def _thought(self, open: int, split: int) -> tuple[int, int]:
         """The live span that a prune removes: the thought and the markers around it that do not survive."""
         keep = self._marks.keep
         return open + ("open" in keep), split + ("split" not in keep)
 
-    def _recompute(self, token: int, start: int, stop: int) -> Step:
-        pruned = self._cut(start, stop)
+    def _recompute(self, token: int, spans: Spans) -> Step:
+        start = spans[0][0]
+        pruned = self._cut(spans)
         tail, source = self.live[start:], self.source[start:]
         alone = not tail and start == 0  # nothing else would survive, and the next token has to follow something
-        if alone or "close" in self._marks.keep:
+        if alone or self._survives(token):
             tail, source = [*tail, token], [*source, self.length]
         else:
             pruned.append(self.length)
@@ -262,18 +270,25 @@ class LiveContext:
             Kind.CLOSE, None, len(self._blocks), start, tuple(tail), positions, tuple(source), (), tuple(pruned)
         )
 
-    def _evict(self, token: int, start: int, stop: int) -> Step:
+    def _evict(self, token: int, spans: Spans) -> Step:
         step = self._append(token, Kind.CLOSE)
-        end, spans, marker = len(self.live), [(start, stop)], list[int]()
-        if "close" not in self._marks.keep:
-            spans, marker = [*spans, (end - 1, end)], self._cut(end - 1, end)
-        return step._replace(drop=tuple(spans), pruned=(*self._cut(start, stop), *marker))
+        end = len(self.live)
+        if not self._survives(token):
+            spans = (*spans, (end - 1, end))
+        return step._replace(drop=spans, pruned=tuple(self._cut(spans)))
 
-    def _cut(self, start: int, stop: int) -> list[int]:
-        """Removes a live span and returns its `source`. By slices: thoughts are long, and rows wait meanwhile."""
-        pruned = self.source[start:stop]
-        del self.live[start:stop], self.source[start:stop]
+    def _cut(self, spans: Spans) -> list[int]:
+        """Removes live spans and returns their `source`. By slices: thoughts are long, and rows wait meanwhile."""
+        pruned: list[int] = []
+        for start, stop in spans:
+            pruned += self.source[start:stop]
+        for start, stop in reversed(spans):
+            del self.live[start:stop], self.source[start:stop]
         return pruned
+
+
+def _size(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
 
 
 @dataclass(frozen=True)
@@ -329,7 +344,11 @@ def compile_trace(
     """
     if not 1 <= prompt_len <= len(ids):
         raise ValueError(f"prompt_len={prompt_len} is outside 1..{len(ids)} (the trace's length)")
-    context = LiveContext(markers, policy)
+    return compile_in(LiveContext(markers, policy), ids, prompt_len, prompt_acts=prompt_acts)
+
+
+def compile_in(context: LiveContext, ids: Sequence[int], prompt_len: int, *, prompt_acts: bool = False) -> Plan:
+    """Compiles a trace in a fresh live context of any kind; see `compile_trace`."""
     plan = Plan()
     for index, token in enumerate(ids):
         inert = index < prompt_len and not prompt_acts

@@ -48,6 +48,8 @@ MODEL_ARGUMENTS = [
     arguments("pruning=Recompute", "pruning='Recompute'", "recompute"),
     arguments("markup=xml", "'xml'", "hcot", "pencil", "memento"),
     arguments("any_policy=maybe", "any_policy='maybe'", "true or false"),
+    arguments("ablation=keep", "ablation", "keep_last:N"),
+    arguments("ablation=keep_last:x", "ablation", "keep_last"),
     arguments("max_context=0", "max_context=0", "from 1 up"),
     arguments("max_context=-5", "max_context=-5", "from 1 up"),
     arguments("max_context=many", "max_context='many'", "whole number"),

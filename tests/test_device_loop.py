@@ -194,6 +194,7 @@ def test_min_gen_toks_and_prompts_without_room():
     ("options", "params", "named"),
     [
         ({"constraints": "grammar"}, {}, "constraints=grammar"),
+        ({"ablation": "oldest"}, {}, "ablation=oldest"),
         ({"prompt_acts": True}, {}, "prompt_acts"),
         ({}, {"repetition_penalty": 1.5}, "repetition_penalty=1.5"),
         ({}, {"logprobs": True}, "logprobs"),

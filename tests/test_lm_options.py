@@ -247,3 +247,11 @@ class TestRepeats:
     def test_seeds_never_change(self):
         """A number written down: another one would change everybody's samples."""
         assert request_seed([0, None], instances(("a",))[0], 0) == 4450141494254206931
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, None), ("oracle", "oracle"), ("keep_last:4", "keep_last:4")])
+def test_ablation(value: str | None, expected: str | None) -> None:
+    ablation = Options.parse({"ablation": value}).ablation
+    assert (ablation if ablation is None else str(ablation)) == expected
+    with pytest.raises(ValueError, match="ablation='newest' is not one of keep_last:N"):
+        Options.parse({"ablation": "newest"})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hcot_lmeval import trace
-from hcot_lmeval.trace import Kind, LiveContext, Malformed, Policy, _Block
+from hcot_lmeval.trace import Kind, LiveContext, Malformed, Policy, Spans, _Block
 from tests.invariants import check_trace
 from tests.random_traces import SHAPES, random_trace
 from tests.reference import MARKERS, POLICIES
@@ -67,23 +67,23 @@ def one_token_of_the_solution_goes(self: LiveContext, open: int, split: int) -> 
     return start, min(stop + 1, len(self.live))
 
 
-def recompute_keeps_positions(self: LiveContext, token: int, start: int, stop: int) -> Any:
-    step = original["_recompute"](self, token, start, stop)
+def recompute_keeps_positions(self: LiveContext, token: int, spans: Spans) -> Any:
+    step = original["_recompute"](self, token, spans)
     return step._replace(positions=step.source)
 
 
-def recompute_does_not_rewind(self: LiveContext, token: int, start: int, stop: int) -> Any:
-    step = original["_recompute"](self, token, start, stop)
+def recompute_does_not_rewind(self: LiveContext, token: int, spans: Spans) -> Any:
+    step = original["_recompute"](self, token, spans)
     return step._replace(rewind=step.rewind + 1)
 
 
-def recompute_reads_the_close_alone(self: LiveContext, token: int, start: int, stop: int) -> Any:
-    step = original["_recompute"](self, token, start, stop)
+def recompute_reads_the_close_alone(self: LiveContext, token: int, spans: Spans) -> Any:
+    step = original["_recompute"](self, token, spans)
     return step._replace(forward=step.forward[-1:], positions=step.positions[-1:], source=step.source[-1:])
 
 
-def evict_drops_nothing(self: LiveContext, token: int, start: int, stop: int) -> Any:
-    return original["_evict"](self, token, start, stop)._replace(drop=())
+def evict_drops_nothing(self: LiveContext, token: int, spans: Spans) -> Any:
+    return original["_evict"](self, token, spans)._replace(drop=())
 
 
 def evict_renumbers(self: LiveContext, token: int, kind: Kind, malformed: Malformed | None = None) -> Any:

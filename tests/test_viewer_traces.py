@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.lm.journal import Journal
 from hcot_lmeval.markup import PRESETS
@@ -32,7 +33,7 @@ from tests.reference import CLOSE, MARKERS, OPEN, SPLIT, rewrite
 from tests.result_files import build_run
 from tests.strategies import cases
 from tests.tiny import favour, tiny_model, tiny_tokenizer
-from tests.viewer_files import Page, spell, write_notes, write_rows
+from tests.viewer_files import Page, nested_ids, spell, write_notes, write_rows
 
 HCOT = MARKERS["hcot"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +131,26 @@ def test_a_tokenizer_that_writes_the_first_token_otherwise_moves_no_border(tmp_p
 def test_notes_without_text_show_ids(tmp_path):
     (trace,) = note_traces(*find_sources([write_notes(tmp_path / "n.jsonl", [([9, 10, OPEN, 11], 1)], decode=None)]))
     assert (trace.prompt, trace.text) == ("9 ", f"10 {OPEN} 11 ")
+
+
+@pytest.mark.parametrize("variant", ["keep_last:1", "keep_last:0", "oldest", "random", "oracle"])
+@pytest.mark.parametrize("policy", ["recompute", "evict"])
+def test_notes_of_ablations_show_what_was_thrown_away(tmp_path, variant, policy):
+    sweep, ablation, ends = 30, Ablation.parse(variant), []
+
+    def context(prompt_len):
+        options = {"prompt_len": prompt_len, "think_end": sweep, "seed": 0}
+        ends.append(ablation.context(HCOT, Policy(policy), **options))
+        return ends[-1]
+
+    traces = [([9, 9, *nested_ids(seed, 80), sweep, 12], 2) for seed in range(10)]
+    path = write_notes(tmp_path / "n.jsonl", traces, policy=policy, context=context, run={"ablation": variant})
+    (source,) = find_sources([path])
+    assert source.name == f"{policy}, {variant}, 1024"
+    for (ids, prompt_len), trace, end in zip(traces, note_traces(source), ends, strict=True):
+        live = [i for s, _ in texts(trace) for i in range(s.start, s.stop) if s.gone is None]
+        assert live == [i for i in end.source if i >= prompt_len] and len(live) < len(ids) - prompt_len
+        assert all(text == "".join(map(spell, ids[s.start : s.stop])) for s, text in texts(trace))
 
 
 def test_prompts_that_act_may_be_pruned(tmp_path):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.assets import check_name, resolve
 from hcot_lmeval.control import Controller, LoopDetector
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
@@ -30,7 +31,7 @@ from hcot_lmeval.engine.device.sampling import chooser_for
 from hcot_lmeval.engine.device.state import Rule
 from hcot_lmeval.engine.options import read_options
 from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, StopStrings
-from hcot_lmeval.engine.sampling import Choice, Chooser, sample
+from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots
 from hcot_lmeval.grammar import Grammar
@@ -94,6 +95,7 @@ class Engine:
         self._hidden_ids: frozenset[int] = frozenset()
         self._read_vocabulary()
         self._grammars: dict[frozenset[int], Grammar] = {}
+        self.ablation = self._find_ablation()
         self._check_controls()
         self.decoder = Decoder(model, check=given.self_check, rows=self._most_rows, **given.computing)
         self._check_vocabulary()
@@ -292,7 +294,7 @@ class Engine:
             request,
             number,
             slot,
-            LiveContext(self.markers, self.policy),
+            self._context(request, number),
             self.limits,
             stops=stops,
             controller=self._controller(request),
@@ -301,6 +303,13 @@ class Engine:
         )
         row.load_prompt(acts=self.options.prompt_acts)
         return row
+
+    def _context(self, request: Request, number: int) -> LiveContext:
+        if self.ablation is None:
+            return LiveContext(self.markers, self.policy)
+        seed, end = derive_seed(request.params.seed, number), self._think_ids[1]
+        prompt_len = len(request.prompt_ids)
+        return self.ablation.context(self.markers, self.policy, prompt_len=prompt_len, think_end=end, seed=seed)
 
     def _controller(self, request: Request) -> Controller | None:
         """What follows the trace by the grammar, whether it changes anything or only counts."""
@@ -360,6 +369,13 @@ class Engine:
         elif self.policy is not Policy.OFF:
             raise ValueError(f"policy {self.policy.value!r} needs a tokenizer or marker ids; pass tokenizer or markers")
         return None
+
+    def _find_ablation(self) -> Ablation | None:
+        given = self.options.ablation
+        ablation = Ablation.parse(given) if isinstance(given, str) else given
+        if ablation is not None:  # so that what cannot be done is refused here, not at the first request
+            ablation.context(self.markers, self.policy, prompt_len=0, think_end=self._think_ids[1], seed=0)
+        return ablation
 
     def _read_vocabulary(self) -> None:
         """What thinking is in it, and what `decode` leaves out."""

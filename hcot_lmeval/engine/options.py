@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
+from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.engine.slots import KV_DTYPES
 from hcot_lmeval.errors import FLAG, Allowed, check_values, one_of, whole_number
@@ -97,6 +98,7 @@ class EngineOptions(ControlOptions, ComputeOptions):
             recompute if it does not say.
         markup: the notation of the blocks; by default that of the training, and hcot if the model does not say.
         any_policy: run a model under another policy or notation than it was trained for.
+        ablation: throw away something else than the rule does; see `hcot_lmeval.ablation`.
         markers: its token ids; looked up in the tokenizer by default.
         max_context: most live tokens of a row, prompt included; by default what the model's config allows.
         max_position: under policy evict, most tokens of a trace; by default what the model's config allows.
@@ -114,6 +116,7 @@ class EngineOptions(ControlOptions, ComputeOptions):
     policy: Policy | str | None = None
     markup: Markup | str | None = None
     any_policy: bool = False
+    ablation: Ablation | str | None = None
     markers: MarkerIds | None = None
     max_context: int | None = None
     max_position: int | None = None
@@ -158,6 +161,7 @@ RUNNING: dict[str, Allowed] = {
     "policy": one_of(*Policy, None),
     "markup": _optional(lambda value: isinstance(value, (str, Markup)), "give the name of a notation"),
     "markers": _optional(lambda value: isinstance(value, MarkerIds), "give a MarkerIds"),
+    "ablation": _optional(lambda value: isinstance(value, (str, Ablation)), "give the name of an ablation"),
     **dict.fromkeys(("any_policy", "prompt_acts", "self_check", "poison"), FLAG),
     **dict.fromkeys(("max_context", "max_position", "step_tokens"), whole_number(1, optional=True)),
     "max_slots": whole_number(1),

@@ -361,6 +361,7 @@ class HcotLM(HFLM):
             policy=self.policy,
             markup=self.markup,
             any_policy=self.options.any_policy,
+            ablation=self.options.ablation,
             max_context=self.max_context,
             slots=slots,
             max_slots=self.max_batch_size,
@@ -379,6 +380,8 @@ class HcotLM(HFLM):
     def _own_facts(self) -> dict[str, Any]:
         """What of it is known without the engine."""
         ours = {"pruning": self.policy.value, "markup": self.markup.name, "max_context": self.max_context}
+        if self.options.ablation:
+            ours["ablation"] = str(self.options.ablation)
         return {
             **ours,
             **self.options.controls,
@@ -469,6 +472,7 @@ class HcotLM(HFLM):
         totals = self._statistics.merge(self._other_ranks).as_dict()
         settings = {
             "pruning": self.policy.value,
+            "ablation": None if self.options.ablation is None else str(self.options.ablation),
             "markup": self.markup.name,
             "controls": self.options.controls,
             "prompt_markers": self.options.prompt_markers,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import CONTROLS, ControlOptions
 from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.errors import FLAG, Allowed, check_values, did_you_mean, one_of, whole_number
@@ -72,6 +73,7 @@ class Options(ControlOptions, ComputeOptions):
         markup: the notation of the model, a key of `hcot_lmeval.markup.PRESETS`; None: that of its training, and
             ``hcot`` if it does not say.
         any_policy: run a model under another policy or notation than it was trained for.
+        ablation: throw away something else than the rule does; see `hcot_lmeval.ablation`.
         max_context: most live tokens of a request, prompt included; None for the model's maximum length.
         max_gen_toks: generated tokens, pruned ones included, of a request that does not name its own limit.
         notes: directory for one JSONL file of notes per rank, or None.
@@ -90,6 +92,7 @@ class Options(ControlOptions, ComputeOptions):
     pruning: Policy | None = None
     markup: str | None = None
     any_policy: bool = False
+    ablation: Ablation | None = None
     max_context: int | None = None
     max_gen_toks: int | None = None
     notes: Path | None = None
@@ -118,6 +121,8 @@ class Options(ControlOptions, ComputeOptions):
             read["pruning"] = Policy.OFF if pruning is False else pruning
         if "markup" in read:
             read["markup"] = get_markup(str(read["markup"])).name
+        if "ablation" in read:
+            read["ablation"] = Ablation.parse(str(read["ablation"]))
         for name in ("max_context", "max_gen_toks", "seed"):  # lm-eval reads a negative number as a float
             if isinstance(value := read.get(name), float) and value.is_integer():
                 read[name] = int(value)

@@ -410,6 +410,8 @@ def obstacles(decoder: Decoder, options: EngineOptions, requests: Sequence[Reque
         watched: whether somebody wants the logits of every token.
     """
     found = [f"{name}={value}" for name, value in options.controls.items() if name != "loop_tokens"]
+    if options.ablation is not None:
+        found.append(f"ablation={options.ablation}")
     if options.prompt_acts:
         found.append("prompt_acts=True")
     if watched:
