@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from bench import gpu
 from hcot_lmeval.engine.attention import Scores
 from hcot_lmeval.engine.device import choice
 from hcot_lmeval.engine.device.attention import Decode, Ragged, Sdpa, UnavailableError
-from hcot_lmeval.engine.device.choice import TorchFlash, choose, errors, wrong
+from hcot_lmeval.engine.device.choice import FlashAttn, TorchFlash, choose, errors, wrong
 from hcot_lmeval.engine.device.state import Feed
 from hcot_lmeval.engine.options import ATTENTION
 from hcot_lmeval.engine.slots import KVPool, LayerSpec
@@ -162,7 +164,8 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
     def missing():
         raise UnavailableError("it is not there")
 
-    monkeypatch.setattr(choice, "MAKERS", {"a": missing, "b": Broken, "c": TorchFlash, "sdpa": Sdpa, "e": Sdpa})
+    makers = {"a": missing, "b": Broken, "c": lambda: FlashAttn(_with_cache), "sdpa": Sdpa, "e": Sdpa}
+    monkeypatch.setattr(choice, "MAKERS", makers)
     monkeypatch.setattr(choice, "ATTENTION", ("auto", "a", "b", "c", "sdpa", "e"))
     with caplog.at_level(logging.INFO):
         assert type(choose([NEEDS["window"], NEEDS["one head"]])) is Sdpa
@@ -176,18 +179,21 @@ def test_the_first_that_serves_is_chosen_and_the_others_have_reasons(monkeypatch
 
 def test_what_flash_kernels_refuse():
     cuda = LayerSpec(12, 2, 128, 128, torch.bfloat16, torch.device("cuda"))
-    kernel = TorchFlash()
-    for served in ({}, {"stored": torch.bfloat16}, {"window": 16}):
-        assert kernel.refuses(cuda._replace(**served)) == ""
-    assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
-    assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
-    assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
-    assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
-    assert "cap" in kernel.refuses(cuda._replace(softcap=50.0))
+    both = torch_flash, flash_attn = TorchFlash(), FlashAttn(_with_cache)
+    for kernel in both:
+        assert kernel.refuses(cuda) == kernel.refuses(cuda._replace(stored=torch.bfloat16)) == ""
+        assert "float32" in kernel.refuses(cuda._replace(dtype=torch.float32))
+        assert "head sizes" in kernel.refuses(cuda._replace(key_dim=192))
+        assert "sinks" in kernel.refuses(cuda._replace(sinks=True))
+        assert "not in float16" in kernel.refuses(cuda._replace(stored=torch.float16))
+    assert "cap" in torch_flash.refuses(cuda._replace(softcap=50.0))
+    assert "window" in flash_attn.refuses(cuda._replace(window=16))
+    assert torch_flash.refuses(cuda._replace(window=16)) == flash_attn.refuses(cuda._replace(softcap=50.0)) == ""
 
 
 def test_calls_of_flash_kernels():
     """The kernels themselves run on CUDA alone; here plain functions take their arguments as documented."""
+    assert wrong(FlashAttn(_with_cache), NEEDS["grouped 12/2"]) == ""
     assert wrong(TorchFlash(_flash), NEEDS["grouped 12/2"]) == wrong(TorchFlash(_flash), NEEDS["window"]) == ""
 
 
@@ -203,6 +209,23 @@ def _flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, 
         scores = Scores(scale, window=spans["window_size_left"] + 1 if spans else None)
         out.append(choice.textbook(queries, k[first : first + used], v[first : first + used], scores))
     return (torch.cat(out),)
+
+
+def _with_cache(q, keys, values, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap):
+    assert q.shape[1] == 1 or causal
+    assert {t.dtype for t in (cache_seqlens, cache_batch_idx)} == {torch.int32}
+    how = Scores(softmax_scale, softcap or None)
+    rows = zip(q, cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True)
+    return torch.stack([choice.textbook(x, keys[s, :n], values[s, :n], how) for x, s, n in rows])
+
+
+def test_the_package_flash_attn_is_imported_when_it_is_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UnavailableError, match=r"flash-attn is not installed \(pip install 'hcot_lmeval\[flash\]'\)"):
+        FlashAttn()
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=_with_cache))
+    capped = NEEDS["grouped 12/2"]._replace(softcap=5.0)
+    assert wrong(FlashAttn(), capped) == "" and "CUDA" in FlashAttn().refuses(capped)
 
 
 def test_windows_count_positions_where_they_are_not_places():

@@ -63,7 +63,7 @@ class TestModelArguments:
             ({"pruning": "on"}, "pruning='on' is not allowed; choose one of off, recompute, evict"),
             ({"pruning": True}, "pruning=True is not allowed; choose one of off, recompute, evict"),
             ({"markup": "hcott"}, "choose one of hcot"),
-            ({"attention": "fast"}, "attention='fast' is not allowed; choose one of auto, flash, triton, sdpa"),
+            ({"attention": "fast"}, "attention='fast' is not allowed; choose one of auto, flash-attn, flash, triton"),
             ({"weights": "int8"}, "weights='int8' is not allowed; choose one of auto, plain, packed"),
             (
                 {"kv_dtype": "fp8"},

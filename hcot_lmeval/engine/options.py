@@ -21,7 +21,7 @@ from hcot_lmeval.trace import Policy
 AUTO = "auto"
 SPEED_ALONE = ("weights", "huge_pages")
 """Options that change no bit of a result."""
-ATTENTION = (AUTO, "flash", "triton", "sdpa")
+ATTENTION = (AUTO, "flash-attn", "flash", "triton", "sdpa")
 """Who may attend in the device's loop; see `hcot_lmeval.engine.device.choice`."""
 
 

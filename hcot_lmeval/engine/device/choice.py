@@ -35,7 +35,8 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_DIM = 256
 
 
-def _flash_refusal(layer: LayerSpec) -> str:
+def _flash_refusal(layer: LayerSpec, *, caps: bool) -> str:
+    """Why flash kernels cannot serve a layer, those that can cap scores (`caps`) or others; empty if they can."""
     if layer.device.type != "cuda":
         return f"it needs CUDA, not {layer.device.type}"
     if layer.dtype not in FLASH_DTYPES:
@@ -46,7 +47,7 @@ def _flash_refusal(layer: LayerSpec) -> str:
         return f"it needs equal head sizes, multiples of 8 up to {FLASH_DIM}, not {layer.key_dim}/{layer.value_dim}"
     if layer.sinks:
         return "it knows no sinks"
-    return "it knows no soft cap" if layer.softcap is not None else ""
+    return "it knows no soft cap" if layer.softcap is not None and not caps else ""
 
 
 class TorchFlash(Sdpa):
@@ -62,7 +63,7 @@ class TorchFlash(Sdpa):
         self._kernel = kernel
 
     def refuses(self, layer: LayerSpec) -> str:
-        return _flash_refusal(layer)
+        return _flash_refusal(layer, caps=False)
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, at: Ragged, scores: Scores) -> Tensor:
         flat, sizes = (query, keys.flatten(0, 1), values.flatten(0, 1)), (1, keys.shape[1])
@@ -74,8 +75,7 @@ class TorchFlash(Sdpa):
         device, chunks, window = keys.device, segments.chunks, scores.window
         starts = [*(chunk.slot * segments.length for chunk in chunks), 0]  # one more, which nobody reads
         offsets = [0, *itertools.accumulate(len(chunk.ids) for chunk in chunks)]
-        lengths = segments.tensor("lengths", (chunk.stop for chunk in chunks), torch.int32, device)
-        how: dict[str, Any] = {"scale": scores.scaling, "seqused_k": lengths}
+        how: dict[str, Any] = {"scale": scores.scaling, "seqused_k": _lengths(segments, device)}
         if window is not None:
             how |= {"window_size_left": window - 1, "window_size_right": 0}
         out: Tensor = self._kernel(
@@ -94,6 +94,52 @@ class TorchFlash(Sdpa):
         return out
 
 
+def _lengths(segments: Segments, device: torch.device) -> Tensor:
+    """Live tokens of the slot of each chunk, the chunk included: int32 [chunks]."""
+    return segments.tensor("lengths", (chunk.stop for chunk in segments.chunks), torch.int32, device)
+
+
+class FlashAttn(Sdpa):
+    """`flash_attn_with_kvcache` of the package flash-attn, which takes whole slots by their number."""
+
+    name = "flash-attn"
+
+    def __init__(self, kernel: Any = None) -> None:
+        self._kernel = kernel or _with_kvcache()
+
+    def refuses(self, layer: LayerSpec) -> str:
+        window = "" if layer.window is None else "it knows no window of a single query"
+        return _flash_refusal(layer, caps=True) or window
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, at: Ragged, scores: Scores) -> Tensor:
+        """Without windows only rows that do not run start behind 0: no matter what they read."""
+        slots = {"cache_seqlens": at.used, "cache_batch_idx": at.slots}
+        out: Tensor = self._kernel(query[:, None], keys, values, **slots, causal=False, **_named(scores))
+        return out[:, 0]
+
+    def chunk(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scores: Scores) -> Tensor:
+        """Chunk by chunk."""
+        out, lengths = [], _lengths(segments, keys.device)
+        indices = segments.tensor("slots", (chunk.slot for chunk in segments.chunks), torch.int32, keys.device)
+        for index, piece in enumerate(query.split([len(chunk.ids) for chunk in segments.chunks])):
+            one = slice(index, index + 1)
+            slots = {"cache_seqlens": lengths[one], "cache_batch_idx": indices[one]}
+            out.append(self._kernel(piece[None], keys, values, **slots, causal=True, **_named(scores))[0])
+        return torch.cat(out)
+
+
+def _named(scores: Scores) -> dict[str, float]:
+    return {"softmax_scale": scores.scaling, "softcap": scores.softcap or 0.0}
+
+
+def _with_kvcache() -> Any:
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as error:
+        raise UnavailableError("the package flash-attn is not installed (pip install 'hcot_lmeval[flash]')") from error
+    return flash_attn_with_kvcache
+
+
 def _triton() -> Sdpa:
     try:
         from hcot_lmeval.engine.device.triton_kernels import TritonDecode
@@ -103,6 +149,7 @@ def _triton() -> Sdpa:
 
 
 MAKERS: dict[str, Callable[[], Sdpa]] = {
+    FlashAttn.name: FlashAttn,
     TorchFlash.name: TorchFlash,
     "triton": _triton,
     Sdpa.name: Sdpa,
