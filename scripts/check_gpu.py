@@ -27,6 +27,7 @@ Without CUDA it runs on the CPU and says what was left out. The exit status is 1
 EXAMPLES = """\
 examples:
   %(prog)s                                               everything (minutes)
+  %(prog)s --only identity --compiled                    compiled steps too (many minutes)
 """
 LEFT_OUT = (
     "all checks passed that a CPU can run. Left out, for want of CUDA: the flash kernels, compiled Triton, CUDA "
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     parser.add_argument("--rows", type=int, help="rows of each identity check (16; 4 on the CPU)")
     parser.add_argument("--tokens", type=int, help="tokens of each of them (160; 60 on the CPU)")
+    parser.add_argument("--compiled", action="store_true", help="check compiled steps, too")
     return parser
 
 
@@ -88,8 +90,8 @@ def run_identity(args: argparse.Namespace, device: Any) -> Result:
     from hcot_lmeval.trace import Policy
 
     rows, tokens = (16, 160) if device.type == "cuda" else (4, 60)
-    total = len(KINDS) * len(Policy) * len(ways(device))
-    each = {"rows": args.rows or rows, "tokens": args.tokens or tokens}
+    total = len(KINDS) * len(Policy) * len(ways(device, compiled=args.compiled))
+    each = {"rows": args.rows or rows, "tokens": args.tokens or tokens, "compiled": args.compiled}
     found = watched(compare_all(device, KINDS, **each), total, lambda f: f"{f.kind} {f.policy}")
     heads = ["model", "policy", "tokens", "prunes", "mismatches", "way"]
     told = [(f, " ".join(f"{name}={value}" for name, value in f.way.items())) for f in found]

@@ -233,7 +233,7 @@ def test_windows_count_positions_where_they_are_not_places():
     at = torch.tensor([0, 1])
     feed = Feed(at, at, torch.zeros(2, dtype=torch.int64), torch.tensor([5, 3]), at, torch.tensor([11, 3]))
     pool = KVPool({}, 2, 7)
-    by_position, by_place = Decode(feed, pool, Sdpa(), positions), Decode(feed, pool, Sdpa())
+    by_position, by_place = Decode(feed, pool, "", positions), Decode(feed, pool, "")
     assert by_position.ragged(4).first.tolist() == [3, 0] and by_position.ragged(10).first.tolist() == [2, 0]
-    assert Decode(feed._replace(positions=feed.places), pool, Sdpa()).ragged(4).first.tolist() == [2, 0]
+    assert Decode(feed._replace(positions=feed.places), pool, "").ragged(4).first.tolist() == [2, 0]
     assert by_place.ragged(None).first.tolist() == [0, 0] and by_place.ragged(None).lengths.tolist() == [6, 4]

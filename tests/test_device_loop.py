@@ -212,6 +212,26 @@ def test_what_the_device_cannot_do_is_named(options, params, named, caplog):
     assert f"the host runs the steps, since the device's loop cannot serve {named}" in caplog.text
 
 
+def test_compiled_steps_are_asked_for_and_write_the_same(monkeypatch):
+    """By Dynamo alone, for a compiler of C++ takes a minute; off by default."""
+    asked = []
+
+    def compile_eagerly(step, *, backend, **how):
+        asked.append((backend, how))
+        return dynamo(step, backend="eager", **how)
+
+    dynamo = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    torch._dynamo.reset()
+    requests, model = requests_of("hcot", 4), make_model("qwen2")
+    plain, compiled = (
+        [facts(done) for done in make_engine(model, "hcot", "recompute", loop="device", **way).generate(requests)]
+        for way in ({}, {"compiled": True})
+    )
+    assert plain == compiled
+    assert asked == [("inductor", {"fullgraph": True, "dynamic": False})]
+
+
 def test_watching_the_logits_takes_the_host():
     engine = make_engine(make_model("qwen2"), "hcot", "off", loop="device")
     with pytest.raises(ValueError, match="on_logits"):

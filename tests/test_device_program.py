@@ -1,4 +1,4 @@
-"""One step as a program: nothing in it waits for the host, and graphs may fail."""
+"""One step as a program: nothing in it waits for the host, it compiles in one piece, and graphs may fail."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcot_lmeval.engine.decoder import Decoder
@@ -20,6 +21,7 @@ from hcot_lmeval.engine.device.state import NOTHING, Rule, State
 from hcot_lmeval.engine.rows import Request
 from hcot_lmeval.engine.sampling import SamplingParams, hash_places
 from hcot_lmeval.trace import Policy
+from tests.full import FULL, only_in_full
 from tests.random_traces import VOCAB_SIZE
 from tests.reference import EOS, MARKERS, POLICIES
 from tests.test_engine_exact import make_model
@@ -96,6 +98,78 @@ def test_a_step_stays_on_its_device(kind, policy, backend):
             program.step(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(RuntimeError):
         bool(program.log.tick > 0)
+
+
+def test_sizes_beyond_what_torch_compiles_by_itself():
+    """It gives up at the 9th form of one function, with an error if the function has to be one piece."""
+    total = torch.zeros((), dtype=torch.int64)
+
+    def step(rows: torch.Tensor) -> None:
+        total.add_(rows.sum())
+
+    settings = {"counter": total, "graphs": False, "compiled": True, "backend": "eager"}
+    runner = Runner(step, 128, 0, CPU, **settings)
+    for rows in range(128, 0, -8):
+        runner.load([1] * rows)
+        runner.run()
+    assert total == sum(range(128, 0, -8))
+
+
+KINDS = ("qwen2", "qwen3", "llama")
+PAIRS = [(kind, policy) for kind in KINDS for policy in POLICIES]
+QUICK_PAIRS = [("qwen2", "evict"), ("qwen3", "recompute"), ("llama", "off")]
+
+
+@pytest.mark.parametrize(("kind", "policy"), PAIRS if FULL else QUICK_PAIRS)
+def test_a_compiled_step_is_one_graph_and_the_same_step(kind, policy):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager" if policy != "recompute" else "aot_eager")
+    plain, compiled = make_program(kind, policy), make_program(kind, policy)
+    rows = torch.tensor([1, 0, 2, 3])
+    runners = [
+        Runner(p.step, 4, 3, CPU, counter=p.log.tick, graphs=False, compiled=p is compiled, backend=counter)
+        for p in (plain, compiled)
+    ]
+    for program, runner in zip((plain, compiled), runners, strict=True):
+        with program.attached():
+            runner.load(rows.tolist())
+            for _ in range(12):
+                runner.run()
+    assert counter.frame_count == 1
+    for a, b in zip(everything(plain), everything(compiled), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert plain.state.states[:3, 5].min() > 3  # so many tokens were generated
+
+
+class Blind(Sdpa):
+    """Reads what was written and takes no memory, so that what a step allocates is not its doing."""
+
+    def decode(self, query, keys, values, at, scores):
+        return query + keys.flatten(0, 1)[at.starts[:-1]].sum() + values.flatten(0, 1)[at.starts[:-1]].sum()
+
+
+def largest_allocation(backend: Sdpa) -> tuple[int, int]:
+    """The largest allocation of a compiled forward of one token a row, and the size of one layer's keys, in bytes."""
+    torch._dynamo.reset()
+    program = make_program("qwen2", "recompute", length=4000, backend=backend)
+    forward = torch.compile(program.logits, fullgraph=True, dynamic=False)
+    rows = torch.tensor([2, 0, 1, 3])
+    with torch.no_grad(), program.attached():
+        forward(rows)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            forward(rows)
+    assert not program.pool.keys[0][:3, 0].isnan().any()  # it has written
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]"), program.pool.keys[0].nbytes
+
+
+@only_in_full  # it compiles C++ for more than a minute
+def test_a_compiled_forward_copies_no_slots():
+    """By the compiler that users have, which may write in place only where it is sure that nobody sees it."""
+    largest, keys = largest_allocation(Blind())
+    assert 0 < largest < keys / 100
+    largest, keys = largest_allocation(Sdpa())
+    assert largest >= keys  # so it would be noticed
 
 
 def test_sizes_of_batches():

@@ -34,6 +34,7 @@ COMPUTING: dict[str, Allowed] = {
     "attention": one_of(*ATTENTION),
     "reforward": one_of(AUTO, "chunk", "replay"),
     "graphs": FLAG,
+    "compiled": FLAG,
     "run_ahead": whole_number(1, optional=True),
 }
 """Fields of `ComputeOptions`, and what is allowed of each."""
@@ -60,6 +61,7 @@ class ComputeOptions:
         reforward: how solutions are read again in the device's loop: ``chunk``, in one piece; ``replay``, token by
             token beside the other rows; or ``auto``, the former for few rows.
         graphs: capture the steps of the device's loop as CUDA graphs, where there is CUDA.
+        compiled: compile the steps of the device's loop with torch.compile, which takes minutes at first.
         run_ahead: steps that the device may be ahead of the host; None: as many as suit the number of rows.
 
     Raises:
@@ -74,6 +76,7 @@ class ComputeOptions:
     attention: str = AUTO
     reforward: str = AUTO
     graphs: bool = True
+    compiled: bool = False
     run_ahead: int | None = None
 
     def __post_init__(self) -> None:

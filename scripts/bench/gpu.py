@@ -134,22 +134,26 @@ class Identity:
         return self.tokens > 0 and self.mismatches == 0 and (self.prunes > 0) == (self.policy != Policy.OFF)
 
 
-def ways(device: torch.device) -> list[dict[str, Any]]:
-    """Returns the ways to run that are compared."""
+def ways(device: torch.device, *, compiled: bool = False) -> list[dict[str, Any]]:
+    """Returns the ways to run that are compared, compiled steps among them if asked for."""
     backends = ("triton", "sdpa") if device.type == "cuda" else ("sdpa",)
     found: list[dict[str, Any]] = [{"attention": name, "reforward": "replay"} for name in backends]
     found.append({"attention": "auto", "reforward": "chunk", "run_ahead": 2})
     if device.type == "cuda":
         found.append({"attention": "auto", "graphs": False})
+    if compiled:
+        found.append({"attention": "auto", "compiled": True})
     return found
 
 
-def compare_all(device: torch.device, kinds: Sequence[str], *, rows: int, tokens: int) -> Iterator[Identity]:
+def compare_all(
+    device: torch.device, kinds: Sequence[str], *, rows: int, tokens: int, compiled: bool = False
+) -> Iterator[Identity]:
     """Yields the result for every kind of model, policy and way."""
     for kind in kinds:
         model = small_model(kind).to(device)
         for policy in Policy:
-            for way in ways(device):
+            for way in ways(device, compiled=compiled):
                 yield compare(model, Identity(kind, policy.value, way), rows=rows, tokens=tokens)
 
 

@@ -6,8 +6,10 @@ and values in place, from slots in any order, and touch nothing outside the give
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from hcot_lmeval.engine.attention import LayerCall, Scores, Segments, attend, attend_segments
 from hcot_lmeval.engine.device.state import Feed
-from hcot_lmeval.engine.slots import KVPool, LayerSpec
+from hcot_lmeval.engine.slots import KVPool, LayerSpec, write_rows
 
 
 class UnavailableError(RuntimeError):
@@ -99,14 +101,14 @@ class Decode:
     Attributes:
         feed: where its keys and values go.
         pool: the slots.
-        backend: who attends.
+        backend: who attends; its `handle_of`.
         positions: position ids of all places of all rows, int64 [rows, places], where windows are measured in them;
             None where the position of a token is its place.
     """
 
     feed: Feed
     pool: KVPool
-    backend: Sdpa
+    backend: str
     positions: Tensor | None = None
     _ragged: dict[int | None, Ragged] = field(default_factory=dict)
 
@@ -115,8 +117,10 @@ class Decode:
         query, key, value = (part[:, :, 0] for part in (call.query, call.key, call.value))
         keys, values = self.pool.keys[call.layer], self.pool.values[call.layer]
         rows, at = self.feed.slots * self.pool.length + self.feed.places, self.ragged(call.scores.window)
-        self.pool.write(call.layer, rows, key, value)
-        return self.backend.decode(query, keys, values, at, call.scores)[:, None]
+        scaling, softcap, sinks, _ = call.scores
+        write_and_attend = decode_as_one if torch.compiler.is_compiling() else decode
+        out = write_and_attend(query, key, value, keys, values, rows, at, sinks, scaling, softcap, self.backend)
+        return out[:, None]
 
     def ragged(self, window: int | None) -> Ragged:
         """What each row sees through a sliding window."""
@@ -132,3 +136,49 @@ class Decode:
         table = self.positions[self.feed.rows]
         held = torch.arange(table.shape[1], device=table.device) < self.feed.places[:, None]
         return ((table <= hidden[:, None]) & held).sum(1)
+
+
+_BACKENDS: WeakValueDictionary[str, Sdpa] = WeakValueDictionary()
+
+
+def handle_of(backend: Sdpa) -> str:
+    """What `decode` knows a backend by, for as long as there is that backend: operators take no objects."""
+    handle = f"{backend.name} {id(backend):x}"
+    _BACKENDS[handle] = backend
+    return handle
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    at: Sequence[Tensor],
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """Stores a key and a value of each row, [rows, heads, dim], at `rows` of the flattened slots, and attends.
+
+    Tensors and numbers alone, since it is an operator too: `at` has the fields of a `Ragged`, the others those of
+    `Scores`. The rest, and what it returns, is as in `Sdpa.decode`.
+    """
+    write_rows(keys, rows, key)
+    write_rows(values, rows, value)
+    return _BACKENDS[backend].decode(query, keys, values, Ragged(*at), Scores(scaling, softcap, sinks))
+
+
+decode_as_one = torch.library.custom_op("hcot_lmeval::decode", decode, mutates_args=("keys", "values"))
+"""`decode` as an operator, into which `torch.compile` does not look; without a compiler it costs more than `decode`.
+
+A compiler that sees slots written through a view of them may not dare to write in place: torch 2.11 copies those of
+every layer in every step (`can_inplace` in `torch._inductor.fx_passes.reinplace`). An operator tells it what changes.
+"""
+
+
+@decode_as_one.register_fake
+def _shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[-1])

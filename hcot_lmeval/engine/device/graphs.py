@@ -1,4 +1,4 @@
-"""How a step is run: as it is, or as a CUDA graph for each size of the batch."""
+"""How a step is run: as it is, compiled, or as a CUDA graph for each size of the batch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ EVERY = 16
 """Sizes of batches: the small ones, then every 16th."""
 WARM_UP = 3
 """Runs before a capture: kernels are compiled and chosen, and libraries take their memory."""
+PROGRAMS = 64
+"""Compiled forms of a step that may live side by side: one for each size of the batch, of several engines."""
 
 
 def bucket(rows: int) -> int:
@@ -39,6 +41,8 @@ class Runner:
         device: where the rows are.
         counter: what each run changes even if no row runs; warming up leaves it as it was.
         graphs: capture graphs.
+        compiled: compile the step first, in one piece.
+        backend: who compiles.
     """
 
     def __init__(
@@ -50,10 +54,13 @@ class Runner:
         *,
         counter: torch.Tensor,
         graphs: bool,
+        compiled: bool = False,
+        backend: str = "inductor",
     ) -> None:
-        self._step = step
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if compiled else step
         self._rows = torch.full((bucket(most),), padding, dtype=torch.int64, device=device)
         self._padding, self.size, self._capture, self._counter = padding, 0, graphs, counter
+        self._compiled = compiled
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # what the graphs share
         self._aside: Any = None  # the stream on which they are captured
@@ -79,7 +86,17 @@ class Runner:
         if self._capture:
             self._graphs[self.size].replay()
         else:
-            self._step(self._rows[: self.size])
+            self._call(self._rows[: self.size])
+
+    def _call(self, rows: torch.Tensor) -> None:
+        """The step, kernel by kernel."""
+        if not self._compiled:
+            self._step(rows)
+            return
+        from torch._dynamo import config
+
+        with config.patch(recompile_limit=PROGRAMS):  # beyond the 8 of PyTorch a step in one piece would be refused
+            self._step(rows)
 
     def capture(self) -> None:
         """Captures a graph for the size of the batch; if that fails, steps run kernel by kernel from now on."""
@@ -101,16 +118,16 @@ class Runner:
         self._aside = self._aside or torch.cuda.Stream(rows.device)
         with beside(self._aside):
             for _ in range(WARM_UP - 1):
-                self._step(rows)
+                self._call(rows)
             with no_waiting():
-                self._step(rows)
+                self._call(rows)
         graph = torch.cuda.CUDAGraph()
         # a capture that fails does not leave its stream; the outer context does
         with (
             torch.cuda.stream(torch.cuda.current_stream(rows.device)),
             torch.cuda.graph(graph, pool=self._memory, stream=self._aside, capture_error_mode="thread_local"),
         ):
-            self._step(rows)
+            self._call(rows)
         self._memory = self._memory or graph.pool()
         return graph
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from hcot_lmeval.engine.decoder import Decoder
-from hcot_lmeval.engine.device.attention import Decode, Sdpa
+from hcot_lmeval.engine.device.attention import Decode, Sdpa, handle_of
 from hcot_lmeval.engine.device.choice import choose
 from hcot_lmeval.engine.device.graphs import WARM_UP, Runner
 from hcot_lmeval.engine.device.sampling import Sampler, kernel_for
@@ -132,6 +132,9 @@ class Program:
     backend: Sdpa
     log: Log
 
+    def __post_init__(self) -> None:
+        self._handle = handle_of(self.backend)
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Has to be open while the program runs."""
@@ -146,7 +149,7 @@ class Program:
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Forwards one token of each of `rows` and returns what predicts the next: [n, vocabulary]."""
         feed, decoder = self.state.feed(rows), self.decoder
-        decoder.running.step = Decode(feed, self.pool, self.backend, self.state.positions)
+        decoder.running.step = Decode(feed, self.pool, self._handle, self.state.positions)
         return decoder.call(feed.tokens[:, None], feed.positions[:, None])[:, 0]
 
     def offer(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
@@ -370,6 +373,7 @@ def make_loop(
         device,
         counter=log.tick,
         graphs=options.graphs and device.type == "cuda",
+        compiled=options.compiled,
     )
     chunks = options.reforward == "chunk" or (options.reforward == "auto" and pool.slots <= CHUNK_ROWS)
     return DeviceLoop(program, runner, scheduler, accept, chunks=chunks, run_ahead=run_ahead)
