@@ -27,7 +27,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
+	LC_ALL=C.UTF-8 $(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
 	@echo build/docs/index.html
 
 bench: $(READY)

@@ -88,6 +88,10 @@ def test_a_command_with_an_unknown_option_fails():
             parse(shlex.split(line))
 
 
+LOCALE = {**os.environ, "LC_ALL": "C.UTF-8"}
+"""Sphinx asks for the locale of the environment, which need not be installed."""
+
+
 def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False, **options)
 
@@ -95,7 +99,18 @@ def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="not installed; pip install 'hcot_lmeval[docs]'")
     done = run(
-        sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "docs", str(tmp_path), cwd=ROOT
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        "docs",
+        str(tmp_path),
+        cwd=ROOT,
+        env=LOCALE,
     )
     assert (done.returncode, done.stderr) == (0, "")
     start = (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hcot_lmeval.files import Input, InputOptions, count_records, find_inputs
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.prepare.outline import Block, Outline, assemble
-from hcot_lmeval.prepare.reading import read_prepared, read_rows, split_thinking
+from hcot_lmeval.prepare.reading import SOLUTION_TAGS, read_prepared, read_rows, split_thinking
 from hcot_lmeval.prepare.reasons import READING
 from hcot_lmeval.prepare.rows import PreparedRow, SourceRow, Unreadable
+from hcot_lmeval.vocabulary import PAIRS
 
 SAID = "<think>\nFirst.\nThen 2.\n</think>\nIt is \\boxed{2}."
 REASONING, RESPONSE = "\nFirst.\nThen 2.\n", "\nIt is \\boxed{2}."
@@ -75,7 +76,7 @@ def test_broken_rows_are_data_with_a_code_and_the_rest_is_read(tmp_path):
 
 @given(st.text(), st.text())
 def test_thinking_is_cut_exactly(reasoning, response):
-    tags = ("<think>", "</think>", "<|begin_of_thought|>", "<|end_of_thought|>")
+    tags = [*(tag for pair in PAIRS for tag in pair), *SOLUTION_TAGS]
     if any(tag in f"{reasoning}</think>{response}".replace("</think>", "", 1) for tag in tags):
         return
     assert split_thinking(f"<think>{reasoning}</think>{response}") == (reasoning, response)
