@@ -110,7 +110,7 @@ def test_large_files_are_told_apart_by_more_than_size_and_time(tmp_path):
 @pytest.mark.parametrize("graded", [True, False])
 def test_every_file_of_the_engine_counts_whatever_its_suffix(graded):
     names = {str(path).partition("/hcot_lmeval/")[2] for path in provenance.code_files(graded=graded)}
-    assert {"engine/native/kernel/step.cpp", "engine/native/kernel/numbers.hpp", "engine/device/loop.py"} <= names
+    assert {"engine/native/kernel/step.cpp", "engine/native/kernel/team.hpp", "engine/device/loop.py"} <= names
     assert {"lm/model.py", "vocabulary.py", "templates/chatml.jinja", "ablation.py"} <= names
     assert ("answers/extract.py" in names) is graded
 

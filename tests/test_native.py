@@ -3,6 +3,7 @@
 That it decodes exactly, with pruning, is in test_engine_exact.py.
 """
 
+import ctypes
 import logging
 import shutil
 import subprocess
@@ -16,10 +17,11 @@ from peft import LoraConfig, get_peft_model
 
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
-from hcot_lmeval.engine.native import build, step, weights
+from hcot_lmeval.engine.native import build, packing, step
 from hcot_lmeval.engine.native.build import KernelUnavailableError
+from hcot_lmeval.engine.native.packing import DISTANCES, Reading
 from hcot_lmeval.engine.native.step import NativeStep
-from hcot_lmeval.engine.native.weights import DISTANCES, Reading, UnreadableModelError
+from hcot_lmeval.engine.native.weights import Packing, UnreadableModelError
 from hcot_lmeval.engine.slots import Chunk, KVPool
 from tests.native_cases import LESS, SHAPES, STEPS, chunk
 from tests.reference import EOS, MARKERS
@@ -163,10 +165,10 @@ def test_changed_and_replaced_weights_are_seen():
 @pytest.mark.parametrize("form", ["plain", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_are_changed_behind_the_back_of_pytorch_are_seen(dtype, form):
-    """Through ``.data`` nothing is counted; norms and biases in bfloat16, and packed weights, are copies."""
+    """Through ``.data`` nothing is counted; norms and biases in bfloat16, and weights in fewer bits, are copies."""
     if form == "packed" and dtype == torch.bfloat16:
-        pytest.skip("weights in bfloat16 have no copy")
-    model = tiny_model("qwen2", torch.bfloat16).to(dtype)
+        pytest.skip("weights in bfloat16 have no copy in fewer bits")
+    model = tiny_model("qwen2", dtype)
     parts = {
         "norm": model.model.layers[0].input_layernorm.weight,
         "bias": model.model.layers[1].self_attn.k_proj.bias,
@@ -178,8 +180,7 @@ def test_weights_that_are_changed_behind_the_back_of_pytorch_are_seen(dtype, for
     request = Request("1", (9, 10, 11), SamplingParams(max_gen_toks=12, logprobs=True))
     logprobs = engine.generate([request])[0].logprobs
     for name, part in parts.items():
-        change = 0.2 * torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
-        part.data.copy_((part.data + change).bfloat16())
+        part.data.add_(0.2 * torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
         fresh = Engine(model, markers=MARKERS["hcot"], eos_ids=(EOS,), **options)
         found = engine.generate([request])[0].logprobs
         assert found == fresh.generate([request])[0].logprobs != logprobs, name
@@ -290,10 +291,11 @@ def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
 
 
 def test_flags_that_are_asked_for_are_taken_or_an_error(compiled_with):
-    model = tiny_model("qwen2", torch.float32)
-    for width, few in ((32, 4), (64, 6)):
+    model, found = tiny_model("qwen2", torch.float32), Packing()
+    for width in (32, 64):
         compiled_with(f"-DVECTOR_BYTES={width}")
-        assert NativeStep(model).kernel.few_tokens() == few
+        NativeStep(model).kernel.packing(ctypes.byref(found))
+        assert found.numbers == 8 * width // 4
     compiled_with("-DVECTOR_BYTES=48")
     with pytest.raises(
         ValueError, match=r"HCOT_LMEVAL_CXXFLAGS=.*-DVECTOR_BYTES=48.* failed: .*VECTOR_BYTES is 16, 32"
@@ -356,13 +358,13 @@ def test_the_way_to_read_weights_changes_nothing_but_the_time(monkeypatch):
     assert NativeStep(model).reading == Reading(False, DISTANCES[0])
     tried = []
     seconds = NativeStep.product_seconds
-    monkeypatch.setattr(weights, "LEAST_BYTES", 1000)
+    monkeypatch.setattr(packing, "LEAST_BYTES", 1000)
     monkeypatch.setattr(step, "TRIED_BYTES", 1000)
     monkeypatch.setattr(NativeStep, "product_seconds", lambda self: tried.append(self.reading) or seconds(self))
     logits = []
     for distance in DISTANCES:
         fastest = Reading(False, distance)
-        monkeypatch.setattr(weights, "choose_reading", lambda ways, time, way=fastest: [*map(time, ways)] and way)
+        monkeypatch.setattr(packing, "choose_reading", lambda own, copied, time, way=fastest: [*map(time, own)] and way)
         native = NativeStep(model)
         assert native.reading == fastest and {way.distance for way in tried} == set(DISTANCES)
         logits.append(native.forward(KVPool(decoder.layers, 1, 8), [Chunk(0, 0, [9], range(1))]))

@@ -50,9 +50,10 @@ class ComputeOptions:
             Tokens are chosen by kernels of this package, of any model and also on CUDA, unless it is ``torch``.
         kv_dtype: dtype of stored keys and values: ``bfloat16``, ``float16`` or ``float8_e4m3fn`` (without scales); or
             ``auto``, the one in which the model computes them. A smaller one lets more rows into memory and rounds.
-        weights: how compiled code on the CPU reads float32 weights: ``plain``, as the model has them; ``packed``, those
-            of a checkpoint in bfloat16 from a copy in it, which has the same values and serves few rows; or ``auto``,
-            the latter where no more run at a time, it is faster and takes at most half of the free memory.
+        weights: how compiled code on the CPU reads float32 weights: ``plain``, as the model has them; ``packed``, from
+            a copy in fewer bits that has the same values (`hcot_lmeval.engine.native.packing`) and serves a single
+            row, or some of a checkpoint in bfloat16; or ``auto``, the latter where no more run at a time, it is faster
+            and takes at most half of the free memory.
         huge_pages: on the CPU, keys and values lie on pages of 2 MiB where Linux has them, and compiled code copies the
             weights there (`hcot_lmeval.engine.slots`); they stay the model's parameters.
         loop: who runs the steps: ``host``; ``device``, where tokens are chosen and thoughts pruned without the host

@@ -28,7 +28,10 @@ WEIGHTS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfl
 """The types of weights that the kernel knows, by the names they have in it."""
 LOGITS = (torch.float32, torch.float64)
 """The types of logits that tokens are chosen from."""
-RESULTS = {"scratch_bytes": ctypes.c_size_t, "time_products": ctypes.c_double}
+RESULTS = {
+    **dict.fromkeys(("scratch_bytes", "blocks", "pack"), ctypes.c_size_t),
+    "time_products": ctypes.c_double,
+}
 """What functions of the compiled step return, other than an int."""
 COMPILE_SECONDS = 300
 """A compiler that takes longer hangs; ordinarily it takes three seconds."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hcot_lmeval.engine.native.build import KernelUnavailableError, load_kernel
+from hcot_lmeval.engine.native.packing import NoCopyError, Reading, Source, WeightReader
 from hcot_lmeval.engine.native.weights import (
     MATRICES,
     NORMS,
@@ -18,11 +19,8 @@ from hcot_lmeval.engine.native.weights import (
     Matrix,
     Model,
     ModelWeights,
-    NoCopyError,
-    Reading,
     Step,
     UnreadableModelError,
-    WeightReader,
     read_weights,
 )
 from hcot_lmeval.engine.options import ComputeOptions
@@ -92,7 +90,7 @@ class NativeStep:
         self.kernel = load_kernel(weight, cache or weight)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_sizes = (0, 0, 0)
-        self.reader = WeightReader(weights, few=rows <= self.kernel.few_tokens())
+        self.reader = WeightReader(weights, rows)
         found = read_weights(model)
         if huge_pages and (done := move_to_huge_pages(model)):
             logger.info("%s", done)
@@ -128,7 +126,7 @@ class NativeStep:
         self._pool: KVPool | None = None
         self._angles = torch.empty(2, 0)
         self._angle_addresses = (0, 0)
-        self.reader.open(self.owner, weights, self.model, self.product_seconds)
+        self.reader.open(Source(self.owner, weights, self.kernel, self.model), self.product_seconds)
         self._state = weights.state  # last, so that what failed is tried again
 
     def forward(self, pool: KVPool, chunks: Sequence[Chunk]) -> torch.Tensor:

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "numbers.hpp"
+#include "packed.hpp"
 
 // How a vector of weights meets a vector of activations: the type of the activations, and one multiply-add.
 template <class T> struct Product {
@@ -25,19 +26,21 @@ template <> struct Product<bfloat16> {
 #endif
 using operand = Product<weight>::operand;
 
-// The weights, and a copy of them in bfloat16 that has the same values, if there is one.
+// The weights, and copies of them in fewer bits that have the same values, if there are any.
 struct Matrix {
     const weight* rows;      // [out, in]
     const real* bias;        // [out] or null
     int out, in;
     const bfloat16* narrow;  // [out, in] or null
+    const uint32_t* blocks;  // [out / SIDE, in / LANES, BLOCK_WORDS] or null: packed rows
+    const uint8_t* bases;    // [out / SIDE, in / LANES]
 };
 
 // What a matrix is multiplied with, and how.
 struct Input {
     const operand* x;  // [tokens, in]
     int tokens;
-    int far;  // a single token meets one row after the other, so many bytes ahead; 0: several side by side
+    int far;  // a single token meets one row (packed: SIDE) after the other, so many bytes ahead; 0: several side by side
 };
 
 // Tokens that meet some rows one strip after the other: activations of more would leave the nearer caches in between.
@@ -236,14 +239,39 @@ static inline void multiply_range(const Matrix& m, const Row* all, int n, int st
     for (; n < stop; n++) multiply_rows<ADD, 1>(m, rows(), n, input, y, width);
 }
 
+// A single token meets the packed rows from n on, a multiple of SIDE; returns the first that is left.
+template <bool ADD> static inline int multiply_packed(const Matrix& m, int n, int stop, const Input& input, real* y) {
+    const size_t across = m.in / LANES, first = n / SIDE * across;
+    const uint32_t* block = m.blocks + first * BLOCK_WORDS;
+    const uint8_t* base = m.bases + first;
+    for (; n + SIDE <= stop; n += SIDE) {
+        const weight* rows = m.rows + (size_t)n * m.in;
+        Vector totals[SIDE] = {};
+        for (int k = 0; k + LANES <= m.in; k += LANES, block += BLOCK_WORDS, base++) {
+#pragma GCC unroll 8
+            for (size_t i = 0; i < BLOCK_WORDS * 4; i += 64) __builtin_prefetch((const char*)block + input.far + i, 0, 2);
+            Vector x = load(input.x + k);
+            if (__builtin_expect(*base == MARK, 0))
+                for (int i = 0; i < SIDE; i++) totals[i] = fused(totals[i], load(rows + (size_t)i * m.in + k), x);
+            else unpack(block, *base, [&](int i, Vector w) { totals[i] = fused(totals[i], w, x); });
+        }
+        real out[SIDE];
+        finish<SIDE>(rows, input.x, m.in, totals, out);
+        keep<ADD, SIDE>(m, n, out, y);
+    }
+    return n;
+}
+
 // For more tokens than FEW arithmetic is the limit, and the fewer bytes of narrow rows do not pay for widening them.
 constexpr int FEW = MOST_TOKENS > 4 ? MOST_TOKENS : 4;
 
-// The same for the rows [n, stop), of the copy if there are few tokens.
+// The same for the rows [n, stop), of the copy that serves so many tokens best.
 template <bool ADD>
 static inline void multiply_rows(const Matrix& m, int n, int stop, const Input& input, real* y, int width) {
-    if constexpr (std::is_same<weight, float>::value)
+    if constexpr (std::is_same<weight, float>::value) {
         if (m.narrow && input.tokens <= FEW) return multiply_range<ADD>(m, m.narrow, n, stop, input, y, width);
+        if (m.blocks && input.tokens == 1) n = multiply_packed<ADD>(m, n, stop, input, y);
+    }
     for (int t = 0; t < input.tokens; t += MANY) {
         int tokens = input.tokens - t < MANY ? input.tokens - t : MANY;
         Input some{input.x + (size_t)t * m.in, tokens, input.far};

@@ -2,72 +2,23 @@
 //
 // Compiled at first use with WEIGHT = float, double or bfloat16 and CACHE, the type of keys and values, the same or
 // bfloat16, for the processor at hand. Weights are read where the model has them, row-major [out, in], or from a copy
-// in bfloat16. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
+// in fewer bits. What makes it fast: one parallel region for the whole step; an output is a dot product along a row of
 // weights: for one token one row after the other or several side by side, whatever was tried to be faster, for more
 // tokens several rows by several tokens at a time in registers; the weights needed next are prefetched; attention reads
 // exactly what is live, for all queries of a group together. Vectors are those of GCC and Clang, so that nothing but
 // the bfloat16 instruction is bound to one family of processors.
 
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <new>
-#include <thread>
 
 #include <omp.h>
 
 #include "attention.hpp"
 #include "numbers.hpp"
 #include "products.hpp"
-
-// --------------------------------------------------------------------------------- threads that share the work of a step
-
-// A part of some work: blocks that were taken, and those of them that are done.
-struct alignas(64) Part {
-    std::atomic<int> taken, done;
-};
-
-// One thread's view of a step. Work is split into a part for every thread, and parts into blocks; who is through with
-// its own part goes on with those of the others. So a thread that the system has put aside delays the others by the
-// block it holds, and the step at its end; at barriers between, all of them would wait for it each time.
-class Team {
-  public:
-    Team(Part* parts, int rank, int size) : rank(rank), size(size), parts(parts) {}
-
-    // Calls work(from, to) on blocks of [0, count), until all are taken. All threads call with the same numbers.
-    template <class Work> void share(int count, int block, Work work) {
-        int blocks = (count + block - 1) / block;
-        totals[next % MOST] = blocks;
-        Part* mine = parts + (size_t)next++ * size;
-        for (int other = 0; other < size; other++) {
-            int owner = (rank + other) % size, first = start(blocks, owner), last = start(blocks, owner + 1);
-            for (int i; (i = first + mine[owner].taken.fetch_add(1, std::memory_order_relaxed)) < last;) {
-                work(i * block, (i + 1) * block < count ? (i + 1) * block : count);
-                mine[owner].done.fetch_add(1, std::memory_order_release);
-            }
-        }
-    }
-
-    // Waits until all that was shared so far is done.
-    void together() {
-        for (; waited < next; waited++)
-            for (int owner = 0; owner < size; owner++) {
-                int blocks = totals[waited % MOST], all = start(blocks, owner + 1) - start(blocks, owner);
-                std::atomic<int>& done = parts[(size_t)waited * size + owner].done;
-                for (int looks = 0; done.load(std::memory_order_acquire) < all;)
-                    if (++looks > PATIENCE) std::this_thread::yield();
-            }
-    }
-
-    const int rank, size;
-
-  private:
-    static constexpr int MOST = 4, PATIENCE = 1000;  // shares between two waits; looks before the processor is offered
-    int start(int blocks, int owner) const { return (int)((long)blocks * owner / size); }
-    Part* parts;
-    int next = 0, waited = 0, totals[MOST];
-};
+#include "team.hpp"
 
 // -------------------------------------------------------------------------------------------------- parts of a layer
 
@@ -139,8 +90,16 @@ size_t scratch_bytes(const Model* model, int tokens, int seen, int threads);
 int decode(const Model* model, const Step* step);
 // Seconds that a single token takes through products of the layers, of which at least `bytes` are read if there are.
 double time_products(const Model* model, const Step* step, size_t bytes);
-// Tokens that meet a copy in bfloat16 at most.
-int few_tokens();
+
+struct Packing {
+    int numbers, words;  // in a block of packed rows
+    int few;             // tokens that meet narrow rows at most
+};
+
+void packing(Packing* p);
+size_t blocks(const Matrix* m);
+// Packs a matrix into m->blocks and m->bases; returns how many blocks are marked.
+size_t pack(const Matrix* m, int threads);
 }
 
 namespace {
@@ -384,4 +343,19 @@ double time_products(const Model* model, const Step* step, size_t bytes) {
     return omp_get_wtime() - start;
 }
 
-int few_tokens() { return FEW; }
+void packing(Packing* p) { *p = {SIDE * LANES, (int)BLOCK_WORDS, FEW}; }
+
+size_t blocks(const Matrix* m) { return (size_t)(m->out / SIDE) * (m->in / LANES); }
+
+size_t pack(const Matrix* m, int threads) {
+    size_t marked = 0, across = m->in / LANES;
+    if constexpr (std::is_same<weight, float>::value)
+#pragma omp parallel for num_threads(threads) reduction(+ : marked)
+        for (size_t at = 0; at < blocks(m); at++) {
+            const float* rows = (const float*)m->rows + at / across * SIDE * m->in + at % across * LANES;
+            uint8_t base = pack_block(rows, m->in, (uint32_t*)m->blocks + at * BLOCK_WORDS);
+            ((uint8_t*)m->bases)[at] = base;
+            marked += base == MARK;
+        }
+    return marked;
+}
