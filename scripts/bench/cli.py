@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 SUMMARY = """\
 Times engines on equal work, in one run: models with random weights are made to generate the same scripted tokens, and
-take turns.
+take turns. Two parts have options of their own, which `bench.py PART --help` lists:
+
+  prune   what a prune event costs beside a bare forward of as many tokens
+  guard   a run of seconds on a tiny model, for tests: fails if a ratio within the run has collapsed
 """
 EXAMPLES = """\
 examples:
@@ -32,6 +35,7 @@ examples:
   %(prog)s --tokens 16384 --thought 480 --solution 4 --text 2 --engines off recompute evict
   %(prog)s --option compute=torch --json bench.json
   %(prog)s --device cuda --dtype bfloat16 --shape 1.5B --batch 64 256 --tokens 8192 --live 8192 4096 2048 1024
+  %(prog)s prune --shape 0.5B --solution 4 64 --context 256 4096
 
 "x generate" compares whole runs of the same work: the median of the ratios within each repeat. "x best" compares with
 the best batch of generate. Where that is not among the engines, the first one stands in. docs/benchmark.md tells more.
@@ -55,26 +59,22 @@ Report = Callable[[str], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
-    args = make_parser().parse_args(argv)
-    return run_command(lambda: run(args), extra="dev")
+    given = list(sys.argv[1:] if argv is None else argv)
+    parts = {"prune": make_prune_parser, "guard": make_guard_parser}
+    args = parts[given[0]]().parse_args(given[1:]) if given and given[0] in parts else make_parser().parse_args(given)
+    return run_command(lambda: args.action(args), extra="dev")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser."""
+    """Returns the parser of the comparison of engines."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=SUMMARY, epilog=EXAMPLES, formatter_class=form)
+    parser.set_defaults(action=run)
     add = parser.add_argument
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME",
         help=f"some of {', '.join(ENGINES)} (all)")  # fmt: skip
     add("--batch", type=int, nargs="+", default=[1, 4], help="rows side by side (1 4)")
-    add("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
-    add("--repeats", type=int, default=3, help="timed runs, by turns, after one to warm up (%(default)s)")
-    add("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
-        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write all measurements here")
+    _add_model(parser)
     trace = parser.add_argument_group("the trace (tokens a row)")
     for name, text in TRACE.items():
         trace.add_argument(f"--{name}", type=int, default=getattr(Script(), name), help=f"{text} (%(default)s)")
@@ -85,6 +85,52 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="with a temperature (%(default)s is off)")
     add("--top-k", type=int, default=0, help="with a temperature (%(default)s is off)")
     return parser
+
+
+def make_prune_parser() -> argparse.ArgumentParser:
+    """Returns the parser of ``prune``."""
+    parser = argparse.ArgumentParser(prog="bench.py prune", description="What a prune event costs: its step in the "
+        "engine, beside a bare forward of the tokens that it forwards again.")  # fmt: skip
+    parser.set_defaults(action=run_prune)
+    add = parser.add_argument
+    add("--solution", type=_count, nargs="+", default=[4, 16, 64], help="tokens of the solution (4 16 64)")
+    add("--context", type=_count, nargs="+", default=[256, 1024, 4096], help="live tokens before (256 1024 4096)")
+    add("--thought", type=_count, default=512, help="tokens thrown away (%(default)s)")
+    _add_model(parser)
+    return parser
+
+
+def make_guard_parser() -> argparse.ArgumentParser:
+    """Returns the parser of ``guard``."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py guard", description="Fails if a ratio within the run has collapsed."
+    )
+    parser.set_defaults(action=run_guard)
+    _add_engine(parser)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="26M", help="size of the model (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    add("--repeats", type=_count, default=3, help="timed runs, by turns, after one to warm up (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write all measurements here")
+    _add_engine(parser)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
+    add("--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
+        help="a field of EngineOptions for our own engine, such as compute=torch")  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -104,6 +150,35 @@ def run(args: argparse.Namespace) -> int:
     print(table(found))
     finish(args, args.threads, {"results": [one.as_dict() for one in found]}, load)
     return 0
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    """Times prune events and prints their table."""
+    from bench.engines import make_model
+    from bench.events import Place, event_table, time_events
+    from hcot_lmeval.engine.options import read_options
+
+    read_options(dict(args.option))  # errors come before the model is made
+    load = OtherLoad()
+    places = [Place(solution, context, args.thought) for solution in args.solution for context in args.context]
+    model = make_model(args.shape, args.dtype, args.device, args.threads)
+    with progress(len(places)) as report:
+        found = time_events(model, places, args.repeats, report, dict(args.option))
+    print(event_table(found))
+    finish(args, args.threads, {"results": [event.as_dict() for event in found]}, load)
+    return 0
+
+
+def run_guard(args: argparse.Namespace) -> int:
+    """Prints the ratios that are guarded; 1 if one is beyond its bound."""
+    from bench.events import guard
+    from hcot_lmeval.engine.options import read_options
+
+    read_options(dict(args.option))
+    with progress(None) as report:
+        found = guard(report, args.threads, dict(args.option))
+    print("\n".join(map(str, found)))
+    return int(not all(finding.passed for finding in found))
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
