@@ -11,7 +11,7 @@ Whoever has this package installed then writes
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hcot_lmeval import __version__
@@ -118,21 +118,47 @@ def new_card(record: TrainingRecord | None, name: str) -> str:
     return CARD.format(name=name.rpartition("/")[2], rule=rule)
 
 
-def upload(folder: Path, name: str, *, private: bool | None = True, revision: str | None = None) -> None:
-    """Uploads a folder to a repository of the hub, which is made if need be.
+def contents(folder: Path) -> dict[str, Path]:
+    """Returns what is uploaded of a folder: all files but hidden ones, and no checkpoints of a training run."""
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    left_out = ("checkpoint-", ".", "__pycache__")
+    return {
+        name.as_posix(): path for name, path in names.items() if not any(p.startswith(left_out) for p in name.parts)
+    }
+
+
+def upload(
+    name: str, files: Mapping[str, bytes | Path], *, kind: str = "model", private: bool = True, message: str = "Upload"
+) -> str:
+    """Uploads files in one commit to a repository of the hub, made if need be; `huggingface_hub` has the token.
+
+    Args:
+        name: owner/name.
+        files: path in the repository -> content, or a file that has it.
+        kind: model or dataset.
+        private: of a repository that is made.
+        message: of the commit.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        ValueError: it failed; the message says how to do it by hand.
+        ValueError: it failed. The message holds no word of the error itself, which might repeat the token.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     try:
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, revision=revision)
+        api.create_repo(name, repo_type=kind, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(place, content) for place, content in files.items()]
+        api.create_commit(name, operations, repo_type=kind, commit_message=message)
     except Exception as error:  # whatever the client and the network come up with
-        why = " ".join(str(error).split())
-        raise ValueError(f"the upload failed; by hand: hf upload {name} {folder} . ({why})") from None
+        status = getattr(getattr(error, "response", None), "status_code", "no response")
+        raise ValueError(
+            f"the upload to {name} failed ({type(error).__name__}, {status}); log in with `hf auth login`, or set "
+            "HF_TOKEN to a token that may write there"
+        ) from None
+    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,7 +169,6 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("model", type=Path, help="folder of a finished model: weights, tokenizer, config")
     parse.add_argument("--to", metavar="OWNER/NAME", help="repository on the hub to upload the folder to")
     parse.add_argument("--public", action="store_true", help="a new repository can be seen by all")
-    parse.add_argument("--revision", metavar="BRANCH", help="of the repository (its main branch)")
     return parse
 
 
@@ -159,12 +184,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is not allowed, the folder holds no whole checkpoint, or the upload failed.
     """
-    if args.to is None and (args.public or args.revision):
-        raise ValueError("--public and --revision are of an upload; add --to OWNER/NAME, or leave them out")
+    if args.to is None and args.public:
+        raise ValueError("--public is of an upload; add --to OWNER/NAME, or leave it out")
     if args.to is not None and [bool(part) for part in args.to.split("/")] != [True, True]:
         raise ValueError(f"--to {args.to} is no repository of the hub; give OWNER/NAME")
     for path in describe(args.model, args.to or str(args.model)):
         print(path)
     if args.to is not None:
-        upload(args.model, args.to, private=not args.public, revision=args.revision)
-        print(f"{args.to} holds {args.model}")
+        print(upload(args.to, contents(args.model), private=not args.public))

@@ -80,7 +80,7 @@ def other_markup(folder):
         (no_weights, [], "has no weights (*.safetensors)"),
         (no_config, [], "is no folder with a config.json"),
         (other_markup, [], "<|block_start|>"),
-        (None, ["--public"], "--public and --revision are of an upload; add --to OWNER/NAME"),
+        (None, ["--public"], "--public is of an upload; add --to OWNER/NAME"),
         (None, ["--to", "model"], "--to model is no repository of the hub; give OWNER/NAME"),
     ],
 )
@@ -93,6 +93,36 @@ def test_what_cannot_be_pushed_is_one_line_and_nothing_is_written(checkpoint, ca
     assert not (checkpoint / "custom_generate").exists()
 
 
-def test_an_upload_that_fails_says_how_to_do_it_by_hand(checkpoint, capsys):
+def test_an_upload_holds_the_model_and_no_more(checkpoint, monkeypatch, capsys):
+    for name in (".cache/x", "checkpoint-5/model.safetensors", "custom_generate/__pycache__/generate.pyc"):
+        path = checkpoint / name
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    calls = {}
+
+    class Api:
+        endpoint = "https://hub"
+
+        def create_repo(self, name, **options):
+            calls["made"] = name, options["private"]
+
+        def create_commit(self, name, operations, **options):
+            calls["files"] = {operation.path_in_repo for operation in operations}
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main([str(checkpoint), "--to", "someone/model", "--public"]) == 0
+    assert calls["made"] == ("someone/model", False)
+    kept = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "custom_generate/generate.py"}
+    assert kept <= calls["files"] and not any("checkpoint-5" in name or "cache" in name for name in calls["files"])
+    assert "https://hub/someone/model" in capsys.readouterr().out
+
+
+def test_an_upload_that_fails_repeats_no_token(checkpoint, capsys, monkeypatch):
+    class Api:
+        def create_repo(self, name, **options):
+            raise OSError("Bearer hf_secret is not valid")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert main([str(checkpoint), "--to", "someone/model"]) == 1
-    assert f"by hand: hf upload someone/model {checkpoint} ." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the upload to someone/model failed (OSError, no response); log in with" in error and "secret" not in error

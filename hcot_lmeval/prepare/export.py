@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from hcot_lmeval.columns import BOXED, surrogate_in
 from hcot_lmeval.files import Input
 from hcot_lmeval.prepare.rows import THINK, PreparedRow, Unreadable
+from hcot_lmeval.push import upload
 from hcot_lmeval.settings import Section
 from hcot_lmeval.store import replacing, write_json
 
@@ -170,7 +171,7 @@ def _write_parquet(path: Path, records: Iterator[Mapping[str, Any]], columns: Se
 
 
 def push(path: Path, rows: int, options: ExportOptions, history: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Uploads an exported file with its manifest and a card, in one commit; the token is that of `huggingface_hub`.
+    """Uploads an exported file with its manifest and a card.
 
     Args:
         path: the file.
@@ -182,10 +183,8 @@ def push(path: Path, rows: int, options: ExportOptions, history: Sequence[Mappin
         The address of the data set.
 
     Raises:
-        ValueError: it failed. The message holds no word of the error itself, which might repeat the token.
+        ValueError: it failed.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     assert options.push is not None, "there is nowhere to push to"
     keys = ("step", "identity", "versions", "summary")
     steps = json.dumps([{key: manifest[key] for key in keys} for manifest in history], indent=1)
@@ -193,15 +192,4 @@ def push(path: Path, rows: int, options: ExportOptions, history: Sequence[Mappin
     card = CARD.format(name=name, file=path.name, rows=rows, columns=columns, steps=steps)
     manifest = path.with_name(f"{path.name}.manifest.json")
     files: dict[str, bytes | Path] = {"README.md": card.encode(), path.name: path, manifest.name: manifest}
-    api = HfApi()
-    try:
-        api.create_repo(options.push, repo_type="dataset", private=not options.public, exist_ok=True)
-        operations = [CommitOperationAdd(place, content) for place, content in files.items()]
-        api.create_commit(options.push, operations, repo_type="dataset", commit_message=f"{rows} rows")
-    except Exception as error:  # whatever the client and the network come up with
-        status = getattr(getattr(error, "response", None), "status_code", "no response")
-        raise ValueError(
-            f"the upload of {path} to {options.push} failed ({type(error).__name__}, {status}); log in with "
-            "`hf auth login`, or set HF_TOKEN to a token that may write there"
-        ) from None
-    return f"{api.endpoint}/datasets/{options.push}"
+    return upload(options.push, files, kind="dataset", private=not options.public, message=f"{rows} rows")
