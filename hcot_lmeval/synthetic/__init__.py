@@ -11,13 +11,13 @@ The package imports the standard library alone; the functions for lm-eval import
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.synthetic.arith import (
     NAMES,
@@ -119,6 +119,5 @@ def _check_options(task: str, options: dict[str, Any]) -> None:
     known = [*shared, *list(inspect.signature(TASKS[task]).parameters)[2:]]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"option {name!r} of task {task!r} is unknown; known are {', '.join(known)}.{hint}")
+            near = did_you_mean(name, known) or "."
+            raise ValueError(f"option {name!r} of task {task!r} is unknown{near} Known are {', '.join(known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hcot_lmeval.errors import did_you_mean
 from hcot_lmeval.training.config import SftConfig
 
 DEFAULTS: dict[str, Any] = {
@@ -97,9 +97,8 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
             advice = f"set {OWNED[name]} instead" if OWNED[name] else "the packed rows leave no choice"
             raise ValueError(f"trainer.{name} cannot be set here; {advice}")
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"trainer.{name} is unknown; {hint}Known are the fields of transformers.TrainingArguments")
+            near = did_you_mean(name, known) or "."
+            raise ValueError(f"trainer.{name} is unknown{near} Known are the fields of transformers.TrainingArguments")
     arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
     arguments.pop("save_steps", None)  # its effect is ours, see `Steering`
     try:
