@@ -204,6 +204,9 @@ def generate(
         ValueError: something is asked for that the engine does not do.
         OSError: no tokenizer is given, and none lies beside the checkpoint.
     """
+    for name in ("assistant_model", "assistant_tokenizer", "prefix_allowed_tokens_fn", "negative_prompt_ids"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"pruned generation has no {name}; leave it out")
     if tokenizer is None:
         if not getattr(model, "name_or_path", ""):
             raise ValueError("the model does not say from which checkpoint it is; pass its tokenizer=")

@@ -10,6 +10,7 @@ is the end of the one that finished last. What runs at the moment leaves no note
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,8 @@ class Watch:
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.last: dict[str, Any] | None = None
         self._files: dict[Path, Follower] = {}
-        self._damaged = 0
+        self._seen: set[str] = set()
+        self._damaged = self._again = 0
         self._find()
         if place.is_file() and place not in self._files:
             raise ValueError(f"{place} holds no notes ({SCHEMA}); give a file or folder of notes")
@@ -156,9 +158,16 @@ class Watch:
             for record in follower.read():
                 try:
                     task, counts = str(record["meta"].get("task") or ""), Statistics(**record["statistics"])
+                    key = json.dumps(
+                        [follower.name, record["request"], record["sample"], record["meta"]], sort_keys=True
+                    )
                 except (KeyError, TypeError, AttributeError):
                     self._damaged += 1
                     continue
+                if key in self._seen:  # as two runs write it that share a folder, or one that was resumed
+                    self._again += 1
+                    continue
+                self._seen.add(key)
                 tally = self.tallies.setdefault((follower.name, task), Tally())
                 tally.add(counts)
                 if now is not None:
@@ -173,6 +182,8 @@ class Watch:
         for (run, task), tally in self.tallies.items():
             table.add_row(*map(Text, (run, task, *tally.cells(now))))
         parts: list[Any] = [table]
+        if self._again:
+            parts.append(Text(f"{self._again:,} requests stand here once more, and are counted once", style="yellow"))
         if self._damaged:
             parts.append(Text(f"{self._damaged:,} lines are no notes, and are not counted", style="red"))
         if self.last is not None:

@@ -191,6 +191,7 @@ def test_one_call_does_all_and_streams(loaded, tmp_path):
         ({"streamer": print}, "has no method put"),
         ({"stop_strings": 3}, "stop_strings=3 is neither a text nor texts"),
         ({"stop_strings": ["a", 3]}, "is neither a text nor texts"),
+        ({"assistant_model": 1}, "pruned generation has no assistant_model"),
         ({"inputs": torch.zeros(0, 5, dtype=torch.int64)}, "input_ids has no rows"),
         ({"max_contxt": 3}, "max_contxt"),
         ({"policy": "evict"}, "trained under policy recompute"),

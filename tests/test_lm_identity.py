@@ -329,6 +329,19 @@ def test_a_record_of_the_journal_without_its_parts_is_generated_anew(tmp_path, d
     assert "generated anew" in caplog.text
 
 
+@pytest.mark.parametrize(("part", "value"), [("answer", 5), ("answer", None), ("stats", {"generated_tokens": "many"})])
+def test_a_record_of_the_journal_with_other_types_is_generated_anew(tmp_path, part, value, caplog):
+    before = raw(hcot(tmp_path))
+    for path in (tmp_path / "journal").rglob("*.jsonl"):
+        header, *lines = path.read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        changed = [{**record, "response": {**record["response"], part: value}} for record in records]
+        path.write_text("\n".join([header, *map(json.dumps, changed)]) + "\n")
+    again = hcot(tmp_path)
+    assert raw(again) == before and again._statistics.resumed == 0
+    assert "generated anew" in caplog.text
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 

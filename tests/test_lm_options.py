@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hcot_lmeval.lm import HcotLM
+from hcot_lmeval.lm.checks import check_run
 from hcot_lmeval.lm.options import (
     LOADING_KWARGS,
     QUANTIZATION_KWARGS,
@@ -255,3 +257,10 @@ def test_ablation(value: str | None, expected: str | None) -> None:
     assert (ablation if ablation is None else str(ablation)) == expected
     with pytest.raises(ValueError, match="ablation='newest' is not one of keep_last:N"):
         Options.parse({"ablation": "newest"})
+
+
+def test_the_limit_of_a_task_is_not_guessed_before_it_is_known():
+    """The task's own limit is looked at with its documents; here only the command's arguments are."""
+    check_run(simple_evaluate, (), {"model": "hcot", "tasks": [], "gen_kwargs": "min_gen_toks=30"})
+    with pytest.raises(ValueError, match="min_gen_toks=30"):
+        check_run(simple_evaluate, (), {"model": "hcot", "tasks": [], "gen_kwargs": "min_gen_toks=30,max_gen_toks=20"})

@@ -92,3 +92,16 @@ def test_findings_are_written_once(tmp_path) -> None:
     run = RunDirectory(tmp_path)
     run.write_findings([one, other, one])
     assert [json.loads(line)["row"] for line in run.rejected.read_text().splitlines()] == [1, 2]
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    settings = config(output=tmp_path / "run")
+    run.claim(settings, ["a", "b"])
+    run.claim(settings, ["a", "c"])  # nothing was trained on the first
+    (run.checkpoints / "checkpoint-3").mkdir(parents=True)
+    (run.checkpoints / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert run.claim(settings, ["a", "c"]) is not None
+    with pytest.raises(ValueError, match="holds a run on other data: the files, or what becomes of their rows"):
+        run.claim(settings, ["a", "b"])
+    assert run.claim(settings, ["a", "b"], restart=True) is None

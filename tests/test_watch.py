@@ -95,6 +95,17 @@ def test_what_cannot_be_watched_is_one_line(tmp_path, capsys, arguments, told):
     assert told in error and error.count("\n") == 1
 
 
+def test_a_request_that_stands_there_twice_is_counted_once(tmp_path, whole):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_bytes(whole.read_bytes())
+    watch = Watch(folder)
+    watch.read()
+    text = shown(watch)
+    assert cells(text)[2].strip() == "10" and "10 requests stand here once more, and are counted once" in text
+
+
 def test_once_prints_and_ends(whole, capsys):
     assert main([str(whole), "--once"]) == 0
     assert "toy" in capsys.readouterr().out

@@ -98,6 +98,9 @@ def _every(compare: Callable[[Node, Node], bool], pairs: Iterable[tuple[Node, No
     return True
 
 
+_VERDICTS = frozenset({"yes", "no", "true", "false"})
+
+
 def equal(gold: Node, answer: Node) -> bool:
     """Whether two parsed answers are equal; `gold` is the reference."""
     if bool(gold.modulus) != bool(answer.modulus):
@@ -108,6 +111,9 @@ def equal(gold: Node, answer: Node) -> bool:
         return False
     if _same(gold, answer):
         return True
+    said = [node.text.strip(" .").lower() for node in (gold, answer)]
+    if all(word in _VERDICTS for word in said):  # the letters of "No" are no product
+        return said[0] == said[1]
     if gold.modulus:
         return _congruent(gold, answer)
     if (either := _relations(gold, answer)) is not None:

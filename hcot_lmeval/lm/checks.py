@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -45,7 +46,7 @@ def check_run(evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     asked = signature(evaluate).bind(*args, **kwargs).arguments
     given = asked.get("gen_kwargs") or {}
     given = simple_parse_args_string(given) if isinstance(given, str) else given
-    GenerationSettings(1).params({"temperature": 1.0, **given})
+    GenerationSettings(sys.maxsize).params({"temperature": 1.0, **given})  # the task's limit is not known yet
     if asked.get("use_cache"):
         raise ValueError(NO_CACHE)
     _check_metadata(asked.get("metadata") or {})
@@ -58,7 +59,7 @@ def check_run(evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 
 
 def _tells_of_no_missing_template(record: logging.LogRecord) -> bool:
-    return "chat template is not applied" not in record.getMessage()
+    return "chat template is not applied" not in " ".join(record.getMessage().split())  # lm-eval wraps its lines
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

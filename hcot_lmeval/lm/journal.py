@@ -20,11 +20,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hcot_lmeval.engine import Request
+from hcot_lmeval.events import Statistics
 from hcot_lmeval.lm.reporting import RunStatistics
 from hcot_lmeval.lm.requests import request_key
 from hcot_lmeval.notes import Note, NoteTaker
@@ -165,10 +167,22 @@ class Notes(NoteTaker):
             self._works = False
 
 
+def _check_types(found: Mapping[str, Any]) -> None:
+    """Raises `TypeError` if texts are no texts, or counts no numbers."""
+    texts = {"answer": found["answer"], "thinking": found["thinking"]}
+    if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
+        raise TypeError(f"a text as {wrong[0]}")
+    for count in fields(Statistics):
+        value = found["stats"].get(count.name, 0) if isinstance(found["stats"], dict) else None
+        if count.type in ("int", "float") and not isinstance(value, (int, float)):
+            raise TypeError(f"a number as {count.name}")
+
+
 def _response(record: Mapping[str, Any]) -> Response | None:
     """The response in a record of the journal; None if somebody has taken parts of it away."""
     try:
         response = Response.from_dict(record["response"])
+        _check_types(record["response"])
         RunStatistics().add(response.stats, resumed=True)
     except (KeyError, TypeError) as error:
         logger.warning("a record of the journal lacks %s: its request is generated anew", error)

@@ -282,7 +282,10 @@ def runs_of_file(path: Path, tasks: Sequence[str] | None = None) -> Iterator[Run
 
 def _json(path: Path, text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        found = json.loads(text.removeprefix("\ufeff"))
+        if not isinstance(found, dict):
+            raise ResultsError(f"{path} holds no JSON object, and is no file of lm-eval's; give the folder of a run")
+        return found
     except json.JSONDecodeError:
         raise ResultsError(
             f"{path} is not complete: the run was killed while it wrote, or still writes; remove the file or run again"

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from hcot_lmeval.settings import differences
-from hcot_lmeval.store import JsonLines, line_of, replacing
+from hcot_lmeval.store import JsonLines, line_of, read_json, replacing
 from hcot_lmeval.training.config import SftConfig
 from hcot_lmeval.training.data.dataset import Finding
 
@@ -34,6 +34,10 @@ FREE = {
     *("log_level", "logging_steps", "logging_first_step", "save_steps", "save_total_limit", "dataloader_num_workers"),
 }
 """Settings that change nothing about the result, so that a resumed run may have others."""
+
+
+DIGESTS = "data_digests"
+"""Where the identity of a run names its data."""
 
 
 class RunDirectory:
@@ -56,32 +60,44 @@ class RunDirectory:
             raise ValueError(f"output={self.root} cannot be written: {there} is no folder that may be; choose another")
         if config is not None and self.identity.is_file() and (self.kept or self.model.exists()):
             before = json.loads(self.identity.read_text(encoding="utf-8"))
+            before.pop(DIGESTS, None)
             _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root)
 
-    def claim(self, config: SftConfig, *, restart: bool = False) -> Path | None:
+    def claim(self, config: SftConfig, digests: Sequence[str] = (), *, restart: bool = False) -> Path | None:
         """Makes the directory this run's own.
 
         Args:
             config: the settings.
+            digests: of the data of each phase and of what is held out.
             restart: throw away what an earlier run left there.
 
         Returns:
             The checkpoint to resume from, or None.
 
         Raises:
-            ValueError: another run, with other settings, lives there.
+            ValueError: another run, with other settings or on other data, lives there.
         """
         if restart and self.root.exists():
             shutil.rmtree(self.root)
         self.check(config)
+        self._check_data(digests)
         if not self.kept:
             self.samples.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (self.root / "config.yaml").write_text(text, encoding="utf-8")
-        identity = json.dumps(_identity(config.model_dump(mode="json")), indent=1)
+        identity = json.dumps({**_identity(config.model_dump(mode="json")), DIGESTS: list(digests)}, indent=1)
         self.identity.write_text(identity, encoding="utf-8")
         return self.last_checkpoint()
+
+    def _check_data(self, digests: Sequence[str]) -> None:
+        there = read_json(self.identity) if self.kept or self.model.exists() else None
+        before = (there or {}).get(DIGESTS)
+        if before is not None and before != list(digests):
+            raise ValueError(
+                f"output={self.root} holds a run on other data: the files, or what becomes of their rows, have changed "
+                "since. Put the data back to resume it, choose another output, or pass --restart to throw it away"
+            )
 
     def write_findings(self, findings: Iterable[Finding]) -> None:
         """Writes what is wrong with single rows, each once although phases may share it, and why it was left out."""

@@ -97,7 +97,8 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     if config.evaluation.problems:
         Decoder(model)  # says now whether the model can be decoded with pruning
     with PartialState().main_process_first():
-        checkpoint = run.claim(config, restart=restart and PartialState().is_main_process)
+        digests = [prepared.digest for prepared in (*data.train, data.held_out)]
+        checkpoint = run.claim(config, digests, restart=restart and PartialState().is_main_process)
     schedule = schedule_of(config, data)
     announce_length(checkpoint, schedule)
     record = record_of(config, tokenizer, added, data, schedule, command)
