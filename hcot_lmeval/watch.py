@@ -130,12 +130,10 @@ class Watch:
         place: a file of notes, or a folder that holds some, or will.
 
     Raises:
-        ValueError: there is no such place, or the file holds no notes.
+        ValueError: the file holds no notes.
     """
 
     def __init__(self, place: Path) -> None:
-        if not place.exists():
-            raise ValueError(f"{place} does not exist; give a file or folder of notes (model argument notes=DIR)")
         self.place = place
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.last: dict[str, Any] | None = None
@@ -147,6 +145,8 @@ class Watch:
             raise ValueError(f"{place} holds no notes ({SCHEMA}); give a file or folder of notes")
 
     def _find(self) -> None:
+        if not self.place.exists():
+            return
         for path in sorted(self.place.rglob("*.jsonl")) if self.place.is_dir() else [self.place]:
             if path not in self._files and (follower := Follower(path)).is_notes:
                 self._files[path] = follower
@@ -177,7 +177,9 @@ class Watch:
     def shown(self, now: float) -> Group:
         """Returns what is on the screen."""
         if not self.tallies:
-            return Group(Text(f"nothing has finished yet in {self.place}", style="dim"))
+            there = "has notes, and nothing has finished yet" if self._files else "holds no notes yet"
+            told = "it is the folder of the model argument notes=DIR, and what a journal had leaves none"
+            return Group(Text(f"{self.place} {there}; {told}", style="dim"))
         table = Table(*COLUMNS, box=None, header_style="dim", pad_edge=False)
         for (run, task), tally in self.tallies.items():
             table.add_row(*map(Text, (run, task, *tally.cells(now))))
@@ -222,6 +224,8 @@ def run(args: argparse.Namespace, console: Console | None = None) -> None:
     console = console or Console()
     watch = Watch(args.notes)
     watch.read()
+    if args.once and not args.notes.exists():
+        raise ValueError(f"{args.notes} does not exist; give a file or folder of notes (model argument notes=DIR)")
     if args.once:
         console.print(watch.shown(time.monotonic()))
         return

@@ -32,10 +32,10 @@ def whole(tmp_path):
 
 def test_each_request_is_counted_once_while_the_file_grows(tmp_path, whole):
     folder = tmp_path / "notes"
-    folder.mkdir()
     watch = Watch(folder)
     watch.read()
-    assert "nothing has finished yet" in shown(watch)
+    assert "holds no notes yet; it is the folder of the model argument notes=DIR" in shown(watch)
+    folder.mkdir()
     content, file = whole.read_bytes(), folder / "n.jsonl"
     for length in range(0, len(content) + 997, 997):  # lines that are half there are left for later
         file.write_bytes(content[:length])
@@ -82,7 +82,7 @@ def test_lines_that_are_no_notes_are_said_and_not_counted(tmp_path, whole):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["{0}/none"], "none does not exist; give a file or folder of notes"),
+        (["{0}/none", "--once"], "none does not exist; give a file or folder of notes"),
         (["{0}/rows.jsonl"], "rows.jsonl holds no notes"),
         (["{0}", "--every", "0"], "--every 0.0 is not allowed; give seconds from 0.1 to 3600"),
         (["{0}", "--every", "nan"], "--every nan is not allowed"),

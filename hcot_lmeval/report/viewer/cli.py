@@ -154,8 +154,9 @@ def _print(args: argparse.Namespace, traces: Iterator[Trace], verdicts: Verdicts
 def _serve(args: argparse.Namespace) -> None:
     if args.terminal:
         raise ViewerError("--serve and --terminal are two ways to show the traces; leave out one")
-    if missing := [place for place in args.notes if not place.exists()]:
-        raise ViewerError(f"{missing[0]} does not exist; give a file or folder of notes (model argument notes=DIR)")
+    for place in args.notes:
+        if not place.exists():
+            print(f"{place} does not exist yet; it is the folder of the model argument notes=DIR", file=sys.stderr)
 
     def write(path: Path, state: str) -> None:
         sources = find_sources(args.notes)

@@ -19,7 +19,8 @@ from typing import Any
 
 LOOPBACK = "127.0.0.1"
 WAITING = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>No traces yet</title>
-<p>No traces yet. This page looks again every two seconds."""
+<p>No traces yet. This page looks again every two seconds. Only requests that were generated leave notes: what
+the journal of an earlier run had leaves none (model argument journal=off)."""
 
 Write = Callable[[Path, str], object]
 """Writes the page to a path; the text is the state that the page is of. Raises `ValueError` or `OSError`."""
