@@ -305,8 +305,9 @@ class Steering(TrainerCallback):
         try:
             yield
         finally:
-            for each in watched:
-                signal.signal(each, before[each])
+            for each in watched:  # torchrun repeats SIGTERM, which may not cut off what the end has to say
+                ends = each == self.stopped_by == signal.SIGTERM
+                signal.signal(each, signal.SIG_IGN if ends else before[each])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         """Takes intervals and learning rate from the settings; a run that goes on has those of its checkpoint.
