@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hcot_lmeval.columns import SURROGATE
 from hcot_lmeval.embeddings import DEFAULT_SEEDING, Seeding, grow, padded, rows_of, seed_rows
 from hcot_lmeval.markup import Markup, get_markup
 from hcot_lmeval.vocabulary import read_vocabulary, token_id
@@ -120,7 +121,14 @@ def encode_prompt(
         text: the prompt, chat template applied.
         markup: the notation whose markers are to be text.
         add_special_tokens: whether the tokenizer adds its own tokens (such as BOS) around the text.
+
+    Raises:
+        ValueError: the prompt is no text, or holds half of a character.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"the prompt {text!r:.100} is no text; give a string")
+    if half := SURROGATE.search(text):
+        raise ValueError(f"the prompt holds {half[0]!r}, half of a character, at {half.start()}; give valid Unicode")
     markup = get_markup(markup)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return _encode_in_pieces(tokenizer, text, markup, add_special_tokens)

@@ -424,3 +424,14 @@ def test_weights_that_become_nan_end_a_run(compute):
 def test_sampling_parameters_of_other_kinds_are_refused(given, kind):
     with pytest.raises(ValueError, match=f"{next(iter(given))}=.* is not allowed; it has to be {kind}"):
         SamplingParams(**given)
+
+
+@pytest.mark.parametrize(("prompt", "told"), [(None, "None is no text"), (5, "5 is no text"), ("a\ud800", "at 1")])
+def test_a_prompt_that_is_no_text_is_refused(prompt, told):
+    with pytest.raises(ValueError, match=told):
+        Engine.from_pretrained("tiny-hcot").encode(prompt)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"device='cuda:9' is not in this machine, which has cpu"):
+        Engine.from_pretrained("tiny-hcot", device="cuda:9")

@@ -29,7 +29,7 @@ from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
 from hcot_lmeval.engine.device.sampling import chooser_for
 from hcot_lmeval.engine.device.state import Rule
-from hcot_lmeval.engine.options import read_options
+from hcot_lmeval.engine.options import check_device, read_options
 from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, StopStrings
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Scheduler
@@ -98,6 +98,7 @@ class Engine:
         self.ablation = self._find_ablation()
         self._check_controls()
         self.decoder = Decoder(model, check=given.self_check, rows=self._most_rows, **given.computing)
+        given.check_loop(self.decoder.device.type)
         self._check_vocabulary()
         self.limits = self._find_limits()
         self.live = Progress()
@@ -118,7 +119,7 @@ class Engine:
 
         Args:
             name: directory, id on the hub, or name of a bundled checkpoint.
-            device: where the model computes.
+            device: where the model computes, such as ``cuda`` or ``cuda:1``.
             dtype: of the weights; ``auto`` is the checkpoint's.
             revision: of the checkpoint on the hub.
             trust_remote_code: run code that comes with the checkpoint.
@@ -126,9 +127,10 @@ class Engine:
 
         Raises:
             OSError: there is no such checkpoint.
-            ValueError: the dtype is unknown, or a revision is asked of a directory.
+            ValueError: the dtype is unknown, the device is not there, or a revision is asked of a directory.
         """
         check_name(name)
+        check_device(device)
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not one of auto, float32, float16, bfloat16, float64")
         place = resolve(name)
@@ -142,7 +144,7 @@ class Engine:
 
     def generate(self, requests: Iterable[Request], notes: NoteTaker | None = None) -> list[Completion]:
         """Generates all requests; the completions come in the order of requests, the samples of a request together."""
-        requests = list(requests)
+        requests = [requests] if isinstance(requests, Request) else list(requests)
         done: dict[tuple[int, int], list[Completion]] = {}
         for completion in self.stream(requests, notes):
             done.setdefault((id(completion.request), completion.sample), []).append(completion)
@@ -167,6 +169,8 @@ class Engine:
             MemoryError: not even one row fits into memory.
             ValueError: a request has token ids that the model does not know, or no budget beyond `force_answer`.
         """
+        if isinstance(requests, Request):
+            raise TypeError(f"requests is the request {requests.id!r}; give a list of requests, such as [request]")
         requests = list(requests)
         if not requests:
             return

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
+import torch
+
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.control import ControlOptions
 from hcot_lmeval.engine.slots import KV_DTYPES
@@ -86,6 +88,16 @@ class ComputeOptions:
             raise ValueError(
                 "weights='packed' is for compiled steps, and compute='torch' switches them off; leave out one"
             )
+
+    def check_loop(self, device: str) -> None:
+        """Raises `ValueError` for an option of the device's loop where only the host's loop can run."""
+        if self.loop == "device" or (self.loop == AUTO and device != "cpu"):
+            return
+        usual = ComputeOptions()
+        for name in ("attention", "reforward", "compiled", "run_ahead"):
+            if (value := getattr(self, name)) != getattr(usual, name):
+                where = "loop='host'" if self.loop == "host" else "the CPU"
+                raise ValueError(f"{name}={value!r} is of the device's loop and does nothing on {where}; leave it out")
 
     @property
     def computing(self) -> dict[str, Any]:
@@ -191,4 +203,17 @@ def read_options(options: dict[str, Any]) -> EngineOptions:
     if unknown:
         hint = " What lm-eval's model argument calls pruning is policy here." if "pruning" in unknown else ""
         raise ValueError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}.{hint}")
+    if "closing_tokens" in options and options.get("force_answer") is None:
+        raise ValueError(
+            f"closing_tokens={options['closing_tokens']} does nothing without force_answer; add it, or leave it out"
+        )
     return EngineOptions(**options)
+
+
+def check_device(device: Any) -> None:
+    """Raises `ValueError` for a device that this machine does not have."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind, count = ("cpu", 0) if found is None else (found.type, torch.accelerator.device_count())
+    allowed = ("cpu", *([kind] if count else []), *(f"{kind}:{index}" for index in range(count)))
+    if str(device) not in allowed:
+        raise ValueError(f"device={str(device)!r} is not in this machine, which has {', '.join(allowed)}")

@@ -106,6 +106,7 @@ class HcotLM(HFLM):
         thinking = rest.pop("enable_thinking", None)
         if isinstance(pretrained, str):
             rest.setdefault("device", default_device())
+            self.options.check_loop(str(rest["device"]).partition(":")[0])
             prepare_cpu_ranks(rest["device"])
         self._quantization = {name: rest.pop(name) for name in QUANTIZATION_KWARGS & rest.keys()}
         with blamed(pretrained, rest):

@@ -156,6 +156,7 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     for name, advice in REFUSED.items():
         if rest.get(name) is not None and rest[name] is not False:
             raise ValueError(f"{name}={rest[name]!r} is not supported by hcot: {advice}")
+    _check_pairs(args)
     for name in FLAGS & rest.keys():
         if isinstance(rest[name], str):  # any text would count as true
             _flag(name, rest[name])
@@ -165,6 +166,22 @@ def split_model_args(args: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     if rest.get("backend", "default") == "seq2seq":
         raise ValueError("backend='seq2seq' is not supported by hcot, which decodes causal models; leave it out")
     return options, rest
+
+
+def _check_pairs(args: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an argument that does nothing beside another one, or without it."""
+    given = {name: value for name, value in args.items() if value is not None}
+    for one, other in (("max_length", "max_context"), ("torch_dtype", "dtype")):
+        if one in given and other in given and str(given[one]) != str(given[other]):
+            raise ValueError(f"{one}={given[one]!r} does nothing beside {other}={given[other]!r}; leave out one")
+    if "closing_tokens" in given and given.get("force_answer") in (None, False, "off"):
+        told = f"closing_tokens={given['closing_tokens']} does nothing without force_answer=TOKENS"
+        raise ValueError(f"{told}; add it, or leave it out")
+    template = given.get("chat_template_args", {})
+    if not isinstance(template, Mapping):
+        raise ValueError(
+            f"chat_template_args={template!r} names no arguments; give a mapping, such as {{'enable_thinking': False}}"
+        )
 
 
 def _check_batch_size(value: Any) -> None:
