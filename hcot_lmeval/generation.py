@@ -120,12 +120,16 @@ class PrunedGeneration:
         Raises:
             ValueError: something is asked for that the engine does not do.
         """
-        if not len(input_ids):
-            raise ValueError("input_ids has no rows; give at least one prompt")
+        if not input_ids.numel():
+            raise ValueError("input_ids holds no token; give at least one prompt, of at least one token")
         check_wishes(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        check_caches(generation_config, getattr(model, "generation_config", None))
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         engine = self.engine(model, end_ids(generation_config))
+        least, most, known = int(input_ids.min()), int(input_ids.max()), engine.decoder.known_ids
+        if least < 0 or most >= known:
+            raise ValueError(f"input_ids has ids from {least} to {most}; the model knows the ids 0..{known - 1}")
         requests = [
             self._request(str(row), tuple(ids[seen.bool()].tolist()), input_ids.shape[1], generation_config, engine)
             for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True))
@@ -207,6 +211,7 @@ def generate(
     for name in ("assistant_model", "assistant_tokenizer", "prefix_allowed_tokens_fn", "negative_prompt_ids"):
         if arguments.get(name) is not None:
             raise ValueError(f"pruned generation has no {name}; leave it out")
+    check_ids(inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs")))
     if tokenizer is None:
         if not getattr(model, "name_or_path", ""):
             raise ValueError("the model does not say from which checkpoint it is; pass its tokenizer=")
@@ -256,6 +261,24 @@ def check_wishes(
         raise ValueError(
             f"pruned generation has no {', '.join(strange)}; leave it out. There are greedy search, sampling with "
             "temperature, top_k, top_p, min_p and repetition_penalty, lengths, end tokens and stop strings"
+        )
+
+
+def check_caches(config: GenerationConfig, own: GenerationConfig | None) -> None:
+    """Raises `ValueError` for a cache that a caller asks for; what the checkpoint says of it is for other methods."""
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        value = getattr(config, name, None)
+        if value not in (None, getattr(own, name, None)):
+            raise ValueError(f"pruned generation has its own cache, and no {name}={value!r}; leave it out")
+
+
+def check_ids(ids: Any) -> None:
+    """Raises `ValueError` for prompts that are no tensor of token ids [rows, tokens]."""
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"input_ids is {type(ids).__name__} {ids!r:.40}; give a tensor of token ids [rows, tokens]")
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids is a tensor of {ids.dtype} {list(ids.shape)}; give one of token ids, int64 [rows, tokens]"
         )
 
 
