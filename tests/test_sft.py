@@ -293,6 +293,13 @@ def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path) -> None:
     assert "holds a run with other settings" in refused(tmp_path, short(tmp_path / "run", learning_rate=1))
 
 
+def test_a_window_that_no_prompt_fits_into_is_refused(tmp_path) -> None:
+    config = short(tmp_path / "run")
+    config["evaluation"] |= {"problems": 4, "max_context": 3}
+    told = refused(tmp_path, config)
+    assert re.search(r"evaluation.max_context=3 has no room behind 4 of 4 prompts; the longest has \d+ tokens", told)
+
+
 def test_traces_longer_than_the_model_knows_positions_are_a_warning(tmp_path) -> None:
     config = short(tmp_path / "run", 1)
     config["tiny"]["positions"] = 24

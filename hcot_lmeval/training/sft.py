@@ -40,7 +40,7 @@ from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.documents import NO_STAGES
 from hcot_lmeval.training.data.rows import collate
-from hcot_lmeval.training.evaluation import Data, Evaluator
+from hcot_lmeval.training.evaluation import Data, Evaluator, Problem
 from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.loading import (
     attention_of,
@@ -189,7 +189,25 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
         raise ValueError("no held-out row is usable; see the report above, and set other sources or a larger share")
     if config.evaluation.problems and not problems:
         raise ValueError("no held-out row has an answer to compare with; set evaluation.problems=0, or name the column")
+    check_room(config.evaluation.max_context, problems)
     return Data(train, held_out, problems, grammar)
+
+
+def check_room(max_context: int | None, problems: Sequence[Problem]) -> None:
+    """Warns of prompts that leave no room for an answer, which then counts as wrong.
+
+    Raises:
+        ValueError: no prompt leaves any.
+    """
+    sizes = [len(prompt_ids) for prompt_ids, _ in problems]
+    full = sum(size >= (max_context or size + 1) for size in sizes)
+    if not full:
+        return
+    told = f"evaluation.max_context={max_context} has no room behind {full} of {len(sizes)} prompts"
+    advice = f"the longest has {max(sizes)} tokens; raise it"
+    if full == len(sizes):
+        raise ValueError(f"{told}; {advice}")
+    logger.warning("%s, whose answers count as wrong; %s", told, advice)
 
 
 def _parts(config: SftConfig, train: Sequence[Prepared], held_out: Prepared) -> Iterator[tuple[str, Policy, Prepared]]:
