@@ -132,6 +132,7 @@ CONTRADICTIONS = {
     "document": (of_sample(1, doc={"answer": "7"}, target="7"), "doc_hash of document 1 is not that of the doc beside"),
     "target": (of_sample(1, target="7"), "target_hash of document 1"),
     "score": (of_sample(1, acc=1), "the mean of acc over the samples is 1.0000, its results file says 0.7500"),
+    "mean": (of_sample(1, generated_tokens=7), "generated_tokens of document 1 is not the mean over its responses"),
     "no share": (OUTSIDE, "completed of document 0 lies outside 0..1, as in 3"),
 }
 

@@ -137,12 +137,21 @@ def _statistics(run: Run) -> Faults:
     if missing := sorted({name for stats in run.requests or () for name in needed - stats.keys()}):
         fault = f"the statistics of its responses lack {', '.join(missing)}, so an older version made them"
         yield fault, "run it again"
+        return
+    for name in ("generated_tokens", "peak_live_tokens", "illegal_tokens") if run.requests else ():
+        told = {s["doc_id"]: (s.get(name), fmean(each[name] for each in s["requests"])) for s in run.samples}
+        if wrong := [key for key, (mean, real) in told.items() if mean is not None and not math.isclose(mean, real)]:
+            fault = f"{name} of {_documents(wrong)} is not the mean over its responses"
+            yield fault, "the file was changed after the run: take the original, or run again"
 
 
 def _settings(run: Run) -> Faults:
     """Responses of another run, as from a cache, have statistics that these settings and totals do not allow."""
     if run.totals is None or not run.requests:
         return
+    given = run.model_args.get("max_context")
+    if given is not None and str(given) != str(run.max_context):
+        yield f"its model arguments say max_context={given}, its totals {run.max_context}", "run it again"
     most: dict[str, Any] = {name: run.totals[name] for name in COUNTED if name in run.totals}
     if run.policy == "off":
         most |= {"pruned_tokens": 0, "prune_events": 0}
