@@ -129,6 +129,7 @@ def test_what_an_instruction_is_about_belongs_to_it(tmp_path):
 
 REJECTED = {
     "not_text": [
+        {"question": 3, "response": BOTH},
         chat(content=[{"type": "image_url", "image_url": "x"}, {"type": "text", "text": BOTH}]),
         {"messages": [{**USER, "content": [{"type": "image"}]}, {**USER, "role": "assistant", "content": BOTH}]},
         chat(content=7),
@@ -141,7 +142,6 @@ REJECTED = {
     "no_question": [
         {"question": "", "response": BOTH},
         {"question": " \r\n\t", "response": BOTH},
-        {"question": 3, "response": BOTH},
         {"question": {"a": 1}, "response": BOTH},
         {"question": None, "messages": None, "response": BOTH},
         {"messages": [{**USER, "role": "assistant", "content": BOTH}]},
@@ -373,6 +373,14 @@ def test_values_that_json_does_not_have_are_no_obstacle(tmp_path):
     (tmp_path / "no.parquet").write_bytes(GOOD)
     with pytest.raises(ValueError, match=r"no.parquet is no parquet file, or a damaged one"):
         list(read_rows(find_inputs([tmp_path / "no.parquet"])))
+
+
+def test_rows_of_two_forms_in_one_table(tmp_path):
+    """Each leaves the columns of the other empty."""
+    empty = dict.fromkeys(("question", "response", "messages"))
+    rows = [{"question": "Q?", "response": BOTH}, chat(content=BOTH)]
+    found = [read(tmp_path, empty | row)[0] for row in rows]
+    assert [(row.question, row.reasoning) for row in found] == [(row.question, R) for row in found]
 
 
 def test_no_row_with_half_a_character_passes_any_step(tmp_path):

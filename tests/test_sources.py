@@ -204,7 +204,7 @@ def test_unknown_data_sets_are_one_clear_error():
 
 def test_files_that_cannot_be_read_are_one_clear_error(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"question": "q"\n')
-    with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 1 is no JSON object"):
         load("broken.jsonl")
     (tmp_path / "rows.csv").write_text("question\nq\n")
     with pytest.raises(ValueError, match=r"rows\.csv names \.csv files"):

@@ -146,7 +146,7 @@ def alternatives(record: Record, columns: Mapping[str, str] = {}) -> list[Record
     data = record.data
     if data is None:
         raise Refused("broken_line", f"{record.line!r}")
-    names = resolve_columns(tuple(data), columns)
+    names = _columns(data, columns)
     listed = [names[role] for role in ("text", "reasoning", "response") if role in names and _lists(data[names[role]])]
     if not listed:
         return [record]
@@ -186,7 +186,7 @@ def read_row(record: Record, columns: Mapping[str, str] = {}) -> SourceRow:
     data = record.data
     if data is None:
         raise Refused("broken_line", f"{record.line!r}")
-    names = resolve_columns(tuple(data), columns)
+    names = _columns(data, columns)
     refuse_surrogates(data)
     try:
         question, said = _question(data, names), _said(data, names)
@@ -194,6 +194,9 @@ def read_row(record: Record, columns: Mapping[str, str] = {}) -> SourceRow:
         raise
     except ValueError as error:
         raise Refused("not_text", str(error)) from None
+    asked = data.get(names.get("question", ""))
+    if question is None and asked is not None and not isinstance(asked, (list, Mapping)):
+        raise Refused("not_text", f"the question is {asked!r}")
     if not (question or "").strip():
         raise Refused("no_question", f"{question!r}")
     reasoning, response = _sections(said)
@@ -324,6 +327,15 @@ def _without_solution_tags(response: str) -> str:
     if inner.startswith(begin) and inner.endswith(end):
         return "\n\n" + inner.removeprefix(begin).removesuffix(end).strip()
     return response
+
+
+def _columns(data: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Role -> column. Where a table has rows of several forms, those of the others are empty in a row."""
+    held = tuple(name for name, value in data.items() if value is not None)
+    try:
+        return resolve_columns(held, given)
+    except Refused:
+        return resolve_columns(tuple(data), given)
 
 
 def resolve_columns(present: Sequence[str], given: Mapping[str, str] = {}) -> dict[str, str]:

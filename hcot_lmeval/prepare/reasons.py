@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 READING = {
-    "broken_line": "the line is no JSON object in UTF-8",
+    "broken_line": "the line is no JSON object in UTF-8, or one that has a key twice",
     "no_column": "the row lacks the columns of a question and a trace, or has two for one of them",
     "no_question": "the question is missing or blank",
     "no_text": "the trace is missing, blank or no text",

@@ -37,6 +37,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from hcot_lmeval import columns as column_names
 from hcot_lmeval import synthetic
 from hcot_lmeval.columns import TRAINED, read_answer, read_content, read_message
+from hcot_lmeval.files import Input
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.provenance import files_digest
 from hcot_lmeval.training.config import SourceConfig
@@ -280,7 +281,8 @@ def _reading(path: str, read: Any, *args: Any, **kwargs: Any) -> Any:
         raise FileNotFoundError(f"{path!r} is no file here, and the hub cannot be reached: {error}") from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
+        broken = next((name for file in _files(path) if (name := _broken_line(file))), None)
+        raise ValueError(broken or f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except OSError as error:
@@ -290,6 +292,17 @@ def _reading(path: str, read: Any, *args: Any, **kwargs: Any) -> Any:
             f"{path} cannot be read: the cache of `datasets` cannot be written to ({error.strerror}: "
             f"{error.filename}); set HF_HOME to a directory that can"
         ) from error
+
+
+def _broken_line(file: str) -> str | None:
+    """What is wrong with the first line of a file that is no JSON object; None if there is none."""
+    if not file.endswith(".jsonl"):
+        return None
+    try:
+        broken = next((each for each in Input(file, Path(file)).records() if each.data is None), None)
+    except ValueError as error:
+        return str(error)
+    return broken and f"{broken.where} is no JSON object, or has a key twice: {broken.line!r:.100}"
 
 
 def _synthetic(source: SourceConfig, markup: str) -> Dataset:
