@@ -419,3 +419,9 @@ def test_main_thread_is_not_needed():
     thread.start()
     thread.join()
     assert verdicts == [True]
+
+
+@pytest.mark.parametrize("seconds", ["x", 0, -1, None, True, float("nan")])
+def test_a_limit_that_is_no_time_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"seconds={seconds!r} is no time"):
+        is_equivalent("1", "2", seconds=seconds)

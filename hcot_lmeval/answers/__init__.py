@@ -87,10 +87,12 @@ def is_equivalent(answer: str, gold: str | int | float, *, seconds: float = SECO
         seconds: the limit for this one check; waiting for a worker process to start is not part of it.
 
     Raises:
-        ValueError: `gold` is empty.
+        ValueError: `gold` is empty, or `seconds` is no time.
         RuntimeError: math-verify could not be imported.
     """
     gold = str(gold)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds={seconds!r} is no time; give a number of seconds above 0")
     if not gold.strip():
         raise ValueError("gold='' is empty; a check needs a reference answer")
     if max(len(answer), len(gold)) > MAX_CHARS:
