@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcot_lmeval.control import FREE, Budget, Controller, LoopDetector
+from hcot_lmeval.control import FREE, Budget, Controller, Directive, LoopDetector
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
 from hcot_lmeval.engine.slots import Chunk, Span
 from hcot_lmeval.events import Recorder, Statistics, statistics
@@ -71,6 +71,7 @@ class Completion:
         text: the generated text without special tokens other than markers and thinking tokens, cut at a stop string.
         logprobs: of each generated token, if asked for (see `SamplingParams.logprobs`).
         legal_logprobs: the same under the distribution that constraints and forced tokens leave; without any, equal.
+        directives: what constraints held for each generated token; None without any, or without log-probabilities.
         note: all events.
     """
 
@@ -83,6 +84,7 @@ class Completion:
     text: str
     logprobs: tuple[float, ...] | None
     legal_logprobs: tuple[float, ...] | None
+    directives: tuple[Directive, ...] | None
     note: Note
     statistics: Statistics
 
@@ -222,6 +224,7 @@ class Row:
         self.shared = 0
         self.generated: list[int] = []
         self.choices: list[Choice] = []
+        self.directives: list[Directive] = []
         self.finished = ""
         self.stop: str | int | None = None
         self.stop_at: int | None = None
@@ -318,6 +321,7 @@ class Row:
         self.generated.append(choice.token)
         if self.request.params.logprobs:
             self.choices.append(choice)
+            self.directives.append(self._directive)
         self.recorder.step(index, choice.token, step, len(self.context.live))
         if self.on_token is not None:
             self.on_token(self.request, self.sample, choice.token, step, tuple(self.context.live))
@@ -405,6 +409,7 @@ class Row:
             text=self.stops.text[: self.stop_at] if cut else decode(tokens),  # type: ignore[union-attr]
             logprobs=None if choices is None else tuple(choice.logprob for choice in choices),
             legal_logprobs=None if choices is None else tuple(choice.legal_logprob for choice in choices),
+            directives=tuple(self.directives) if any(each is not FREE for each in self.directives) else None,
             note=Note(request.id, self.sample, request.prompt_ids, tokens, events, request.meta),
             statistics=statistics(events),
         )

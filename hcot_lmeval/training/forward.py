@@ -15,9 +15,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.masks import attention_masks
@@ -86,14 +87,54 @@ def loss_sums(model: Any, batch: Batch, settings: LossSettings) -> LossSums:
     return LossSums(**_run(model, batch, functools.partial(_sums, settings=settings)))
 
 
-def token_logprobs(model: Any, batch: Batch, chunk: int = 1024) -> torch.Tensor:
+class Barred(NamedTuple):
+    """What may not be generated at each place of a batch, and where only one token may.
+
+    Attributes:
+        ids: ids that may not come, int64 [B, T, width]; -1 where there are fewer.
+        only: whether the target is the only token that may come, bool [B, T].
+    """
+
+    ids: torch.Tensor
+    only: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """What the model thinks of each target of a batch, in nats; 0 where there is no target.
+
+    Attributes:
+        logprobs: the log-probability of the target, [B, T].
+        entropy: of the distribution that it was drawn from, [B, T].
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def token_logprobs(
+    model: Any, batch: Batch, chunk: int = 1024, *, temperature: float = 1.0, barred: Barred | None = None
+) -> torch.Tensor:
     """Returns the log-probability of each target of `batch` in nats, [B, T], 0 where there is none.
 
-    For a trace that the engine sampled at temperature 1 these are the engine's log-probabilities, since the contexts
-    are the same. They have gradients unless computed under `torch.no_grad`.
+    For a trace that the engine sampled these are the engine's log-probabilities, since the contexts are the same. They
+    have gradients unless computed under `torch.no_grad`.
+
+    Args:
+        model: the model that `install` was called on, or any wrapper around it.
+        batch: packed rows.
+        chunk: rows of logits that exist at a time.
+        temperature: divides the logits; 0 counts as 1, as in the engine.
+        barred: what constraints forbade, to whose distribution the result then belongs.
     """
-    result: torch.Tensor = _run(model, batch, functools.partial(_logprobs, chunk=chunk))["logprobs"]
-    return result
+    return token_scores(model, batch, chunk, temperature=temperature, barred=barred).logprobs
+
+
+def token_scores(
+    model: Any, batch: Batch, chunk: int = 1024, *, temperature: float = 1.0, barred: Barred | None = None
+) -> Scores:
+    """Returns the log-probabilities as `token_logprobs`, and the entropies."""
+    finish = functools.partial(_scores, chunk=chunk, temperature=temperature or 1.0, barred=barred)
+    return Scores(**_run(model, batch, finish))
 
 
 def column_logprobs(model: Any, batch: Batch, ids: Sequence[int], chunk: int = 1024) -> torch.Tensor:
@@ -179,10 +220,39 @@ def _sums(hidden: torch.Tensor, batch: Batch, head: Any, settings: LossSettings)
     return {name: getattr(sums, name) for name in ("objective", "cross_entropy", "structure", "counts")}
 
 
-def _logprobs(hidden: torch.Tensor, batch: Batch, head: Any, chunk: int) -> dict[str, torch.Tensor]:
+def _scores(
+    hidden: torch.Tensor, batch: Batch, head: Any, chunk: int, temperature: float, barred: Barred | None
+) -> dict[str, torch.Tensor]:
+    """Scores of the rows that have a target; logits exist for `chunk` rows and are computed again for the gradient."""
     targets = batch["shift_labels"].flatten()
-    values = _at_targets(hidden, targets[:, None], targets, head, chunk)
-    return {"logprobs": values.view_as(batch["shift_labels"])}
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    score = functools.partial(_score, head=head, temperature=temperature)
+    found = []
+    for some in rows.split(chunk):
+        ids = None if barred is None else barred.ids.flatten(0, 1)[some]
+        found.append(checkpoint(score, hidden.flatten(0, 1)[some], targets[some], ids, use_reentrant=False))
+    values = hidden.new_zeros(2, len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if found:
+        values = values.index_put((torch.arange(2, device=rows.device)[:, None], rows), torch.cat(found, -1))
+    else:
+        values = values + 0 * hidden.sum()  # zeros that depend on every parameter, as DDP wants
+    if barred is not None:
+        values = values.masked_fill(barred.only.flatten(), 0.0)
+    return {name: each.view_as(batch["shift_labels"]) for name, each in zip(Scores._fields, values, strict=True)}
+
+
+def _score(
+    hidden: torch.Tensor, targets: torch.Tensor, barred: torch.Tensor | None, *, head: Any, temperature: float
+) -> torch.Tensor:
+    """Log-probability of the target, and entropy, of each row: [2, rows]."""
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if barred is not None:
+        place = (barred >= 0).nonzero(as_tuple=True)
+        logits = logits.index_put((place[0], barred[place]), logits.new_tensor(-torch.inf))
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+    return torch.stack([logprobs.gather(-1, targets[:, None])[:, 0], entropy])
 
 
 def _columns(hidden: torch.Tensor, batch: Batch, head: Any, ids: list[int], chunk: int) -> dict[str, torch.Tensor]:
