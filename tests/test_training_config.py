@@ -111,7 +111,7 @@ def test_a_file_that_is_no_mapping_is_told(file) -> None:
 
 
 def test_every_key_is_described() -> None:
-    text = describe_config()
+    text = describe_config(SftConfig)
     assert len(text.splitlines()) > 50
     for name in SftConfig.model_fields:
         assert f"\n{name}" in f"\n{text}"

@@ -75,7 +75,7 @@ def test_the_last_phase_alone_may_become_longer(tmp_path) -> None:
     checkpoint(run, 10)
     assert run.claim(phases(5, 9)).name == "checkpoint-10"
     for other in (phases(5, 5), phases(6, 9), phases(5, 9, 1), phases(14)):
-        with pytest.raises(ValueError, match="may be made longer"):
+        with pytest.raises(ValueError, match="It may be made longer: phases"):
             run.claim(other)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -89,24 +90,11 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
     Raises:
         ValueError: an argument is unknown, has a value that is not allowed, or follows from another setting.
     """
-    known = {field.name: field.default for field in fields(TrainingArguments) if field.init}
-    for name, value in config.trainer.items():
-        if name in REFUSED and name in known and value != known[name]:
-            raise ValueError(f"trainer.{name} cannot be set here: {REFUSED[name]}")
-        if name in OWNED:
-            advice = f"set {OWNED[name]} instead" if OWNED[name] else "the packed rows leave no choice"
-            raise ValueError(f"trainer.{name} cannot be set here; {advice}")
-        if name not in known:
-            near = did_you_mean(name, known) or "."
-            raise ValueError(f"trainer.{name} is unknown{near} Known are the fields of transformers.TrainingArguments")
-    arguments = {name: _argument(name, value) for name, value in config.trainer.items()}
-    arguments.pop("save_steps", None)  # its effect is ours, see `Steering`
-    try:
+    arguments = checked_arguments(config.trainer, TrainingArguments, OWNED, REFUSED)
+    with installed():
         made = _made(config, arguments, steps, checkpoints)
         with suppress(ValueError):  # of optimisers that ask for the model, which is not there yet
             Trainer.get_optimizer_cls_and_kwargs(made)
-    except ImportError as error:
-        raise ValueError(f"section trainer needs what is not installed: {' '.join(str(error).split())}") from None
     if made.fsdp and (made.device.type == "cpu" or made.world_size == 1):
         raise ValueError(
             f"trainer.fsdp shards a model over several processes with a GPU each; here are {made.world_size} on "
@@ -119,11 +107,53 @@ def training_arguments(config: SftConfig, steps: int, checkpoints: Path) -> Trai
     return made
 
 
+def checked_arguments(
+    given: Mapping[str, Any], kind: type[TrainingArguments], owned: Mapping[str, str], refused: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the section trainer in the types of the arguments.
+
+    Args:
+        given: the section.
+        kind: whose fields it holds.
+        owned: arguments that follow from another setting, to its name.
+        refused: arguments that would do nothing or harm, to the reason.
+
+    Raises:
+        ValueError: one of these is set, unknown, or has a value that is not allowed.
+    """
+    known = {field.name: field.default for field in fields(kind) if field.init}
+    for name, value in given.items():
+        if name in refused and name in known and value != known[name]:
+            raise ValueError(f"trainer.{name} cannot be set here: {refused[name]}")
+        if name in owned:
+            advice = f"set {owned[name]} instead" if owned[name] else "the packed rows leave no choice"
+            raise ValueError(f"trainer.{name} cannot be set here; {advice}")
+        if name not in known:
+            near, library = did_you_mean(name, known) or ".", kind.__module__.partition(".")[0]
+            raise ValueError(f"trainer.{name} is unknown{near} Known are the fields of {library}.{kind.__name__}")
+    arguments = {name: _argument(name, value, kind) for name, value in given.items()}
+    arguments.pop("save_steps", None)  # its effect is ours, see `Steering`
+    return arguments
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Says in one line what an argument needs that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"section trainer needs what is not installed: {' '.join(str(error).split())}") from None
+
+
+def on_this_machine() -> dict[str, Any]:
+    """Returns the arguments without which several processes on CPUs are not recognised as such."""
+    return {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
+
+
 def _made(config: SftConfig, arguments: dict[str, Any], steps: int, checkpoints: Path) -> TrainingArguments:
     evaluation = config.evaluation
-    device = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
     return TrainingArguments(
-        **DEFAULTS | device | arguments,  # unless told, several processes on CPUs are not recognised as such
+        **DEFAULTS | on_this_machine() | arguments,
         output_dir=str(checkpoints),
         max_steps=steps,
         seed=config.seed,
@@ -152,10 +182,10 @@ def check_trackers(arguments: TrainingArguments) -> None:
             raise ValueError(f"trainer.report_to={name} cannot be used: {why} (pip install {name})") from None
 
 
-def _argument(name: str, value: Any) -> Any:
+def _argument(name: str, value: Any, kind: type[TrainingArguments]) -> Any:
     """Returns the value in the type of the argument, which transformers leaves unchecked: YAML reads 1e-4 as text."""
     try:
-        hint = int if name == "save_steps" else get_type_hints(TrainingArguments)[name]
+        hint = int if name == "save_steps" else get_type_hints(kind)[name]
         value = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         what = error.errors()[0]["msg"]

@@ -1,13 +1,13 @@
-"""What a training run is: every setting of ``hcot train sft``, with its default and what it means.
+"""What a training run is: every setting of ``hcot train sft`` and ``hcot train grpo``, its default and its meaning.
 
-The YAML file has the structure of `SftConfig`; all its faults are said at once, with what is allowed.
+The YAML file has the structure of `SftConfig` or `GrpoConfig`; all its faults are said at once, with what is allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from hcot_lmeval.markup import PRESETS
 from hcot_lmeval.settings import Section, describe_settings, parse_settings, read_yaml
 from hcot_lmeval.trace import Policy
+
+R = TypeVar("R", bound="RunConfig")
 
 
 class TokensConfig(Section):
@@ -138,11 +140,10 @@ class TinyConfig(Section):
     )
 
 
-class SftConfig(Section):
-    """A supervised training run."""
+class RunConfig(Section):
+    """What every training run has."""
 
     model: str = Field(description="checkpoint directory, hub id, or tiny: a new, small model (see section tiny)")
-    tiny: TinyConfig = TinyConfig()
     tokenizer: str | None = Field(None, description="where it is not the model's own")
     revision: str | None = Field(None, description="revision of the model")
     trust_remote_code: bool = Field(False, description="whether code of the checkpoint may run")
@@ -153,31 +154,163 @@ class SftConfig(Section):
         "auto", description="auto: flex_attention for long rows on CUDA, else sdpa; flash attention takes no mask"
     )
     output: Path = Field(description="directory of checkpoints, curves and the final model")
-    seed: int = Field(0, description="of new weights, the order of the data and dropout")
+    seed: int = Field(0, description="of new weights, the order of the data, dropout and generation")
+    tiny: TinyConfig = TinyConfig()
     tokens: TokensConfig = TokensConfig()
-    data: DataConfig
-    phases: list[PhaseConfig] = Field(min_length=1, description="the curriculum, in order")
-    loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
     trainer: dict[str, Any] = Field({}, description="any argument of transformers.TrainingArguments")
+
+    @property
+    def policies(self) -> set[Policy]:
+        """What the model is trained under."""
+        raise NotImplementedError
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a packed row."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """The keys of settings that may grow when a run goes on."""
+        raise NotImplementedError
+
+
+class SftConfig(RunConfig):
+    """A supervised training run."""
+
+    data: DataConfig
+    phases: list[PhaseConfig] = Field(min_length=1, description="the curriculum, in order")
+    loss: LossConfig = LossConfig()
 
     @property
     def policy(self) -> Policy:
         """The policy of the last phase: the one that the finished model is for."""
         return self.phases[-1].policy
 
+    @property
+    def policies(self) -> set[Policy]:
+        """What the model is trained under."""
+        return {phase.policy for phase in self.phases}
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a row."""
+        return self.data.row_length
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """The keys of settings that may grow when a run goes on."""
+        last = len(self.phases) - 1
+        return f"phases.{last}.steps", f"phases.{last}.epochs"
+
+
+# --- reinforcement learning -------------------------------------------------------------------------------------------
+
+
+class PromptsConfig(Section):
+    """The problems: questions with answers; traces are not needed."""
+
+    train: list[SourceConfig] = Field(min_length=1, description="sources, one behind the other")
+    held_out: list[SourceConfig] = Field(min_length=1, description="sources that are never trained on")
+    system_prompt: str | None = Field(None, description="system message before each question")
+
+
+class RolloutConfig(Section):
+    """How the policy writes while it is trained."""
+
+    max_context: int | None = Field(None, ge=1, description="live tokens of a completion; none: the model's limit")
+    max_gen_toks: int = Field(1024, ge=1, description="generated tokens of a completion, pruned ones included")
+    temperature: float = Field(1.0, gt=0, description="of the sampling; the loss is that of the same distribution")
+    batch_size: int = Field(32, ge=1, description="rows that generate side by side")
+    constraints: Literal["grammar"] | None = Field(None, description="grammar: illegal markers cannot come")
+    max_depth: int | None = Field(None, ge=1, description="most open blocks")
+    max_block_tokens: int | None = Field(None, ge=1, description="most tokens of a thought")
+    max_solution_tokens: int | None = Field(None, ge=1, description="most tokens of a solution")
+    force_answer: int | None = Field(None, ge=1, description="tokens kept for the answer, which is forced in time")
+    loop_tokens: int | None = Field(64, ge=1, description="end a completion that has repeated itself for so many")
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """What is done beside the model's wish."""
+        return {name: value for name in CONTROL_NAMES if (value := getattr(self, name)) is not None}
+
+
+CONTROL_NAMES = "constraints max_depth max_block_tokens max_solution_tokens force_answer loop_tokens".split()
+
+
+class GuardsConfig(Section):
+    """When a run that has collapsed is stopped: shares of the completions, over the last `window` generations."""
+
+    window: int = Field(5, ge=1, description="generations in a row that have to agree")
+    no_blocks: float = Field(0.98, gt=0, le=1, description="share without any block, where the model wrote blocks")
+    one_block: float = Field(0.98, gt=0, le=1, description="share with a single block around all, where it wrote more")
+    cut: float = Field(0.9, gt=0, le=1, description="share cut by a budget")
+    loops: float = Field(0.5, gt=0, le=1, description="share that repeats itself")
+
+
+class GrpoEvaluationConfig(EvaluationConfig):
+    """What is measured on held-out problems while training."""
+
+    every: int = Field(20, ge=1, description="steps between evaluations")
+    metric: Literal["accuracy", "illegal_traces", "completion"] = Field(
+        "accuracy", description="chooses the best checkpoint"
+    )
+
+
+REWARD_WEIGHTS = {"correctness": 1.0, "structure": 0.1, "compression": 0.1, "peak": 0.1, "length": 0.1}
+"""Being right outweighs all the rest together."""
+
+
+class GrpoConfig(RunConfig):
+    """A run of reinforcement learning."""
+
+    policy: Policy | None = Field(None, description="what a return does; none: what the model was trained under")
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    data: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: dict[str, float] = Field(
+        REWARD_WEIGHTS, description="reward -> weight; a reward of your own is written module:function"
+    )
+    evaluation: GrpoEvaluationConfig = GrpoEvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
+    trainer: dict[str, Any] = Field({}, description="any argument of trl.GRPOConfig")
+
+    _off_is_a_word = field_validator("policy", mode="before")(lambda value: "off" if value is False else value)
+
+    @property
+    def policies(self) -> set[Policy]:
+        """What the model is trained under."""
+        return {self.policy or Policy.RECOMPUTE}
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a row, about: completions without what is read again."""
+        return self.rollout.max_gen_toks
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """The keys of settings that may grow when a run goes on."""
+        return ("steps",)
+
 
 # --- from a file and overrides ----------------------------------------------------------------------------------------
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SftConfig:
+    """Reads the settings of a supervised run; see `read_config`."""
+    return read_config(path, overrides, SftConfig)
+
+
+def read_config(path: str | Path, overrides: Sequence[str], kind: type[R]) -> R:
     """Reads a YAML file and changes what ``overrides`` say.
 
     Args:
         path: the file.
         overrides: ``key=value`` each; a dotted key reaches into sections and lists (``phases.0.steps=100``), the value
             is YAML.
+        kind: of run.
 
     Raises:
         ValueError: the file is no mapping, a key is unknown, a value is not allowed; every fault in one message.
@@ -186,14 +319,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SftConfig:
     settings = read_yaml(path, "model: tiny")
     for override in overrides:
         _override(settings, override)
-    return parse_config(settings, str(path))
+    return parse_settings(kind, settings, str(path))
 
 
 def parse_config(settings: Mapping[str, Any], origin: str = "the settings") -> SftConfig:
     """Returns checked settings.
 
     Raises:
-        ValueError: as for `load_config`.
+        ValueError: as for `read_config`.
     """
     return parse_settings(SftConfig, settings, origin)
 
@@ -228,6 +361,6 @@ def _index(items: list[Any], name: str, key: str) -> int:
     return int(name)
 
 
-def describe_config() -> str:
-    """Returns every key with its default and meaning, as the help of the script shows it."""
-    return "\n".join(describe_settings(SftConfig))
+def describe_config(kind: type[Section]) -> str:
+    """Returns every key with its default and meaning, as the help of the command shows it."""
+    return "\n".join(describe_settings(kind))

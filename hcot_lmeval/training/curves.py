@@ -112,6 +112,8 @@ class Panel(NamedTuple):
     factor: float = 1.0
 
 
+RATED = "correctness structure compression peak area length depth form".split()
+"""The rewards that come with the package."""
 TRAIN = "train_cross_entropy"
 """The key under which a record's training loss is drawn, whichever key it has there."""
 LOSSES = Panel("Loss", "nats per token", {TRAIN: "training", "eval_loss": "held out"})
@@ -144,16 +146,32 @@ TOKENS = Panel(
 )
 
 
-def draw(records: Sequence[Record], *, phases: Sequence[tuple[int, str]] = (), best_step: int | None = None) -> Figure:
+PANELS = (LOSSES, CLASSES, GENERATION, TOKENS)
+"""Of supervised training."""
+REWARDS = Panel("Reward", "mean", {"reward": "weighted sum"} | {f"rewards/{name}": name for name in RATED})
+SHAPE = Panel(
+    "What the policy writes",
+    "mean of the completions",
+    {"rollout/blocks": "blocks", "rollout/depth": "depth", "rollout/illegal_tokens": "illegal tokens"},
+)
+RL_PANELS = (REWARDS, SHAPE, GENERATION, TOKENS)
+"""Of reinforcement learning."""
+
+
+def draw(
+    records: Sequence[Record],
+    *,
+    phases: Sequence[tuple[int, str]] = (),
+    best_step: int | None = None,
+    panels: Sequence[Panel] = PANELS,
+) -> Figure:
     """Draws the curves of a run.
 
     Args:
         records: in any order.
         phases: of the curriculum: the step at which each starts and its name.
         best_step: the step of the best checkpoint.
-
-    Returns:
-        A figure of four panels: losses, held-out losses by class, generation, lengths.
+        panels: four of them; by default losses, held-out losses by class, generation, lengths.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,7 +179,7 @@ def draw(records: Sequence[Record], *, phases: Sequence[tuple[int, str]] = (), b
     figure = Figure(figsize=(12, 8), layout="constrained")  # not pyplot, which keeps figures and picks a display
     FigureCanvasAgg(figure)
     records = [with_train_loss(record) for record in records]
-    for axes, panel in zip(figure.subplots(2, 2).flat, (LOSSES, CLASSES, GENERATION, TOKENS), strict=True):
+    for axes, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
         _draw_panel(axes, panel, records)
         _mark(axes, phases, best_step)
         if axes.get_legend_handles_labels()[0]:
@@ -175,9 +193,10 @@ def save_figure(
     *,
     phases: Sequence[tuple[int, str]] = (),
     best_step: int | None = None,
+    panels: Sequence[Panel] = PANELS,
 ) -> None:
     """Writes the picture that `draw` makes of the same arguments as PNG; a reader never meets half a file."""
-    figure = draw(records, phases=phases, best_step=best_step)
+    figure = draw(records, phases=phases, best_step=best_step, panels=panels)
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=120)
 

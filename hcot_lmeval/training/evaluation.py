@@ -162,7 +162,7 @@ def free_run(
     rank, world = _place() if shard else (0, 1)
     mine = problems[rank::world]
     with evaluation_mode(model):
-        _touch(causal_lm(model), problems[0][0][0])
+        touch(causal_lm(model), problems[0][0][0])
         options = {"any_policy": True, "self_check": False, **options}
         engine = Engine(causal_lm(model), tokenizer, slots=batch_size, **options)
         params = SamplingParams(max_gen_toks=max_gen_toks, temperature=temperature, seed=seed)
@@ -218,7 +218,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _touch(inner: Any, token: int) -> None:
+def touch(inner: Any, token: int) -> None:
     """Forwards one token, so that whatever is allocated by the first forward is so outside of inference mode.
 
     The engine decodes within it, and tensors made there cannot be trained with: FSDP2 keeps the buffers that it gathers

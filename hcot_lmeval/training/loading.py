@@ -22,7 +22,7 @@ from hcot_lmeval.markup import get_markup
 from hcot_lmeval.templates import check_template, load_template, with_defaults
 from hcot_lmeval.tokens import Added, add_special_tokens, check_markers
 from hcot_lmeval.trace import Policy
-from hcot_lmeval.training.config import LoraConfig, SftConfig
+from hcot_lmeval.training.config import LoraConfig, RunConfig
 from hcot_lmeval.training.tiny import tiny_model, tiny_tokenizer
 from hcot_lmeval.vocabulary import marker_ids, token_id
 
@@ -34,7 +34,7 @@ FLEX_FROM = 2048
 T = TypeVar("T")
 
 
-def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
+def load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Returns the tokenizer, markers and chat template included, and the tokens that it had to be given.
 
     It is the one that `config` names, else the model's.
@@ -65,7 +65,7 @@ def load_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, list[str
     return tokenizer, new
 
 
-def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if config.model == NEW_MODEL and config.tokenizer is None:
         return tiny_tokenizer(config.tokens.markup)
     source = config.tokenizer or config.model
@@ -73,7 +73,7 @@ def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
     return _from_checkpoint(f"the tokenizer of {name}={source!r}", config, AutoTokenizer.from_pretrained, source)
 
 
-def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _add_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if not config.tokens.add:
         lacking = [text for text in get_markup(config.tokens.markup).markers if token_id(tokenizer, text) is None]
         if lacking:
@@ -85,7 +85,7 @@ def _add_tokens(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> list[s
     return list(add_special_tokens(tokenizer, None, config.tokens.markup, _seeding(config)).tokens)
 
 
-def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Looks at the configuration of the model; no weights are read.
 
     Raises:
@@ -95,7 +95,7 @@ def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if config.model == NEW_MODEL:
         return
     found = _model_config(config).get_text_config()
-    if config.evaluation.problems or any(phase.policy is not Policy.OFF for phase in config.phases):
+    if config.evaluation.problems or config.policies != {Policy.OFF}:
         refuse_recurrent(found, f"model={config.model!r} ({found.model_type})")
     rows = getattr(found, "vocab_size", None)
     last = max(marker_ids(tokenizer, config.tokens.markup).ids)
@@ -106,7 +106,7 @@ def check_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def end_ids(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Returns the ids that end a generation: the tokenizer's, and those of the model's generation settings."""
     also: Any = None
     if config.model != NEW_MODEL:
@@ -117,11 +117,11 @@ def end_ids(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return vocabulary.end_ids(also, tokenizer)
 
 
-def _model_config(config: SftConfig) -> Any:
+def _model_config(config: RunConfig) -> Any:
     return _from_checkpoint(f"model={config.model!r}", config, AutoConfig.from_pretrained, config.model)
 
 
-def load_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase, new: Collection[str]) -> tuple[Any, Added]:
+def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, new: Collection[str]) -> tuple[Any, Added]:
     """Returns the model, with rows for the markers, and what was added to tokenizer and model.
 
     Args:
@@ -145,12 +145,12 @@ def load_model(config: SftConfig, tokenizer: PreTrainedTokenizerBase, new: Colle
     return model, Added({text: tokenizer.convert_tokens_to_ids(text) for text in new}, added.seeding)
 
 
-def _seeding(config: SftConfig) -> Seeding:
+def _seeding(config: RunConfig) -> Seeding:
     tokens = config.tokens
     return Seeding(tokens.seeding, noise=tokens.noise, phrases=tokens.phrases, seed=config.seed)
 
 
-def _from_checkpoint(what: str, config: SftConfig, load: Callable[..., T], source: str, **options: Any) -> T:
+def _from_checkpoint(what: str, config: RunConfig, load: Callable[..., T], source: str, **options: Any) -> T:
     """Calls a `from_pretrained` with the settings that all of them share, and says in one line what went wrong."""
     shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -163,7 +163,7 @@ def _from_checkpoint(what: str, config: SftConfig, load: Callable[..., T], sourc
         ) from error
 
 
-def attention_of(config: SftConfig) -> str:
+def attention_of(config: RunConfig) -> str:
     """Returns the attention implementation to train with; `attention: auto` is what suits rows and device.
 
     Raises:
@@ -176,13 +176,13 @@ def attention_of(config: SftConfig) -> str:
         )
     if config.attention != "auto":
         return config.attention
-    return "flex_attention" if gpu and torch.cuda.is_available() and config.data.row_length > FLEX_FROM else "sdpa"
+    return "flex_attention" if gpu and torch.cuda.is_available() and config.longest_row > FLEX_FROM else "sdpa"
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def with_adapter(config: SftConfig, model: Any, new_ids: Collection[int]) -> Any:
+def with_adapter(config: RunConfig, model: Any, new_ids: Collection[int]) -> Any:
     """Returns the model wrapped for LoRA if `config` asks for that, else the model itself.
 
     Args:

@@ -26,7 +26,7 @@ import yaml
 
 from hcot_lmeval.settings import differences
 from hcot_lmeval.store import JsonLines, line_of, read_json, replacing
-from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.config import RunConfig
 from hcot_lmeval.training.data.dataset import Finding
 
 FREE = {
@@ -50,7 +50,7 @@ class RunDirectory:
         self.samples, self.rejected = root / "samples.jsonl", root / "rejected.jsonl"
         self.identity = root / "run.json"
 
-    def check(self, config: SftConfig | None) -> None:
+    def check(self, config: RunConfig | None) -> None:
         """Raises `ValueError` if another run than `config`'s, if given, lives there, or nothing can; changes nothing.
 
         What never came to a checkpoint is no run. The last phase may be longer than it was.
@@ -61,9 +61,9 @@ class RunDirectory:
         if config is not None and self.identity.is_file() and (self.kept or self.model.exists()):
             before = json.loads(self.identity.read_text(encoding="utf-8"))
             before.pop(DIGESTS, None)
-            _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root)
+            _refuse_differences(before, _identity(config.model_dump(mode="json")), self.root, config.lengths)
 
-    def claim(self, config: SftConfig, digests: Sequence[str] = (), *, restart: bool = False) -> Path | None:
+    def claim(self, config: RunConfig, digests: Sequence[str] = (), *, restart: bool = False) -> Path | None:
         """Makes the directory this run's own.
 
         Args:
@@ -138,16 +138,15 @@ def _identity(settings: Any) -> Any:
     return [_identity(value) for value in settings] if isinstance(settings, list) else settings
 
 
-def _refuse_differences(before: Any, now: Any, root: Path) -> None:
-    last = f"phases.{len(now['phases']) - 1}"
+def _refuse_differences(before: Any, now: Any, root: Path, lengths: Sequence[str]) -> None:
     found = differences(before, now)
-    for key in (f"{last}.steps", f"{last}.epochs"):
+    for key in lengths:
         if key in found and (found[key][1] or 0) > (found[key][0] or math.inf):
             del found[key]
     if found:
         lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(found.items()))
         raise ValueError(
             f"output={root} holds a run with other settings:\n{lines}\n"
-            "Choose another output, set these as they were to resume it, or pass --restart to throw it away. Its last "
-            "phase may be made longer."
+            "Choose another output, set these as they were to resume it, or pass --restart to throw it away. It may be "
+            f"made longer: {' or '.join(lengths)}."
         )

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerState,
     set_seed,
 )
@@ -35,7 +36,7 @@ from hcot_lmeval.tokens import Added
 from hcot_lmeval.trace import Policy
 from hcot_lmeval.training.arguments import check_trackers, training_arguments
 from hcot_lmeval.training.card import judge, write_card
-from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.config import RunConfig, SftConfig
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.data.dataset import Prepared, TrainingData
 from hcot_lmeval.training.data.documents import NO_STAGES
@@ -105,7 +106,18 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
     if PartialState().is_main_process:
         run.write_findings(finding for prepared in data.train for finding in prepared.report.findings)
-    steering = Steering(config.trainer.get("save_steps"))
+    train_to_end(trainer, run, checkpoint, config.trainer.get("save_steps"))
+    finish(config, trainer, tokenizer, run)
+    return run
+
+
+def train_to_end(trainer: Trainer, run: RunDirectory, checkpoint: Path | None, save_steps: int | None) -> None:
+    """Trains from a checkpoint, or from the start.
+
+    Raises:
+        KeyboardInterrupt, Terminated: it was stopped; the message says where it goes on.
+    """
+    steering = Steering(save_steps)
     trainer.add_callback(steering)
     try:
         with steering.stopping_on_signals():
@@ -117,8 +129,28 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
         if console is not None:
             console.close()  # or the bar would be drawn once more, below the message
         raise type(stop)(run.stopped_at(trainer.state.global_step)) from None
-    finish(config, trainer, tokenizer, run)
-    return run
+
+
+def show_on_console(trainer: Trainer) -> None:
+    """Puts our progress bar in place of the Trainer's."""
+    for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
+        if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
+            trainer.add_callback(Console)
+
+
+def save_finished(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
+    """Saves the best model, merged with its adapter if it has one."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        trainer.save_model(str(run.adapter))
+        if trainer.is_world_process_zero():
+            model.merge_and_unload().save_pretrained(run.model)
+            tokenizer.save_pretrained(run.model)
+    else:
+        trainer.save_model(str(run.model))
+    if trainer.is_world_process_zero():
+        for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
+            (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def announce(run: RunDirectory) -> None:
@@ -157,7 +189,7 @@ def check_settings(config: SftConfig) -> None:
     check_trackers(training_arguments(config, steps=1, checkpoints=RunDirectory(config.output).checkpoints))
 
 
-def grammar_of(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
+def grammar_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Grammar:
     """Returns the grammar of the markup in the tokenizer's vocabulary."""
     markup = get_markup(config.tokens.markup)
     think_ids = read_vocabulary(tokenizer, markup).think_ids
@@ -279,13 +311,11 @@ def make_trainer(
         record=record,
         eval_dataset=data.held_out.rows,
         processing_class=tokenizer,
-        callbacks=[CurveCallback(run, schedule)],
+        callbacks=[CurveCallback(run, schedule.names)],
     )
     if config.evaluation.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience))
-    for callback in (ProgressCallback, PrinterCallback):  # whichever is there by `disable_tqdm`
-        if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
-            trainer.add_callback(Console)
+    show_on_console(trainer)
     return trainer
 
 
@@ -301,18 +331,9 @@ def schedule_of(config: SftConfig, data: Data) -> Schedule:
 
 
 def finish(config: SftConfig, trainer: PackedTrainer, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
-    """Saves the best model, merged with its adapter if it has one, draws the curves and says how the training went."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
-        trainer.save_model(str(run.adapter))
-        if trainer.is_world_process_zero():
-            model.merge_and_unload().save_pretrained(run.model)
-            tokenizer.save_pretrained(run.model)
-    else:
-        trainer.save_model(str(run.model))
+    """Saves the best model, draws the curves and says how the training went."""
+    save_finished(trainer, tokenizer, run)
     if trainer.is_world_process_zero():
-        for folder in (run.model, run.adapter):  # a pickle of paths and settings, which the card says in words
-            (folder / "training_args.bin").unlink(missing_ok=True)
         write_card(config, trainer.training_record, run)
         told = judge(read_records(run.curves), trainer.training_record)
         print(f"\n{told}\n\n{run.model} holds the model, {run.plot} the curves.")

@@ -27,7 +27,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from hcot_lmeval.grammar import TokenClass
 from hcot_lmeval.record import TrainingRecord, write_record
 from hcot_lmeval.trace import IGNORE, Policy
-from hcot_lmeval.training.curves import Curves, save_figure
+from hcot_lmeval.training.curves import PANELS, Curves, Panel, save_figure
 from hcot_lmeval.training.forward import LossSettings, install, loss_sums
 from hcot_lmeval.training.losses import LossSums
 from hcot_lmeval.training.run import RunDirectory
@@ -80,6 +80,11 @@ class Schedule(Dataset):
     def starts(self) -> list[int]:
         """The optimiser step at which each phase starts, and the number of all steps."""
         return [0, *np.cumsum([phase.steps for phase in self.phases]).tolist()]
+
+    @property
+    def names(self) -> list[tuple[int, str]]:
+        """The step at which each phase starts, and its policy."""
+        return [(start, phase.policy.value) for start, phase in zip(self.starts, self.phases, strict=False)]
 
     def __len__(self) -> int:
         return int(self.starts[-1]) * self.rows_per_step
@@ -258,8 +263,9 @@ class Console(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['cross_entropy']:.4f}")
-        if "eval_loss" in logs:
+            told = "reward" if logs.get("reward") is not None else "cross_entropy"
+            self.training_bar.set_postfix({told.replace("cross_entropy", "loss"): f"{logs[told]:.4f}"})
+        if any(key.startswith("eval_") for key in logs):
             found = {
                 key.removeprefix("eval_"): value for key, value in logs.items() if key.removeprefix("eval_") in TOLD
             }
@@ -338,13 +344,16 @@ class Steering(TrainerCallback):
 
 
 class CurveCallback(TrainerCallback):
-    """Keeps every logged number and draws the curves after each evaluation."""
+    """Keeps every logged number and draws the curves after each evaluation.
 
-    def __init__(self, run: RunDirectory, schedule: Schedule) -> None:
-        self.run = run
-        self.phases = [
-            (start, phase.policy.value) for start, phase in zip(schedule.starts, schedule.phases, strict=False)
-        ]
+    Args:
+        run: where they are kept.
+        phases: the step at which each part of the run starts, and its name.
+        panels: what is drawn.
+    """
+
+    def __init__(self, run: RunDirectory, phases: Sequence[tuple[int, str]], panels: Sequence[Panel] = PANELS) -> None:
+        self.run, self.phases, self.panels = run, phases, panels
         self.curves: Curves | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -360,4 +369,10 @@ class CurveCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draws the curves."""
         if self.curves is not None:
-            save_figure(self.curves.records, self.run.plot, phases=self.phases, best_step=state.best_global_step)
+            save_figure(
+                self.curves.records,
+                self.run.plot,
+                phases=self.phases,
+                best_step=state.best_global_step,
+                panels=self.panels,
+            )

@@ -60,12 +60,13 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a file -> the builder of `datasets` that reads it."""
 
 
-def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
+def load_source(source: SourceConfig, markup: str = "hcot", *, problems: bool = False) -> Dataset:
     """Reads a source.
 
     Args:
         source: what the configuration says of it.
         markup: the notation in which problems made on the spot are solved, unless their options name one.
+        problems: questions and answers are wanted, and no traces.
 
     Raises:
         FileNotFoundError: there is no such file, or no such data set on the hub.
@@ -74,21 +75,21 @@ def load_source(source: SourceConfig, markup: str = "hcot") -> Dataset:
     rows = _open(source, markup)
     if not len(rows):
         raise ValueError(f"{source.path} has no rows (split {source.split!r})")
-    columns = resolve_columns(rows.column_names, source)
+    columns = resolve_columns(rows.column_names, source, problems=problems)
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
     return cached_map(
         rows,
         partial(_plain_row, columns=columns, source=source.path, think=get_markup(markup).think),
-        (columns, source.path, get_markup(markup).think, files_digest((__file__, column_names.__file__))),
+        (problems, columns, source.path, get_markup(markup).think, files_digest((__file__, column_names.__file__))),
         FEATURES,
         with_indices=True,
         desc=f"Reading {source.path}",
     )
 
 
-def resolve_columns(present: list[str], source: SourceConfig) -> dict[str, str]:
-    """Returns which column is the question, trace and answer, or the messages and answer.
+def resolve_columns(present: list[str], source: SourceConfig, *, problems: bool = False) -> dict[str, str]:
+    """Returns which column is the question, trace and answer, or the messages and answer; of problems no trace.
 
     Raises:
         ValueError: one is missing; the message names those present, those wanted, and ``columns``.
@@ -97,19 +98,28 @@ def resolve_columns(present: list[str], source: SourceConfig) -> dict[str, str]:
     if unknown:
         raise ValueError(f"columns of {source.path}: {', '.join(unknown)} unknown; known are {', '.join(TRAINED)}")
     names = TRAINED | source.columns
-    chat = "messages" in source.columns or (names["trace"] not in present and names["messages"] in present)
-    roles = ["messages"] if chat else ["question", "trace"]
-    if "answer" in source.columns or names["answer"] in present:
+    needed = ["question"] if problems else ["question", "trace"]
+    chat = "messages" in source.columns or (names[needed[-1]] not in present and names["messages"] in present)
+    roles = ["messages"] if chat else needed
+    if problems or "answer" in source.columns or names["answer"] in present:
         roles.append("answer")
     missing = [names[role] for role in roles if names[role] not in present]
     if missing:
         raise ValueError(
             f"{source.path} has no column {' and no column '.join(map(repr, missing))}. It has: {', '.join(present)}. "
-            f"Wanted: {names['question']}, {names['trace']} and, if there is one, {names['answer']}; or "
-            f"{names['messages']}, whose last message is the assistant's. If they have other names, say so with "
-            "columns, as in columns: {question: problem, trace: solution}."
+            f"Wanted: {_wanted(names, problems)}. If they have other names, say so with columns, as in columns: "
+            "{question: problem, trace: solution}."
         )
     return {role: names[role] for role in roles}
+
+
+def _wanted(names: Mapping[str, str], problems: bool) -> str:
+    if problems:
+        return f"{names['question']} or {names['messages']}, and {names['answer']}"
+    return (
+        f"{names['question']}, {names['trace']} and, if there is one, {names['answer']}; or {names['messages']}, whose "
+        "last message is the assistant's"
+    )
 
 
 def cached_map(
@@ -174,6 +184,8 @@ def _plain_row(
         role, reasoning, content = read[-1] if read else ("", "", None)
         trace = _with_reasoning(reasoning, content, think) if role == "assistant" else None
         messages = [{"role": role, "content": content} for role, _, content in read[:-1]]
+        if role != "assistant" and "answer" in columns and read:  # a problem, which nobody has answered
+            messages.append({"role": role, "content": content})
     else:
         found["question"], trace = (_text(text, source) for text in (found["question"], trace))
     return {
