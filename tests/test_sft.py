@@ -5,37 +5,27 @@ Where nothing is killed it runs in this process, which saves the imports.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-import transformers
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hcot_lmeval import command
 from hcot_lmeval.engine import Engine, Request, SamplingParams
 from hcot_lmeval.record import read_record
 from hcot_lmeval.training.config import parse_config
 from hcot_lmeval.training.curves import read_records
 from hcot_lmeval.training.run import RunDirectory
 from tests.full import FULL, only_in_full
-from tests.interrupts import accept_interrupts
+from tests.training_runs import SCRIPT, refused, run, start, wait_for, weights
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "train.py"
 STEPS, EVERY = 9, 4
 LOSS_KEYS = ("loss", "cross_entropy", "cross_entropy_marker", "structure", "eval_loss", "eval_loss_markers")
 
@@ -56,60 +46,6 @@ def settings(output: Path, **changes) -> dict:
         "trainer": {"per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 1, "warmup_steps": 0},
         **changes,
     }
-
-
-def start(folder: Path, config: dict, processes: int = 1) -> subprocess.Popen:
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launch, str(SCRIPT), "sft", str(file)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=accept_interrupts,
-    )
-
-
-def run(folder: Path, config: dict, *options: str, status: int = 0) -> str:
-    """Runs the command in this process and returns what it prints and logs; it has to end with `status`."""
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    printed = io.StringIO()
-    handler = logging.StreamHandler(printed)
-    transformers.utils.logging.add_handler(handler)
-    logging.getLogger("hcot_lmeval").addHandler(handler)
-    try:
-        with (
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            mock.patch.object(sys, "argv", ["scripts/train.py"]),
-        ):
-            ended = command.run("train", ["sft", str(file), *options])
-    finally:
-        transformers.utils.logging.remove_handler(handler)
-        logging.getLogger("hcot_lmeval").removeHandler(handler)
-    assert ended == status, printed.getvalue()
-    return printed.getvalue()
-
-
-def refused(folder: Path, config: dict) -> str:
-    """Returns the line with which the command ends, and those of settings below it."""
-    told = run(folder, config, status=1)
-    return told[told.rindex("error: ") :]
-
-
-def wait_for(process: subprocess.Popen, path: Path) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def weights(output: Path) -> dict:
-    return load_file(output / "model" / "model.safetensors")
 
 
 def losses(output: Path) -> list[tuple]:

@@ -176,6 +176,7 @@ def grpo_arguments(config: GrpoConfig, checkpoints: Path) -> GRPOConfig:
             greater_is_better=HIGHER_IS_BETTER[evaluation.metric],
             load_best_model_at_end=True,
             remove_unused_columns=False,
+            num_generations_eval=1,
         )
 
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from hcot_lmeval.control import FREE, Directive
 from hcot_lmeval.grammar import Grammar
+from hcot_lmeval.masks import attention_masks
 from hcot_lmeval.trace import IGNORE, Policy
 from hcot_lmeval.training.data.documents import COLUMNS, Document, Example, compile_document
 from hcot_lmeval.training.data.rows import assign, collate
-from hcot_lmeval.training.forward import Barred, Scores, token_scores
+from hcot_lmeval.training.forward import Barred, Scores, causal_lm, token_scores
 
 UNLIMITED = 2**62
 
@@ -48,6 +50,31 @@ class PackedTraces:
         """Returns what a batch [R, T] has for each completion token, [B, C]; 0 behind the end of a completion."""
         found = values.flatten()[self.index.clamp_min(0)]
         return found.masked_fill(self.index < 0, 0)
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """Returns what a model of transformers takes, for trainers that call ``model(**inputs)`` themselves.
+
+        Args:
+            model: its configuration says which kind of mask it takes; attention ``sdpa``, ``eager`` or
+                ``flex_attention``.
+
+        Returns:
+            ``input_ids``, ``position_ids`` and ``labels``, int64 [R, T + 1], and ``attention_mask``. Labels are as
+            transformers has them: the model shifts them.
+        """
+        ids, positions, death, targets = (self.batch[n] for n in ("input_ids", "position_ids", "death", "shift_labels"))
+        rows, length = ids.shape
+        more = torch.full((rows, 1), length, device=ids.device)  # room for the last target, behind all documents
+        config = causal_lm(model).config.get_text_config()
+        death = torch.cat([death, more + 1], 1)
+        positions = torch.cat([positions, torch.zeros_like(more)], 1)
+        mask = attention_masks(config, death, positions, config._attn_implementation, causal_lm(model).dtype)
+        return {
+            "input_ids": torch.cat([ids, ids[:, -1:]], 1),
+            "position_ids": positions,
+            "attention_mask": mask,
+            "labels": torch.cat([torch.full_like(more, IGNORE), targets], 1),
+        }
 
     def to(self, device: torch.device | str) -> PackedTraces:
         """Returns the same on another device."""
@@ -93,7 +120,7 @@ def pack_traces(
     return PackedTraces(batch, index, _barred(index, len(rows) * length, length, directives))
 
 
-def trace_scores(model: object, packed: PackedTraces, *, temperature: float = 1.0, chunk: int = 1024) -> Scores:
+def trace_scores(model: Any, packed: PackedTraces, *, temperature: float = 1.0, chunk: int = 1024) -> Scores:
     """Returns log-probability and entropy of each completion token in nats, [B, C], 0 behind the end of a completion.
 
     Args:
