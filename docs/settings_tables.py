@@ -13,9 +13,13 @@ from pathlib import Path
 from hcot_lmeval.command import PARTS
 from hcot_lmeval.report.grid import GridConfig
 from hcot_lmeval.settings import describe_settings
-from hcot_lmeval.training.config import SftConfig
+from hcot_lmeval.training.config import GrpoConfig, SftConfig
 
-SETTINGS = {"Training (`hcot train sft CONFIG.yaml`)": SftConfig, "Grids (`hcot compare run CONFIG.yaml`)": GridConfig}
+SETTINGS = {
+    "Training (`hcot train sft CONFIG.yaml`)": SftConfig,
+    "Reinforcement learning (`hcot train grpo CONFIG.yaml`)": GrpoConfig,
+    "Grids (`hcot compare run CONFIG.yaml`)": GridConfig,
+}
 
 
 def write(folder: Path) -> None:

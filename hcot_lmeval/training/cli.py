@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, which is 143 after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)  # before anything heavy: help is instant
-    return run_command(lambda: run(args, argv), extra="train")
+    return run_command(lambda: run(args, argv), extra={"sft": "train", "grpo": "rl"}[args.kind])
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:

@@ -132,7 +132,13 @@ class PrunedGRPOTrainer(GRPOTrainer):
             "loops": [one.finish_reason == "loop" for one in done],
         }
         for name, each in values.items():
-            self._metrics["train"][f"rollout/{name}"].append(fmean(each))
+            self._log_mean("train", f"rollout/{name}", torch.tensor(each, dtype=torch.float64))
+
+    def _log_mean(self, mode: str, name: str, values: torch.Tensor) -> None:
+        """Logs the mean over all processes; NaN, which TRL leaves out, where there is nothing."""
+        sums = torch.stack([values.double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
+        total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        self._metrics[mode][name].append(total / count if count else float("nan"))
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 
@@ -194,9 +200,10 @@ class PrunedGRPOTrainer(GRPOTrainer):
         assert self._last is not None
         difference = (self._last[0] - sampled.to(self._last[0].dtype)).abs()[mask]
         largest, mean = (float(difference.max()), float(difference.mean())) if difference.numel() else (0.0, 0.0)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["sampling/logp_difference/max"].append(largest)
-        metrics["sampling/logp_difference/mean"].append(mean)
+        mode = "train" if self.model.training else "eval"
+        most = self.accelerator.gather(torch.tensor([largest], device=mask.device)).max()
+        self._metrics[mode]["sampling/logp_difference/max"].append(float(most))
+        self._log_mean(mode, "sampling/logp_difference/mean", difference)
         dtype = next(self.model.parameters()).dtype
         exact = dtype in TOLERANCE and not (self.args.bf16 or self.args.fp16)
         wrong = largest > TOLERANCE[dtype] if exact else mean > COARSE
@@ -218,12 +225,10 @@ class PrunedGRPOTrainer(GRPOTrainer):
             ratio, gain = torch.exp(logp - old), inputs["advantages"][:, None]
             low, high = (ratio < 1 - self.epsilon_low) & (gain < 0), (ratio > 1 + self.epsilon_high) & (gain > 0)
             values["clip_ratio"] = (low | high).float()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        mode = "train" if self.model.training else "eval"
         for each in TokenClass:
-            of_class = mask & (classes == int(each))
             for name, numbers in values.items():
-                mean = float(numbers[of_class].mean()) if bool(of_class.any()) else float("nan")
-                metrics[f"{name}/{each.name.lower()}"].append(mean)
+                self._log_mean(mode, f"{name}/{each.name.lower()}", numbers[mask & (classes == int(each))])
 
     # --- evaluation and checkpoints -----------------------------------------------------------------------------------
 

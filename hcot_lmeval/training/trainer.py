@@ -263,7 +263,7 @@ class Console(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            told = "reward" if logs.get("reward") is not None else "cross_entropy"
+            told = next(name for name in ("cross_entropy", "reward", "loss") if logs.get(name) is not None)
             self.training_bar.set_postfix({told.replace("cross_entropy", "loss"): f"{logs[told]:.4f}"})
         if any(key.startswith("eval_") for key in logs):
             found = {
