@@ -27,13 +27,14 @@ from hcot_lmeval.assets import check_name, resolve
 from hcot_lmeval.control import Controller, LoopDetector
 from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
+from hcot_lmeval.engine.device.proof import TRIAL_ROWS, facts_of, prove, trials
 from hcot_lmeval.engine.device.sampling import chooser_for
 from hcot_lmeval.engine.device.state import Rule
-from hcot_lmeval.engine.options import check_device, read_options
+from hcot_lmeval.engine.options import EngineOptions, check_device, read_options
 from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, StopStrings
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
-from hcot_lmeval.engine.scheduler import Scheduler
-from hcot_lmeval.engine.slots import KVPool, plan_slots
+from hcot_lmeval.engine.scheduler import Remaining, Scheduler
+from hcot_lmeval.engine.slots import KVPool, plan_slots, release_memory
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 """Prompt tokens forwarded in one step; more would only delay the rows that decode, and cost activation memory."""
+
+LOGIT_BYTES = 16
+"""Bytes on a GPU of each logit of a row: in float32, divided by the temperature, and the noise in float64."""
 
 OnLogits = Callable[[Request, int, int, torch.Tensor], None]
 """Called with (request, sample, tokens generated so far, logits [vocabulary]) before each token is sampled."""
@@ -102,6 +106,7 @@ class Engine:
         self._check_vocabulary()
         self.limits = self._find_limits()
         self.live = Progress()
+        self._form: tuple[EngineOptions | None] | None = None
         self._chooser(self.decoder.logits_dtype, self.decoder.device)  # compiled now, not within the first generation
 
     @classmethod
@@ -176,15 +181,86 @@ class Engine:
             return
         self._check_requests(requests)
         self.decoder.refresh()
-        on_device = runs_on_device(self.decoder, self.options, requests, watched=on_logits is not None)
-        scheduler = self._schedule(requests, ScratchPool if on_device else KVPool, on_token)
-        loop = self._device_loop(requests, scheduler) if on_device else None
-        while scheduler.has_work:
-            for row in self._run_until_finished(scheduler, on_logits, loop):
-                completion = row.completion(self.decode)
-                if notes is not None:
-                    notes.add(completion.note)
-                yield completion
+        form: EngineOptions | None = None
+        if runs_on_device(self.decoder, self.options, requests, watched=on_logits is not None):
+            form = self.device_form()
+        for completion in self._run(requests, form, self._most_rows, on_logits, on_token):
+            if notes is not None:
+                notes.add(completion.note)
+            yield completion
+
+    def device_form(self) -> EngineOptions | None:
+        """Returns how the device's loop is run: as was asked for, or the next simpler way that is right.
+
+        None stands for the host's loop. What was found is remembered (`hcot_lmeval.engine.device.proof`).
+
+        Raises:
+            UnsupportedModelError: the device's loop was asked for and no way to run it is right.
+        """
+        if not self.options.self_check:
+            return self.options
+        if self._form is None:
+            facts = facts_of(self.decoder, self.policy, self.markers)
+            found = prove(self.options, self._trials(), self._try_form, facts)
+            if found is None and self.options.loop == "device":
+                raise UnsupportedModelError(
+                    f"loop='device' is wrong for {self.decoder.name} on this machine in every way to run it; leave it "
+                    "out, and send what `hcot doctor --out FILE` writes to the issues of hcot_lmeval"
+                )
+            self._form = (found,)
+        return self._form[0]
+
+    def _trials(self) -> list[Request]:
+        taken = set().union(self.limits.eos_ids, self.markers.ids if self.markers else (), self._hidden_ids)
+        return trials(self.markers, [i for i in range(min(2000, self.decoder.known_ids)) if i not in taken])
+
+    def _try_form(self, form: EngineOptions | None, on_logits: OnLogits) -> list[Completion]:
+        """Runs the trials by the device's loop, or by the host's."""
+        before, self.live = self.live, Progress()
+        try:
+            return list(self._run(self._trials(), form, TRIAL_ROWS, on_logits))
+        finally:
+            self.live = before
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        form: EngineOptions | None,
+        rows: int,
+        on_logits: OnLogits | None = None,
+        on_token: OnToken | None = None,
+    ) -> Iterator[Completion]:
+        """Yields the completions, by the device's loop or by the host's.
+
+        Where memory runs out, half as many rows go on, and those that were cut start again. Their noise depends on
+        seed and number of tokens alone, so they write the same.
+        """
+        samples = Remaining(requests, on_token)
+        while samples.left:
+            scheduler = None
+            try:
+                kind = ScratchPool if form else KVPool
+                scheduler = self._schedule(samples.left, kind, rows, samples.tell if on_token else None)
+                rows = scheduler.pool.slots
+                loop = self._device_loop(requests, scheduler, form, on_logits) if form else None
+                while scheduler.has_work:
+                    for row in self._run_until_finished(scheduler, on_logits, loop):
+                        samples.finish(row)
+                        yield row.completion(self.decode)
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    raise MemoryError(
+                        f"memory ran out with a single row ({' '.join(str(error).split())[:200]}); lower max_context "
+                        "or step_tokens, or choose a smaller dtype or kv_dtype"
+                    ) from error
+                for row in scheduler.rows if scheduler else ():
+                    self.live.generated_tokens -= len(row.generated)
+                    self.live.prune_events -= row.prunes
+                rows //= 2
+                logger.warning("memory ran out; %d rows go on side by side, those that were cut start again", rows)
+            if samples.restart():
+                scheduler = loop = None
+                release_memory(self.decoder.device)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Returns the token ids of a prompt, chat template applied; text in it that spells a marker stays text."""
@@ -259,23 +335,27 @@ class Engine:
 
     # --- setting up ---------------------------------------------------------------------------------------------------
 
-    def _schedule(self, requests: Sequence[Request], kind: type[KVPool], on_token: OnToken | None) -> Scheduler:
-        pairs = [(request, k) for request in requests for k in range(request.params.n)]
-        pool, share = self._make_pool(requests, kind), not self.options.prompt_acts
+    def _schedule(
+        self, pairs: Sequence[tuple[Request, int]], kind: type[KVPool], rows: int, on_token: OnToken | None
+    ) -> Scheduler:
+        pool, share = self._make_pool(pairs, kind, rows), not self.options.prompt_acts
         most = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
         make_row = partial(self._make_row, on_token=on_token)
         return Scheduler(pairs, pool, make_row, step_tokens=most, share=share)
 
-    def _device_loop(self, requests: Sequence[Request], scheduler: Scheduler) -> DeviceLoop:
+    def _device_loop(
+        self, requests: Sequence[Request], scheduler: Scheduler, form: EngineOptions, on_logits: OnLogits | None
+    ) -> DeviceLoop:
         rule = Rule(self.policy, self.markers, self.limits.context, self.limits.position)
         eos = len(self.limits.eos_ids)
-        return make_loop(self.decoder, self.options, rule, scheduler, requests, self._accept, eos=eos)
+        return make_loop(self.decoder, form, rule, scheduler, requests, self._accept, eos=eos, on_logits=on_logits)
 
-    def _make_pool(self, requests: Sequence[Request], kind: type[KVPool]) -> KVPool:
-        longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r in requests)
+    def _make_pool(self, pairs: Sequence[tuple[Request, int]], kind: type[KVPool], rows: int) -> KVPool:
+        longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r, _ in pairs)
         length = min(self.limits.context, longest)
-        useful = min(self._most_rows, sum(r.params.n for r in requests))
-        slots = plan_slots(self.decoder.layers, length, useful)
+        useful = min(rows, len(pairs))
+        logits = self.decoder.vocabulary * LOGIT_BYTES if self.decoder.device.type == "cuda" else 0
+        slots = plan_slots(self.decoder.layers, length, useful, {self.decoder.device: logits})
         if slots < useful and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, useful)
         options = {"poison": self.options.poison, "huge_pages": self.options.huge_pages}

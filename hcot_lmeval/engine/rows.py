@@ -10,7 +10,7 @@ from typing import Any
 from hcot_lmeval.control import FREE, Budget, Controller, Directive, LoopDetector
 from hcot_lmeval.engine.sampling import Choice, Draw, SamplingParams, derive_seed
 from hcot_lmeval.engine.slots import Chunk, Span
-from hcot_lmeval.events import Recorder, Statistics, statistics
+from hcot_lmeval.events import Prune, Recorder, Statistics, statistics
 from hcot_lmeval.notes import Note
 from hcot_lmeval.trace import LiveContext, Policy, Step
 from hcot_lmeval.vocabulary import Pair, changes
@@ -247,6 +247,11 @@ class Row:
         """The first `tokens` of the prompt are in the slot already. Only before anything was forwarded."""
         self.shared = self._done = tokens
         self.positions = list(range(tokens))
+
+    @property
+    def prunes(self) -> int:
+        """How often a thought was thrown away so far."""
+        return sum(isinstance(event, Prune) for event in self.recorder.events)
 
     @property
     def needs_token(self) -> bool:

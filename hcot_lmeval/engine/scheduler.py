@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import ne
 
-from hcot_lmeval.engine.rows import Request, Row
+from hcot_lmeval.engine.rows import OnToken, Request, Row
 from hcot_lmeval.engine.slots import Chunk, KVPool
+from hcot_lmeval.trace import Step
 
 MakeRow = Callable[[Request, int, int], Row]
 
@@ -132,3 +133,45 @@ class Scheduler:
                 shared = next((place for place, differs in enumerate(differ) if differs), limit)
                 best = max(best, (slot, shared), key=lambda pair: pair[1])
         return best
+
+
+class Remaining:
+    """The samples that are still to be generated; their rows may start again.
+
+    Args:
+        requests: all of them.
+        on_token: is told each token of a sample once.
+
+    Attributes:
+        left: (request, sample) pairs in order.
+    """
+
+    def __init__(self, requests: Iterable[Request], on_token: OnToken | None) -> None:
+        self.left = [(request, k) for request in requests for k in range(request.params.n)]
+        self._count = Counter((id(request), k) for request, k in self.left)
+        self._on_token = on_token
+        self._told: Counter[tuple[int, int]] = Counter()
+        self._now: Counter[tuple[int, int]] = Counter()
+
+    def finish(self, row: Row) -> None:
+        """A sample is generated."""
+        self._count[id(row.request), row.sample] -= 1
+
+    def restart(self) -> bool:
+        """Leaves what is not finished, whose rows start again; returns whether that is anything."""
+        count = Counter(self._count)
+        pairs, self.left = self.left, []
+        for request, k in pairs:
+            if count[id(request), k] > 0:
+                count[id(request), k] -= 1
+                self.left.append((request, k))
+        self._now.clear()
+        return bool(self.left)
+
+    def tell(self, request: Request, sample: int, token: int, step: Step, live: Sequence[int]) -> None:
+        """Tells of a token, unless it was told before the row started again."""
+        key = id(request), sample
+        self._now[key] += 1
+        if self._on_token is not None and self._now[key] > self._told[key]:
+            self._told[key] += 1
+            self._on_token(request, sample, token, step, live)

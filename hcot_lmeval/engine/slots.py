@@ -7,6 +7,7 @@ garbage (NaN when `poison` is set, so that a test notices if it is read).
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import mmap
 import time
@@ -191,13 +192,26 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def plan_slots(layers: Mapping[int, LayerSpec], length: int, most: int) -> int:
+def release_memory(device: torch.device) -> None:
+    """Gives back what PyTorch keeps for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def plan_slots(layers: Mapping[int, LayerSpec], length: int, most: int, beside: Mapping[torch.device, int] = {}) -> int:
     """Returns how many slots of `length` tokens the free memory of every device involved can hold, at most `most`.
+
+    Args:
+        layers: of the model.
+        length: live tokens of a slot.
+        most: slots.
+        beside: bytes that a row takes beside its keys and values, by device.
 
     Raises:
         MemoryError: not even one slot fits; the message says which option to lower.
     """
-    need: Counter[torch.device] = Counter()
+    need: Counter[torch.device] = Counter({device: size for device, size in beside.items() if size})
     for layer in layers.values():
         need[layer.device] += layer.token_bytes * length
     fit = min(int(MEMORY_SHARE * free_bytes(device)) // size for device, size in need.items())

@@ -32,6 +32,8 @@ from hcot_lmeval.trace import Policy, Step
 
 logger = logging.getLogger(__name__)
 
+OnLogits = Callable[[Request, int, int, torch.Tensor], None]
+"""Called with (request, sample, tokens generated so far, logits [vocabulary])."""
 Accept = Callable[[Row, Choice], Step | None]
 """Gives a row its next token."""
 
@@ -123,6 +125,7 @@ class Program:
         sampler: chooses tokens.
         backend: attends.
         log: what was emitted.
+        tap: the logits behind the lines of the log, [lines, slots + 1, vocabulary], if anybody wants to see them.
     """
 
     decoder: Decoder
@@ -131,6 +134,7 @@ class Program:
     sampler: Sampler
     backend: Sdpa
     log: Log
+    tap: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._handle = handle_of(self.backend)
@@ -155,6 +159,8 @@ class Program:
     def offer(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
         """Samples for `rows` from the logits of what was forwarded last, [n, vocabulary], and writes the log."""
         tokens = self.sampler.choose(self.state, rows, logits)
+        if self.tap is not None:
+            self.tap[(self.log.tick % self.log.lines).expand_as(rows), rows] = logits
         self.log.write(rows, self.state.advance(rows, tokens))
 
 
@@ -200,11 +206,21 @@ class DeviceLoop:
         accept: gives a row its next token.
         chunks: forward solutions in one piece; otherwise token by token beside the other rows.
         run_ahead: most steps that are queued and not read; 1 waits for each.
+        on_logits: sees what the device saw before each token; the program then needs a `tap`.
     """
 
     def __init__(
-        self, program: Program, runner: Runner, scheduler: Scheduler, accept: Accept, *, chunks: bool, run_ahead: int
+        self,
+        program: Program,
+        runner: Runner,
+        scheduler: Scheduler,
+        accept: Accept,
+        *,
+        chunks: bool,
+        run_ahead: int,
+        on_logits: OnLogits | None = None,
     ) -> None:
+        self._on_logits, self._line = on_logits, 0
         self.program, self.runner, self.scheduler, self._accept = program, runner, scheduler, accept
         self._policy, self._chunks = program.state.rule.policy, chunks
         self._steps_at_once, self._behind = max(1, run_ahead // 2), int(run_ahead > 1)
@@ -236,6 +252,7 @@ class DeviceLoop:
                 slot.read += 1
                 if not slot.row.finished:
                     self._take(slot, emitted[slot.row.slot])
+            self._line = (self._line + 1) % log.lines
         self._leave()
 
     # --- queueing -----------------------------------------------------------------------------------------------------
@@ -312,6 +329,8 @@ class DeviceLoop:
             )
         if token == NOTHING:
             return
+        if self._on_logits is not None and self.program.tap is not None:
+            self._on_logits(row.request, row.sample, len(row.generated), self.program.tap[self._line, row.slot])
         step = self._accept(row, Choice(token))
         if step is None or row.finished:
             return
@@ -338,6 +357,7 @@ def make_loop(
     accept: Accept,
     *,
     eos: int,
+    on_logits: OnLogits | None = None,
 ) -> DeviceLoop:
     """Returns the loop of a scheduler whose pool is a `ScratchPool`.
 
@@ -349,6 +369,7 @@ def make_loop(
         requests: all that it will admit.
         accept: gives a row its next token.
         eos: how many end tokens the model has.
+        on_logits: sees the logits before each token, which takes memory for some steps of all rows.
     """
     pool, device, layers = scheduler.pool, decoder.device, list(decoder.layers.values())
     state = State(
@@ -366,6 +387,9 @@ def make_loop(
         backend = choose(layers, options.attention)
     kernel = None if options.compute == "torch" else kernel_for(device)
     program = Program(decoder, pool, state, Sampler.of(requests, decoder.vocabulary, device, kernel), backend, log)
+    if on_logits is not None:
+        shape = (log.lines, pool.slots + 1, decoder.vocabulary)
+        program.tap = torch.zeros(shape, dtype=decoder.logits_dtype, device=device)
     runner = Runner(
         program.step,
         pool.slots,
@@ -376,7 +400,7 @@ def make_loop(
         compiled=options.compiled,
     )
     chunks = options.reforward == "chunk" or (options.reforward == "auto" and pool.slots <= CHUNK_ROWS)
-    return DeviceLoop(program, runner, scheduler, accept, chunks=chunks, run_ahead=run_ahead)
+    return DeviceLoop(program, runner, scheduler, accept, chunks=chunks, run_ahead=run_ahead, on_logits=on_logits)
 
 
 def _run_ahead(slots: int, kind: str) -> int:

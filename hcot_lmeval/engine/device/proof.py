@@ -1,0 +1,264 @@
+"""The proof that comes before use: the device's loop decodes short traces beside the host's, and has to see the same.
+
+Prompts of several lengths, forced traces with nested blocks, and tokens that are sampled behind them run in few slots,
+so that slots are used again. The logits before every token are compared, then the tokens and the live contexts. A way
+to run the loop that fails, with a fault or with wrong numbers, gives way to the next simpler one, as a warning says:
+
+    as asked for, not compiled, without CUDA graphs, attention by `sdpa`, sampling by PyTorch, the host's loop
+
+What passed on a GPU is remembered in a file, by model shape, dtype, card, driver, versions and code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hcot_lmeval.engine.decoder import CHECK_TOLERANCE, Decoder
+from hcot_lmeval.engine.device.loop import OnLogits
+from hcot_lmeval.engine.options import EngineOptions
+from hcot_lmeval.engine.rows import Completion, Request
+from hcot_lmeval.engine.sampling import SamplingParams, derive_seed, gumbel
+from hcot_lmeval.markup import MarkerIds
+from hcot_lmeval.provenance import code_digest, digest, installed
+from hcot_lmeval.store import JsonLines, StoreError, scan
+from hcot_lmeval.trace import Policy
+
+logger = logging.getLogger(__name__)
+
+TRIAL_ROWS = 3
+"""Rows side by side, fewer than there are trials."""
+FREE = 10
+"""Tokens of a trial that the model chooses, behind those that are forced."""
+SAMPLED_LOGITS = 4096
+"""Logits of each token that are compared, spread over the vocabulary."""
+SCHEMA = "hcot-proofs/1"
+LIBRARIES = ("torch", "transformers", "triton", "flash-attn")
+Try = Callable[[EngineOptions | None, OnLogits], list[Completion]]
+"""Runs the trials in some way, None for the host's loop."""
+
+_PROVED: dict[str, str] = {}
+"""What this process has found: the key of a form to its fault, empty if it has none."""
+
+
+def trials(markers: MarkerIds | None, text: Sequence[int]) -> list[Request]:
+    """Returns the requests of the proof.
+
+    Args:
+        markers: of the notation, None for a model without.
+        text: ids of ordinary tokens, some of them.
+    """
+    place = 0
+
+    def words(count: int) -> list[int]:
+        nonlocal place
+        place += count
+        return [text[(place - count + i) * 7 % len(text)] for i in range(count)]
+
+    def block(*thought: list[int], solution: int) -> list[int]:
+        if markers is None:
+            return [token for part in thought for token in part] + words(solution)
+        lead = [] if markers.lead is None else [markers.lead]
+        inner = [token for part in thought for token in part]
+        return [markers.open, *inner, markers.split, *lead, *words(solution), markers.close]
+
+    nested = block(words(3), block(words(5), solution=2), words(2), block(words(1), solution=4), solution=3)
+    traces = [
+        (words(9), nested + words(2), 1.0),
+        (words(3), block(words(6), solution=1), 0.0),
+        (words(26), [], 0.8),
+        (words(1), words(4) + block(words(2), solution=5) + block(words(8), solution=2), 1.3),
+        (words(14), nested[: len(nested) // 2], 0.0),
+    ]
+    return [
+        Request(
+            f"trial {number}",
+            tuple(prompt),
+            SamplingParams(len(forced) + FREE, len(forced) + FREE, temperature, seed=number),
+            forced_ids=tuple(forced),
+        )
+        for number, (prompt, forced, temperature) in enumerate(traces)
+    ]
+
+
+def facts_of(decoder: Decoder, policy: Policy, markers: MarkerIds | None) -> dict[str, Any]:
+    """Returns what the proof depends on, beside how the loop is run, versions and code."""
+    device = decoder.device
+    return {
+        "config": decoder.config.to_dict(),
+        "dtype": str(decoder.model.dtype),
+        "policy": policy.value,
+        "markers": repr(markers),
+        "device": str(torch.cuda.get_device_properties(device)) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+    }
+
+
+def forms(options: EngineOptions, kind: str) -> Iterator[tuple[str, EngineOptions]]:
+    """Yields the ways to run the device's loop, the first as asked for, each simpler than the one before, by name."""
+    form, name = options, "as asked for"
+    yield name, form
+    simpler: list[tuple[str, dict[str, Any]]] = [
+        ("not compiled", {"compiled": False}),
+        ("without CUDA graphs", {"graphs": False} if kind == "cuda" else {}),
+        ("attention by sdpa", {"attention": "sdpa"} if options.attention == "auto" else {}),
+        ("sampling by PyTorch", {"compute": "torch"}),
+    ]
+    for name, changes in simpler:
+        changed = replace(form, **changes)
+        if changed != form:
+            form = changed
+            yield name, form
+
+
+def prove(
+    options: EngineOptions, requests: Sequence[Request], run: Try, facts: Mapping[str, Any]
+) -> EngineOptions | None:
+    """Returns the first way to run the device's loop that is right; None if the host's loop has to do.
+
+    Args:
+        options: as asked for.
+        requests: of `trials`.
+        run: runs them.
+        facts: what the outcome depends on beside the options, versions and code.
+    """
+    kind = "cpu" if facts["device"] == "cpu" else "cuda"
+    base = {**facts, "libraries": installed(LIBRARIES), "code": code_digest(graded=False)}
+    expected: Seen | None = None
+    for name, form in forms(options, kind):
+        key = digest([repr(sorted(base.items())), repr(sorted(form.computing.items())), form.max_context])
+        if key not in _PROVED and key in _remembered(kind):
+            _PROVED[key] = ""
+        if key not in _PROVED:
+            expected = expected or Seen.of(run, None)
+            _PROVED[key] = fault_of(expected, requests, run, form)
+            if not _PROVED[key]:
+                _remember(kind, key)
+        if not _PROVED[key]:
+            return form
+        logger.warning(
+            "the device's loop, %s, is not used: %s. The next simpler way is tried; `hcot doctor --out FILE` writes "
+            "what a report needs",
+            name,
+            _PROVED[key],
+        )
+    return None
+
+
+class Seen:
+    """What a run saw: its completions, and the logits before each token, some of them; all of those it chose by."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, Completion] = {}
+        self.logits: dict[tuple[str, int], torch.Tensor] = {}
+        self.whole: dict[tuple[str, int], torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, run: Try, form: EngineOptions | None) -> Seen:
+        """Runs the trials and keeps what they saw."""
+        seen = cls()
+        for completion in run(form, seen.take):
+            seen.done[completion.request.id] = completion
+        return seen
+
+    def take(self, request: Request, sample: int, count: int, logits: torch.Tensor) -> None:
+        """Keeps the logits [vocabulary] before the token number `count`."""
+        kept = logits.detach().to("cpu", copy=True)
+        self.logits[request.id, count] = kept[:: max(1, len(kept) // SAMPLED_LOGITS)]
+        if count >= len(request.forced_ids):
+            self.whole[request.id, count] = kept
+
+
+def fault_of(expected: Seen, requests: Sequence[Request], run: Try, form: EngineOptions) -> str:
+    """Returns what is wrong with a way to run the device's loop, in words; empty if nothing is."""
+    try:
+        found = Seen.of(run, form)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any library that takes part
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return next(filter(None, (_difference(expected, found, request) for request in requests)), "")
+
+
+def _difference(expected: Seen, found: Seen, request: Request) -> str:
+    """What is wrong in one trial."""
+    if request.id not in found.done:
+        return f"{request.id} did not end"
+    one, other = expected.done[request.id], found.done[request.id]
+    pairs = zip(one.token_ids, other.token_ids, strict=False)
+    same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.token_ids), len(other.token_ids)))
+    for count in range(min(same + 1, len(one.token_ids), len(other.token_ids))):
+        told = _off(expected.logits[request.id, count], found.logits.get((request.id, count)))
+        if told:
+            return f"after {count} tokens of {request.id} {told}"
+    if same < min(len(one.token_ids), len(other.token_ids)):
+        if _is_tie(expected.whole.get((request.id, same)), request, same, (one.token_ids[same], other.token_ids[same])):
+            return ""  # what comes behind is another text
+        return (
+            f"it chose token {other.token_ids[same]} in place of {one.token_ids[same]} as number {same} of {request.id}"
+        )
+    if (one.token_ids, one.live_ids, one.finish_reason) != (other.token_ids, other.live_ids, other.finish_reason):
+        return f"{request.id} left another live context ({len(other.live_ids)} tokens in place of {len(one.live_ids)})"
+    return ""
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Returns the largest difference of a logit that is allowed, relative to the largest one."""
+    return CHECK_TOLERANCE.get(dtype, 5e-2)
+
+
+def _off(expected: torch.Tensor, found: torch.Tensor | None) -> str:
+    if found is None:
+        return "it saw no logits"
+    if not bool(found.isfinite().all()):
+        return "its logits are NaN or infinite"
+    difference = float((expected.double() - found.double()).abs().max() / expected.double().abs().max().clamp_min(1e-6))
+    most = tolerance_of(expected.dtype)
+    return "" if difference <= most else f"its logits are off by {difference:.1e} of the largest (allowed: {most:.0e})"
+
+
+def _is_tie(logits: torch.Tensor | None, request: Request, count: int, tokens: tuple[int, int]) -> bool:
+    """Whether rounding can decide between two tokens; with a forced token nothing can."""
+    if logits is None:
+        return False
+    params, scores = request.params, logits.double()
+    room = 2 * tolerance_of(logits.dtype) * float(scores.abs().max())
+    if params.temperature > 0:
+        noise = gumbel([derive_seed(params.seed, 0)], [count], len(scores), scores.device)[0]
+        scores, room = scores / params.temperature + noise, room / params.temperature
+    first, second = scores[list(tokens)].tolist()
+    return abs(first - second) <= room
+
+
+# --- what was found before --------------------------------------------------------------------------------------------
+
+
+def _file() -> Path:
+    cache = os.environ.get("HCOT_LMEVAL_CACHE")
+    return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "proofs.jsonl"
+
+
+def _remembered(kind: str) -> set[str]:
+    """The keys that passed here before; on a CPU nothing is remembered, for the proof takes no time there."""
+    if kind == "cpu":
+        return set()
+    try:
+        return {record["key"] for _, record in scan(_file()) if "key" in record}
+    except (OSError, StoreError, RuntimeError):
+        return set()
+
+
+def _remember(kind: str, key: str) -> None:
+    if kind == "cpu":
+        return
+    try:
+        with JsonLines(_file(), header={"schema": SCHEMA}) as store:
+            store.append({"key": key})
+    except (OSError, StoreError, RuntimeError) as error:  # no home that can be written: proved anew next time
+        logger.info("the proof of the device's loop is not remembered: %s", error)
