@@ -33,6 +33,7 @@ PARTS = {
     "compare": Part("hcot_lmeval.report.cli", "with and without pruning: run a grid, make the tables"),
     "view": Part("hcot_lmeval.report.viewer.cli", "see what was thought and what was thrown away"),
     "diagnose": Part("hcot_lmeval.diagnosis.cli", "why a checkpoint loops, breaks the notation or never ends"),
+    "doctor": Part("hcot_lmeval.doctor", "is every way to decode right on this machine?"),
     "prepare": Part("hcot_lmeval.prepare.cli", "flat chains of thought in, checked hierarchical traces out"),
     "train": Part("hcot_lmeval.training.cli", "train on exactly the contexts that the decoder sees"),
     "push": Part("hcot_lmeval.push", "make a checkpoint one that strangers can run: card, custom_generate, upload"),

@@ -131,7 +131,7 @@ def test_what_is_right_passes(notation, policy, caplog):
 
 def test_the_trials_prune(model):
     engine = engine_of(model)
-    done = engine.generate(engine._trials())
+    done = engine.generate(engine.trials())
     assert sum(one.statistics.prune_events for one in done) >= 5 and max(one.statistics.max_depth for one in done) >= 2
 
 
@@ -239,3 +239,56 @@ def test_one_row_that_does_not_fit_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Decoder, "call", failing)
     with pytest.raises(MemoryError, match=r"memory ran out with a single row .* lower max_context"):
         engine.generate(requests(5))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def flex(monkeypatch, model, *, fault=lambda out: out):
+    """FlexAttention has no gradients on a CPU: textbook attention stands in for it, with the dense mask."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from hcot_lmeval import masks
+
+    def attend(module, query, key, value, attention_mask, **more):
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None  # a plain causal forward
+        out, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **more)
+        return fault(out) if mask is not None else out, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", attend)
+    monkeypatch.setattr(masks, "block_mask", masks.dense_mask)
+    monkeypatch.setattr(type(model), "_flex_attn_can_dispatch", lambda self, *_, **__: True, raising=False)
+    model.set_attn_implementation("flex_attention")
+
+
+def raising(out):
+    raise RuntimeError("LoweringException: NoValidChoicesError")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda out: out, ""),
+        (lambda out: out.roll(1, dims=1), "its loss is off by"),
+        (lambda out: out.detach(), "its gradient of model."),
+        (lambda out: out * float("nan"), "its loss is NaN or infinite"),
+        (raising, "RuntimeError: LoweringException: NoValidChoicesError"),
+    ],
+    ids=["right", "off by one row", "no gradient", "NaN", "raises"],
+)
+def test_attention_is_proved_before_training(monkeypatch, caplog, fault, told):
+    from hcot_lmeval.grammar import Grammar
+    from hcot_lmeval.training.forward import LossSettings
+    from hcot_lmeval.training.proof import settle_attention
+
+    model = make_model("qwen2").float()
+    settings = LossSettings(Grammar(MARKERS["hcot"], (None, None), frozenset({2})))
+    flex(monkeypatch, model, fault=fault)
+    with caplog.at_level(logging.WARNING):
+        found = settle_attention(model, settings, "recompute", row_length=512)
+    assert found == ("sdpa" if told else "flex_attention") == model.config._attn_implementation
+    assert told in caplog.text and all(parameter.grad is None for parameter in model.parameters())
+    if told:
+        model.set_attn_implementation("flex_attention")
+        with pytest.raises(ValueError, match="the dense mask of 4 rows of 10000000 tokens would take"):
+            settle_attention(model, settings, "recompute", row_length=10**7, rows=4)

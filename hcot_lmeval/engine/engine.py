@@ -201,7 +201,7 @@ class Engine:
             return self.options
         if self._form is None:
             facts = facts_of(self.decoder, self.policy, self.markers)
-            found = prove(self.options, self._trials(), self._try_form, facts)
+            found = prove(self.options, self.trials(), self.try_form, facts)
             if found is None and self.options.loop == "device":
                 raise UnsupportedModelError(
                     f"loop='device' is wrong for {self.decoder.name} on this machine in every way to run it; leave it "
@@ -210,15 +210,16 @@ class Engine:
             self._form = (found,)
         return self._form[0]
 
-    def _trials(self) -> list[Request]:
+    def trials(self) -> list[Request]:
+        """Returns the requests by which a way to decode is tried (`hcot_lmeval.engine.device.proof`)."""
         taken = set().union(self.limits.eos_ids, self.markers.ids if self.markers else (), self._hidden_ids)
         return trials(self.markers, [i for i in range(min(2000, self.decoder.known_ids)) if i not in taken])
 
-    def _try_form(self, form: EngineOptions | None, on_logits: OnLogits) -> list[Completion]:
+    def try_form(self, form: EngineOptions | None, on_logits: OnLogits) -> list[Completion]:
         """Runs the trials by the device's loop, or by the host's."""
         before, self.live = self.live, Progress()
         try:
-            return list(self._run(self._trials(), form, TRIAL_ROWS, on_logits))
+            return list(self._run(self.trials(), form, TRIAL_ROWS, on_logits))
         finally:
             self.live = before
 

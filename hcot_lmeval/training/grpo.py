@@ -30,8 +30,10 @@ from hcot_lmeval.training.curves import RL_PANELS
 from hcot_lmeval.training.data.sources import load_source
 from hcot_lmeval.training.data.text import TextForm, Unusable
 from hcot_lmeval.training.evaluation import Problem, free_run
+from hcot_lmeval.training.forward import LossSettings
 from hcot_lmeval.training.grpo_trainer import Guards, PrunedGRPOTrainer
 from hcot_lmeval.training.loading import attention_of, check_model, load_model, load_tokenizer, with_adapter
+from hcot_lmeval.training.proof import settle_attention
 from hcot_lmeval.training.rewards import WeightedSum
 from hcot_lmeval.training.rollout import Rollout, Shape
 from hcot_lmeval.training.run import RunDirectory
@@ -142,6 +144,8 @@ def train(config: GrpoConfig, *, restart: bool = False, command: str = "", folde
     with PartialState().main_process_first():
         checkpoint = run.claim(config, [prompts.digest], restart=restart and PartialState().is_main_process)
     trainer = make_trainer(config, model, tokenizer, prompts, policy, rewards, run, command)
+    grammar = LossSettings(trainer.rollout.grammar)
+    settle_attention(trainer.model, grammar, policy, row_length=config.longest_row)
     guards = Guards(config.guards, trainer)
     trainer.add_callback(guards)
     train_to_end(trainer, run, checkpoint, config.trainer.get("save_steps"))

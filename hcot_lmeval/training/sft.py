@@ -51,6 +51,7 @@ from hcot_lmeval.training.loading import (
     load_tokenizer,
     with_adapter,
 )
+from hcot_lmeval.training.proof import settle_attention
 from hcot_lmeval.training.run import RunDirectory
 from hcot_lmeval.training.trainer import Console, CurveCallback, PackedTrainer, Phase, Schedule, Steering, steps_of
 from hcot_lmeval.vocabulary import marker_ids, read_vocabulary
@@ -104,6 +105,13 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     announce_length(checkpoint, schedule)
     record = record_of(config, tokenizer, added, data, schedule, command)
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
+    settle_attention(
+        trainer.model,
+        trainer.loss_settings,
+        config.policy,
+        row_length=config.data.row_length,
+        rows=trainer.args.train_batch_size,
+    )
     if PartialState().is_main_process:
         run.write_findings(finding for prepared in data.train for finding in prepared.report.findings)
     train_to_end(trainer, run, checkpoint, config.trainer.get("save_steps"))
