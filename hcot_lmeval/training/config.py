@@ -254,6 +254,7 @@ class GrpoEvaluationConfig(EvaluationConfig):
     """What is measured on held-out problems while training."""
 
     every: int = Field(20, ge=1, description="steps between evaluations")
+    temperature: float = Field(0.0, ge=0, description="of the sampling; 0 takes the most likely token")
     metric: Literal["accuracy", "illegal_traces", "completion"] = Field(
         "accuracy", description="chooses the best checkpoint"
     )

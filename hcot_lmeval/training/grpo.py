@@ -309,7 +309,7 @@ def record_of(config: GrpoConfig, model: Any, policy: Policy, prompts: Prompts, 
 def measure(
     trainer: PrunedGRPOTrainer, *, config: GrpoConfig, prompts: Prompts, policy: Policy, run: RunDirectory
 ) -> dict[str, float]:
-    """Solves the held-out problems, greedily; keeps some of what was written."""
+    """Solves the held-out problems; keeps some of what was written."""
     settings = config.evaluation
     done = free_run(
         trainer.model_wrapped,
@@ -320,6 +320,8 @@ def measure(
         max_context=settings.max_context or config.rollout.max_context,
         max_gen_toks=settings.max_gen_toks,
         batch_size=settings.batch_size,
+        temperature=settings.temperature,
+        seed=config.seed,
         progress=True,
     )
     if trainer.is_world_process_zero():
