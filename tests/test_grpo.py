@@ -163,7 +163,14 @@ MISTAKES = {
     "none of 1 rows has a question and an answer": {"data": {"train": [{"path": "empty.jsonl"}]}},
     "does not know the markers": {"tokens": {"markup": "pencil"}},
     "has no room behind 4 of 4 prompts": {"evaluation": {"max_context": 3}},
+    "rollout.max_context=3 has no room behind 30 of 30 prompts": {"rollout": {"max_context": 3}},
+    "force_answer=60 keeps all of max_gen_toks=60": {"rollout": {"force_answer": 60}},
     "generation_batch_size": {"trainer": {"num_generations": 3}},
+    "trainer.loss_type='gspo' is not allowed; choose one of grpo, bnpo": {"trainer": {"loss_type": "gspo"}},
+    "trainer.num_iterations=0 is not allowed": {"trainer": {"num_iterations": 0}},
+    "trainer.beta=-1.0 is not allowed": {"trainer": {"beta": -1}},
+    "trainer.scale_rewards='std' is not allowed": {"trainer": {"scale_rewards": "std"}},
+    "evaluation.problems: Input should be greater than or equal to 1": {"evaluation": {"problems": 0}},
 }
 
 

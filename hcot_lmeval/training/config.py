@@ -231,6 +231,16 @@ class RolloutConfig(Section):
     force_answer: int | None = Field(None, ge=1, description="tokens kept for the answer, which is forced in time")
     loop_tokens: int | None = Field(64, ge=1, description="end a completion that has repeated itself for so many")
 
+    @model_validator(mode="after")
+    def _has_room(self) -> RolloutConfig:
+        for name in ("max_gen_toks", "max_context"):
+            most = getattr(self, name)
+            if self.force_answer is not None and most is not None and self.force_answer >= most:
+                raise ValueError(
+                    f"force_answer={self.force_answer} keeps all of {name}={most} for the answer; lower it"
+                )
+        return self
+
     @property
     def controls(self) -> dict[str, Any]:
         """What is done beside the model's wish."""
@@ -254,6 +264,7 @@ class GrpoEvaluationConfig(EvaluationConfig):
     """What is measured on held-out problems while training."""
 
     every: int = Field(20, ge=1, description="steps between evaluations")
+    problems: int = Field(32, ge=1, description="held-out problems solved by free-running pruned generation")
     temperature: float = Field(0.0, ge=0, description="of the sampling; 0 takes the most likely token")
     metric: Literal["accuracy", "illegal_traces", "completion"] = Field(
         "accuracy", description="chooses the best checkpoint"

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
 
 from hcot_lmeval.engine.decoder import Decoder
+from hcot_lmeval.errors import Allowed, one_of, whole_number
 from hcot_lmeval.markup import get_markup
 from hcot_lmeval.processes import leave_group_at_exit
 from hcot_lmeval.provenance import digest
@@ -64,6 +65,7 @@ OWNED = {
     **dict.fromkeys(("metric_for_best_model", "greater_is_better", "load_best_model_at_end"), "evaluation.metric"),
     "remove_unused_columns": "",
 }
+WINDOW = "rollout.max_context"
 SAMPLED = "the loss is that of the whole distribution at rollout.temperature"
 ENGINE = "completions are written by the pruning engine; see the section rollout"
 REFUSED: dict[str, str] = {
@@ -83,6 +85,16 @@ REFUSED: dict[str, str] = {
     "num_generations_eval": "an evaluation solves each held-out problem once",
 }
 """Arguments that would do nothing or harm, and why."""
+LOSSES = "grpo bnpo dr_grpo dapo luspo cispo sapo vespo".split()
+ALLOWED: dict[str, Allowed] = {
+    "loss_type": one_of(*LOSSES),
+    "importance_sampling_level": one_of("token", "sequence"),
+    "scale_rewards": (lambda value: value in (True, False, "group", "batch", "none"), "give group, batch or none"),
+    "num_iterations": whole_number(1),
+    "beta": (lambda value: value >= 0, "give a number from 0 up"),
+    "epsilon": (lambda value: value > 0, "give a number above 0"),
+}
+"""What TRL takes at any value and stumbles over at the first step, or never."""
 HIGHER_IS_BETTER = {"accuracy": True, "illegal_traces": False, "completion": True}
 
 
@@ -134,6 +146,7 @@ def train(config: GrpoConfig, *, restart: bool = False, command: str = "", folde
     check_model(config, tokenizer)
     with PartialState().main_process_first():
         prompts = load_prompts(config, tokenizer)
+    check_room(config.rollout.max_context, [(prompts.ids[each], None) for each in prompts.train["prompt"]], WINDOW)
     check_room(config.evaluation.max_context or config.rollout.max_context, prompts.problems)
     check_rewards(rewards, prompts)
     set_seed(config.seed)
@@ -165,7 +178,7 @@ def grpo_arguments(config: GrpoConfig, checkpoints: Path) -> GRPOConfig:
         raise ValueError(f"trainer.{vllm[0]} cannot be set here: {ENGINE}")
     evaluation = config.evaluation
     with installed():
-        return GRPOConfig(
+        made = GRPOConfig(
             **DEFAULTS | on_this_machine() | arguments,
             output_dir=str(checkpoints),
             max_steps=config.steps,
@@ -182,6 +195,10 @@ def grpo_arguments(config: GrpoConfig, checkpoints: Path) -> GRPOConfig:
             remove_unused_columns=False,
             num_generations_eval=1,
         )
+    for name, (fits, words) in ALLOWED.items():
+        if not fits(getattr(made, name)):
+            raise ValueError(f"trainer.{name}={getattr(made, name)!r} is not allowed; {words}")
+    return made
 
 
 def settled_policy(config: GrpoConfig, model: Any) -> Policy:

@@ -233,7 +233,7 @@ def prepare(config: SftConfig, tokenizer: PreTrainedTokenizerBase, grammar: Gram
     return Data(train, held_out, problems, grammar)
 
 
-def check_room(max_context: int | None, problems: Sequence[Problem]) -> None:
+def check_room(max_context: int | None, problems: Sequence[Problem], name: str = "evaluation.max_context") -> None:
     """Warns of prompts that leave no room for an answer, which then counts as wrong.
 
     Raises:
@@ -243,7 +243,7 @@ def check_room(max_context: int | None, problems: Sequence[Problem]) -> None:
     full = sum(size >= (max_context or size + 1) for size in sizes)
     if not full:
         return
-    told = f"evaluation.max_context={max_context} has no room behind {full} of {len(sizes)} prompts"
+    told = f"{name}={max_context} has no room behind {full} of {len(sizes)} prompts"
     advice = f"the longest has {max(sizes)} tokens; raise it"
     if full == len(sizes):
         raise ValueError(f"{told}; {advice}")
