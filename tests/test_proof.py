@@ -164,27 +164,34 @@ def test_each_fallback_is_the_simplest_change_that_helps(fault, form):
                 raise RuntimeError("wrong")
         return []
 
-    found = proof.prove(options, [], run, {"device": "a card", "fault": fault})
+    found, _ = proof.prove(options, [], run, {"device": "a card", "fault": fault})
     assert {name: getattr(found, name) for name in form} == form
     assert len(tried) == len(form) + 1
-    assert proof.prove(options, [], run, {"device": "a card", "fault": fault}) == found and len(tried) == len(form) + 1
+    assert (
+        proof.prove(options, [], run, {"device": "a card", "fault": fault})[0] == found and len(tried) == len(form) + 1
+    )
 
 
 def test_what_passed_on_a_card_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 15)
     options, tried = Engine.from_pretrained("tiny-hcot").options, []
 
     def run(asked, on_logits):
         tried.append(asked)
         return []
 
-    assert proof.prove(options, [], run, {"device": "a card"}) == options and len(tried) == 2
+    assert proof.prove(options, [], run, {"device": "a card"}) == (options, 5) and len(tried) == 2
     monkeypatch.setattr(proof, "_PROVED", {})
-    assert proof.prove(options, [], run, {"device": "a card"}) == options and len(tried) == 2
-    assert proof.prove(options, [], run, {"device": "another card"}) == options and len(tried) == 4
+    assert proof.prove(options, [], run, {"device": "a card"}) == (options, 5) and len(tried) == 2
+    assert proof.prove(options, [], run, {"device": "another card"}) == (options, 5) and len(tried) == 4
     monkeypatch.setattr(proof, "_PROVED", {})
     monkeypatch.setenv("HCOT_LMEVAL_CACHE", "/proc/nowhere")
-    assert proof.prove(options, [], run, {"device": "a card"}) == options and len(tried) == 6
+    assert proof.prove(options, [], run, {"device": "a card"}) == (options, 5) and len(tried) == 6
 
 
 def test_a_near_tie_is_no_fault():
@@ -292,3 +299,15 @@ def test_attention_is_proved_before_training(monkeypatch, caplog, fault, told):
         model.set_attn_implementation("flex_attention")
         with pytest.raises(ValueError, match="the dense mask of 4 rows of 10000000 tokens would take"):
             settle_attention(model, settings, "recompute", row_length=10**7, rows=4)
+
+
+def test_rows_are_planned_behind_what_running_takes(monkeypatch):
+    from hcot_lmeval.engine import slots
+
+    layer = slots.LayerSpec(2, 1, 8, 8, torch.float32, torch.device("cpu"), None, None, False)
+    monkeypatch.setattr(slots, "free_bytes", lambda device: 100 * layer.token_bytes)
+    device = torch.device("cpu")
+    free = slots.plan_slots({0: layer}, 1, 1000)
+    half = slots.plan_slots({0: layer}, 1, 1000, {device: (50 * layer.token_bytes, 0)})
+    quarter = slots.plan_slots({0: layer}, 1, 1000, {device: (50 * layer.token_bytes, layer.token_bytes)})
+    assert abs(half - free / 2) <= 1 and abs(quarter - free / 4) <= 1

@@ -106,6 +106,7 @@ class Engine:
         self._check_vocabulary()
         self.limits = self._find_limits()
         self.live = Progress()
+        self._taken = 0  # bytes of a GPU that running takes beside keys, values and logits
         self._form: tuple[EngineOptions | None] | None = None
         self._chooser(self.decoder.logits_dtype, self.decoder.device)  # compiled now, not within the first generation
 
@@ -201,7 +202,7 @@ class Engine:
             return self.options
         if self._form is None:
             facts = facts_of(self.decoder, self.policy, self.markers)
-            found = prove(self.options, self.trials(), self.try_form, facts)
+            found, self._taken = prove(self.options, self.trials(), self.try_form, facts)
             if found is None and self.options.loop == "device":
                 raise UnsupportedModelError(
                     f"loop='device' is wrong for {self.decoder.name} on this machine in every way to run it; leave it "
@@ -356,7 +357,8 @@ class Engine:
         length = min(self.limits.context, longest)
         useful = min(rows, len(pairs))
         logits = self.decoder.vocabulary * LOGIT_BYTES if self.decoder.device.type == "cuda" else 0
-        slots = plan_slots(self.decoder.layers, length, useful, {self.decoder.device: logits})
+        beside = {self.decoder.device: (self._taken, logits)}
+        slots = plan_slots(self.decoder.layers, length, useful, beside)
         if slots < useful and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, useful)
         options = {"poison": self.options.poison, "huge_pages": self.options.huge_pages}

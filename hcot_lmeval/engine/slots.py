@@ -199,22 +199,25 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def plan_slots(layers: Mapping[int, LayerSpec], length: int, most: int, beside: Mapping[torch.device, int] = {}) -> int:
+def plan_slots(
+    layers: Mapping[int, LayerSpec], length: int, most: int, beside: Mapping[torch.device, tuple[int, int]] = {}
+) -> int:
     """Returns how many slots of `length` tokens the free memory of every device involved can hold, at most `most`.
 
     Args:
         layers: of the model.
         length: live tokens of a slot.
         most: slots.
-        beside: bytes that a row takes beside its keys and values, by device.
+        beside: bytes that are needed beside keys and values, by device: at once, and of each row.
 
     Raises:
         MemoryError: not even one slot fits; the message says which option to lower.
     """
-    need: Counter[torch.device] = Counter({device: size for device, size in beside.items() if size})
+    need: Counter[torch.device] = Counter({device: each for device, (_, each) in beside.items() if each})
     for layer in layers.values():
         need[layer.device] += layer.token_bytes * length
-    fit = min(int(MEMORY_SHARE * free_bytes(device)) // size for device, size in need.items())
+    free = {device: free_bytes(device) - beside.get(device, (0, 0))[0] for device in need}
+    fit = min(int(MEMORY_SHARE * free[device]) // size for device, size in need.items())
     if fit < 1:
         raise MemoryError(
             f"one row of {length} live tokens needs {need.total() / 2**20:,.0f} MiB of keys and values, which is more "

@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,19 @@ from hcot_lmeval.trace import Policy
 
 logger = logging.getLogger(__name__)
 
+
+class Proof(NamedTuple):
+    """What the trials found of a form.
+
+    Attributes:
+        fault: in words; empty if there is none.
+        taken: bytes of the GPU that they took: kernels, workspaces, graphs, and little else.
+    """
+
+    fault: str
+    taken: int = 0
+
+
 TRIAL_ROWS = 3
 """Rows side by side, fewer than there are trials."""
 FREE = 10
@@ -43,8 +57,8 @@ LIBRARIES = ("torch", "transformers", "triton", "flash-attn")
 Try = Callable[[EngineOptions | None, OnLogits], list[Completion]]
 """Runs the trials in some way, None for the host's loop."""
 
-_PROVED: dict[str, str] = {}
-"""What this process has found: the key of a form to its fault, empty if it has none."""
+_PROVED: dict[str, Proof] = {}
+"""What this process has found: by the key of a form."""
 
 
 def trials(markers: MarkerIds | None, text: Sequence[int]) -> list[Request]:
@@ -119,8 +133,8 @@ def forms(options: EngineOptions, kind: str) -> Iterator[tuple[str, EngineOption
 
 def prove(
     options: EngineOptions, requests: Sequence[Request], run: Try, facts: Mapping[str, Any]
-) -> EngineOptions | None:
-    """Returns the first way to run the device's loop that is right; None if the host's loop has to do.
+) -> tuple[EngineOptions | None, int]:
+    """Returns the first way to run the device's loop that is right, None if the host's has to do, and what it takes.
 
     Args:
         options: as asked for.
@@ -133,22 +147,40 @@ def prove(
     expected: Seen | None = None
     for name, form in forms(options, kind):
         key = digest([repr(sorted(base.items())), repr(sorted(form.computing.items())), form.max_context])
-        if key not in _PROVED and key in _remembered(kind):
-            _PROVED[key] = ""
+        if key not in _PROVED and (taken := _remembered(kind).get(key)) is not None:
+            _PROVED[key] = Proof("", taken)
         if key not in _PROVED:
             expected = expected or Seen.of(run, None)
-            _PROVED[key], _ = fault_of(expected, requests, run, form)
-            if not _PROVED[key]:
-                _remember(kind, key)
-        if not _PROVED[key]:
-            return form
+            with watched_memory() as taken_now:
+                fault, _ = fault_of(expected, requests, run, form)
+            _PROVED[key] = Proof(fault, taken_now[0])
+            if not fault:
+                _remember(kind, key, taken_now[0])
+        if not _PROVED[key].fault:
+            return form, _PROVED[key].taken
         logger.warning(
             "the device's loop, %s, is not used: %s. The next simpler way is tried; `hcot doctor --out FILE` writes "
             "what a report needs",
             name,
-            _PROVED[key],
+            _PROVED[key].fault,
         )
-    return None
+    return None, 0
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """Notes what PyTorch takes of a GPU while it is open, at most; 0 without one."""
+    taken = [0]
+    if not torch.cuda.is_initialized():
+        yield taken
+        return
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield taken
+    finally:
+        taken[0] = max(0, torch.cuda.max_memory_reserved() - before)
 
 
 class Seen:
@@ -281,21 +313,21 @@ def _file() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache" / "hcot_lmeval") / "proofs.jsonl"
 
 
-def _remembered(kind: str) -> set[str]:
+def _remembered(kind: str) -> dict[str, int]:
     """The keys that passed here before; on a CPU nothing is remembered, for the proof takes no time there."""
     if kind == "cpu":
-        return set()
+        return {}
     try:
-        return {record["key"] for _, record in scan(_file()) if "key" in record}
-    except (OSError, StoreError, RuntimeError):
-        return set()
+        return {record["key"]: record["taken"] for _, record in scan(_file()) if "key" in record}
+    except (OSError, StoreError, RuntimeError, KeyError):
+        return {}
 
 
-def _remember(kind: str, key: str) -> None:
+def _remember(kind: str, key: str, taken: int) -> None:
     if kind == "cpu":
         return
     try:
         with JsonLines(_file(), header={"schema": SCHEMA}) as store:
-            store.append({"key": key})
+            store.append({"key": key, "taken": taken})
     except (OSError, StoreError, RuntimeError) as error:  # no home that can be written: proved anew next time
         logger.info("the proof of the device's loop is not remembered: %s", error)
