@@ -31,6 +31,7 @@ from hcot_lmeval.engine.native.step import UNAVAILABLE, NativeStep, refusal
 from hcot_lmeval.engine.native.weights import UnreadableModelError
 from hcot_lmeval.engine.options import ComputeOptions
 from hcot_lmeval.engine.slots import KV_DTYPES, Chunk, KVPool, LayerSpec, upload
+from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.rotary import rotary_limit
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Decoder:
         model: a `transformers` causal language model, or a PEFT model around one.
         check: run the self-check.
         rows: that run at the same time at most.
+        refuse: layers that keep a state, by name; `hcot_lmeval.engine.states.RowDecoder` does not.
         options: fields of `ComputeOptions`; those of the device's loop do not matter here.
 
     Attributes:
@@ -89,17 +91,30 @@ class Decoder:
             computes something else on slots than in a plain forward, or cannot have the compute that was asked for.
     """
 
-    def __init__(self, model: Any, *, check: bool = True, rows: int = 1, **options: Any) -> None:
+    pool_kind: Callable[..., Any] = KVPool
+    """What holds the rows."""
+    state_bytes = 0
+    """Bytes that a row takes whatever its length."""
+
+    def __init__(self, model: Any, *, check: bool = True, rows: int = 1, refuse: bool = True, **options: Any) -> None:
         self.model: PreTrainedModel = _unwrap(model)
         self.config = self.model.config.get_text_config()
         self.name = f"{type(self.model).__name__} ({self.config.model_type})"
-        refuse_recurrent(self.config, self.name)
+        if refuse:
+            refuse_recurrent(self.config, self.name)
         self.options, self._rows = ComputeOptions(**options), rows
         self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._lock, self.running = _lock_of(self.model), Running()
         self._prepare()
         if check:
             self._check()
+
+    def refuses(self, policy: str) -> str:
+        """Why a policy is not exact for the model; empty if it is."""
+        return ""
+
+    def mark(self, pool: Any, markers: MarkerIds | None) -> None:
+        """Tells the pool what opens a block; keys and values can be cut anywhere, and need not know."""
 
     def _prepare(self) -> None:
         """Looks at the model in the type in which it is now, which its slots and the compiled step have to follow."""

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hcot_lmeval.ablation import Ablation
 from hcot_lmeval.assets import check_name, resolve
 from hcot_lmeval.control import Controller, LoopDetector
-from hcot_lmeval.engine.decoder import Decoder, UnsupportedModelError
+from hcot_lmeval.engine.decoder import UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
 from hcot_lmeval.engine.device.proof import TRIAL_ROWS, facts_of, prove, trials
 from hcot_lmeval.engine.device.sampling import chooser_for
@@ -35,6 +35,7 @@ from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, S
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
 from hcot_lmeval.engine.scheduler import Remaining, Scheduler
 from hcot_lmeval.engine.slots import KVPool, plan_slots, release_memory
+from hcot_lmeval.engine.states import make_decoder
 from hcot_lmeval.grammar import Grammar
 from hcot_lmeval.markup import MarkerIds
 from hcot_lmeval.notes import NoteTaker
@@ -101,7 +102,9 @@ class Engine:
         self._grammars: dict[frozenset[int], Grammar] = {}
         self.ablation = self._find_ablation()
         self._check_controls()
-        self.decoder = Decoder(model, check=given.self_check, rows=self._most_rows, **given.computing)
+        self.decoder = make_decoder(model, check=given.self_check, rows=self._most_rows, **given.computing)
+        if reason := self.decoder.refuses(self.policy.value):
+            raise UnsupportedModelError(reason)
         given.check_loop(self.decoder.device.type)
         self._check_vocabulary()
         self.limits = self._find_limits()
@@ -241,7 +244,7 @@ class Engine:
         while samples.left:
             scheduler = None
             try:
-                kind = ScratchPool if form else KVPool
+                kind = ScratchPool if form else self.decoder.pool_kind
                 scheduler = self._schedule(samples.left, kind, rows, samples.tell if on_token else None)
                 rows = scheduler.pool.slots
                 loop = self._device_loop(requests, scheduler, form, on_logits) if form else None
@@ -338,7 +341,7 @@ class Engine:
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def _schedule(
-        self, pairs: Sequence[tuple[Request, int]], kind: type[KVPool], rows: int, on_token: OnToken | None
+        self, pairs: Sequence[tuple[Request, int]], kind: Callable[..., KVPool], rows: int, on_token: OnToken | None
     ) -> Scheduler:
         pool, share = self._make_pool(pairs, kind, rows), not self.options.prompt_acts
         most = self.options.step_tokens or STEP_TOKENS.get(self.decoder.device.type, STEP_TOKENS["cuda"])
@@ -352,19 +355,20 @@ class Engine:
         eos = len(self.limits.eos_ids)
         return make_loop(self.decoder, form, rule, scheduler, requests, self._accept, eos=eos, on_logits=on_logits)
 
-    def _make_pool(self, pairs: Sequence[tuple[Request, int]], kind: type[KVPool], rows: int) -> KVPool:
+    def _make_pool(self, pairs: Sequence[tuple[Request, int]], kind: Callable[..., KVPool], rows: int) -> KVPool:
         longest = max(len(r.prompt_ids) + r.params.max_gen_toks for r, _ in pairs)
         length = min(self.limits.context, longest)
         useful = min(rows, len(pairs))
         logits = self.decoder.vocabulary * LOGIT_BYTES if self.decoder.device.type == "cuda" else 0
-        beside = {self.decoder.device: (self._taken, logits)}
+        beside = {self.decoder.device: (self._taken, logits + self.decoder.state_bytes)}
         slots = plan_slots(self.decoder.layers, length, useful, beside)
         if slots < useful and self.options.slots != "auto":
             logger.warning("memory holds %d rows of %d live tokens at a time, not %d", slots, length, useful)
         options = {"poison": self.options.poison, "huge_pages": self.options.huge_pages}
         pool = kind(self.decoder.layers, slots, length, **options)
-        self.live.kv_bytes = pool.bytes
-        logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, pool.bytes / 2**20)
+        self.decoder.mark(pool, self.markers)
+        self.live.kv_bytes = pool.bytes + slots * self.decoder.state_bytes
+        logger.info("%d slots of %d live tokens take %.0f MiB", slots, length, self.live.kv_bytes / 2**20)
         return pool
 
     @property

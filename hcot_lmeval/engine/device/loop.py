@@ -448,6 +448,8 @@ def obstacles(decoder: Decoder, options: EngineOptions, requests: Sequence[Reque
     found += [f"repetition_penalty={penalty:g}" for penalty in penalties]
     if any(r.params.logprobs for r in requests):
         found.append("logprobs=True")
+    if decoder.pool_kind is not KVPool:
+        found.append("a model that is read row by row")
     devices = sorted({str(layer.device) for layer in decoder.layers.values()})
     if len(devices) > 1:
         found.append(f"a model on {', '.join(devices)}")
