@@ -7,7 +7,7 @@ import logging
 import peft
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Lfm2Config, MambaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hcot_lmeval.engine import Decoder, Engine, Request, SamplingParams, UnsupportedModelError, attention, slots
 from hcot_lmeval.events import Prefill
@@ -344,15 +344,6 @@ def test_unusual_attention_passes_the_self_check(family):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = CONFIG_MAPPING[family](**{**SMALL, **heads, **FAMILIES[family]})
     assert Decoder(AutoModelForCausalLM.from_config(config).eval()).self_check() < 1e-4
-
-
-def test_recurrent_and_convolutional_state_is_refused_by_name():
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(**{**SMALL, "state_size": 4}))
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    lfm = AutoModelForCausalLM.from_config(Lfm2Config(**SMALL, **heads, layer_types=["conv", "full_attention"]))
-    for hybrid, name in ((mamba, "Mamba"), (lfm, "conv")):
-        with pytest.raises(UnsupportedModelError, match=name):
-            Engine(hybrid, markers=MARKERS)
 
 
 def test_the_self_check_notices_wrong_attention(model, monkeypatch):

@@ -35,6 +35,7 @@ CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 SAVED_STATES = 8
 """States that a row keeps at most. Of more, all but the first and the last ones go, and cost reading if needed."""
 
+HF_MODEL = " Use lm-eval's hf model for it."
 OWN_ERRORS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What models raise that take no cache of transformers' kind."""
 
@@ -140,7 +141,7 @@ class RowDecoder(Decoder):
                 raise
             raise UnsupportedModelError(f"it cannot be run with a cache of transformers: {error}") from error
         logger.warning(
-            "%s: read row by row with its own cache%s, which is slower and exact: %s",
+            "%s: read row by row with its own cache%s, which is slower and exact; on slots: %s",
             self.name,
             ", token by token" if self.single else "",
             why,
@@ -271,7 +272,7 @@ def make_decoder(model: Any, **options: Any) -> Decoder:
             raise
         options.pop("check", None)
         try:
-            return RowDecoder(model, str(error), **options)
+            return RowDecoder(model, str(error).removesuffix(HF_MODEL), **options)
         except UnsupportedModelError as other:
             raise UnsupportedModelError(f"{error} (Nor can it be read row by row: {other}.)") from None
 
