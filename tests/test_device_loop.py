@@ -205,7 +205,8 @@ def test_what_the_device_cannot_do_is_named(options, params, named, caplog):
     with pytest.raises(ValueError, match=named):
         make_engine(model, "hcot", "recompute", loop="device", **options).generate([request])
     engine = make_engine(model, "hcot", "recompute", **options)
-    on_cuda = SimpleNamespace(device=torch.device("cuda"), layers=engine.decoder.layers)
+    decoder = engine.decoder
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), layers=decoder.layers, pool_kind=decoder.pool_kind)
     with caplog.at_level(logging.INFO):
         assert not runs_on_device(on_cuda, engine.options, [request], watched=False)
         assert runs_on_device(on_cuda, EngineOptions(loop_tokens=5), [Request("r", (20,))], watched=False)
