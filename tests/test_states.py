@@ -75,7 +75,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16,
         "index_n_heads": 8,  # of few, scores tie at zero
         "index_head_dim": 16,
-        "index_topk": 8,
+        "index_topk": 256,  # of fewer than live tokens, its own cache and a plain forward choose others
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,
