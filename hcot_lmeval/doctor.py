@@ -147,12 +147,17 @@ def examine(model: Any, tokenizer: Any, names: Mapping[str, Mapping[str, Any]]) 
     from hcot_lmeval.engine import Engine
     from hcot_lmeval.engine.device.proof import Seen
 
-    logging.getLogger("hcot_lmeval").setLevel(logging.ERROR)  # the table says it
+    log = logging.getLogger("hcot_lmeval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the table says it
     common = {"any_policy": True, "self_check": False, "max_context": 256}
-    reference = Engine(model, tokenizer, compute="torch", loop="host", **common)
-    expected = Seen.of(reference.try_form, None)
-    for name, options in tqdm(names.items(), desc="forms", unit="form", leave=False):
-        yield _found(name, options, Engine, (model, tokenizer), common, expected)
+    try:
+        reference = Engine(model, tokenizer, compute="torch", loop="host", **common)
+        expected = Seen.of(reference.try_form, None)
+        for name, options in tqdm(names.items(), desc="forms", unit="form", leave=False):
+            yield _found(name, options, Engine, (model, tokenizer), common, expected)
+    finally:
+        log.setLevel(level)
 
 
 def _found(
