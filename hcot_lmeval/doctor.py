@@ -5,7 +5,7 @@
 
 Each form decodes the same trials as PyTorch in the host's loop does: forced traces, and tokens sampled behind them. The
 largest difference of a logit is shown relative to the largest logit. A form that is not marked "used" has to be asked
-for. The exit status is 1 if a form that is used is wrong. --out writes what a report needs: forms, versions and the
+for. The exit status is 1 if a form that is used is not right. --out writes what a report needs: forms, versions and the
 machine; no paths, no names of files, no data.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from typing import Any
 from hcot_lmeval.errors import run_command
 
 SCHEMA = "hcot-doctor/1"
+PATH = re.compile(r"(?<![\w.])(?:/[\w.+@~-]+){2,}")
+"""What may not stand in a report: it names a machine's folders, and its user."""
 WIDTHS = (16, 32, 64)
 """Bytes of the vectors that compiled code can be made for."""
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         OSError, ValueError: the model cannot be loaded, no form has such a name, or the report cannot be written.
     """
     if args.out is not None:
-        args.out.write_text("", encoding="utf-8")  # known before anything is run
+        args.out.open("a").close()  # known before anything is run
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,9 +113,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.write_text(json.dumps(report(found, model, device), indent=1) + "\n", encoding="utf-8")
         print(f"{args.out} can be attached to a report")
-    wrong = [each.form for each in found if each.used and each.state == "wrong"]
+    wrong = [f"{each.form} ({each.state})" for each in found if each.used and each.state != "right"]
     if wrong:
-        print(f"wrong, and used: {', '.join(wrong)}", file=sys.stderr)
+        print(f"used, and not right: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 
 
@@ -234,7 +237,7 @@ def report(found: Sequence[Finding], model: Any, device: str) -> dict[str, Any]:
     """Returns what a report needs, without paths."""
     import torch
 
-    from hcot_lmeval.provenance import code_digest, machine, versions
+    from hcot_lmeval.provenance import code_digest, driver, machine, versions
 
     shape = {
         name: getattr(model.config.get_text_config(), name, None)
@@ -245,26 +248,9 @@ def report(found: Sequence[Finding], model: Any, device: str) -> dict[str, Any]:
         "model": {**shape, "dtype": str(model.dtype)},
         "device": device,
         "machine": machine(device, torch.get_num_threads()),
-        "driver": _driver(),
+        "driver": driver(),
         "versions": versions(),
         "code": code_digest(graded=False),
         "forms": [asdict(each) for each in found],
     }
-    text = json.dumps(whole)
-    for place in filter(None, (str(Path.cwd()), str(Path.home()), sys.prefix, sys.base_prefix)):
-        if len(place) > 1:
-            text = text.replace(json.dumps(place)[1:-1], "...")
-    return dict(json.loads(text))
-
-
-def _driver() -> str | None:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
+    return dict(json.loads(PATH.sub("...", json.dumps(whole))))

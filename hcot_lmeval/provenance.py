@@ -6,10 +6,12 @@ training, manifests and benchmarks keep them for readers. Nothing heavy is impor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -254,6 +256,21 @@ def machine(device: str, threads: int) -> dict[str, str]:
     if not device.startswith("cuda"):
         return cpu
     return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda), **cpu}
+
+
+@functools.cache
+def driver() -> str | None:
+    """Returns the version of NVIDIA's driver; None without one."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
 
 
 def _processor() -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from hcot_lmeval import command, doctor
+from hcot_lmeval.engine import Engine
 from hcot_lmeval.engine.decoder import Decoder
 
 
@@ -27,27 +27,28 @@ def test_the_forms_of_a_cpu(tmp_path, capsys, monkeypatch):
     assert forms["default"]["used"] and forms["default"]["state"] == "right"
     assert forms["device's loop"]["state"] == "right" and forms["device's loop"]["difference"] < 1e-3
     assert forms["PyTorch, host's loop"]["difference"] == 0
-    text = (tmp_path / "report.json").read_text()
-    assert str(tmp_path) not in text and str(Path.home()) not in text.replace(str(Path("/root/x").parent), "")
     assert report["versions"]["torch"] and report["machine"]["cpu"] and report["model"]["model_type"] == "qwen2"
+
+
+def test_a_report_names_no_folder():
+    model = Engine.from_pretrained("tiny-hcot").decoder.model
+    found = doctor.Finding(
+        "compiled", {}, False, "not here", reason="nvcc: /data/somebody/kernel.cu:3: error, see '/tmp/x/log'"
+    )
+    [told] = doctor.report([found], model, "cpu")["forms"]
+    assert told["reason"] == "nvcc: ...:3: error, see '...'"
 
 
 def test_a_default_that_is_wrong_ends_with_status_1(capsys, monkeypatch):
     plain = Decoder.forward
-    monkeypatch.setattr(
-        Decoder,
-        "forward",
-        lambda self, *rest: (
-            plain(self, *rest) + (self.native is not None) * plain(self, *rest).roll(1, -1)
-            if self.native is None
-            else plain(self, *rest).roll(1, -1)
-        ),
-    )
+
+    def shifted(self, *rest):
+        logits = plain(self, *rest)
+        return logits.roll(1, -1) if self.options.compute == "auto" else logits
+
+    monkeypatch.setattr(Decoder, "forward", shifted)
     status, told, wrong = run(capsys, "--device", "cpu", "--only", "default", "PyTorch")
-    lines = [line for line in told.splitlines() if line.startswith(("default", "PyTorch"))]
-    if "native" not in told and "right" in lines[0]:
-        pytest.skip("no compiled code here")
-    assert status == 1 and "wrong, and used: default" in wrong and "off by" in told
+    assert status == 1 and "used, and not right: default (wrong)" in wrong and "off by" in told
 
 
 def test_forms_that_are_not_here_say_why(capsys):

@@ -29,7 +29,7 @@ from hcot_lmeval.engine.decoder import UnsupportedModelError
 from hcot_lmeval.engine.device.loop import DeviceLoop, ScratchPool, make_loop, runs_on_device
 from hcot_lmeval.engine.device.proof import TRIAL_ROWS, facts_of, prove, trials
 from hcot_lmeval.engine.device.sampling import chooser_for
-from hcot_lmeval.engine.device.state import Rule
+from hcot_lmeval.engine.device.state import Rule, on
 from hcot_lmeval.engine.options import EngineOptions, check_device, read_options
 from hcot_lmeval.engine.rows import Completion, Limits, OnToken, Request, Row, StopStrings
 from hcot_lmeval.engine.sampling import Choice, Chooser, derive_seed, sample
@@ -205,7 +205,8 @@ class Engine:
             return self.options
         if self._form is None:
             facts = facts_of(self.decoder, self.policy, self.markers)
-            found, self._taken = prove(self.options, self.trials(), self.try_form, facts)
+            with on(self.decoder.device):  # whose memory is measured
+                found, self._taken = prove(self.options, self.trials(), self.try_form, facts)
             if found is None and self.options.loop == "device":
                 raise UnsupportedModelError(
                     f"loop='device' is wrong for {self.decoder.name} on this machine in every way to run it; leave it "

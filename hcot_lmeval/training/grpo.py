@@ -25,6 +25,7 @@ from hcot_lmeval.record import TrainingRecord, read_record
 from hcot_lmeval.response import Response
 from hcot_lmeval.rotary import position_limits
 from hcot_lmeval.trace import Policy
+from hcot_lmeval.training import arguments
 from hcot_lmeval.training.arguments import check_trackers, checked_arguments, installed, on_this_machine
 from hcot_lmeval.training.config import GrpoConfig, SourceConfig
 from hcot_lmeval.training.curves import RL_PANELS
@@ -52,36 +53,26 @@ DEFAULTS: dict[str, Any] = {
     "mask_truncated_completions": True,
 }
 """Ours where they differ from TRL's."""
-OWNED = {
-    "output_dir": "output",
+OWNED = arguments.OWNED | {
     "max_steps": "steps",
     "num_train_epochs": "steps",
-    "seed": "seed",
-    "data_seed": "seed",
     "temperature": "rollout.temperature",
     "max_completion_length": "rollout.max_gen_toks",
     "reward_weights": "rewards",
-    **dict.fromkeys(("eval_strategy", "eval_steps", "save_strategy"), "evaluation.every"),
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better", "load_best_model_at_end"), "evaluation.metric"),
-    "remove_unused_columns": "",
 }
 WINDOW = "rollout.max_context"
 SAMPLED = "the loss is that of the whole distribution at rollout.temperature"
 ENGINE = "completions are written by the pruning engine; see the section rollout"
-REFUSED: dict[str, str] = {
+REFUSED = arguments.REFUSED | {
     **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), SAMPLED),
     **dict.fromkeys(("generation_kwargs", "cache_implementation", "use_vllm", "chat_template_kwargs"), ENGINE),
     **dict.fromkeys(("use_transformers_continuous_batching", "use_transformers_paged"), ENGINE),
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it replaces the forward that scores packed traces"),
     "fsdp": "the engine needs whole weights in each process; several processes train by DDP",
     "deepspeed": "the engine needs whole weights in each process; several processes train by DDP",
     "pad_to_multiple_of": "traces are packed, not padded",
     "router_aux_loss_coef": "packed traces have no balance loss of experts",
     "model_init_kwargs": "see the settings model, dtype and attention",
     "trust_remote_code": "set trust_remote_code of the run instead",
-    "push_to_hub": "upload the finished model: hcot push OUTPUT/model --to OWNER/NAME",
-    "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
-    "save_only_model": "a run could not go on from its checkpoints",
     "num_generations_eval": "an evaluation solves each held-out problem once",
 }
 """Arguments that would do nothing or harm, and why."""
@@ -95,7 +86,6 @@ ALLOWED: dict[str, Allowed] = {
     "epsilon": (lambda value: value > 0, "give a number above 0"),
 }
 """What TRL takes at any value and stumbles over at the first step, or never."""
-HIGHER_IS_BETTER = {"accuracy": True, "illegal_traces": False, "completion": True}
 
 
 @dataclass(frozen=True)
@@ -172,14 +162,14 @@ def grpo_arguments(config: GrpoConfig, checkpoints: Path) -> GRPOConfig:
     Raises:
         ValueError: an argument is unknown, has a value that is not allowed, or follows from another setting.
     """
-    arguments = checked_arguments(config.trainer, GRPOConfig, OWNED, REFUSED)
-    vllm = [name for name in arguments if name.startswith("vllm_")]
+    given = checked_arguments(config.trainer, GRPOConfig, OWNED, REFUSED)
+    vllm = [name for name in given if name.startswith("vllm_")]
     if vllm:
         raise ValueError(f"trainer.{vllm[0]} cannot be set here: {ENGINE}")
     evaluation = config.evaluation
     with installed():
         made = GRPOConfig(
-            **DEFAULTS | on_this_machine() | arguments,
+            **DEFAULTS | on_this_machine() | given,
             output_dir=str(checkpoints),
             max_steps=config.steps,
             seed=config.seed,
@@ -190,7 +180,7 @@ def grpo_arguments(config: GrpoConfig, checkpoints: Path) -> GRPOConfig:
             save_strategy="steps",
             save_steps=evaluation.every,
             metric_for_best_model=f"eval_{evaluation.metric}",
-            greater_is_better=HIGHER_IS_BETTER[evaluation.metric],
+            greater_is_better=arguments.HIGHER_IS_BETTER[evaluation.metric],
             load_best_model_at_end=True,
             remove_unused_columns=False,
             num_generations_eval=1,

@@ -105,13 +105,9 @@ def train(config: SftConfig, *, restart: bool = False, command: str = "") -> Run
     announce_length(checkpoint, schedule)
     record = record_of(config, tokenizer, added, data, schedule, command)
     trainer = make_trainer(config, model, tokenizer, data, schedule, record, run)
-    settle_attention(
-        trainer.model,
-        trainer.loss_settings,
-        config.policy,
-        row_length=config.data.row_length,
-        rows=trainer.args.train_batch_size,
-    )
+    if not trainer.is_fsdp_enabled:  # whose weights are not on the device yet
+        rows, settings = trainer.args.train_batch_size, trainer.loss_settings
+        settle_attention(trainer.model, settings, config.policy, row_length=config.data.row_length, rows=rows)
     if PartialState().is_main_process:
         run.write_findings(finding for prepared in data.train for finding in prepared.report.findings)
     train_to_end(trainer, run, checkpoint, config.trainer.get("save_steps"))

@@ -27,7 +27,7 @@ from hcot_lmeval.engine.options import EngineOptions
 from hcot_lmeval.engine.rows import Completion, Request
 from hcot_lmeval.engine.sampling import SamplingParams, derive_seed, gumbel
 from hcot_lmeval.markup import MarkerIds
-from hcot_lmeval.provenance import code_digest, digest, installed
+from hcot_lmeval.provenance import code_digest, digest, driver, installed
 from hcot_lmeval.store import JsonLines, StoreError, scan
 from hcot_lmeval.trace import Policy
 
@@ -111,6 +111,7 @@ def facts_of(decoder: Decoder, policy: Policy, markers: MarkerIds | None) -> dic
         "markers": repr(markers),
         "device": str(torch.cuda.get_device_properties(device)) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda,
+        "driver": driver() if device.type == "cuda" else None,
     }
 
 
